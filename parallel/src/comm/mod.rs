@@ -1,0 +1,128 @@
+//! What ranks say to each other. One trait, three back ends with one behaviour: `local` (ranks are threads),
+//! `mpi` (ranks are processes), `nccl` (ranks are GPUs). DESIGN: the order of collectives is the order of the
+//! program; reductions add in rank order, so one layout gives one result whatever carries it.
+//!
+//! Legend: N = size of the group, a "row" = one index of dim 0.
+
+use std::rc::Rc;
+use tch::{Device, Kind, Tensor};
+
+#[derive(Debug, thiserror::Error)]
+pub enum CommError {
+    #[error("rank {rank} of {size} lost its peers in {op}: {reason}")]
+    Lost { rank: usize, size: usize, op: &'static str, reason: String },
+    #[error("rank {rank} called {mine}, but rank {peer} called {theirs}")]
+    Disagree { rank: usize, peer: usize, mine: String, theirs: String },
+    #[error("{op}: {reason}")]
+    Unsupported { op: &'static str, reason: String },
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Reduce {
+    Sum,
+    Max,
+    Min,
+}
+
+/// Shape and type of a tensor that will be received.
+#[derive(Clone, Debug, PartialEq)]
+pub struct TensorSpec {
+    pub shape: Vec<i64>,
+    pub kind: Kind,
+    pub device: Device,
+}
+
+/// A transfer under way. It owns its buffers; dropping one that was not waited on waits.
+#[must_use]
+pub struct Pending<T>(PendingState<T>);
+
+enum PendingState<T> {
+    Ready(T),
+    Running(Option<Box<dyn FnOnce() -> Result<T, CommError>>>),
+}
+
+impl<T> Pending<T> {
+    /// A result that is already there (groups of one, synchronous back ends).
+    pub fn ready(value: T) -> Self {
+        Pending(PendingState::Ready(value))
+    }
+    /// `finish` makes the compute stream (on the CPU: the caller) wait and hands the result out.
+    pub fn running(finish: impl FnOnce() -> Result<T, CommError> + 'static) -> Self {
+        Pending(PendingState::Running(Some(Box::new(finish))))
+    }
+    pub fn wait(mut self) -> Result<T, CommError> {
+        match std::mem::replace(&mut self.0, PendingState::Running(None)) {
+            PendingState::Ready(value) => Ok(value),
+            PendingState::Running(Some(finish)) => finish(),
+            PendingState::Running(None) => unreachable!("a Pending is waited on once"),
+        }
+    }
+}
+
+impl<T> Drop for Pending<T> {
+    fn drop(&mut self) {
+        if let PendingState::Running(finish) = &mut self.0
+            && let Some(finish) = finish.take()
+        {
+            // The peers count on this transfer; its error will show at the next one.
+            let _ = finish();
+        }
+    }
+}
+
+/// One group of ranks along one axis. Not `Send`: a communicator belongs to its rank's thread.
+/// Tensors are passed by value; every rank of the group makes the same calls in the same order with the
+/// same shapes and kinds. A group of one is a real group.
+pub trait Communicator {
+    fn rank(&self) -> usize;
+    fn size(&self) -> usize;
+    /// Element-wise, added in rank order; integers as integers, BF16 in FP32 then rounded once.
+    fn all_reduce(&self, tensors: Vec<Tensor>, op: Reduce) -> Result<Pending<Vec<Tensor>>, CommError>;
+    /// Dim 0 must divide by N; rank r gets the r-th piece of the sum.
+    fn reduce_scatter(&self, tensors: Vec<Tensor>) -> Result<Pending<Vec<Tensor>>, CommError>;
+    /// Concatenated along dim 0 in rank order.
+    fn all_gather(&self, tensors: Vec<Tensor>) -> Result<Pending<Vec<Tensor>>, CommError>;
+    /// `root`'s tensors everywhere; the others pass tensors of the same shape (contents ignored).
+    fn broadcast(&self, tensors: Vec<Tensor>, root: usize) -> Result<Pending<Vec<Tensor>>, CommError>;
+    /// `counts[p]` goes to rank p (all of one length); the result's `[p]` came from rank p. Waits on the host.
+    fn exchange_counts(&self, counts: &[Vec<i64>]) -> Result<Vec<Vec<i64>>, CommError>;
+    /// Rows sorted by destination; `send[p]` rows go to rank p, `recv[p]` come from it (any count ≥ 0). Each
+    /// tensor's result has Σ recv rows in rank order.
+    fn all_to_all(&self, tensors: Vec<Tensor>, send: &[i64], recv: &[i64]) -> Result<Pending<Vec<Tensor>>, CommError>;
+    /// Batched point-to-point: all sends and receives are posted together. Between two ranks the k-th send
+    /// meets the k-th receive.
+    fn exchange(&self, sends: Vec<(usize, Tensor)>, recvs: Vec<(usize, TensorSpec)>) -> Result<Pending<Vec<Tensor>>, CommError>;
+    /// The sub-group of ranks with the same colour, ordered by (key, rank). Collective over this group.
+    fn split(&self, colour: usize, key: usize) -> Result<Rc<dyn Communicator>, CommError>;
+}
+
+pub type Comm = Rc<dyn Communicator>;
+
+/// Every rank's bytes, in rank order (small control messages: JSON, hashes).
+pub fn gather_bytes(comm: &dyn Communicator, bytes: &[u8]) -> Result<Vec<Vec<u8>>, CommError> {
+    let lengths = comm.all_gather(vec![Tensor::from_slice(&[bytes.len() as i64])])?.wait()?;
+    let lengths = Vec::<i64>::try_from(&lengths[0]).expect("i64 lengths");
+    let longest = lengths.iter().copied().max().unwrap_or(0);
+    let mut padded = bytes.to_vec();
+    padded.resize(longest.max(1) as usize, 0);
+    let all = comm.all_gather(vec![Tensor::from_slice(&padded)])?.wait()?;
+    let all = Vec::<u8>::try_from(&all[0]).expect("bytes");
+    Ok(all.chunks(padded.len()).zip(&lengths).map(|(chunk, &n)| chunk[..n as usize].to_vec()).collect())
+}
+
+/// `root`'s bytes on every rank.
+pub fn broadcast_bytes(comm: &dyn Communicator, bytes: &[u8], root: usize) -> Result<Vec<u8>, CommError> {
+    let length = comm.broadcast(vec![Tensor::from_slice(&[bytes.len() as i64])], root)?.wait()?;
+    let length = length[0].int64_value(&[0]) as usize;
+    let mut buffer = if comm.rank() == root { bytes.to_vec() } else { vec![0; length] };
+    buffer.resize(length.max(1), 0);
+    let all = comm.broadcast(vec![Tensor::from_slice(&buffer)], root)?.wait()?;
+    let mut all = Vec::<u8>::try_from(&all[0]).expect("bytes");
+    all.truncate(length);
+    Ok(all)
+}
+
+/// A collective that does nothing but wait for everyone.
+pub fn barrier(comm: &dyn Communicator) -> Result<(), CommError> {
+    comm.all_reduce(vec![Tensor::from_slice(&[0i64])], Reduce::Sum)?.wait().map(|_| ())
+}
