@@ -1,1 +1,4 @@
-
+//! What runs on a device: the ops between the GEMMs, the GEMMs, and their CPU references.
+pub mod ops;
+mod precision;
+pub use precision::Precision;

@@ -1,0 +1,15 @@
+//! One module an op: a host entry that asserts shapes, and the CPU reference every device is held to.
+pub mod adamw;
+pub mod attention;
+pub mod cross_entropy;
+pub mod linear;
+pub mod rms_norm;
+pub mod rope;
+pub mod swiglu;
+
+use tch::Kind;
+
+/// The kind that statistics and sums are taken in: FP32, or f64 where the run is f64.
+pub fn wide(kind: Kind) -> Kind {
+    if kind == Kind::Double { Kind::Double } else { Kind::Float }
+}

@@ -1,0 +1,27 @@
+//! RMSNorm over the last dim: y = w · x / sqrt(mean(x²) + eps). Statistics in at least FP32.
+//!
+//! Legend: T tokens, D width.
+use super::wide;
+use tch::Tensor;
+
+/// x [T, D], weight [D] → y [T, D] and rstd [T, 1], which backward needs beside x.
+pub fn forward(x: &Tensor, weight: &Tensor, eps: f64) -> (Tensor, Tensor) {
+    let kind = x.kind();
+    let x = x.to_kind(wide(kind));
+    let mean_square = x.linalg_vector_norm(2.0, &[-1i64][..], true, None).square() / x.size()[x.dim() - 1] as f64;
+    let rstd = (mean_square + eps).rsqrt();
+    ((x * &rstd).to_kind(kind) * weight, rstd)
+}
+
+/// dy [T, D] → (dx [T, D], dweight [D] in the statistics' kind).
+pub fn backward(dy: &Tensor, x: &Tensor, rstd: &Tensor, weight: &Tensor) -> (Tensor, Tensor) {
+    let kind = x.kind();
+    let normed = x.to_kind(wide(kind)) * rstd;
+    let dy = dy.to_kind(wide(kind));
+    let dy_normed = &dy * &normed;
+    let weight = weight.to_kind(wide(kind));
+    // mean over D of (dy·w)·x̂ as a matrix-vector product: one pass, no temporary.
+    let projection = dy_normed.matmul(&weight.unsqueeze(1)) / x.size()[x.dim() - 1] as f64; // [T, 1]
+    let dx = (dy * weight - normed * projection) * rstd;
+    (dx.to_kind(kind), dy_normed.sum_dim_intlist(&[0i64][..], false, None))
+}
