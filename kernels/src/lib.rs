@@ -1,4 +1,5 @@
 //! What runs on a device: the ops between the GEMMs, the GEMMs, and their CPU references.
+pub mod fp8;
 pub mod ops;
 mod precision;
 pub use precision::Precision;
