@@ -1,1 +1,23 @@
+//! The DeepSeek-V3 model as layers with an explicit forward and backward (DESIGN §3). Torch autograd never runs
+//! here; it is the tests' oracle.
+pub mod block;
+pub mod config;
+pub mod embedding;
+pub mod experts;
+pub mod gate;
+pub mod head;
+pub mod hf;
+pub mod layer;
+pub mod linear;
+pub mod mla;
+pub mod mlp;
+pub mod moe;
+pub mod mtp;
+pub mod norm;
+pub mod params;
+pub mod stage;
 
+pub use config::ModelConfig;
+pub use layer::Layer;
+pub use params::{Grads, ParamId, ParamTable, Weights};
+pub use stage::{MicroBatch, Stage, StageStats, StepContext};

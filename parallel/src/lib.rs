@@ -1,3 +1,4 @@
 //! Groups of ranks and what they exchange: mesh, communicators, MoE dispatch, pipeline schedules, ZeRO-1.
 //! Knows nothing of layers (invariant 1 of ARCHITECTURE.md).
 pub mod comm;
+pub mod dispatch;

@@ -3,7 +3,7 @@
 //!
 //! Legend: B sequences, H heads, S positions, Dk / Dv head widths.
 use super::wide;
-use tch::{Kind, Tensor};
+use tch::Tensor;
 
 /// q, k [B, H, S, Dk], v [B, H, S, Dv] → out [B, H, S, Dv] and the probabilities [B, H, S, S].
 pub fn forward(q: &Tensor, k: &Tensor, v: &Tensor, scale: f64) -> (Tensor, Tensor) {
@@ -12,7 +12,7 @@ pub fn forward(q: &Tensor, k: &Tensor, v: &Tensor, scale: f64) -> (Tensor, Tenso
     let mask = Tensor::full([positions, positions], f64::NEG_INFINITY, (q.kind(), q.device())).triu(1);
     let (batch, heads) = (q.size()[0], q.size()[1]);
     let flat = |t: &Tensor| t.reshape([batch * heads, positions, -1]);
-    let scores = mask.unsqueeze(0).baddbmm(&flat(&(q * scale)), &flat(k).transpose(1, 2));
+    let scores = mask.unsqueeze(0).baddbmm(&flat(q), &flat(k).transpose(1, 2), 1.0, scale);
     let probabilities = scores.softmax(-1, wide(q.kind())).to_kind(q.kind());
     let out = probabilities.bmm(&flat(v));
     (out.view([batch, heads, positions, -1]), probabilities.view([batch, heads, positions, positions]))

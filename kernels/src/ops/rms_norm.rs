@@ -8,7 +8,7 @@ use tch::Tensor;
 pub fn forward(x: &Tensor, weight: &Tensor, eps: f64) -> (Tensor, Tensor) {
     let kind = x.kind();
     let x = x.to_kind(wide(kind));
-    let mean_square = x.linalg_vector_norm(2.0, &[-1i64][..], true, None).square() / x.size()[x.dim() - 1] as f64;
+    let mean_square = x.norm_scalaropt_dim(2.0, &[-1i64][..], true).square() / x.size()[x.dim() - 1] as f64;
     let rstd = (mean_square + eps).rsqrt();
     ((x * &rstd).to_kind(kind) * weight, rstd)
 }

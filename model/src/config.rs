@@ -1,0 +1,186 @@
+//! The shape of a model. Keys are DeepSeek's own, so a released config.json reads like ours.
+use kernels::ops::rope::RopeScaling;
+use serde::{Deserialize, Serialize};
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Scoring {
+    /// V3: choose by biased score, weigh by unbiased score; a group's score is the sum of its two best.
+    Sigmoid,
+    /// The 16B sibling: no bias; a group's score is its best expert.
+    Softmax,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ModelConfig {
+    pub vocab_size: i64,
+    pub hidden_size: i64,
+    /// Of the dense blocks.
+    pub intermediate_size: i64,
+    /// Of one expert.
+    pub moe_intermediate_size: i64,
+    pub num_hidden_layers: i64,
+    /// The first so many blocks are dense.
+    pub first_k_dense_replace: i64,
+    pub num_attention_heads: i64,
+    pub n_routed_experts: i64,
+    pub n_shared_experts: i64,
+    pub num_experts_per_tok: i64,
+    #[serde(default = "one")]
+    pub n_group: i64,
+    #[serde(default = "one")]
+    pub topk_group: i64,
+    #[serde(default = "sigmoid")]
+    pub scoring_func: Scoring,
+    #[serde(default = "yes")]
+    pub norm_topk_prob: bool,
+    #[serde(default = "unit")]
+    pub routed_scaling_factor: f64,
+    /// Absent: queries are projected straight from the hidden state.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub q_lora_rank: Option<i64>,
+    pub kv_lora_rank: i64,
+    pub qk_nope_head_dim: i64,
+    pub qk_rope_head_dim: i64,
+    pub v_head_dim: i64,
+    #[serde(default = "eps")]
+    pub rms_norm_eps: f64,
+    #[serde(default = "theta")]
+    pub rope_theta: f64,
+    /// Longest sequence the run may ask for.
+    pub max_position_embeddings: i64,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rope_scaling: Option<RopeScaling>,
+    /// Depth of multi-token prediction: 0 or 1.
+    #[serde(default)]
+    pub num_nextn_predict_layers: i64,
+    #[serde(default = "std")]
+    pub initializer_range: f64,
+}
+
+fn one() -> i64 {
+    1
+}
+fn unit() -> f64 {
+    1.0
+}
+fn sigmoid() -> Scoring {
+    Scoring::Sigmoid
+}
+fn yes() -> bool {
+    true
+}
+fn eps() -> f64 {
+    1e-6
+}
+fn theta() -> f64 {
+    10000.0
+}
+fn std() -> f64 {
+    0.006
+}
+
+#[derive(Debug, thiserror::Error, PartialEq)]
+#[error("model.{key} = {value}: {limit}")]
+pub struct ConfigError {
+    pub key: &'static str,
+    pub value: i64,
+    pub limit: String,
+}
+
+/// Parameters counted from the fields alone.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ParameterCount {
+    /// All but the MTP module's own, expert biases included.
+    pub main: i64,
+    /// What one token's forward touches, without the embedding.
+    pub active: i64,
+    /// The MTP module's own (its embedding and head are the main ones).
+    pub mtp: i64,
+}
+
+impl ModelConfig {
+    pub fn qk_head_dim(&self) -> i64 {
+        self.qk_nope_head_dim + self.qk_rope_head_dim
+    }
+    pub fn is_moe(&self, layer: i64) -> bool {
+        layer >= self.first_k_dense_replace
+    }
+    pub fn has_bias(&self) -> bool {
+        self.scoring_func == Scoring::Sigmoid
+    }
+
+    /// Errors name the key, its value and the limit it broke.
+    pub fn validate(&self) -> Result<(), ConfigError> {
+        let check = |ok: bool, key, value, limit: &str| if ok { Ok(()) } else { Err(ConfigError { key, value, limit: limit.to_string() }) };
+        for (key, value) in [
+            ("vocab_size", self.vocab_size),
+            ("hidden_size", self.hidden_size),
+            ("intermediate_size", self.intermediate_size),
+            ("moe_intermediate_size", self.moe_intermediate_size),
+            ("num_hidden_layers", self.num_hidden_layers),
+            ("num_attention_heads", self.num_attention_heads),
+            ("kv_lora_rank", self.kv_lora_rank),
+            ("qk_nope_head_dim", self.qk_nope_head_dim),
+            ("v_head_dim", self.v_head_dim),
+            ("n_group", self.n_group),
+            ("max_position_embeddings", self.max_position_embeddings),
+            ("q_lora_rank", self.q_lora_rank.unwrap_or(1)),
+        ] {
+            check(value > 0, key, value, "must be positive")?;
+        }
+        check(self.qk_rope_head_dim > 0 && self.qk_rope_head_dim % 2 == 0, "qk_rope_head_dim", self.qk_rope_head_dim, "must be positive and even")?;
+        check((0..=1).contains(&self.num_nextn_predict_layers), "num_nextn_predict_layers", self.num_nextn_predict_layers, "must be 0 or 1")?;
+        check(self.first_k_dense_replace >= 0, "first_k_dense_replace", self.first_k_dense_replace, "must not be negative")?;
+        if self.first_k_dense_replace >= self.num_hidden_layers && self.num_nextn_predict_layers == 0 {
+            return Ok(()); // a dense model has no experts to check
+        }
+        let experts = self.n_routed_experts;
+        check(experts > 0, "n_routed_experts", experts, "must be positive")?;
+        check(experts % self.n_group == 0, "n_group", self.n_group, &format!("must divide n_routed_experts = {experts}"))?;
+        check((1..=self.n_group).contains(&self.topk_group), "topk_group", self.topk_group, &format!("must be between 1 and n_group = {}", self.n_group))?;
+        let open = experts / self.n_group * self.topk_group;
+        check((1..=open).contains(&self.num_experts_per_tok), "num_experts_per_tok", self.num_experts_per_tok, &format!("must be between 1 and the {open} experts of topk_group groups"))?;
+        let group_size = experts / self.n_group;
+        check(self.scoring_func == Scoring::Softmax || group_size >= 2 || self.n_group == 1, "n_group", self.n_group, "sigmoid scoring sums a group's two best experts, so a group needs two")
+    }
+
+    fn attention_parameters(&self) -> i64 {
+        let (d, heads) = (self.hidden_size, self.num_attention_heads);
+        let query = match self.q_lora_rank {
+            Some(rank) => d * rank + rank + rank * heads * self.qk_head_dim(),
+            None => d * heads * self.qk_head_dim(),
+        };
+        let kv = d * (self.kv_lora_rank + self.qk_rope_head_dim) + self.kv_lora_rank;
+        query + kv + self.kv_lora_rank * heads * (self.qk_nope_head_dim + self.v_head_dim) + heads * self.v_head_dim * d
+    }
+
+    /// (all, active) parameters of one block.
+    fn block_parameters(&self, moe: bool) -> (i64, i64) {
+        let d = self.hidden_size;
+        let rest = self.attention_parameters() + 2 * d;
+        if !moe {
+            let all = rest + 3 * d * self.intermediate_size;
+            return (all, all);
+        }
+        let expert = 3 * d * self.moe_intermediate_size;
+        let bias = if self.has_bias() { self.n_routed_experts } else { 0 };
+        let rest = rest + d * self.n_routed_experts + self.n_shared_experts * expert + bias;
+        (rest + self.n_routed_experts * expert, rest + self.num_experts_per_tok * expert)
+    }
+
+    pub fn count(&self) -> ParameterCount {
+        let d = self.hidden_size;
+        let mut count = ParameterCount { main: 2 * self.vocab_size * d + d, active: self.vocab_size * d + d, mtp: 0 };
+        for layer in 0..self.num_hidden_layers {
+            let (all, active) = self.block_parameters(self.is_moe(layer));
+            count.main += all;
+            count.active += active;
+        }
+        if self.num_nextn_predict_layers == 1 {
+            count.mtp = self.block_parameters(true).0 + 2 * d * d + 3 * d;
+        }
+        count
+    }
+}

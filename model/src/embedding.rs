@@ -1,0 +1,34 @@
+//! Token embedding.   Legend: T tokens, V vocabulary, D hidden size.
+use crate::{Grads, Layer, ParamId, Weights};
+use tch::Tensor;
+
+#[derive(Debug)]
+pub struct Embedding {
+    pub weight: ParamId, // [V, D]
+}
+
+pub struct EmbeddingWork {
+    tokens: Tensor,
+    dy: Tensor,
+}
+
+impl Layer for Embedding {
+    type In = Tensor; // [T] i64
+    type Out = Tensor; // [T, D]
+    type DOut = Tensor;
+    type DIn = ();
+    type Saved = Tensor; // tokens
+    type WeightWork = EmbeddingWork;
+
+    fn forward(&self, w: &Weights, tokens: Tensor) -> (Tensor, Tensor) {
+        (w.get(self.weight).index_select(0, &tokens), tokens)
+    }
+    fn backward_input(&self, _: &Weights, dy: Tensor, tokens: Tensor) -> ((), EmbeddingWork) {
+        ((), EmbeddingWork { tokens, dy })
+    }
+    fn backward_weight(&self, work: EmbeddingWork, grads: &mut Grads) {
+        let gradient = grads.at(self.weight);
+        let dy = work.dy.to_kind(gradient.kind());
+        let _ = gradient.index_add_(0, &work.tokens, &dy);
+    }
+}

@@ -1,0 +1,101 @@
+//! The released layout: which of its tensors make up one of ours. Ours pack a SwiGLU's gate and up, and all
+//! experts of a layer, in one tensor; the MTP module repeats the embedding and the head.
+use crate::config::{ModelConfig, Scoring};
+use crate::params::ParamSpec;
+use serde_json::{Value, json};
+
+/// A released tensor as a part of ours: `expert` picks dim 0, then `rows` a range of the matrix's rows.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Piece {
+    pub name: String,
+    pub expert: Option<i64>,
+    pub rows: Option<(i64, i64)>,
+}
+
+/// The released tensors that one of ours consists of.
+pub fn pieces(spec: &ParamSpec) -> Vec<Piece> {
+    let whole = |name: String, expert| Piece { name, expert, rows: None };
+    let halves = |prefix: &str, expert, rows: i64| {
+        let half = |name: &str, start| Piece { name: format!("{prefix}.{name}.weight"), expert, rows: Some((start, rows / 2)) };
+        [half("gate_proj", 0), half("up_proj", rows / 2)]
+    };
+    if let Some(prefix) = spec.name.strip_suffix(".mlp.experts.gate_up_proj.weight") {
+        return (0..spec.shape[0]).flat_map(|e| halves(&format!("{prefix}.mlp.experts.{e}"), Some(e), spec.shape[1])).collect();
+    }
+    if let Some(prefix) = spec.name.strip_suffix(".mlp.experts.down_proj.weight") {
+        return (0..spec.shape[0]).map(|e| whole(format!("{prefix}.mlp.experts.{e}.down_proj.weight"), Some(e))).collect();
+    }
+    match spec.name.strip_suffix(".gate_up_proj.weight") {
+        Some(prefix) => halves(prefix, None, spec.shape[0]).to_vec(),
+        None => vec![whole(spec.name.clone(), None)],
+    }
+}
+
+/// Released names that repeat one of our tensors: (name, ours).
+pub fn copies(config: &ModelConfig) -> Vec<(String, &'static str)> {
+    if config.num_nextn_predict_layers == 0 {
+        return Vec::new();
+    }
+    let prefix = format!("model.layers.{}", config.num_hidden_layers);
+    vec![(format!("{prefix}.embed_tokens.weight"), "model.embed_tokens.weight"), (format!("{prefix}.shared_head.head.weight"), "lm_head.weight")]
+}
+
+/// config.json as transformers reads it.
+pub fn config_json(config: &ModelConfig, torch_dtype: &str) -> Value {
+    let sigmoid = config.scoring_func == Scoring::Sigmoid;
+    let (architecture, model_type) = if sigmoid { ("DeepseekV3ForCausalLM", "deepseek_v3") } else { ("DeepseekV2ForCausalLM", "deepseek_v2") };
+    let topk_method = match (sigmoid, config.n_group) {
+        (true, _) => "noaux_tc",
+        (false, 1) => "greedy",
+        (false, _) => "group_limited_greedy",
+    };
+    let mut value = serde_json::to_value(config).expect("a config is JSON");
+    let keys = value.as_object_mut().expect("an object");
+    for (key, extra) in [
+        ("architectures", json!([architecture])),
+        ("model_type", json!(model_type)),
+        ("topk_method", json!(topk_method)),
+        ("torch_dtype", json!(torch_dtype)),
+        ("q_lora_rank", json!(config.q_lora_rank)),
+        ("num_key_value_heads", json!(config.num_attention_heads)),
+        ("head_dim", json!(config.qk_rope_head_dim)),
+        ("hidden_act", json!("silu")),
+        ("moe_layer_freq", json!(1)),
+        ("attention_bias", json!(false)),
+        ("tie_word_embeddings", json!(false)),
+        ("rope_interleave", json!(true)),
+        ("use_cache", json!(true)),
+    ] {
+        keys.insert(key.into(), extra);
+    }
+    match keys.get_mut("rope_scaling") {
+        Some(scaling) => {
+            scaling["type"] = json!("yarn");
+            scaling["rope_type"] = json!("yarn");
+        }
+        None => {
+            keys.insert("rope_scaling".into(), Value::Null);
+        }
+    }
+    value
+}
+
+/// The inverse of `config_json`: DeepSeek's keys out of a released config.json, everything else ignored.
+pub fn parse_config(value: &Value) -> Result<ModelConfig, serde_json::Error> {
+    const KEYS: [&str; 25] = [
+        "vocab_size", "hidden_size", "intermediate_size", "moe_intermediate_size", "num_hidden_layers",
+        "first_k_dense_replace", "num_attention_heads", "n_routed_experts", "n_shared_experts", "num_experts_per_tok",
+        "n_group", "topk_group", "scoring_func", "norm_topk_prob", "routed_scaling_factor", "q_lora_rank",
+        "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "rms_norm_eps", "rope_theta",
+        "max_position_embeddings", "num_nextn_predict_layers", "initializer_range",
+    ];
+    const YARN: [&str; 6] = ["factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"];
+    let pick = |from: &Value, keys: &[&str]| -> serde_json::Map<String, Value> {
+        keys.iter().filter_map(|&key| from.get(key).filter(|value| !value.is_null()).map(|value| (key.to_string(), value.clone()))).collect()
+    };
+    let mut ours = pick(value, &KEYS);
+    if let Some(scaling) = value.get("rope_scaling").filter(|scaling| scaling.get("factor").is_some()) {
+        ours.insert("rope_scaling".into(), Value::Object(pick(scaling, &YARN)));
+    }
+    serde_json::from_value(Value::Object(ours))
+}

@@ -1,0 +1,202 @@
+//! Multi-head latent attention (report §2.1.1), the training form: every head gets its own keys and values from
+//! the latent, and one rotary key is shared by all heads.
+//!
+//! Legend: B sequences, S positions, T = B·S, D hidden size, H heads, N no-position width, R rotary width,
+//! Dv value width, Lq / Lkv latent widths.
+use crate::linear::{Linear, LinearWork};
+use crate::norm::{NormSaved, RmsNorm};
+use crate::{Grads, Layer, ModelConfig, ParamTable, Weights};
+use kernels::ops::{attention, rope, rope::RopeTable};
+use std::rc::Rc;
+use tch::Tensor;
+
+#[derive(Debug)]
+pub struct Mla {
+    query: Query,
+    kv_a: Linear, // [Lkv + R, D]
+    kv_norm: RmsNorm,
+    kv_b: Linear, // [H (N + Dv), Lkv]
+    out: Linear,  // [D, H Dv]
+    heads: i64,
+    nope: i64,
+    rotary: i64,
+    value: i64,
+    latent: i64,
+}
+
+#[derive(Debug)]
+enum Query {
+    Direct(Linear), // [H (N + R), D]
+    Latent { a: Linear, norm: RmsNorm, b: Linear },
+}
+
+/// Positions 0..S of every sequence, and the softmax scale that goes with the table.
+#[derive(Clone)]
+pub struct Positions {
+    pub table: Rc<RopeTable>,
+    pub softmax_scale: f64,
+}
+
+pub struct MlaIn {
+    pub x: Tensor, // [T, D]
+    pub sequences: i64,
+    pub positions: Positions,
+}
+
+pub struct MlaSaved {
+    x: Tensor,
+    query: QuerySaved,
+    kv_norm: NormSaved,
+    kv_latent: Tensor, // normed, [T, Lkv]
+    q: Tensor,         // [B, H, S, N + R]
+    k: Tensor,
+    v: Tensor,
+    probabilities: Tensor,
+    context: Tensor, // [T, H Dv]
+    positions: Positions,
+}
+
+enum QuerySaved {
+    Direct,
+    Latent { norm: NormSaved, latent: Tensor },
+}
+
+pub struct MlaWork {
+    query: QueryWork,
+    kv_a: LinearWork,
+    kv_norm: Tensor,
+    kv_b: LinearWork,
+    out: LinearWork,
+}
+
+enum QueryWork {
+    Direct(LinearWork),
+    Latent { a: LinearWork, norm: Tensor, b: LinearWork },
+}
+
+impl Mla {
+    pub fn new(table: &mut ParamTable, config: &ModelConfig, prefix: &str) -> Self {
+        let (d, heads, latent, eps) = (config.hidden_size, config.num_attention_heads, config.kv_lora_rank, config.rms_norm_eps);
+        let queries = heads * config.qk_head_dim();
+        let query = match config.q_lora_rank {
+            None => Query::Direct(Linear { weight: table.matrix(format!("{prefix}.q_proj.weight"), &[queries, d], config) }),
+            Some(rank) => Query::Latent {
+                a: Linear { weight: table.matrix(format!("{prefix}.q_a_proj.weight"), &[rank, d], config) },
+                norm: RmsNorm { weight: table.norm(format!("{prefix}.q_a_layernorm.weight"), rank), eps },
+                b: Linear { weight: table.matrix(format!("{prefix}.q_b_proj.weight"), &[queries, rank], config) },
+            },
+        };
+        let kv_a = table.matrix(format!("{prefix}.kv_a_proj_with_mqa.weight"), &[latent + config.qk_rope_head_dim, d], config);
+        let kv_norm = table.norm(format!("{prefix}.kv_a_layernorm.weight"), latent);
+        let kv_b = table.matrix(format!("{prefix}.kv_b_proj.weight"), &[heads * (config.qk_nope_head_dim + config.v_head_dim), latent], config);
+        let out = table.matrix(format!("{prefix}.o_proj.weight"), &[d, heads * config.v_head_dim], config);
+        Mla {
+            query,
+            kv_a: Linear { weight: kv_a },
+            kv_norm: RmsNorm { weight: kv_norm, eps },
+            kv_b: Linear { weight: kv_b },
+            out: Linear { weight: out },
+            heads,
+            nope: config.qk_nope_head_dim,
+            rotary: config.qk_rope_head_dim,
+            value: config.v_head_dim,
+            latent,
+        }
+    }
+
+    /// [T, H (N + R)] → [B, H, S, N + R], the last R rotated.
+    fn heads_of_query(&self, q: &Tensor, sequences: i64, positions: &Positions) -> Tensor {
+        let q = q.view([sequences, -1, self.heads, self.nope + self.rotary]);
+        let parts = q.split_with_sizes([self.nope, self.rotary], 3);
+        Tensor::cat(&[parts[0].shallow_clone(), rope::forward(&parts[1], &positions.table)], 3).transpose(1, 2).contiguous()
+    }
+
+    /// The latent's keys and values [T, H (N + Dv)] and the shared rotary key [T, R] → k [B, H, S, N + R], v [B, H, S, Dv].
+    fn heads_of_kv(&self, kv: &Tensor, rotary_key: &Tensor, sequences: i64, positions: &Positions) -> (Tensor, Tensor) {
+        let kv = kv.view([sequences, -1, self.heads, self.nope + self.value]);
+        let parts = kv.split_with_sizes([self.nope, self.value], 3);
+        let rotary_key = rope::forward(&rotary_key.reshape([sequences, -1, 1, self.rotary]), &positions.table);
+        let rotary_key = rotary_key.expand([-1, -1, self.heads, -1], false);
+        (Tensor::cat(&[parts[0].shallow_clone(), rotary_key], 3).transpose(1, 2).contiguous(), parts[1].transpose(1, 2).contiguous())
+    }
+}
+
+impl Layer for Mla {
+    type In = MlaIn;
+    type Out = Tensor; // [T, D]
+    type DOut = Tensor;
+    type DIn = Tensor;
+    type Saved = MlaSaved;
+    type WeightWork = MlaWork;
+
+    fn forward(&self, w: &Weights, MlaIn { x, sequences, positions }: MlaIn) -> (Tensor, MlaSaved) {
+        let (q, query) = match &self.query {
+            Query::Direct(linear) => (linear.forward(w, x.shallow_clone()).0, QuerySaved::Direct),
+            Query::Latent { a, norm, b } => {
+                let (latent, norm_saved) = norm.forward(w, a.forward(w, x.shallow_clone()).0);
+                let (q, latent) = b.forward(w, latent);
+                (q, QuerySaved::Latent { norm: norm_saved, latent })
+            }
+        };
+        let q = self.heads_of_query(&q, sequences, &positions);
+        let (compressed, x) = self.kv_a.forward(w, x); // [T, Lkv + R]
+        let parts = compressed.split_with_sizes([self.latent, self.rotary], 1);
+        let (latent, kv_norm) = self.kv_norm.forward(w, parts[0].contiguous());
+        let (kv, kv_latent) = self.kv_b.forward(w, latent);
+        let (k, v) = self.heads_of_kv(&kv, &parts[1], sequences, &positions);
+        let (context, probabilities) = attention::forward(&q, &k, &v, positions.softmax_scale); // [B, H, S, Dv]
+        let context = context.transpose(1, 2).reshape([-1, self.heads * self.value]);
+        let (y, context) = self.out.forward(w, context);
+        (y, MlaSaved { x, query, kv_norm, kv_latent, q, k, v, probabilities, context, positions })
+    }
+
+    fn backward_input(&self, w: &Weights, dy: Tensor, s: MlaSaved) -> (Tensor, MlaWork) {
+        let (sequences, table) = (s.q.size()[0], &s.positions.table);
+        let (dcontext, out) = self.out.backward_input(w, dy, s.context);
+        let dcontext = dcontext.view([sequences, -1, self.heads, self.value]).transpose(1, 2).contiguous();
+        let (dq, dk, dv) = attention::backward(&dcontext, &s.q, &s.k, &s.v, &s.probabilities, s.positions.softmax_scale);
+
+        let dk = dk.transpose(1, 2); // [B, S, H, N + R]
+        let dk = dk.split_with_sizes([self.nope, self.rotary], 3);
+        let dkv = Tensor::cat(&[dk[0].shallow_clone(), dv.transpose(1, 2)], 3).reshape([-1, self.heads * (self.nope + self.value)]);
+        // One rotary key served all heads, so its gradient is their sum.
+        let drotary = rope::backward(&dk[1].sum_dim_intlist(&[2i64][..], true, None), table).reshape([-1, self.rotary]);
+        let (dlatent, kv_b) = self.kv_b.backward_input(w, dkv, s.kv_latent);
+        let (dlatent, kv_norm) = self.kv_norm.backward_input(w, dlatent, s.kv_norm);
+        let (dx_kv, kv_a) = self.kv_a.backward_input(w, Tensor::cat(&[dlatent, drotary], 1), s.x.shallow_clone());
+
+        let dq = dq.transpose(1, 2);
+        let dq = dq.split_with_sizes([self.nope, self.rotary], 3);
+        let dq = Tensor::cat(&[dq[0].shallow_clone(), rope::backward(&dq[1], table)], 3).reshape([-1, self.heads * (self.nope + self.rotary)]);
+        let (dx_q, query) = match (&self.query, s.query) {
+            (Query::Direct(linear), _) => {
+                let (dx, work) = linear.backward_input(w, dq, s.x);
+                (dx, QueryWork::Direct(work))
+            }
+            (Query::Latent { a, norm, b }, QuerySaved::Latent { norm: norm_saved, latent }) => {
+                let (dlatent, b) = b.backward_input(w, dq, latent);
+                let (dlatent, norm) = norm.backward_input(w, dlatent, norm_saved);
+                let (dx, a) = a.backward_input(w, dlatent, s.x);
+                (dx, QueryWork::Latent { a, norm, b })
+            }
+            (Query::Latent { .. }, QuerySaved::Direct) => unreachable!("forward saved the other form"),
+        };
+        (dx_kv + dx_q, MlaWork { query, kv_a, kv_norm, kv_b, out })
+    }
+
+    fn backward_weight(&self, work: MlaWork, grads: &mut Grads) {
+        match (&self.query, work.query) {
+            (Query::Direct(linear), QueryWork::Direct(work)) => linear.backward_weight(work, grads),
+            (Query::Latent { a, norm, b }, QueryWork::Latent { a: a_work, norm: norm_work, b: b_work }) => {
+                a.backward_weight(a_work, grads);
+                norm.backward_weight(norm_work, grads);
+                b.backward_weight(b_work, grads);
+            }
+            _ => unreachable!("backward_input made the other form"),
+        }
+        self.kv_a.backward_weight(work.kv_a, grads);
+        self.kv_norm.backward_weight(work.kv_norm, grads);
+        self.kv_b.backward_weight(work.kv_b, grads);
+        self.out.backward_weight(work.out, grads);
+    }
+}

@@ -1,0 +1,36 @@
+//! RMSNorm.   Legend: T tokens, D width.
+use crate::{Grads, Layer, ParamId, Weights};
+use kernels::ops::rms_norm;
+use tch::Tensor;
+
+#[derive(Debug)]
+pub struct RmsNorm {
+    pub weight: ParamId,
+    pub eps: f64,
+}
+
+pub struct NormSaved {
+    x: Tensor,
+    rstd: Tensor,
+}
+
+impl Layer for RmsNorm {
+    type In = Tensor; // [T, D]
+    type Out = Tensor; // [T, D]
+    type DOut = Tensor;
+    type DIn = Tensor;
+    type Saved = NormSaved;
+    /// The weight's gradient itself, [D]: it falls out of the input gradient's pass.
+    type WeightWork = Tensor;
+
+    fn forward(&self, w: &Weights, x: Tensor) -> (Tensor, NormSaved) {
+        let (y, rstd) = rms_norm::forward(&x, w.get(self.weight), self.eps);
+        (y, NormSaved { x, rstd })
+    }
+    fn backward_input(&self, w: &Weights, dy: Tensor, saved: NormSaved) -> (Tensor, Tensor) {
+        rms_norm::backward(&dy, &saved.x, &saved.rstd, w.get(self.weight))
+    }
+    fn backward_weight(&self, dweight: Tensor, grads: &mut Grads) {
+        grads.add(self.weight, &dweight);
+    }
+}

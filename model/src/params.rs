@@ -1,0 +1,209 @@
+//! Parameters: one table of what there is, one store of weights and one of gradients a rank. A layer holds
+//! `ParamId`s, so two layers may share a weight and nothing is borrowed twice.
+//!
+//! Invariant: gradients accumulate (`+=`), activations are assigned.
+use crate::config::ModelConfig;
+use kernels::Precision;
+use std::rc::Rc;
+use tch::{Device, Kind, Tensor};
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct ParamId(pub usize);
+
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Init {
+    Normal { std: f64 },
+    Ones,
+    Zeros,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Role {
+    /// A matrix: compute kind, decayed.
+    Matrix,
+    /// A stack of local experts' matrices, [E, O, I].
+    Experts,
+    /// A norm's vector: not decayed.
+    Norm,
+    /// The gate's matrix: never below FP32.
+    Gate,
+    /// The expert bias: FP32, no gradient, moved by its own rule.
+    Bias,
+}
+
+#[derive(Clone, Debug)]
+pub struct ParamSpec {
+    /// The released names, experts packed: `model.layers.3.mlp.experts.gate_up_proj.weight`.
+    pub name: String,
+    pub shape: Vec<i64>,
+    pub init: Init,
+    pub role: Role,
+}
+
+impl ParamSpec {
+    pub fn trained(&self) -> bool {
+        self.role != Role::Bias
+    }
+    pub fn decayed(&self) -> bool {
+        matches!(self.role, Role::Matrix | Role::Experts | Role::Gate)
+    }
+    pub fn numel(&self) -> i64 {
+        self.shape.iter().product()
+    }
+    /// The kind the layers compute with.
+    pub fn kind(&self, precision: Precision) -> Kind {
+        match self.role {
+            Role::Gate | Role::Bias => precision.master(),
+            _ => precision.compute(),
+        }
+    }
+
+    /// The values of `seed`: a function of (seed, name, index) alone, so no layout and no order changes them.
+    pub fn initial(&self, seed: u64, kind: Kind) -> Tensor {
+        let options = (kind, Device::Cpu);
+        match self.init {
+            Init::Ones => Tensor::ones(&self.shape, options),
+            Init::Zeros => Tensor::zeros(&self.shape, options),
+            Init::Normal { std } => {
+                let key = name_key(seed, &self.name);
+                let values: Vec<f32> = (0..self.numel() as u64).map(|i| (normal(key, i) * std) as f32).collect();
+                Tensor::from_slice(&values).reshape(&self.shape).to_kind(kind)
+            }
+        }
+    }
+}
+
+/// FNV-1a of the name, mixed with the seed.
+fn name_key(seed: u64, name: &str) -> u64 {
+    mix(seed ^ name.bytes().fold(0xcbf2_9ce4_8422_2325, |hash, byte| (hash ^ byte as u64).wrapping_mul(0x0100_0000_01b3)))
+}
+
+/// A bijective 64-bit finaliser: successive counters give independent-looking words.
+fn mix(mut x: u64) -> u64 {
+    x = x.wrapping_add(0x9e37_79b9_7f4a_7c15);
+    x = (x ^ (x >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    x = (x ^ (x >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    x ^ (x >> 31)
+}
+
+/// The `index`-th standard normal number of a key (Box–Muller).
+fn normal(key: u64, index: u64) -> f64 {
+    let unit = |word: u64| ((word >> 11) as f64 + 0.5) / (1u64 << 53) as f64;
+    let radius = (-2.0 * unit(mix(key ^ mix(2 * index))).ln()).sqrt();
+    radius * (2.0 * std::f64::consts::PI * unit(mix(key ^ mix(2 * index + 1)))).cos()
+}
+
+/// Every parameter of this rank, in model order.
+#[derive(Debug, Default)]
+pub struct ParamTable {
+    specs: Vec<ParamSpec>,
+}
+
+impl ParamTable {
+    pub fn add(&mut self, name: impl Into<String>, shape: &[i64], init: Init, role: Role) -> ParamId {
+        let name = name.into();
+        assert!(self.specs.iter().all(|spec| spec.name != name), "parameter {name} was declared twice");
+        self.specs.push(ParamSpec { name, shape: shape.to_vec(), init, role });
+        ParamId(self.specs.len() - 1)
+    }
+    pub fn matrix(&mut self, name: impl Into<String>, shape: &[i64], config: &ModelConfig) -> ParamId {
+        self.add(name, shape, Init::Normal { std: config.initializer_range }, Role::Matrix)
+    }
+    pub fn norm(&mut self, name: impl Into<String>, width: i64) -> ParamId {
+        self.add(name, &[width], Init::Ones, Role::Norm)
+    }
+    pub fn ids(&self) -> impl Iterator<Item = ParamId> + use<> {
+        (0..self.specs.len()).map(ParamId)
+    }
+    pub fn spec(&self, id: ParamId) -> &ParamSpec {
+        &self.specs[id.0]
+    }
+    pub fn find(&self, name: &str) -> Option<ParamId> {
+        self.specs.iter().position(|spec| spec.name == name).map(ParamId)
+    }
+    pub fn specs(&self) -> &[ParamSpec] {
+        &self.specs
+    }
+    pub fn numel(&self) -> i64 {
+        self.specs.iter().map(ParamSpec::numel).sum()
+    }
+}
+
+/// The weights the layers compute with, in the kinds of the run's precision.
+pub struct Weights {
+    pub table: Rc<ParamTable>,
+    pub precision: Precision,
+    tensors: Vec<Tensor>,
+}
+
+impl Weights {
+    pub fn initial(table: Rc<ParamTable>, precision: Precision, seed: u64, device: Device) -> Self {
+        let tensors = table.specs().iter().map(|spec| spec.initial(seed, spec.kind(precision)).to_device(device)).collect();
+        Weights { table, precision, tensors }
+    }
+    pub fn get(&self, id: ParamId) -> &Tensor {
+        &self.tensors[id.0]
+    }
+    /// Writes `value` (any kind, the spec's shape) over the weight.
+    pub fn set(&mut self, id: ParamId, value: &Tensor) {
+        assert_eq!(value.size(), self.table.spec(id).shape, "shape of {}", self.table.spec(id).name);
+        self.tensors[id.0].copy_(value);
+    }
+    pub fn device(&self) -> Device {
+        self.tensors[0].device()
+    }
+}
+
+/// The gradients of one step, in the masters' kind. `None`: nothing has contributed yet.
+pub struct Grads {
+    kind: Kind,
+    device: Device,
+    table: Rc<ParamTable>,
+    tensors: Vec<Option<Tensor>>,
+}
+
+impl Grads {
+    pub fn new(weights: &Weights) -> Self {
+        let tensors = weights.table.specs().iter().map(|_| None).collect();
+        Grads { kind: weights.precision.master(), device: weights.device(), table: weights.table.clone(), tensors }
+    }
+    /// The accumulator of a parameter, zeros before the first contribution.
+    pub fn at(&mut self, id: ParamId) -> &mut Tensor {
+        let (kind, device, table) = (self.kind, self.device, &self.table);
+        self.tensors[id.0].get_or_insert_with(|| Tensor::zeros(&table.spec(id).shape, (kind, device)))
+    }
+    /// gradient += contribution.
+    pub fn add(&mut self, id: ParamId, contribution: &Tensor) {
+        let contribution = contribution.to_kind(self.kind);
+        let _ = self.at(id).g_add_(&contribution);
+    }
+    /// Every trained parameter's gradient, in table order; zeros where nothing contributed.
+    pub fn take(mut self) -> Vec<(ParamId, Tensor)> {
+        let trained: Vec<ParamId> = self.table.ids().filter(|&id| self.table.spec(id).trained()).collect();
+        trained
+            .into_iter()
+            .map(|id| {
+                self.at(id);
+                (id, self.tensors[id.0].take().expect("made above"))
+            })
+            .collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn initial_values_depend_on_seed_and_name_and_look_normal() {
+        let spec = |name: &str| ParamSpec { name: name.into(), shape: vec![100, 200], init: Init::Normal { std: 0.5 }, role: Role::Matrix };
+        let a = spec("a").initial(1, Kind::Double);
+        assert!(a.equal(&spec("a").initial(1, Kind::Double)));
+        assert!(!a.equal(&spec("a").initial(2, Kind::Double)));
+        assert!(!a.equal(&spec("b").initial(1, Kind::Double)));
+        let (mean, std) = (a.mean(Kind::Double).double_value(&[]), a.std(true).double_value(&[]));
+        assert!(mean.abs() < 0.015 && (std - 0.5).abs() < 0.01, "mean {mean}, std {std}");
+        let lag = (a.narrow(1, 0, 199) * a.narrow(1, 1, 199)).mean(Kind::Double).double_value(&[]);
+        assert!(lag.abs() < 0.01, "neighbours correlate: {lag}");
+    }
+}
