@@ -4,6 +4,10 @@
 //!
 //! Legend: N = size of the group, a "row" = one index of dim 0.
 
+mod call;
+pub mod local;
+mod sum;
+
 use std::rc::Rc;
 use tch::{Device, Kind, Tensor};
 
