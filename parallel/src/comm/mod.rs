@@ -6,6 +6,7 @@
 
 mod call;
 pub mod local;
+pub mod mpi;
 mod sum;
 
 use std::rc::Rc;

@@ -1,0 +1,171 @@
+//! Run under mpirun: every collective over MPI, compared bit for bit with the same program over threads.
+//! `mpirun -n 4 comm_check [--bench N]`; the last line of rank 0 is `comm_check: N ranks equal`.
+//! `--bench N` also times the all_reduce of N f32 elements; `--panic R` and `--wrong-size` show how it fails.
+
+use parallel::comm::local::run_local;
+use parallel::comm::mpi::MpiWorld;
+use parallel::comm::{Comm, Communicator, Reduce, TensorSpec, barrier, broadcast_bytes, gather_bytes};
+use std::time::Instant;
+use tch::{Device, Kind, Tensor};
+
+const KINDS: [Kind; 6] = [Kind::Double, Kind::Float, Kind::BFloat16, Kind::Half, Kind::Int64, Kind::Int];
+
+/// Values whose sums round, so that another order of addition shows; differs by rank and `salt`.
+fn sample(rank: usize, salt: usize, shape: &[i64], kind: Kind) -> Tensor {
+    let n: i64 = shape.iter().product();
+    let x = (Tensor::arange(n, (Kind::Double, Device::Cpu)) + (rank * 31 + salt * 7) as f64).sin() * 10f64.powi((rank * 3 % 5) as i32);
+    x.view(shape).to_kind(kind)
+}
+
+fn bytes(tensor: &Tensor) -> Vec<u8> {
+    let flat = tensor.contiguous().view([-1]).view_dtype(Kind::Uint8);
+    Vec::<u8>::try_from(&flat).expect("bytes")
+}
+
+/// Each result with a name, as shape and bytes.
+type Results = Vec<(String, Vec<i64>, Vec<u8>)>;
+
+fn keep(results: &mut Results, name: &str, tensors: Vec<Tensor>) {
+    results.extend(tensors.iter().map(|t| (format!("{name} {:?}", t.kind()), t.size(), bytes(t))));
+}
+
+/// The program that both back ends run: reductions small and large, moves of every kind, groups, odd waits.
+fn program(comm: &dyn Communicator) -> Results {
+    let mut results = Results::new();
+    collectives(comm, &mut results);
+    moves(comm, &mut results);
+    // Sub-groups by parity in reverse order; then the world again, so that numbering does not get mixed.
+    let group = comm.split(comm.rank() % 2, comm.size() - comm.rank()).unwrap();
+    collectives(&*group, &mut results);
+    moves(&*group, &mut results);
+    let all = gather_bytes(comm, format!("{}:{}", group.rank(), "x".repeat(comm.rank())).as_bytes()).unwrap();
+    let last = broadcast_bytes(comm, &all[comm.rank()], comm.size() - 1).unwrap();
+    results.push(("bytes".into(), vec![], [all.concat(), last].concat()));
+    barrier(comm).unwrap();
+    results
+}
+
+fn collectives(comm: &dyn Communicator, results: &mut Results) {
+    let (me, size) = (comm.rank(), comm.size());
+    for kind in KINDS {
+        for rows in [size as i64, 3000 * size as i64] {
+            let mine = |salt| sample(me, salt, &[rows, 7], kind);
+            for reduce in [Reduce::Sum, Reduce::Max, Reduce::Min] {
+                let odd = sample(me, 9, &[rows * 7 + 1], kind);
+                let got = comm.all_reduce(vec![mine(0), odd, mine(1).sum(kind)], reduce).unwrap().wait().unwrap();
+                keep(results, &format!("all_reduce {reduce:?} {rows}"), got);
+            }
+            keep(results, "reduce_scatter", comm.reduce_scatter(vec![mine(2), mine(3)]).unwrap().wait().unwrap());
+            keep(results, "all_gather", comm.all_gather(vec![mine(4), mine(5)]).unwrap().wait().unwrap());
+            keep(results, "transposed", comm.all_gather(vec![mine(4).transpose(0, 1)]).unwrap().wait().unwrap());
+        }
+    }
+    // Two-step transfers under way together, waited for in another order on each rank.
+    let first = comm.all_reduce(vec![sample(me, 6, &[50_000], Kind::Float)], Reduce::Sum).unwrap();
+    let dropped = comm.all_reduce(vec![sample(me, 7, &[50_000], Kind::Float)], Reduce::Sum).unwrap();
+    let second = comm.all_reduce(vec![sample(me, 8, &[50_000], Kind::Float)], Reduce::Sum).unwrap();
+    let (first, second) = if me % 2 == 0 {
+        drop(dropped);
+        (first.wait().unwrap(), second.wait().unwrap())
+    } else {
+        let second = second.wait().unwrap();
+        drop(dropped);
+        (first.wait().unwrap(), second)
+    };
+    keep(results, "first", first);
+    keep(results, "second", second);
+}
+
+fn moves(comm: &dyn Communicator, results: &mut Results) {
+    let (me, size) = (comm.rank(), comm.size());
+    let rows = |from: usize, to: usize| ((from + 3 * to) % 4 * 5) as i64;
+    let send: Vec<i64> = (0..size).map(|p| rows(me, p)).collect();
+    let recv: Vec<i64> = (0..size).map(|p| rows(p, me)).collect();
+    let total: i64 = send.iter().sum();
+    for kind in KINDS.into_iter().chain([Kind::Uint8, Kind::Bool, Kind::Float8e4m3fn]) {
+        let of = |salt, shape: &[i64]| sample(me, salt, shape, Kind::Float).clamp(-400.0, 400.0).to_kind(kind);
+        let got = comm.all_to_all(vec![of(1, &[total, 64]), of(2, &[total])], &send, &recv).unwrap().wait().unwrap();
+        keep(results, "all_to_all", got);
+        for root in 0..size {
+            let got = comm.broadcast(vec![of(3, &[40, 40]), of(4, &[])], root).unwrap().wait().unwrap();
+            keep(results, &format!("broadcast {root}"), got);
+        }
+        // A ring with two messages each way, the second pair waited for first.
+        let spec = |n: i64| TensorSpec { shape: vec![n, 3], kind, device: Device::Cpu };
+        let (next, previous) = ((me + 1) % size, (me + size - 1) % size);
+        let ring = |salt, n: i64| comm.exchange(vec![(next, of(salt, &[n, 3])), (previous, of(salt + 1, &[n, 3]))], vec![(previous, spec(n)), (next, spec(n))]);
+        let (first, second) = (ring(5, 700).unwrap(), ring(7, 2).unwrap());
+        keep(results, "exchange", second.wait().unwrap());
+        keep(results, "exchange", first.wait().unwrap());
+    }
+    let counts: Vec<Vec<i64>> = (0..size).map(|p| vec![(me * 10 + p) as i64, (1 << 60) + p as i64]).collect();
+    results.push(("counts".into(), vec![], comm.exchange_counts(&counts).unwrap().concat().iter().flat_map(|c| c.to_le_bytes()).collect()));
+}
+
+fn compare(mine: &Results, expected: &Results, rank: usize) {
+    assert_eq!(mine.len(), expected.len());
+    for (index, (got, want)) in mine.iter().zip(expected).enumerate() {
+        assert!(got == want, "rank {rank}: result {index} ({}, {:?}) over MPI differs from threads ({}, {:?})", got.0, got.1, want.0, want.1);
+    }
+}
+
+fn bench(comm: &Comm, elements: i64) {
+    let x = sample(comm.rank(), 0, &[elements], Kind::Float);
+    for round in 0..6 {
+        barrier(&**comm).unwrap();
+        let start = Instant::now();
+        let sum = comm.all_reduce(vec![x.shallow_clone()], Reduce::Sum).unwrap().wait().unwrap();
+        assert_eq!(sum[0].size(), [elements]);
+        if comm.rank() == 0 && round > 0 {
+            let seconds = start.elapsed().as_secs_f64();
+            println!("all_reduce {elements} f32 on {} ranks: {:.1} ms, {:.2} GB/s", comm.size(), seconds * 1e3, elements as f64 * 4e-9 / seconds);
+        }
+    }
+    let small = Instant::now();
+    for _ in 0..1000 {
+        let _ = comm.all_reduce(vec![Tensor::from_slice(&[1.0f32])], Reduce::Sum).unwrap().wait().unwrap();
+    }
+    if comm.rank() == 0 {
+        println!("all_reduce of one number: {:.1} µs", small.elapsed().as_secs_f64() * 1e3);
+    }
+}
+
+/// Rank 0 sends 2 numbers where rank 1 expects 10.
+fn wrong_size(comm: &dyn Communicator) {
+    let spec = TensorSpec { shape: vec![10], kind: Kind::Float, device: Device::Cpu };
+    let pending = match comm.rank() {
+        0 => comm.exchange(vec![(1, Tensor::from_slice(&[1.0f32, 2.0]))], vec![]),
+        _ => comm.exchange(vec![], vec![(0, spec)]),
+    };
+    if let Err(error) = pending.and_then(|p| p.wait()) {
+        println!("{error}");
+    }
+}
+
+fn main() {
+    tch::set_num_threads(1);
+    let world = MpiWorld::init().expect("MPI");
+    let comm = world.comm();
+    let args: Vec<String> = std::env::args().collect();
+    if let Some(at) = args.iter().position(|a| a == "--panic") {
+        assert!(args[at + 1] != comm.rank().to_string(), "rank {} breaks as asked", comm.rank());
+        barrier(&*comm).expect("the job ends in this wait");
+    }
+    if args.iter().any(|a| a == "--wrong-size") {
+        return wrong_size(&*comm);
+    }
+    let expected = run_local(comm.size(), |comm| program(&*comm));
+    compare(&program(&*comm), &expected[comm.rank()], comm.rank());
+    // The same in pieces of 999 bytes: what a message over 2 GiB goes through, cut where no element ends.
+    world.set_piece_bytes(999);
+    compare(&program(&*comm), &expected[comm.rank()], comm.rank());
+    world.set_piece_bytes(1 << 30);
+    assert_eq!(world.nodes().expect("nodes"), vec![0; comm.size()], "one host, one node ({})", world.host());
+    if let Some(at) = args.iter().position(|a| a == "--bench") {
+        bench(&comm, args[at + 1].parse().expect("a number of elements"));
+    }
+    barrier(&*comm).expect("the end");
+    if comm.rank() == 0 {
+        println!("comm_check: {} ranks equal, {} results", comm.size(), expected[0].len());
+    }
+}

@@ -1,0 +1,74 @@
+//! Transfers in several steps, moved on whenever this process waits for any of them.
+//! Invariant: while a rank waits it moves *all* its transfers on, so the ranks of a group may wait in any order:
+//! the second half of an all_reduce must not depend on its owner waiting for that very one.
+
+use super::{Batch, Link, Shared};
+use crate::comm::CommError;
+use std::cell::RefCell;
+use std::collections::VecDeque;
+use std::rc::Rc;
+
+/// Starts the next batch of a transfer, when the one before is complete.
+pub(super) type Step = Box<dyn FnOnce() -> Result<Batch, CommError>>;
+
+/// One transfer under way.
+pub(super) struct Flight(RefCell<State>);
+
+struct State {
+    link: Rc<Link>,
+    batch: Batch,
+    steps: VecDeque<Step>,
+    outcome: Option<Result<(), CommError>>,
+}
+
+impl State {
+    fn advance(&mut self) {
+        while self.outcome.is_none() {
+            self.outcome = match self.batch.poll(&self.link) {
+                Ok(false) => return,
+                Err(error) => Some(Err(error)),
+                Ok(true) => match self.steps.pop_front().map(|step| step()) {
+                    None => Some(Ok(())),
+                    Some(Err(error)) => Some(Err(error)),
+                    Some(Ok(batch)) => {
+                        self.batch = batch;
+                        None
+                    }
+                },
+            };
+        }
+    }
+}
+
+impl Shared {
+    /// Registers a transfer whose first batch is posted.
+    pub(super) fn start(&self, link: Rc<Link>, batch: Batch, steps: Vec<Step>) -> Rc<Flight> {
+        let flight = Rc::new(Flight(RefCell::new(State { link, batch, steps: steps.into(), outcome: None })));
+        self.in_flight.borrow_mut().push(flight.clone());
+        self.advance();
+        flight
+    }
+
+    /// Moves every transfer of this process on as far as it goes without waiting.
+    fn advance(&self) {
+        // Steps start new batches but no new transfers, so the list does not change underneath.
+        self.in_flight.borrow_mut().retain(|flight| {
+            let mut state = flight.0.borrow_mut();
+            state.advance();
+            state.outcome.is_none()
+        });
+    }
+
+    /// Waits for one transfer. Yields the core in between: there may be more ranks than cores.
+    pub(super) fn wait(&self, flight: &Flight) -> Result<(), CommError> {
+        loop {
+            if let Some(outcome) = flight.0.borrow_mut().outcome.take() {
+                return outcome;
+            }
+            self.advance();
+            if flight.0.borrow().outcome.is_none() {
+                std::thread::yield_now();
+            }
+        }
+    }
+}
