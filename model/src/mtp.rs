@@ -25,7 +25,8 @@ pub struct Mtp {
 }
 
 pub struct MtpIn {
-    /// The main model's hidden state before its final norm, positions 0..L−1 of every sequence, [T', D].
+    /// The main model's hidden state after its final norm (what the released weights were trained on), the first
+    /// L − 1 positions of every sequence, [T', D].
     pub hidden: Tensor,
     pub next: Tensor,    // [T'] i64, token t + 1
     pub targets: Tensor, // [T'] i64, token t + 2

@@ -143,6 +143,7 @@ impl Stage {
         let Some(last) = &self.last else {
             return Ok((StageOut::Hidden(h), stats.done(), StageSaved { tokens, blocks, last: None }));
         };
+        let (h, norm) = last.norm.forward(w, h);
         let mtp = match &last.mtp {
             Some(mtp) => {
                 let inner = h.view([sequences, length, -1]).narrow(1, 0, length - 1).reshape([sequences * (length - 1), -1]);
@@ -155,7 +156,6 @@ impl Stage {
             }
             None => None,
         };
-        let (h, norm) = last.norm.forward(w, h);
         let targets = mb.tokens.narrow(1, 1, length).flatten(0, -1);
         let (loss, head) = last.head.forward(w, HeadIn { hidden: h, targets, scale: 1.0 / step.main_targets as f64 });
         stats.main = loss;
@@ -166,8 +166,7 @@ impl Stage {
     pub fn backward_input(&self, w: &Weights, dy: Option<Tensor>, saved: StageSaved) -> Result<(Option<Tensor>, StageWork), CommError> {
         let (mut dh, last) = match (&self.last, saved.last) {
             (Some(last), Some(s)) => {
-                let (dh, head) = last.head.backward_input(w, (), s.head);
-                let (mut dh, norm) = last.norm.backward_input(w, dh, s.norm);
+                let (mut dh, head) = last.head.backward_input(w, (), s.head);
                 let mut mtp_work = None;
                 if let Some((mtp, saved)) = last.mtp.as_ref().zip(s.mtp) {
                     let (dinner, work) = mtp.backward_input(w, saved)?;
@@ -179,6 +178,7 @@ impl Stage {
                     dh = per_sequence.view([-1, width]);
                     mtp_work = Some(work);
                 }
+                let (dh, norm) = last.norm.backward_input(w, dh, s.norm);
                 (dh, Some((norm, head, mtp_work)))
             }
             (None, None) => (dy.expect("a stage before the last gets a gradient"), None),

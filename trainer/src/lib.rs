@@ -1,1 +1,17 @@
+//! One training run: config, coordinator, step, optimizer, checkpoint, metrics. Holds no maths of a layer.
+pub mod balance;
+pub mod checkpoint;
+pub mod config;
+pub mod coordinator;
+pub mod guard;
+pub mod metrics;
+pub mod optimizer;
+pub mod phase;
+pub mod run;
+pub mod state;
+pub mod step;
+pub mod summary;
+pub mod validate;
 
+pub use config::RunConfig;
+pub use run::{Outcome, train};

@@ -1,0 +1,100 @@
+//! `manifest.json`: what a checkpoint holds, where, and the hash of every byte of it.
+use kernels::Precision;
+use model::ModelConfig;
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
+
+pub const FORMAT: &str = "tiefsee-checkpoint-1";
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Manifest {
+    pub format: String,
+    /// Steps done, skipped ones counted.
+    pub step: u64,
+    /// Optimizer updates done.
+    pub updates: u64,
+    pub tokens: u64,
+    pub cursor: Cursor,
+    /// Random numbers are functions of (seed, name, index): the seed is the whole state.
+    pub seed: u64,
+    pub precision: Precision,
+    /// Of the writer; a reader's may differ.
+    pub mesh: Mesh,
+    pub model: ModelConfig,
+    pub progress: Progress,
+    pub files: Vec<FileEntry>,
+    pub tensors: BTreeMap<String, TensorEntry>,
+}
+
+/// The next sample: a position in one of the run's sample orders.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Cursor {
+    pub order: u64,
+    pub next: u64,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Mesh {
+    pub world: usize,
+    pub pp: usize,
+    pub dp: usize,
+    pub ep: usize,
+}
+
+/// What the closing summary wants to know of the steps before.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Progress {
+    pub val_loss_start: Option<f64>,
+    pub val_loss: Option<f64>,
+    /// Spent in steps and validation so far.
+    pub seconds: f64,
+    pub skipped_steps: u64,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct FileEntry {
+    pub name: String,
+    pub bytes: u64,
+    pub blake3: String,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct TensorEntry {
+    pub dtype: String,
+    /// Of the whole, logical tensor.
+    pub shape: Vec<i64>,
+    pub slices: Vec<SliceEntry>,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct SliceEntry {
+    pub file: String,
+    /// Where the slice starts in dim 0; it is whole in every other dim.
+    pub start: i64,
+    pub rows: i64,
+}
+
+impl Manifest {
+    /// A run's manifest before its first step; the caller fills in where the run is.
+    pub fn head(config: &crate::RunConfig, mesh: Mesh, updates: u64) -> Self {
+        Manifest { updates, seed: config.run.seed, mesh, ..Self::imported(config.model.clone(), config.run.precision) }
+    }
+
+    /// Weights from elsewhere: no step, no moments.
+    pub fn imported(model: ModelConfig, precision: Precision) -> Self {
+        Manifest {
+            format: FORMAT.to_string(),
+            step: 0,
+            updates: 0,
+            tokens: 0,
+            cursor: Cursor::default(),
+            seed: 0,
+            precision,
+            mesh: Mesh { world: 1, pp: 1, dp: 1, ep: 1 },
+            model,
+            progress: Progress::default(),
+            files: Vec::new(),
+            tensors: BTreeMap::new(),
+        }
+    }
+}

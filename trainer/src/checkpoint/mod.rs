@@ -1,0 +1,57 @@
+//! Checkpoints: safetensors shards of *logical* tensors and a manifest, in a folder that is whole or absent.
+//!
+//! A checkpoint is written into `.step-N.partial`, every file and the folder synced, and renamed to `step-N`. A
+//! layout never shows in it but in the slices' bounds, so any layout can read what any other wrote.
+pub mod hf;
+mod load;
+mod manifest;
+mod save;
+mod shard;
+
+pub use load::{load, verify};
+pub use manifest::{Cursor, Manifest, Mesh, Progress};
+pub use save::save;
+
+use anyhow::{Context, Result};
+use std::path::{Path, PathBuf};
+
+pub fn folder(run_dir: &Path) -> PathBuf {
+    run_dir.join("checkpoints")
+}
+
+/// Checkpoints of a run that were renamed into place, oldest first.
+pub fn list(run_dir: &Path) -> Result<Vec<(u64, PathBuf)>> {
+    let folder = folder(run_dir);
+    let mut found: Vec<(u64, PathBuf)> = entries(&folder)?
+        .into_iter()
+        .filter_map(|path| Some((path.file_name()?.to_str()?.strip_prefix("step-")?.parse().ok()?, path)))
+        .collect();
+    found.sort();
+    Ok(found)
+}
+
+/// Folders that a crash in mid-write left behind.
+pub fn unfinished(run_dir: &Path) -> Result<Vec<PathBuf>> {
+    let partial = |path: &PathBuf| path.file_name().and_then(|name| name.to_str()).is_some_and(|name| name.ends_with(".partial"));
+    Ok(entries(&folder(run_dir))?.into_iter().filter(partial).collect())
+}
+
+fn entries(folder: &Path) -> Result<Vec<PathBuf>> {
+    if !folder.exists() {
+        return Ok(Vec::new());
+    }
+    let read = std::fs::read_dir(folder).with_context(|| format!("cannot list {}", folder.display()))?;
+    read.map(|entry| Ok(entry?.path())).collect()
+}
+
+/// The newest checkpoint whose every byte is right, and a line for each newer one that was passed over.
+pub fn newest_whole(run_dir: &Path) -> Result<(Option<PathBuf>, Vec<String>)> {
+    let mut notes: Vec<String> = unfinished(run_dir)?.iter().map(|path| format!("{} was never finished", path.display())).collect();
+    for (_, path) in list(run_dir)?.into_iter().rev() {
+        match verify(&path) {
+            Ok(_) => return Ok((Some(path), notes)),
+            Err(error) => notes.push(format!("{} is damaged: {error:#}", path.display())),
+        }
+    }
+    Ok((None, notes))
+}

@@ -1,0 +1,121 @@
+//! Writing: each rank its own shard, the coordinator (rank 0) the manifest once every shard's hash has arrived.
+use super::manifest::{FileEntry, Manifest, SliceEntry, TensorEntry};
+use super::{folder, list, shard, unfinished};
+use anyhow::{Context, Result, bail};
+use parallel::comm::{Communicator, broadcast_bytes, gather_bytes};
+use serde::{Deserialize, Serialize};
+use std::path::{Path, PathBuf};
+use tch::Tensor;
+
+/// What a rank tells the coordinator of its shard.
+#[derive(Serialize, Deserialize)]
+struct Written {
+    file: FileEntry,
+    tensors: Vec<(String, TensorEntry)>,
+}
+
+/// Collective. `tensors` are the whole state, the same on every rank; each rank writes its share. On any rank's
+/// failure nothing is left, and every rank gets the error.
+pub fn save(world: &dyn Communicator, run_dir: &Path, head: Manifest, tensors: Vec<(String, Tensor)>, keep_last: usize) -> Result<PathBuf> {
+    let name = format!("step-{:08}", head.step);
+    let partial = folder(run_dir).join(format!(".{name}.partial"));
+    let start = if world.rank() == 0 { begin(run_dir, &partial) } else { Ok(()) };
+    let started = share(world, start.map_err(|error| format!("{error:#}")))?;
+    if let Err(error) = started {
+        bail!(error);
+    }
+    let written = write_share(world, &partial, tensors).map_err(|error| format!("rank {}: {error:#}", world.rank()));
+    let all = gather_bytes(world, &serde_json::to_vec(&written)?)?;
+    let target = folder(run_dir).join(&name);
+    let outcome = if world.rank() == 0 { commit(&partial, &target, head, &all).map_err(|error| format!("{error:#}")) } else { Ok(()) };
+    if let Err(error) = share(world, outcome)? {
+        bail!("checkpoint {name} was not written: {error}");
+    }
+    if world.rank() == 0 {
+        prune(run_dir, keep_last)?;
+    }
+    Ok(target)
+}
+
+/// Rank 0's outcome on every rank.
+fn share(world: &dyn Communicator, outcome: Result<(), String>) -> Result<Result<(), String>> {
+    Ok(serde_json::from_slice(&broadcast_bytes(world, &serde_json::to_vec(&outcome)?, 0)?)?)
+}
+
+fn begin(run_dir: &Path, partial: &Path) -> Result<()> {
+    for left in unfinished(run_dir)? {
+        std::fs::remove_dir_all(&left).with_context(|| format!("cannot remove {}", left.display()))?;
+    }
+    std::fs::create_dir_all(partial).with_context(|| format!("cannot make {}", partial.display()))
+}
+
+/// Splits the tensors by bytes, in order, and writes this rank's.
+fn write_share(world: &dyn Communicator, partial: &Path, tensors: Vec<(String, Tensor)>) -> Result<Written> {
+    let size = |tensor: &Tensor| (tensor.numel() * tensor.kind().elt_size_in_bytes()) as u64;
+    let total = tensors.iter().map(|(_, tensor)| size(tensor)).sum::<u64>().max(1);
+    let (mut before, mut mine) = (0, Vec::new());
+    for (name, tensor) in tensors {
+        let owner = (before as u128 * world.size() as u128 / total as u128) as usize;
+        before += size(&tensor);
+        if owner.min(world.size() - 1) == world.rank() {
+            mine.push((name, tensor));
+        }
+    }
+    let file = format!("shard-{:05}-of-{:05}.safetensors", world.rank(), world.size());
+    let entries = mine.iter().map(|(name, tensor)| {
+        let shape = tensor.size();
+        let slices = vec![SliceEntry { file: file.clone(), start: 0, rows: shape.first().copied().unwrap_or(1) }];
+        (name.clone(), TensorEntry { dtype: format!("{:?}", shard::dtype(tensor.kind())), shape, slices })
+    });
+    let entries = entries.collect();
+    let path = partial.join(&file);
+    shard::write(&path, mine)?;
+    Ok(Written { file: FileEntry { name: file, bytes: path.metadata()?.len(), blake3: hash(&path)? }, tensors: entries })
+}
+
+pub(super) fn hash(path: &Path) -> Result<String> {
+    let file = std::fs::File::open(path).with_context(|| format!("cannot open {}", path.display()))?;
+    let mut hasher = blake3::Hasher::new();
+    hasher.update_reader(file).with_context(|| format!("cannot read {}", path.display()))?;
+    Ok(hasher.finalize().to_hex().to_string())
+}
+
+/// The manifest is the last file; the rename makes the checkpoint exist.
+fn commit(partial: &Path, target: &Path, mut manifest: Manifest, all: &[Vec<u8>]) -> Result<()> {
+    let mut failures = Vec::new();
+    for bytes in all {
+        match serde_json::from_slice::<Result<Written, String>>(bytes)? {
+            Ok(written) => {
+                manifest.files.push(written.file);
+                manifest.tensors.extend(written.tensors);
+            }
+            Err(error) => failures.push(error),
+        }
+    }
+    let finish = || -> Result<()> {
+        let path = partial.join("manifest.json");
+        std::fs::write(&path, serde_json::to_vec_pretty(&manifest)?).with_context(|| format!("cannot write {}", path.display()))?;
+        std::fs::File::open(&path)?.sync_all()?;
+        std::fs::File::open(partial)?.sync_all()?;
+        if target.exists() {
+            // The same step again, after a resume from further back: its content is the same by construction.
+            std::fs::remove_dir_all(target)?;
+        }
+        std::fs::rename(partial, target).with_context(|| format!("cannot rename {} into place", partial.display()))?;
+        Ok(std::fs::File::open(target.parent().expect("in the checkpoint folder"))?.sync_all()?)
+    };
+    let outcome = if failures.is_empty() { finish() } else { Err(anyhow::anyhow!(failures.join("; "))) };
+    if outcome.is_err() {
+        // Best effort: what cannot be removed is ignored by every reader.
+        let _ = std::fs::remove_dir_all(partial);
+    }
+    outcome
+}
+
+fn prune(run_dir: &Path, keep_last: usize) -> Result<()> {
+    let all = list(run_dir)?;
+    for (_, path) in &all[..all.len().saturating_sub(keep_last)] {
+        std::fs::remove_dir_all(path).with_context(|| format!("cannot remove {}", path.display()))?;
+    }
+    Ok(())
+}

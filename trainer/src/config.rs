@@ -1,0 +1,240 @@
+//! The config of one run: TOML in, defaults filled, every value checked against the others and the world, and
+//! written back as `resolved.toml`, from which `resume` needs nothing else.
+use crate::phase::Phase;
+use anyhow::{Context, Result, bail, ensure};
+use data::Source;
+use kernels::Precision;
+use model::ModelConfig;
+use serde::{Deserialize, Serialize};
+use std::path::{Path, PathBuf};
+use toml::Value;
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RunConfig {
+    pub run: RunSection,
+    pub data: DataSection,
+    #[serde(default)]
+    pub parallel: ParallelSection,
+    #[serde(default)]
+    pub optimizer: OptimizerSection,
+    #[serde(default)]
+    pub checkpoint: CheckpointSection,
+    #[serde(default)]
+    pub validation: ValidationSection,
+    /// In order; each lasts `tokens` tokens.
+    pub phase: Vec<Phase>,
+    /// A path to a file of model keys, relative to this file, or the keys themselves.
+    pub model: ModelConfig,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RunSection {
+    /// The run directory; must not hold a run yet.
+    pub dir: PathBuf,
+    #[serde(default = "seed")]
+    pub seed: u64,
+    pub precision: Precision,
+    #[serde(default)]
+    pub device: DeviceChoice,
+    /// Threads a rank; 0 shares the machine's cores among its ranks.
+    #[serde(default)]
+    pub threads: usize,
+    /// Checkpoint and stop once so many steps are done; absent: run to the end of the phases.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub stop_after: Option<u64>,
+    /// A checkpoint whose weights the run starts from; absent: the seed's.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub init_from: Option<PathBuf>,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum DeviceChoice {
+    #[default]
+    Cpu,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DataSection {
+    /// The corpora and their shares; a phase may name another mixture.
+    pub mixture: Vec<Source>,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct ParallelSection {
+    pub pp: usize,
+    pub ep: usize,
+    /// Data-parallel ranks; 0: what the world leaves.
+    pub dp: usize,
+}
+
+impl Default for ParallelSection {
+    fn default() -> Self {
+        ParallelSection { pp: 1, ep: 1, dp: 0 }
+    }
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct OptimizerSection {
+    pub beta1: f64,
+    pub beta2: f64,
+    pub eps: f64,
+    pub weight_decay: f64,
+    pub max_grad_norm: f64,
+    pub moments: Moments,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Moments {
+    /// The masters' kind.
+    F32,
+    Bf16,
+}
+
+impl Default for OptimizerSection {
+    fn default() -> Self {
+        OptimizerSection { beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1, max_grad_norm: 1.0, moments: Moments::F32 }
+    }
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct CheckpointSection {
+    /// Steps between checkpoints; 0: only at the end and on a stop.
+    pub every: u64,
+    pub keep_last: usize,
+}
+
+impl Default for CheckpointSection {
+    fn default() -> Self {
+        CheckpointSection { every: 1000, keep_last: 3 }
+    }
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct ValidationSection {
+    /// Steps between validations; 0: none.
+    pub every: u64,
+    /// Held-out sequences each.
+    pub sequences: u64,
+}
+
+impl Default for ValidationSection {
+    fn default() -> Self {
+        ValidationSection { every: 0, sequences: 64 }
+    }
+}
+
+fn seed() -> u64 {
+    1
+}
+
+impl RunConfig {
+    /// Reads `path`, applies `section.key=value` overrides (TOML values; bare words are strings) and checks it.
+    pub fn load(path: &Path, overrides: &[String]) -> Result<RunConfig> {
+        let mut value = read_toml(path)?;
+        if let Some(Value::String(name)) = value.get("model") {
+            let model_path = path.parent().unwrap_or(Path::new("")).join(name);
+            let model = read_toml(&model_path).with_context(|| format!("model = \"{name}\" of {}", path.display()))?;
+            // Its own errors should name its own file.
+            parse::<ModelConfig>(model.clone(), &model_path)?;
+            value.as_table_mut().expect("a TOML file is a table").insert("model".into(), model);
+        }
+        for text in overrides {
+            set(&mut value, text)?;
+        }
+        let config: RunConfig = parse(value, path)?;
+        config.validate().with_context(|| path.display().to_string())?;
+        Ok(config)
+    }
+
+    /// What needs no world to be checked.
+    pub fn validate(&self) -> Result<()> {
+        self.model.validate()?;
+        ensure!(!self.phase.is_empty(), "[[phase]]: a run needs at least one");
+        ensure!(!self.data.mixture.is_empty(), "data.mixture: a run needs at least one source");
+        for (index, phase) in self.phase.iter().enumerate() {
+            phase.validate(&self.model).with_context(|| format!("[[phase]] {}", index + 1))?;
+        }
+        let optimizer = &self.optimizer;
+        for (key, value) in [("beta1", optimizer.beta1), ("beta2", optimizer.beta2)] {
+            ensure!((0.0..1.0).contains(&value), "optimizer.{key} = {value}: must be at least 0 and below 1");
+        }
+        for (key, value) in [("eps", optimizer.eps), ("max_grad_norm", optimizer.max_grad_norm)] {
+            ensure!(value > 0.0, "optimizer.{key} = {value}: must be positive");
+        }
+        ensure!(self.checkpoint.keep_last >= 1, "checkpoint.keep_last = 0: the newest checkpoint is always kept");
+        Ok(())
+    }
+
+    /// The data-parallel degree in a world of so many ranks. Errors carry all the numbers.
+    pub fn data_parallel(&self, world: usize) -> Result<usize> {
+        let ParallelSection { pp, ep, dp } = self.parallel;
+        ensure!(pp == 1 && ep == 1, "parallel.pp = {pp}, parallel.ep = {ep}: this version runs data parallelism only (pp 1, ep 1)");
+        let derived = if dp == 0 { world / pp } else { dp };
+        if pp * derived != world {
+            bail!("parallel: pp {pp} × dp {derived} = {} ranks, but the world has {world}", pp * derived);
+        }
+        for (index, phase) in self.phase.iter().enumerate() {
+            phase.check_ranks(derived).with_context(|| format!("[[phase]] {}", index + 1))?;
+        }
+        Ok(derived)
+    }
+
+    pub fn to_toml(&self) -> Result<String> {
+        Ok(toml::to_string(self)?)
+    }
+}
+
+fn read_toml(path: &Path) -> Result<Value> {
+    let text = std::fs::read_to_string(path).with_context(|| format!("cannot read the config {}", path.display()))?;
+    toml::from_str::<toml::Table>(&text).map(Value::Table).with_context(|| format!("{} is not TOML", path.display()))
+}
+
+/// Deserialises, and turns serde's "unknown field" into one that names the nearest right key.
+fn parse<T: for<'a> Deserialize<'a>>(value: Value, path: &Path) -> Result<T> {
+    value.try_into::<T>().map_err(|error| {
+        let text = error.to_string();
+        let quoted: Vec<&str> = text.split('`').skip(1).step_by(2).collect();
+        let hint = match quoted.split_first() {
+            Some((unknown, known)) if text.contains("unknown field") => known
+                .iter()
+                .max_by(|a, b| strsim::jaro_winkler(a, unknown).total_cmp(&strsim::jaro_winkler(b, unknown)))
+                .map(|nearest| format!("; did you mean `{nearest}`?"))
+                .unwrap_or_default(),
+            _ => String::new(),
+        };
+        anyhow::anyhow!("{}: {}{hint}", path.display(), text.trim_end())
+    })
+}
+
+fn set(value: &mut Value, text: &str) -> Result<()> {
+    let (key, new) = text.split_once('=').with_context(|| format!("--set {text}: expected section.key=value"))?;
+    let new = toml::from_str::<toml::Table>(&format!("v = {new}")).ok().and_then(|mut table| table.remove("v")).unwrap_or_else(|| Value::String(new.to_string()));
+    let mut at = value;
+    for part in key.split('.') {
+        at = child(at, part).with_context(|| format!("--set {text}"))?;
+    }
+    *at = new;
+    Ok(())
+}
+
+/// A table's entry, made if absent, or an array's item by number.
+fn child<'a>(at: &'a mut Value, part: &str) -> Result<&'a mut Value> {
+    match at {
+        Value::Table(table) => Ok(table.entry(part).or_insert_with(|| Value::Table(Default::default()))),
+        Value::Array(items) => {
+            let len = items.len();
+            let index: usize = part.parse().with_context(|| format!("`{part}` is not the number of one of {len}"))?;
+            items.get_mut(index).with_context(|| format!("there are only {len}, counted from 0"))
+        }
+        _ => bail!("`{part}` would be inside a plain value"),
+    }
+}

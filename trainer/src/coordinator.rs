@@ -1,0 +1,71 @@
+//! What rank 0 does for all, over the world communicator: gives out the layout, checks that every rank runs the
+//! same thing, and (in `checkpoint::save`) commits checkpoints. Stop signals ride in each step's reduced losses.
+use anyhow::{Result, bail};
+use parallel::comm::{Communicator, broadcast_bytes, gather_bytes};
+use serde::{Deserialize, Serialize};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+/// Where one rank sits.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Place {
+    pub rank: usize,
+    pub host: String,
+    pub device: String,
+    pub threads: usize,
+}
+
+/// The layout in one line: ranks by host.
+pub fn gather_layout(world: &dyn Communicator, device: &str, threads: usize) -> Result<Vec<Place>> {
+    let host = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default().trim().to_string();
+    let mine = Place { rank: world.rank(), host, device: device.to_string(), threads };
+    gather_bytes(world, &serde_json::to_vec(&mine)?)?.iter().map(|bytes| Ok(serde_json::from_slice(bytes)?)).collect()
+}
+
+/// Every rank must show the same facts (binary, config, data …); the error names the rank and the fact.
+pub fn agree(world: &dyn Communicator, facts: &[(&str, String)]) -> Result<()> {
+    let all = gather_bytes(world, &serde_json::to_vec(facts)?)?;
+    let mut verdict: Result<(), String> = Ok(());
+    for (rank, bytes) in all.iter().enumerate() {
+        let theirs: Vec<(String, String)> = serde_json::from_slice(bytes)?;
+        for ((name, mine), (_, other)) in facts.iter().zip(&theirs) {
+            if world.rank() == 0 && mine != other {
+                verdict = Err(format!("rank {rank} has another {name} than rank 0: {other} against {mine}"));
+            }
+        }
+    }
+    let verdict: Result<(), String> = serde_json::from_slice(&broadcast_bytes(world, &serde_json::to_vec(&verdict)?, 0)?)?;
+    verdict.map_err(|text| anyhow::anyhow!(text))
+}
+
+/// If any rank failed, all fail with the first one's reason: no rank is left waiting in a collective.
+pub fn all_or_none<T>(world: &dyn Communicator, mine: Result<T>) -> Result<T> {
+    let told = mine.as_ref().err().map(|error| format!("{error:#}"));
+    let all = gather_bytes(world, &serde_json::to_vec(&told)?)?;
+    for (rank, bytes) in all.iter().enumerate() {
+        if let Some(reason) = serde_json::from_slice::<Option<String>>(bytes)? {
+            match mine {
+                Err(error) if rank == world.rank() => return Err(error),
+                _ => bail!("rank {rank}: {reason}"),
+            }
+        }
+    }
+    mine
+}
+
+/// Set by SIGTERM, SIGINT or SIGUSR1: checkpoint after this step and stop.
+#[derive(Clone, Default)]
+pub struct StopSignal(Arc<AtomicBool>);
+
+impl StopSignal {
+    pub fn listen() -> Result<Self> {
+        let signal = StopSignal::default();
+        for number in [signal_hook::consts::SIGTERM, signal_hook::consts::SIGINT, signal_hook::consts::SIGUSR1] {
+            signal_hook::flag::register(number, signal.0.clone())?;
+        }
+        Ok(signal)
+    }
+    pub fn raised(&self) -> bool {
+        self.0.load(Ordering::Relaxed)
+    }
+}

@@ -1,0 +1,232 @@
+//! What changes over a run, by tokens seen: mixture, sequence length, batch, learning rate, rope scaling, and the
+//! weights of the extra losses. Pure functions of the config, so a resume on either side of an edge is the same run.
+use anyhow::{Result, ensure};
+use data::Source;
+use kernels::ops::rope::RopeScaling;
+use model::ModelConfig;
+use serde::{Deserialize, Serialize};
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Phase {
+    /// How long it lasts. The step that crosses the edge belongs to this phase.
+    pub tokens: u64,
+    pub sequence_length: u64,
+    /// Sequences of a global batch.
+    pub batch: Ramp,
+    /// Sequences of one micro-batch on one rank.
+    pub micro_batch: u64,
+    pub lr: Curve,
+    /// γ
+    #[serde(default = "gamma")]
+    pub bias_speed: f64,
+    /// α
+    #[serde(default = "alpha")]
+    pub balance_weight: f64,
+    /// λ
+    #[serde(default = "lambda")]
+    pub mtp_weight: f64,
+    /// Absent: the model's own.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rope_scaling: Option<RopeScaling>,
+    /// Absent: data.mixture.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mixture: Option<Vec<Source>>,
+}
+
+fn gamma() -> f64 {
+    0.001
+}
+fn alpha() -> f64 {
+    1e-4
+}
+fn lambda() -> f64 {
+    0.3
+}
+
+/// A constant, or a line over the phase in multiples of `multiple`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(untagged)]
+pub enum Ramp {
+    Constant(u64),
+    Line(Line),
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Line {
+    pub from: u64,
+    pub to: u64,
+    pub multiple: u64,
+}
+
+/// A constant, or a curve over the phase.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(untagged)]
+pub enum Curve {
+    Constant(f64),
+    Curve(CurveShape),
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct CurveShape {
+    pub from: f64,
+    pub to: f64,
+    pub shape: Shape,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Shape {
+    Linear,
+    Cosine,
+}
+
+impl Ramp {
+    /// `progress` in 0..1 through the phase.
+    fn at(&self, progress: f64) -> u64 {
+        match self {
+            Ramp::Constant(value) => *value,
+            Ramp::Line(Line { from, to, multiple }) => {
+                let exact = *from as f64 + (*to as f64 - *from as f64) * progress;
+                ((exact / *multiple as f64).floor() as u64 * multiple).max(*multiple)
+            }
+        }
+    }
+    /// Every value divides by this.
+    fn unit(&self) -> u64 {
+        match self {
+            Ramp::Constant(value) => *value,
+            Ramp::Line(line) => line.multiple,
+        }
+    }
+}
+
+impl Curve {
+    fn at(&self, progress: f64) -> f64 {
+        match self {
+            Curve::Constant(value) => *value,
+            Curve::Curve(CurveShape { from, to, shape: Shape::Linear }) => from + (to - from) * progress,
+            Curve::Curve(CurveShape { from, to, shape: Shape::Cosine }) => to + (from - to) * 0.5 * (1.0 + (std::f64::consts::PI * progress).cos()),
+        }
+    }
+}
+
+impl Phase {
+    pub fn validate(&self, model: &ModelConfig) -> Result<()> {
+        let longest = model.max_position_embeddings as u64;
+        ensure!(self.tokens > 0, "tokens = 0: must be positive");
+        ensure!((3..=longest).contains(&self.sequence_length), "sequence_length = {}: must be between 3 and model.max_position_embeddings = {longest}", self.sequence_length);
+        ensure!(self.micro_batch > 0, "micro_batch = 0: must be positive");
+        ensure!(self.batch.unit() > 0, "batch: must be positive");
+        if let Ramp::Line(Line { from, to, multiple }) = &self.batch {
+            ensure!(from % multiple == 0 && to % multiple == 0, "batch: from {from} and to {to} must be multiples of {multiple}");
+        }
+        for (key, value) in [("bias_speed", self.bias_speed), ("balance_weight", self.balance_weight), ("mtp_weight", self.mtp_weight)] {
+            ensure!(value >= 0.0 && value.is_finite(), "{key} = {value}: must not be negative");
+        }
+        Ok(())
+    }
+
+    /// Every batch of the phase is whole micro-batches on every one of `ranks` data-parallel ranks.
+    pub fn check_ranks(&self, ranks: usize) -> Result<()> {
+        let (unit, needed) = (self.batch.unit(), self.micro_batch * ranks as u64);
+        ensure!(unit % needed == 0, "batch {unit} is not a multiple of micro_batch {} × dp {ranks} = {needed}", self.micro_batch);
+        Ok(())
+    }
+}
+
+/// The schedule of a run.
+#[derive(Clone, Debug)]
+pub struct Plan {
+    phases: Vec<Phase>,
+    /// Which sample order each phase reads: a new one wherever length or mixture change.
+    orders: Vec<u64>,
+    default_mixture: Vec<Source>,
+}
+
+/// What holds at one step.
+pub struct Moment<'a> {
+    pub phase: &'a Phase,
+    pub order: u64,
+    pub batch: u64,
+    pub lr: f64,
+}
+
+impl Plan {
+    pub fn new(phases: &[Phase], default_mixture: &[Source]) -> Self {
+        let mut plan = Plan { phases: phases.to_vec(), orders: vec![0], default_mixture: default_mixture.to_vec() };
+        for pair in phases.windows(2) {
+            let same = pair[0].sequence_length == pair[1].sequence_length && plan.mixture(&pair[0]) == plan.mixture(&pair[1]);
+            let last = *plan.orders.last().expect("starts with one");
+            plan.orders.push(if same { last } else { last + 1 });
+        }
+        plan
+    }
+
+    pub fn mixture<'a>(&'a self, phase: &'a Phase) -> &'a [Source] {
+        phase.mixture.as_deref().unwrap_or(&self.default_mixture)
+    }
+
+    pub fn total_tokens(&self) -> u64 {
+        self.phases.iter().map(|phase| phase.tokens).sum()
+    }
+
+    /// None once every phase is over.
+    pub fn at(&self, tokens: u64) -> Option<Moment<'_>> {
+        let mut start = 0;
+        for (phase, &order) in self.phases.iter().zip(&self.orders) {
+            if tokens < start + phase.tokens {
+                let progress = (tokens - start) as f64 / phase.tokens as f64;
+                return Some(Moment { phase, order, batch: phase.batch.at(progress), lr: phase.lr.at(progress) });
+            }
+            start += phase.tokens;
+        }
+        None
+    }
+
+    /// Steps of the whole run.
+    pub fn num_steps(&self) -> u64 {
+        let (mut steps, mut tokens) = (0, 0);
+        while let Some(moment) = self.at(tokens) {
+            tokens += moment.batch * moment.phase.sequence_length;
+            steps += 1;
+        }
+        steps
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn phase(tokens: u64, batch: Ramp, lr: Curve) -> Phase {
+        Phase { tokens, sequence_length: 10, batch, micro_batch: 1, lr, bias_speed: 0.0, balance_weight: 0.0, mtp_weight: 0.0, rope_scaling: None, mixture: None }
+    }
+
+    #[test]
+    fn a_ramp_rises_in_multiples_and_the_lr_follows_its_curve() {
+        let rise = Ramp::Line(Line { from: 4, to: 12, multiple: 4 });
+        let warm = Curve::Curve(CurveShape { from: 0.0, to: 1.0, shape: Shape::Linear });
+        let fall = Curve::Curve(CurveShape { from: 1.0, to: 0.1, shape: Shape::Cosine });
+        let plan = Plan::new(&[phase(1000, rise, warm), phase(1000, Ramp::Constant(12), fall)], &[]);
+        let at = |tokens| plan.at(tokens).map(|m| (m.batch, m.lr));
+        assert_eq!(at(0), Some((4, 0.0)));
+        assert_eq!(at(499), Some((4, 0.499)));
+        assert_eq!(at(500), Some((8, 0.5)));
+        assert_eq!(at(1000), Some((12, 1.0)));
+        assert!((at(1500).expect("inside").1 - 0.55).abs() < 1e-12);
+        assert_eq!(at(2000), None);
+        // 13 steps of 40 reach 520, 6 of 80 reach 1000, 9 of 120 end at 2080.
+        assert_eq!(plan.num_steps(), 13 + 6 + 9);
+    }
+
+    #[test]
+    fn a_new_order_starts_where_the_length_changes() {
+        let one = phase(100, Ramp::Constant(1), Curve::Constant(1.0));
+        let longer = Phase { sequence_length: 20, ..one.clone() };
+        let plan = Plan::new(&[one.clone(), one, longer], &[]);
+        assert_eq!([0, 100, 200].map(|tokens| plan.at(tokens).expect("inside").order), [0, 0, 1]);
+    }
+}

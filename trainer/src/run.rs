@@ -1,0 +1,371 @@
+//! A run from its first step (or its newest checkpoint) to its last.
+use crate::checkpoint::{self, Cursor, Manifest, Mesh, Progress};
+use crate::config::RunConfig;
+use crate::coordinator::{StopSignal, agree, all_or_none, gather_layout};
+use crate::guard::MAX_SKIPPED_IN_A_ROW;
+use crate::metrics::{Metrics, StepLine, ValidationLine};
+use crate::optimizer::Optimizer;
+use crate::phase::Plan;
+use crate::step::{StepReport, Trainer};
+use crate::summary::Summary;
+use crate::validate::held_out_loss;
+use anyhow::{Context, Result, bail, ensure};
+use data::{Loader, LoaderOptions, OrderSpec, Sample, Source, Split};
+use model::{MicroBatch, ParamTable, Stage, Weights};
+use parallel::comm::{Comm, barrier, broadcast_bytes};
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+use std::rc::Rc;
+use std::time::Instant;
+use tch::{Device, Tensor};
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Start {
+    /// The run directory must not hold a run.
+    Fresh,
+    /// From the newest whole checkpoint.
+    Resume,
+}
+
+pub struct Outcome {
+    pub summary: Summary,
+}
+
+struct Run<'a> {
+    config: &'a RunConfig,
+    plan: Plan,
+    world: Comm,
+    mesh: Mesh,
+    trainer: Trainer,
+    corpus: Corpus,
+    metrics: Metrics,
+    state: State,
+    last_checkpoint: Option<(u64, PathBuf)>,
+    validated: Option<u64>,
+}
+
+/// What a checkpoint remembers beside the tensors.
+#[derive(Clone, Default)]
+struct State {
+    step: u64,
+    tokens: u64,
+    cursor: Cursor,
+    progress: Progress,
+}
+
+/// Runs to the end of the phases, a stop signal or `run.stop_after`. Collective over `world`.
+pub fn train(config: &RunConfig, world: Comm, start: Start, stop: &StopSignal) -> Result<Outcome> {
+    let dp = config.data_parallel(world.size())?;
+    let plan = Plan::new(&config.phase, &config.data.mixture);
+    let ready = if world.rank() == 0 { prepare_dir(config, start) } else { Ok(()) };
+    all_or_none(&*world, ready)?;
+    let corpus = all_or_none(&*world, Corpus::open(config, &plan))?;
+    let facts = [("version", env!("CARGO_PKG_VERSION").to_string()), ("config", config.to_toml()?), ("corpus", corpus.fingerprint())];
+    agree(&*world, &facts)?;
+
+    let mut trainer = build(config, &world)?;
+    let (state, last_checkpoint, notes) = restore(config, &world, start, &mut trainer)?;
+    let metrics = all_or_none(&*world, Metrics::open(&config.run.dir, world.rank(), state.step, plan.num_steps()))?;
+    let mesh = Mesh { world: world.size(), pp: 1, dp, ep: 1 };
+    let mut run = Run { config, plan, world, mesh, trainer, corpus, metrics, state, last_checkpoint, validated: None };
+    run.announce(start, &notes)?;
+    let finished = run.steps(stop)?;
+    run.finish(finished)
+}
+
+fn prepare_dir(config: &RunConfig, start: Start) -> Result<()> {
+    let dir = &config.run.dir;
+    let resolved = dir.join("resolved.toml");
+    if start == Start::Resume {
+        return Ok(());
+    }
+    ensure!(!resolved.exists(), "{} already holds a run: resume it (tiefsee resume {}) or name another run.dir", dir.display(), dir.display());
+    std::fs::create_dir_all(dir).with_context(|| format!("cannot make the run directory {}", dir.display()))?;
+    let mut kept = config.clone();
+    kept.run.stop_after = None;
+    kept.run.dir = std::path::absolute(dir)?;
+    let absolute = |sources: &mut Vec<Source>| sources.iter_mut().try_for_each(|source| std::path::absolute(&source.path).map(|path| source.path = path));
+    absolute(&mut kept.data.mixture)?;
+    kept.phase.iter_mut().filter_map(|phase| phase.mixture.as_mut()).try_for_each(absolute)?;
+    std::fs::write(&resolved, kept.to_toml()?).with_context(|| format!("cannot write {}", resolved.display()))
+}
+
+fn build(config: &RunConfig, world: &Comm) -> Result<Trainer> {
+    let mut table = ParamTable::default();
+    let stage = Stage::whole(&mut table, &config.model);
+    let weights = Weights::initial(Rc::new(table), config.run.precision, config.run.seed, Device::Cpu);
+    let optimizer = Optimizer::new(&config.optimizer, &weights, config.run.seed);
+    let experts = world.split(world.rank(), 0)?;
+    let mut trainer = Trainer::new(&config.model, stage, weights, optimizer, (world.clone(), experts));
+    trainer.max_grad_norm = config.optimizer.max_grad_norm;
+    Ok(trainer)
+}
+
+type Restored = (State, Option<(u64, PathBuf)>, Vec<String>);
+
+fn restore(config: &RunConfig, world: &Comm, start: Start, trainer: &mut Trainer) -> Result<Restored> {
+    if start == Start::Fresh {
+        if let Some(path) = &config.run.init_from {
+            all_or_none(&**world, trainer.load_weights(path).map(|_| ()))?;
+        }
+        return Ok((State::default(), None, Vec::new()));
+    }
+    let dir = &config.run.dir;
+    // Rank 0 reads every byte once and decides for all.
+    let found = all_or_none(&**world, if world.rank() == 0 { checkpoint::newest_whole(dir) } else { Ok((None, Vec::new())) })?;
+    let found: (Option<PathBuf>, Vec<String>) = serde_json::from_slice(&broadcast_bytes(&**world, &serde_json::to_vec(&found)?, 0)?)?;
+    let (Some(path), mut notes) = found else {
+        bail!("{} holds no whole checkpoint to resume from{}", dir.display(), found.1.iter().map(|note| format!("\n  {note}")).collect::<String>());
+    };
+    let manifest = all_or_none(&**world, trainer.load_all(&path))?;
+    ensure!(manifest.seed == config.run.seed, "{} was written with seed {}, the run's is {}", path.display(), manifest.seed, config.run.seed);
+    notes.push(format!("resuming from {} (step {}, {} tokens)", path.display(), manifest.step, manifest.tokens));
+    let state = State { step: manifest.step, tokens: manifest.tokens, cursor: manifest.cursor, progress: manifest.progress };
+    Ok((state, Some((manifest.step, path)), notes))
+}
+
+impl Run<'_> {
+    fn announce(&self, start: Start, notes: &[String]) -> Result<()> {
+        let places = gather_layout(&*self.world, "cpu", tch::get_num_threads() as usize)?;
+        notes.iter().for_each(|note| self.metrics.say(note));
+        let count = self.config.model.count();
+        let hosts: std::collections::BTreeSet<&str> = places.iter().map(|place| place.host.as_str()).collect();
+        self.metrics.say(&format!(
+            "{} {} | {:.2}M parameters, {:.2}M active | {} ranks on {} host(s) (dp {}), {} thread(s) each | {:?} | {} steps, {} tokens",
+            if start == Start::Fresh { "starting" } else { "resuming" },
+            self.config.run.dir.display(),
+            (count.main + count.mtp) as f64 / 1e6,
+            count.active as f64 / 1e6,
+            self.world.size(),
+            hosts.len(),
+            self.mesh.dp,
+            places[0].threads,
+            self.config.run.precision,
+            self.plan.num_steps(),
+            self.plan.total_tokens(),
+        ));
+        Ok(())
+    }
+
+    /// True: the phases are over. False: stopped on request.
+    fn steps(&mut self, stop: &StopSignal) -> Result<bool> {
+        let plan = self.plan.clone();
+        let mut mark = Instant::now();
+        if self.state.step == 0 {
+            self.validate(&mut mark)?;
+        }
+        while let Some(moment) = plan.at(self.state.tokens) {
+            if self.config.run.stop_after.is_some_and(|limit| self.state.step >= limit) {
+                return Ok(false);
+            }
+            if self.state.cursor.order != moment.order {
+                self.state.cursor = Cursor { order: moment.order, next: 0 };
+            }
+            let first = self.state.cursor.next;
+            let batches = self.read_batch(&plan, first)?;
+            let report = self.trainer.step(&moment, &batches, stop.raised())?;
+            let tokens = moment.batch * moment.phase.sequence_length;
+            self.state.step += 1;
+            self.state.tokens += tokens;
+            self.state.cursor.next += moment.batch;
+            let seconds = self.take_time(&mut mark);
+            self.record(&report, (tokens, seconds, moment.lr), [first, first + moment.batch - 1])?;
+            self.judge(&report)?;
+            if self.due(self.config.validation.every) {
+                self.validate(&mut mark)?;
+            }
+            if self.due(self.config.checkpoint.every) {
+                self.save()?;
+                self.take_time(&mut mark);
+            }
+            if report.stop {
+                self.metrics.say("stopping on request");
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+
+    fn due(&self, every: u64) -> bool {
+        every > 0 && self.state.step % every == 0
+    }
+
+    /// Seconds since `mark`, added to the run's; `mark` moves.
+    fn take_time(&mut self, mark: &mut Instant) -> f64 {
+        let seconds = mark.elapsed().as_secs_f64();
+        self.state.progress.seconds += seconds;
+        *mark = Instant::now();
+        seconds
+    }
+
+    /// This rank's micro-batches of the step that starts at sample `first`; the next step's are asked for.
+    fn read_batch(&self, plan: &Plan, first: u64) -> Result<Vec<MicroBatch>> {
+        let moment = plan.at(self.state.tokens).expect("the caller is inside a phase");
+        let loader = self.corpus.loader(moment.order);
+        let samples = loader.read(&self.share(first, moment.batch))?;
+        let after = self.state.tokens + moment.batch * moment.phase.sequence_length;
+        if let Some(next) = plan.at(after).filter(|next| next.order == moment.order) {
+            loader.prefetch(&self.share(first + moment.batch, next.batch));
+        }
+        Ok(micro_batches(&samples, moment.phase.micro_batch as usize, self.trainer.weights.device()))
+    }
+
+    /// The samples of a global batch that this rank takes: the r-th of `dp` equal runs.
+    fn share(&self, first: u64, batch: u64) -> Vec<u64> {
+        let each = batch / self.mesh.dp as u64;
+        let start = first + each * self.trainer.data.rank() as u64;
+        (start..start + each).collect()
+    }
+
+    fn record(&mut self, report: &StepReport, (tokens, seconds, lr): (u64, f64, f64), samples: [u64; 2]) -> Result<()> {
+        let line = StepLine {
+            step: self.state.step,
+            tokens: self.state.tokens,
+            loss: report.loss,
+            mtp_loss: report.mtp,
+            balance_loss: report.balance,
+            grad_norm: report.grad_norm,
+            lr,
+            load_max: report.load.0,
+            load_min: report.load.1,
+            tokens_per_s: tokens as f64 / seconds,
+            step_ms: seconds * 1e3,
+            applied: report.applied,
+            order: self.state.cursor.order,
+            samples,
+        };
+        self.metrics.step(&line)
+    }
+
+    fn judge(&mut self, report: &StepReport) -> Result<()> {
+        if report.applied {
+            return Ok(());
+        }
+        self.state.progress.skipped_steps += 1;
+        self.metrics.say(&format!("step {}: loss {} and gradient norm {} are not finite; the update was skipped", self.state.step, report.loss, report.grad_norm));
+        if report.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW {
+            self.save()?;
+            bail!("{} steps in a row had no finite loss and gradient: stopped, with a checkpoint at step {}", report.skipped_in_a_row, self.state.step);
+        }
+        Ok(())
+    }
+
+    fn validate(&mut self, mark: &mut Instant) -> Result<()> {
+        let (Some(held_out), true) = (&self.corpus.held_out, self.config.validation.every > 0) else { return Ok(()) };
+        let tokens = self.state.tokens.min(self.plan.total_tokens() - 1);
+        let plan = self.plan.clone();
+        let moment = plan.at(tokens).expect("inside the run");
+        let loss = held_out_loss(&mut self.trainer, held_out, &moment, self.config.validation.sequences)?;
+        self.state.progress.val_loss_start.get_or_insert(loss);
+        self.state.progress.val_loss = Some(loss);
+        self.validated = Some(self.state.step);
+        self.take_time(mark);
+        self.metrics.validation(&ValidationLine { step: self.state.step, validation_loss: loss })
+    }
+
+    fn save(&mut self) -> Result<()> {
+        let head = Manifest::head(self.config, self.mesh, self.trainer.optimizer.updates);
+        let State { step, tokens, cursor, progress } = self.state.clone();
+        let head = Manifest { step, tokens, cursor, progress, ..head };
+        let path = checkpoint::save(&*self.world, &self.config.run.dir, head, self.trainer.state(), self.config.checkpoint.keep_last)?;
+        self.metrics.say(&format!("checkpoint {}", path.display()));
+        self.last_checkpoint = Some((step, path));
+        Ok(())
+    }
+
+    fn finish(mut self, finished: bool) -> Result<Outcome> {
+        if finished && self.validated != Some(self.state.step) {
+            self.validate(&mut Instant::now())?;
+        }
+        if self.last_checkpoint.as_ref().is_none_or(|(step, _)| *step != self.state.step) {
+            self.save()?;
+        }
+        let progress = &self.state.progress;
+        let summary = Summary {
+            steps: self.state.step,
+            tokens: self.state.tokens,
+            tokens_per_s: self.state.tokens as f64 / progress.seconds.max(1e-9),
+            unigram_entropy: self.corpus.unigram_entropy,
+            val_loss_start: progress.val_loss_start,
+            val_loss_end: progress.val_loss,
+            checkpoint: self.last_checkpoint.as_ref().map(|(_, path)| path.clone()),
+            seconds: progress.seconds,
+            skipped_steps: progress.skipped_steps,
+            finished,
+        };
+        let written = if self.world.rank() == 0 { summary.write(&self.config.run.dir) } else { Ok(()) };
+        all_or_none(&*self.world, written)?;
+        self.metrics.say(&format!("{} at step {}", if finished { "finished" } else { "stopped" }, self.state.step));
+        barrier(&*self.world)?;
+        Ok(Outcome { summary })
+    }
+}
+
+/// Samples → micro-batches of up to `size` sequences.
+pub fn micro_batches(samples: &[Sample], size: usize, device: Device) -> Vec<MicroBatch> {
+    let batch = |chunk: &[Sample]| {
+        let tokens: Vec<i64> = chunk.iter().flat_map(|sample| sample.tokens.iter().map(|&token| token as i64)).collect();
+        MicroBatch { tokens: Tensor::from_slice(&tokens).view([chunk.len() as i64, -1]).to_device(device) }
+    };
+    samples.chunks(size).map(batch).collect()
+}
+
+/// The sample orders of a run's phases, and the held-out split of the first.
+struct Corpus {
+    orders: HashMap<u64, Loader>,
+    held_out: Option<Loader>,
+    unigram_entropy: Option<f64>,
+}
+
+impl Corpus {
+    fn open(config: &RunConfig, plan: &Plan) -> Result<Self> {
+        let mut orders = HashMap::new();
+        let mut tokens = 0;
+        while let Some(moment) = plan.at(tokens) {
+            if let std::collections::hash_map::Entry::Vacant(entry) = orders.entry(moment.order) {
+                let spec = spec(config, plan.mixture(moment.phase), moment.phase.sequence_length, moment.order, Split::Train);
+                entry.insert(open_checked(config, spec)?);
+            }
+            tokens += moment.phase.tokens;
+        }
+        let held_out = match config.validation.every {
+            0 => None,
+            _ => {
+                let spec = spec(config, &config.data.mixture, config.phase[0].sequence_length, 0, Split::HeldOut);
+                let loader = open_checked(config, spec)?;
+                ensure!(loader.num_samples() > 0, "the held-out split of {} has not one sequence of {} tokens", config.data.mixture[0].path.display(), config.phase[0].sequence_length);
+                Some(loader)
+            }
+        };
+        let unigram_entropy = orders[&0].unigram_entropy();
+        Ok(Corpus { orders, held_out, unigram_entropy })
+    }
+
+    fn loader(&self, order: u64) -> &Loader {
+        &self.orders[&order]
+    }
+
+    fn fingerprint(&self) -> String {
+        let mut orders: Vec<_> = self.orders.iter().collect();
+        orders.sort_by_key(|(order, _)| **order);
+        orders.iter().map(|(order, loader)| format!("{order}:{}", loader.fingerprint())).collect::<Vec<_>>().join(" ")
+    }
+}
+
+fn spec(config: &RunConfig, sources: &[Source], sequence_length: u64, phase: u64, split: Split) -> OrderSpec {
+    OrderSpec { sources: sources.to_vec(), sequence_length: sequence_length as usize, seed: config.run.seed, phase, split }
+}
+
+/// A corpus whose tokens the model has embeddings for.
+pub fn open_checked(config: &RunConfig, spec: OrderSpec) -> Result<Loader> {
+    let name = spec.sources[0].path.clone();
+    let loader = Loader::open(spec, LoaderOptions::default())?;
+    let (corpus, model) = (loader.vocab_size() as i64, config.model.vocab_size);
+    ensure!(corpus <= model, "the tokenizer of {} has {corpus} tokens, model.vocab_size is {model}", name.display());
+    Ok(loader)
+}
+
+/// Where `resume` finds the run's config.
+pub fn resolved(run_dir: &Path) -> PathBuf {
+    run_dir.join("resolved.toml")
+}

@@ -1,0 +1,156 @@
+//! One training step.
+//!
+//! Legend: B sequences of a micro-batch, L positions, E experts.
+use crate::balance;
+use crate::guard::{Guard, Verdict};
+use crate::optimizer::{Optimizer, grad_norm};
+use crate::phase::Moment;
+use model::mla::Positions;
+use model::stage::StageIn;
+use model::{Grads, MicroBatch, ModelConfig, ParamId, Stage, StepContext, Weights};
+use parallel::comm::{Comm, CommError, Reduce};
+use std::rc::Rc;
+use tch::{Kind, Tensor};
+
+/// The model and its optimizer on one rank.
+pub struct Trainer {
+    pub config: ModelConfig,
+    pub stage: Stage,
+    pub weights: Weights,
+    pub optimizer: Optimizer,
+    pub guard: Guard,
+    pub max_grad_norm: f64,
+    /// The data-parallel ranks.
+    pub data: Comm,
+    /// The ranks that share the experts: this one alone.
+    pub experts: Comm,
+    biases: Vec<Option<ParamId>>,
+    positions: Option<(u64, Positions)>,
+}
+
+/// Means over the global batch; the same on every rank.
+#[derive(Clone, Debug)]
+pub struct StepReport {
+    pub loss: f64,
+    pub mtp: Option<f64>,
+    /// Mean over sequences, summed over layers, with α.
+    pub balance: f64,
+    pub grad_norm: f64,
+    /// Largest and smallest expert load ÷ mean.
+    pub load: (f64, f64),
+    pub expert_counts: Vec<Vec<i64>>,
+    pub applied: bool,
+    pub skipped_in_a_row: u32,
+    /// Some rank was asked to stop.
+    pub stop: bool,
+}
+
+impl Trainer {
+    pub fn new(config: &ModelConfig, stage: Stage, weights: Weights, optimizer: Optimizer, groups: (Comm, Comm)) -> Self {
+        let biases = stage.biases();
+        let (data, experts) = groups;
+        Trainer { config: config.clone(), stage, weights, optimizer, guard: Guard::default(), max_grad_norm: 1.0, data, experts, biases, positions: None }
+    }
+
+    /// Counts of the global batch, and the phase's constants.
+    pub fn context(&mut self, moment: &Moment, batch: u64) -> StepContext {
+        let length = moment.phase.sequence_length;
+        let scaling = moment.phase.rope_scaling.as_ref().or(self.config.rope_scaling.as_ref());
+        if self.positions.as_ref().is_none_or(|(order, _)| *order != moment.order) || moment.phase.rope_scaling.is_some() {
+            let options = (self.weights.precision.master(), self.weights.device());
+            self.positions = Some((moment.order, Positions::new(&self.config, scaling, length as i64, options)));
+        }
+        StepContext {
+            main_targets: (batch * length) as i64,
+            mtp_targets: (batch * (length - 1)) as i64,
+            sequences: batch as i64,
+            mtp_weight: moment.phase.mtp_weight,
+            balance_weight: moment.phase.balance_weight,
+            positions: self.positions.as_ref().expect("made above").1.clone(),
+            experts: self.experts.clone(),
+        }
+    }
+
+    /// Forward, backward, reduce, judge, update. `micro_batches` are this rank's; `stop` is its own wish.
+    pub fn step(&mut self, moment: &Moment, micro_batches: &[MicroBatch], stop: bool) -> Result<StepReport, CommError> {
+        let step = self.context(moment, moment.batch);
+        let mut grads = Grads::new(&self.weights);
+        let mut sums = Sums::new(&self.weights, self.biases.len(), self.config.n_routed_experts);
+        for micro_batch in micro_batches {
+            let (_, stats, saved) = self.stage.forward(&step, &self.weights, micro_batch, StageIn::Tokens)?;
+            sums.add(&stats);
+            let (_, work) = self.stage.backward_input(&self.weights, None, saved)?;
+            self.stage.backward_weight(work, &mut grads);
+        }
+        let (losses, counts) = sums.reduce(&self.data, stop)?;
+        let gradients = self.reduce(grads.take())?;
+        let norm = grad_norm(&gradients);
+
+        let loss = losses[0] / step.main_targets as f64;
+        let verdict = self.guard.judge(losses.iter().sum(), norm);
+        if verdict == Verdict::Apply {
+            let clip = if norm > self.max_grad_norm { self.max_grad_norm / norm } else { 1.0 };
+            self.optimizer.step(&mut self.weights, &gradients, clip, moment.lr);
+            balance::update(&mut self.weights, &self.biases, &counts, moment.phase.bias_speed);
+        }
+        Ok(StepReport {
+            loss,
+            mtp: (self.config.num_nextn_predict_layers == 1).then(|| losses[1] / step.mtp_targets as f64),
+            balance: losses[2] * step.balance_weight / step.sequences as f64,
+            grad_norm: norm,
+            load: balance::extremes(&counts),
+            expert_counts: Vec::<Vec<i64>>::try_from(&counts).unwrap_or_default(),
+            applied: verdict == Verdict::Apply,
+            skipped_in_a_row: if let Verdict::Skip { in_a_row } = verdict { in_a_row } else { 0 },
+            stop: losses[3] > 0.0,
+        })
+    }
+
+    /// Sums over the data-parallel ranks, in rank order.
+    fn reduce(&self, gradients: Vec<(ParamId, Tensor)>) -> Result<Vec<(ParamId, Tensor)>, CommError> {
+        let (ids, tensors): (Vec<ParamId>, Vec<Tensor>) = gradients.into_iter().unzip();
+        let tensors = self.data.all_reduce(tensors, Reduce::Sum)?.wait()?;
+        Ok(ids.into_iter().zip(tensors).collect())
+    }
+
+    /// Σ of the main loss over this rank's micro-batches, without a gradient.
+    pub fn loss_only(&mut self, moment: &Moment, micro_batches: &[MicroBatch]) -> Result<f64, CommError> {
+        let step = self.context(moment, micro_batches.len().max(1) as u64);
+        let mut total = 0.0;
+        for micro_batch in micro_batches {
+            let (_, stats, _) = self.stage.forward(&step, &self.weights, micro_batch, StageIn::Tokens)?;
+            total += stats.main.double_value(&[]);
+        }
+        Ok(total)
+    }
+}
+
+/// Sums over micro-batches: [main, mtp, balance] in f64, expert counts in i64.
+struct Sums {
+    losses: Tensor,
+    counts: Tensor,
+}
+
+impl Sums {
+    fn new(weights: &Weights, layers: usize, experts: i64) -> Self {
+        let device = weights.device();
+        Sums { losses: Tensor::zeros([3], (Kind::Double, device)), counts: Tensor::zeros([layers as i64, experts], (Kind::Int64, device)) }
+    }
+
+    fn add(&mut self, stats: &model::StageStats) {
+        let losses = Tensor::stack(&[&stats.main, &stats.mtp, &stats.balance], 0).to_kind(Kind::Double);
+        let _ = self.losses.g_add_(&losses);
+        if self.counts.numel() > 0 {
+            let _ = self.counts.g_add_(&stats.expert_counts);
+        }
+    }
+
+    /// ([main, mtp, balance, stop], counts) over all ranks.
+    fn reduce(self, data: &Rc<dyn parallel::comm::Communicator>, stop: bool) -> Result<(Vec<f64>, Tensor), CommError> {
+        let stop = Tensor::from_slice(&[stop as i64 as f64]).to_device(self.losses.device());
+        let losses = Tensor::cat(&[self.losses, stop], 0);
+        let mut reduced = data.all_reduce(vec![losses, self.counts], Reduce::Sum)?.wait()?;
+        let counts = reduced.pop().expect("two went in");
+        Ok((Vec::<f64>::try_from(&reduced[0]).expect("f64 sums"), counts))
+    }
+}
