@@ -30,6 +30,9 @@ enum Query {
     Latent { a: Linear, norm: RmsNorm, b: Linear },
 }
 
+/// The latents' norms have the released code's eps whatever rms_norm_eps says.
+const LATENT_EPS: f64 = 1e-6;
+
 /// Positions 0..S of every sequence, and the softmax scale that goes with the table.
 #[derive(Clone)]
 pub struct Positions {
@@ -76,7 +79,7 @@ enum QueryWork {
 
 impl Mla {
     pub fn new(table: &mut ParamTable, config: &ModelConfig, prefix: &str) -> Self {
-        let (d, heads, latent, eps) = (config.hidden_size, config.num_attention_heads, config.kv_lora_rank, config.rms_norm_eps);
+        let (d, heads, latent, eps) = (config.hidden_size, config.num_attention_heads, config.kv_lora_rank, LATENT_EPS);
         let queries = heads * config.qk_head_dim();
         let query = match config.q_lora_rank {
             None => Query::Direct(Linear { weight: table.matrix(format!("{prefix}.q_proj.weight"), &[queries, d], config) }),
