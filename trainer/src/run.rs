@@ -337,7 +337,7 @@ impl Corpus {
                 Some(loader)
             }
         };
-        let unigram_entropy = orders[&0].unigram_entropy();
+        let unigram_entropy = Some(orders[&0].unigram_entropy(0));
         Ok(Corpus { orders, held_out, unigram_entropy })
     }
 
