@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.utils import logging
 
 HERE = Path(__file__).parent
 TOKENS, VOCAB, LAYERS = 13, 61, 3
@@ -128,17 +129,79 @@ def run(script, *args):
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
+def distance(a, b):
+    """‖a−b‖/‖b‖, 0/0 = 0."""
+    a, b = a.double(), b.double()
+    return ((a - b).norm() / b.norm()).item() if b.norm() > 0 else a.norm().item()
+
+
+def transformers_mtp(export, c, tokens):
+    """MTP's loss with transformers' own MTP layer, fed as its decoding loop feeds it; None where it has none."""
+    from transformers.modeling_layers import MtpLayer
+    from transformers.models.deepseek_v3 import modeling_deepseek_v3 as v3
+
+    model = AutoModelForCausalLM.from_pretrained(export, dtype=torch.float32, attn_implementation="eager")
+    mtp_config = model.config.get_mtp_config()
+    layer = MtpLayer(mtp_config, v3.DeepseekV3DecoderLayer, v3.DeepseekV3RMSNorm, 0)
+    prefix = f"model.layers.{c['num_hidden_layers']}."
+    disk = {n.removeprefix(prefix): t for n, t in load_file(export / "model.safetensors").items() if n.startswith(prefix)}
+    state = {"post_norm.weight": disk.pop("shared_head.norm.weight")}
+    del disk["embed_tokens.weight"], disk["shared_head.head.weight"]
+    experts = range(c["n_routed_experts"])
+    take = lambda e, part: disk.pop(f"mlp.experts.{e}.{part}_proj.weight")
+    state["mtp_block.mlp.experts.gate_up_proj"] = torch.stack([torch.cat([take(e, "gate"), take(e, "up")]) for e in experts])
+    state["mtp_block.mlp.experts.down_proj"] = torch.stack([take(e, "down") for e in experts])
+    state |= {n if n.split(".")[0] in ("enorm", "hnorm", "eh_proj") else f"mtp_block.{n}": t for n, t in disk.items()}
+    layer.load_state_dict(state)
+
+    hidden = model.model(input_ids=tokens[:, :-1], use_cache=False).last_hidden_state[:, :-1]
+    embedded = model.model.embed_tokens(tokens[:, 1:-1])
+    positions = torch.arange(1, tokens.shape[1] - 1).unsqueeze(0)  # a shift that rotary attention does not see
+    mask = torch.full((embedded.shape[1],) * 2, -torch.inf).triu(1)[None, None]
+    out = layer(embedded, hidden, model.model.rotary_emb(embedded, positions), mask, positions, None)
+    return torch.nn.functional.cross_entropy(model.lm_head(out).flatten(0, 1), tokens[:, 2:].flatten())
+
+
 def check_variant(name, c, folder):
     folder.mkdir()
-    make_export(folder / "export", c, seed=len(name))
-    save_file({"tokens": torch.randint(0, VOCAB, (2, TOKENS + 1))}, folder / "in.safetensors")
-    summary = run("hf.py", folder / "export", folder / "in.safetensors", folder / "hf.safetensors")
+    export, tokens_file = folder / "export", folder / "in.safetensors"
+    make_export(export, c, seed=len(name))
+    tokens = torch.randint(0, VOCAB, (2, TOKENS + 1))
+    save_file({"tokens": tokens}, tokens_file)
+    run("hf.py", export, tokens_file, folder / "hf.safetensors")
     hf = load_file(folder / "hf.safetensors")
-    assert hf["logits"].shape == (2, TOKENS, VOCAB) and summary["loss"] > 0
-    return f"{name}: loss {summary['loss']:.6f}, {summary['parameters']} parameters, margin {hf['routing_margin'].item():.2e}"
+    assert hf["logits"].shape == (2, TOKENS, VOCAB)
+
+    # Main loss only: the two oracles have no code in common and must agree to f32 rounding on everything.
+    run("mtp.py", export, tokens_file, folder / "main.safetensors", "--lambda", 0, "--alpha", 0)
+    ours = load_file(folder / "main.safetensors")
+    extra = ("loss", "logits", "routing_margin", "routes", "counts")
+    gradients = [n for n in hf if not n.startswith(extra)]
+    mtp_prefix = f"model.layers.{c['num_hidden_layers']}."
+    assert {n for n in ours if not n.startswith((*extra, mtp_prefix))} == set(gradients)
+    assert all(torch.equal(hf[n], ours[n]) for n in hf if n.startswith("routes"))
+    worst = max(distance(hf[n], ours[n]) for n in gradients)
+    logits = distance(hf["logits"], ours["logits"])
+    line = f"{name}: loss {hf['loss'].item():.6f}, margin {hf['routing_margin'].item():.1e}, logits {logits:.1e}, worst gradient {worst:.1e}"
+    assert logits < 1e-5 and worst < 1e-4 and distance(hf["loss"], ours["loss"]) < 1e-6, line
+
+    # Everything on: the parts add up, and MTP equals transformers' own module.
+    run("mtp.py", export, tokens_file, folder / "all.safetensors", "--lambda", 0.3, "--alpha", 0.01)
+    full = load_file(folder / "all.safetensors")
+    total = full["loss.main"] + 0.3 * full["loss.mtp"] + 0.01 * full["loss.balance"]
+    assert torch.equal(total, full["loss"]) and full["loss.balance"] > 0
+    layers = [n for n in full if n.startswith("counts.")]
+    assert all(full[n].sum() in (2 * TOKENS * c["num_experts_per_tok"], 2 * (TOKENS - 1) * c["num_experts_per_tok"]) for n in layers)
+    if c.get("num_nextn_predict_layers"):
+        gap = distance(transformers_mtp(export, c, tokens), full["loss.mtp"])
+        line += f", MTP {gap:.1e}"
+        assert gap < 1e-6, line
+    return line
 
 
 def main():
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     names = sys.argv[1:] or list(VARIANTS)
     with tempfile.TemporaryDirectory() as temp:
         for name in names:

@@ -60,3 +60,134 @@ pub fn small() -> ModelConfig {
 }
 
 pub const F64: (Kind, Device) = (Kind::Double, Device::Cpu);
+
+use serde_json::Value;
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::OnceLock;
+use std::time::{Duration, Instant};
+use trainer::RunConfig;
+
+pub fn root() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("the workspace").to_path_buf()
+}
+
+/// The binary this test was built beside.
+pub fn binary() -> PathBuf {
+    let test = std::env::current_exe().expect("a test has a path");
+    let path = test.parent().and_then(Path::parent).expect("target/release/deps").join("tiefsee");
+    assert!(path.exists(), "{} is not built; scripts/test.sh builds it first", path.display());
+    path
+}
+
+pub fn tiefsee(args: &[String]) -> Command {
+    let mut command = Command::new(binary());
+    command.args(args).env_remove("OMPI_COMM_WORLD_RANK");
+    command
+}
+
+/// A folder of this test process, removed by the operating system's own rules.
+pub fn scratch() -> &'static Path {
+    static FOLDER: OnceLock<tempfile::TempDir> = OnceLock::new();
+    FOLDER.get_or_init(|| tempfile::tempdir().expect("a temporary folder")).path()
+}
+
+/// A corpus of this project's own sources with 512 tokens, made once.
+pub fn corpus() -> &'static Path {
+    static CORPUS: OnceLock<PathBuf> = OnceLock::new();
+    CORPUS.get_or_init(|| {
+        let out = scratch().join("corpus");
+        let mut args: Vec<String> = ["prepare".to_string()].into();
+        args.extend(["data", "kernels", "model", "trainer", "configs"].map(|folder| root().join(folder).display().to_string()));
+        args.extend(["--out", &out.display().to_string(), "--vocab", "512", "--held-out", "0.2", "--extensions", "rs,toml"].map(String::from));
+        let output = tiefsee(&args).output().expect("tiefsee starts");
+        assert!(output.status.success(), "prepare: {}", String::from_utf8_lossy(&output.stderr));
+        out
+    })
+}
+
+/// mpirun's settings for several ranks on a small machine, as scripts/env.sh has them.
+pub fn mpirun(ranks: usize, args: &[String], expected: i32) -> String {
+    let output = Command::new("timeout")
+        .args(["120", "mpirun", "--oversubscribe", "-n", &ranks.to_string()])
+        .arg(binary())
+        .args(args)
+        .envs([("OMPI_ALLOW_RUN_AS_ROOT", "1"), ("OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1"), ("OMPI_MCA_mpi_yield_when_idle", "1"), ("OMPI_MCA_hwloc_base_binding_policy", "none")])
+        .envs([("OMPI_MCA_btl_tcp_if_include", "lo"), ("OMPI_MCA_oob_tcp_if_include", "lo")])
+        .output()
+        .expect("mpirun starts");
+    let text = format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    assert_eq!(output.status.code(), Some(expected), "mpirun -n {ranks} {args:?}: {text}");
+    text
+}
+
+/// A run of configs/run/tiny.toml in a folder of its own.
+pub struct Run {
+    dir: PathBuf,
+    set: Vec<String>,
+}
+
+impl Run {
+    pub fn new(name: &str, set: &[&str]) -> Run {
+        tch::set_num_threads(1); // as the run's config has it for processes
+        let dir = scratch().join("runs").join(name);
+        let mut all = vec![format!("run.dir={}", dir.display()), format!("data.mixture.0.path={}", corpus().display())];
+        all.extend(set.iter().map(|s| s.to_string()));
+        Run { dir, set: all }
+    }
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+    pub fn config(&self) -> RunConfig {
+        RunConfig::load(&root().join("configs/run/tiny.toml"), &self.set).expect("a valid config")
+    }
+    pub fn train_args(&self) -> Vec<String> {
+        let mut args = vec!["train".to_string(), "--config".to_string(), root().join("configs/run/tiny.toml").display().to_string()];
+        args.extend(self.set.iter().flat_map(|set| ["--set".to_string(), set.clone()]));
+        args
+    }
+    /// Rank 0's step lines.
+    pub fn lines(&self) -> Vec<Value> {
+        let text = std::fs::read_to_string(self.dir.join("log/rank-0.jsonl")).unwrap_or_default();
+        text.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok()).filter(|line| line.get("loss").is_some()).collect()
+    }
+    pub fn series(&self, key: &str) -> Vec<f64> {
+        self.lines().iter().map(|line| line[key].as_f64().unwrap_or_else(|| panic!("{key} in {line}"))).collect()
+    }
+    pub fn samples(&self) -> Vec<(Value, Value)> {
+        self.lines().iter().map(|line| (line["order"].clone(), line["samples"].clone())).collect()
+    }
+    pub fn newest_checkpoint(&self) -> PathBuf {
+        trainer::checkpoint::list(&self.dir).expect("a list").pop().expect("a checkpoint").1
+    }
+    pub fn manifest(&self) -> Value {
+        let text = std::fs::read(self.newest_checkpoint().join("manifest.json")).expect("a manifest");
+        serde_json::from_slice(&text).expect("JSON")
+    }
+    /// Every tensor of the newest checkpoint.
+    pub fn state(&self) -> BTreeMap<String, Tensor> {
+        trainer::checkpoint::load(&self.newest_checkpoint(), |_| true).expect("a checkpoint").1.into_iter().collect()
+    }
+    pub fn wait_for(&self, ready: impl Fn() -> bool) {
+        let start = Instant::now();
+        while !ready() {
+            assert!(start.elapsed() < Duration::from_secs(60), "waited a minute for the run in {}", self.dir.display());
+            std::thread::sleep(Duration::from_millis(2));
+        }
+    }
+    pub fn wait_for_step(&self, step: usize) {
+        self.wait_for(|| self.lines().len() >= step);
+    }
+    #[track_caller]
+    pub fn assert_same(&self, other: &Run, limit: f64) {
+        assert_eq!(self.samples(), other.samples());
+        for key in ["loss", "mtp_loss", "balance_loss", "grad_norm"] {
+            let (a, b) = (self.series(key), other.series(key));
+            assert_eq!(a.len(), b.len());
+            for (step, (a, b)) in a.iter().zip(&b).enumerate() {
+                assert!((a - b).abs() <= limit * b.abs(), "{key} of step {}: {a} and {b}", step + 1);
+            }
+        }
+    }
+}

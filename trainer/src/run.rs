@@ -252,9 +252,9 @@ impl Run<'_> {
 
     fn validate(&mut self, mark: &mut Instant) -> Result<()> {
         let (Some(held_out), true) = (&self.corpus.held_out, self.config.validation.every > 0) else { return Ok(()) };
-        let tokens = self.state.tokens.min(self.plan.total_tokens() - 1);
+        // Always the first phase's sequence length, so that the numbers of one run compare.
         let plan = self.plan.clone();
-        let moment = plan.at(tokens).expect("inside the run");
+        let moment = plan.at(0).expect("a run has a first phase");
         let loss = held_out_loss(&mut self.trainer, held_out, &moment, self.config.validation.sequences)?;
         self.state.progress.val_loss_start.get_or_insert(loss);
         self.state.progress.val_loss = Some(loss);

@@ -5,6 +5,7 @@ use crate::balance;
 use crate::guard::{Guard, Verdict};
 use crate::optimizer::{Optimizer, grad_norm};
 use crate::phase::Moment;
+use kernels::ops::rope::RopeScaling;
 use model::mla::Positions;
 use model::stage::StageIn;
 use model::{Grads, MicroBatch, ModelConfig, ParamId, Stage, StepContext, Weights};
@@ -25,8 +26,11 @@ pub struct Trainer {
     /// The ranks that share the experts: this one alone.
     pub experts: Comm,
     biases: Vec<Option<ParamId>>,
-    positions: Option<(u64, Positions)>,
+    positions: Option<(PositionsKey, Positions)>,
 }
+
+/// What a table of positions depends on.
+type PositionsKey = (u64, Option<RopeScaling>);
 
 /// Means over the global batch; the same on every rank.
 #[derive(Clone, Debug)]
@@ -55,18 +59,19 @@ impl Trainer {
     /// Counts of the global batch, and the phase's constants.
     pub fn context(&mut self, moment: &Moment, batch: u64) -> StepContext {
         let length = moment.phase.sequence_length;
-        let scaling = moment.phase.rope_scaling.as_ref().or(self.config.rope_scaling.as_ref());
-        if self.positions.as_ref().is_none_or(|(order, _)| *order != moment.order) || moment.phase.rope_scaling.is_some() {
-            let options = (self.weights.precision.master(), self.weights.device());
-            self.positions = Some((moment.order, Positions::new(&self.config, scaling, length as i64, options)));
-        }
+        let key = (length, moment.phase.rope_scaling.clone().or_else(|| self.config.rope_scaling.clone()));
+        let positions = match self.positions.take() {
+            Some((cached, positions)) if cached == key => positions,
+            _ => Positions::new(&self.config, key.1.as_ref(), length as i64, (self.weights.precision.master(), self.weights.device())),
+        };
+        self.positions = Some((key, positions.clone()));
         StepContext {
             main_targets: (batch * length) as i64,
             mtp_targets: (batch * (length - 1)) as i64,
             sequences: batch as i64,
             mtp_weight: moment.phase.mtp_weight,
             balance_weight: moment.phase.balance_weight,
-            positions: self.positions.as_ref().expect("made above").1.clone(),
+            positions,
             experts: self.experts.clone(),
         }
     }

@@ -1,0 +1,119 @@
+//! Whole runs of the tiny model: resumed, on any number of ranks, over threads and over mpirun, they are one run.
+use crate::support::{Run, mpirun, tiefsee};
+use parallel::comm::local::run_local;
+use std::path::Path;
+use trainer::coordinator::StopSignal;
+use trainer::run::{Start, train};
+
+/// A batch ramp up to step 19, then a longer sequence.
+const STEPS: usize = 30;
+
+/// In this process, on `ranks` threads.
+fn over_threads(run: &Run, ranks: usize, start: Start, stop_after: Option<u64>) {
+    let mut config = run.config();
+    config.run.stop_after = stop_after;
+    run_local(ranks, |world| train(&config, world, start, &StopSignal::default()).map(|_| ()).expect("the run"));
+}
+
+#[test]
+fn a_resumed_run_is_the_undisturbed_run_bit_for_bit() {
+    for ranks in [1, 2] {
+        let whole = Run::new(&format!("whole-{ranks}"), &[]);
+        over_threads(&whole, ranks, Start::Fresh, None);
+        assert_eq!(whole.lines().len(), STEPS);
+        // In the batch ramp, on the phase edge, and beyond it.
+        for stop in [10, 19, 23] {
+            let parts = Run::new(&format!("parts-{ranks}-{stop}"), &[]);
+            over_threads(&parts, ranks, Start::Fresh, Some(stop));
+            assert_eq!(parts.lines().len(), stop as usize);
+            over_threads(&parts, ranks, Start::Resume, None);
+            assert_eq!(parts.series("loss"), whole.series("loss"), "losses after a stop at {stop} on {ranks} rank(s)");
+            assert_eq!(parts.series("grad_norm"), whole.series("grad_norm"));
+            assert_eq!(parts.samples(), whole.samples());
+            let (a, b) = (parts.state(), whole.state());
+            assert_eq!(a.keys().collect::<Vec<_>>(), b.keys().collect::<Vec<_>>());
+            for (name, tensor) in &a {
+                assert!(tensor.equal(&b[name]), "{name} differs after a stop at {stop} on {ranks} rank(s)");
+            }
+            assert!(a.keys().any(|name| name.starts_with("second/")) && a.keys().any(|name| name.ends_with("e_score_correction_bias")));
+        }
+    }
+}
+
+#[test]
+fn any_number_of_data_parallel_ranks_gives_the_same_run() {
+    let one = Run::new("dp-1", &[]);
+    over_threads(&one, 1, Start::Fresh, None);
+    for ranks in [2, 4] {
+        // Batches of 4 to 12 in micro-batches of 1, then 8 in micro-batches of 2.
+        let threads = Run::new(&format!("dp-threads-{ranks}"), &[]);
+        over_threads(&threads, ranks, Start::Fresh, None);
+        threads.assert_same(&one, 1e-9);
+        let processes = Run::new(&format!("dp-mpi-{ranks}"), &[]);
+        mpirun(ranks, &processes.train_args(), 0);
+        processes.assert_same(&one, 1e-9);
+        assert_eq!(processes.series("loss"), threads.series("loss"), "threads and processes reduce in the same order");
+    }
+}
+
+#[test]
+fn in_f32_the_number_of_ranks_shows_only_in_rounding() {
+    // γ = 0: a bias that moves by sign would amplify one rounding into another route.
+    let set = ["run.precision=f32", "phase.0.bias_speed=0.0", "phase.1.bias_speed=0.0"];
+    let one = Run::new("f32-1", &set);
+    over_threads(&one, 1, Start::Fresh, None);
+    let two = Run::new("f32-2", &set);
+    over_threads(&two, 2, Start::Fresh, None);
+    two.assert_same(&one, 1e-4);
+}
+
+#[test]
+fn bf16_trains_with_bf16_moments_and_resumes_bit_for_bit() {
+    let set = ["run.precision=bf16", "optimizer.moments=bf16"];
+    let whole = Run::new("bf16-whole", &set);
+    over_threads(&whole, 1, Start::Fresh, None);
+    let parts = Run::new("bf16-parts", &set);
+    over_threads(&parts, 1, Start::Fresh, Some(11));
+    over_threads(&parts, 1, Start::Resume, None);
+    assert_eq!(parts.series("loss"), whole.series("loss"));
+    let losses = whole.series("loss");
+    assert!(losses[STEPS - 1] < losses[0] - 0.1, "{} is not below {}", losses[STEPS - 1], losses[0]);
+}
+
+#[test]
+fn a_stop_signal_ends_in_a_checkpoint_and_a_code_of_its_own() {
+    let run = Run::new("signal", &["phase.0.tokens=300000"]);
+    let child = tiefsee(&run.train_args()).stdout(std::process::Stdio::null()).spawn().expect("tiefsee starts");
+    run.wait_for_step(3);
+    signal(child.id(), "TERM");
+    let status = child.wait_with_output().expect("it ends").status;
+    assert_eq!(status.code(), Some(75));
+    let steps = run.lines().len() as u64;
+    assert_eq!(run.manifest()["step"].as_u64(), Some(steps));
+    let resumed = tiefsee(&["resume".into(), run.dir().display().to_string(), "--stop-after".into(), (steps + 2).to_string()]).output().expect("it runs");
+    assert_eq!(resumed.status.code(), Some(75), "{}", String::from_utf8_lossy(&resumed.stderr));
+    assert_eq!(run.lines().len() as u64, steps + 2);
+}
+
+#[test]
+fn a_kill_in_the_middle_of_a_save_leaves_the_checkpoint_before_it() {
+    // A vocabulary large enough that a save takes a while.
+    let run = Run::new("kill", &["model.vocab_size=60000", "checkpoint.every=2", "validation.every=0", "phase.0.tokens=300000"]);
+    let mut child = tiefsee(&run.train_args()).stdout(std::process::Stdio::null()).spawn().expect("tiefsee starts");
+    run.wait_for(|| Path::new(&run.dir().join("checkpoints/step-00000002")).exists());
+    run.wait_for(|| Path::new(&run.dir().join("checkpoints/.step-00000004.partial")).exists());
+    child.kill().expect("it runs");
+    child.wait().expect("it ends");
+    assert!(!run.dir().join("checkpoints/step-00000004").exists(), "the save was over before the kill");
+    let args = ["resume".into(), run.dir().display().to_string(), "--stop-after".into(), "3".into()];
+    let resumed = tiefsee(&args).output().expect("it runs");
+    let text = String::from_utf8_lossy(&resumed.stdout);
+    assert_eq!(resumed.status.code(), Some(75), "{}", String::from_utf8_lossy(&resumed.stderr));
+    assert!(text.contains(".step-00000004.partial was never finished") && text.contains("step-00000002 (step 2"), "{text}");
+    assert!(!run.dir().join("checkpoints/.step-00000004.partial").exists());
+}
+
+fn signal(pid: u32, name: &str) {
+    let status = std::process::Command::new("kill").args([format!("-{name}"), pid.to_string()]).status().expect("kill is there");
+    assert!(status.success());
+}
