@@ -14,6 +14,7 @@ mod build;
 mod check;
 mod dual_pipe;
 mod one_way;
+pub mod run;
 mod svg;
 
 pub use check::{Report, Span, Times, Violation, check};

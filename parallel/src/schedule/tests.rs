@@ -43,3 +43,42 @@ fn the_published_bubbles_at_16_ranks_and_120_micro_batches() {
     let (_, report) = Schedule::DualPipe.proven(16, 120).unwrap();
     assert_eq!(report.in_flight.iter().max(), Some(&17));
 }
+
+#[test]
+#[ignore = "a minute: every size up to 32 ranks and 240 micro-batches"]
+fn every_single_size() {
+    for num_ranks in 1..=32 {
+        for num_micro_batches in 1..=240 {
+            for schedule in Schedule::ALL.into_iter().filter(|s| s.validate(num_ranks, num_micro_batches).is_ok()) {
+                if let Err(wrong) = schedule.proven(num_ranks, num_micro_batches) {
+                    panic!("{schedule}, P {num_ranks}, M {num_micro_batches}: {wrong}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn at_other_times_dualpipe_keeps_near_its_formula() {
+    let times = Times { forward: 1.0, backward: 2.2, weight: 1.0, pair: 2.6, transfer: 0.0 };
+    let (lists, _) = Schedule::DualPipe.proven(16, 120).unwrap();
+    let report = check(&lists, 120, &times).unwrap();
+    let formula = Schedule::DualPipe.bubble(16, &times);
+    assert!((formula - 12.6).abs() < 1e-9 && (report.worst_bubble() - 11.6).abs() < 1e-9, "{} {formula}", report.worst_bubble());
+    // Transfers cost, but the schedule still ends.
+    let slow = check(&lists, 120, &Times { transfer: 0.5, ..Times::UNIT }).unwrap();
+    assert!(slow.worst_bubble() > 14.0);
+}
+
+#[test]
+fn the_timeline_shows_every_computation() {
+    let (lists, report) = Schedule::DualPipe.proven(4, 8).unwrap();
+    let svg = timeline(Schedule::DualPipe, &report, &Times::UNIT);
+    let num_computations = lists.iter().flatten().filter(|a| !matches!(a, Action::Exchange(_))).count();
+    let num_pairs = lists.iter().flatten().filter(|a| matches!(a, Action::Pair { .. })).count();
+    // One block each, two for a pair; besides, the page, a row a rank and eight in the legend.
+    assert_eq!(svg.matches("<rect").count(), num_computations + num_pairs + 1 + 4 + 8);
+    assert!(svg.contains("bubble 2.0 to 2.0 of 26.0 (formula 2.0)"), "{svg}");
+}
+
+mod mutation;
