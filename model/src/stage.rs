@@ -10,6 +10,7 @@ use crate::moe::Load;
 use crate::mtp::{Mtp, MtpIn, MtpSaved, MtpWork};
 use crate::norm::{NormSaved, RmsNorm};
 use crate::{Grads, Layer, ModelConfig, ParamId, ParamTable, Weights};
+use kernels::ops::linear;
 use kernels::ops::rope::{RopeScaling, RopeTable};
 use parallel::comm::{Comm, CommError};
 use std::rc::Rc;
@@ -18,6 +19,17 @@ use tch::{Device, Kind, Tensor};
 /// One micro-batch of packed samples.
 pub struct MicroBatch {
     pub tokens: Tensor, // [B, L + 1] i64
+}
+
+impl MicroBatch {
+    /// B
+    pub fn sequences(&self) -> i64 {
+        self.tokens.size()[0]
+    }
+    /// L
+    pub fn length(&self) -> i64 {
+        self.tokens.size()[1] - 1
+    }
 }
 
 /// What every micro-batch of a step shares. Means are over the global batch, so the counts are global.
@@ -32,6 +44,17 @@ pub struct StepContext {
     pub balance_weight: f64,
     pub positions: Positions,
     pub experts: Comm,
+}
+
+impl StepContext {
+    fn block_context(&self, mb: &MicroBatch) -> BlockContext {
+        BlockContext {
+            sequences: mb.sequences(),
+            positions: self.positions.clone(),
+            balance_scale: self.balance_weight / self.sequences as f64,
+            experts: self.experts.clone(),
+        }
+    }
 }
 
 /// From the forward only. Sums over this rank's tokens; the caller adds micro-batches and ranks.
@@ -66,6 +89,13 @@ struct Last {
     norm: RmsNorm,
     head: LmHead,
     mtp: Option<Mtp>,
+}
+
+/// What the blocks leave.
+struct Trunk {
+    hidden: Tensor,
+    tokens: Option<Tensor>,
+    blocks: Vec<BlockSaved>,
 }
 
 pub struct StageSaved {
@@ -116,18 +146,11 @@ impl Stage {
         self.blocks.iter().chain(mtp).filter_map(moe).collect()
     }
 
-    pub fn forward(&self, step: &StepContext, w: &Weights, mb: &MicroBatch, x: StageIn) -> Result<(StageOut, StageStats, StageSaved), CommError> {
-        let (sequences, length) = (mb.tokens.size()[0], mb.tokens.size()[1] - 1);
-        let context = BlockContext {
-            sequences,
-            positions: step.positions.clone(),
-            balance_scale: step.balance_weight / step.sequences as f64,
-            experts: step.experts.clone(),
-        };
-        let mut stats = Sums::new(w);
-        let (mut h, tokens) = match (&self.embedding, x) {
+    /// Embedding and blocks: the hidden state before the final norm.
+    fn trunk(&self, w: &Weights, mb: &MicroBatch, x: StageIn, context: &BlockContext, stats: &mut Sums) -> Result<Trunk, CommError> {
+        let (mut hidden, tokens) = match (&self.embedding, x) {
             (Some(embedding), StageIn::Tokens) => {
-                let (h, tokens) = embedding.forward(w, mb.tokens.narrow(1, 0, length).flatten(0, -1));
+                let (h, tokens) = embedding.forward(w, mb.tokens.narrow(1, 0, mb.length()).flatten(0, -1));
                 (h, Some(tokens))
             }
             (None, StageIn::Hidden(hidden)) => (hidden, None),
@@ -135,11 +158,27 @@ impl Stage {
         };
         let mut blocks = Vec::with_capacity(self.blocks.len());
         for block in &self.blocks {
-            let (y, load, saved) = block.forward(w, h, &context)?;
-            h = y;
+            let (y, load, saved) = block.forward(w, hidden, context)?;
+            hidden = y;
             stats.add(load);
             blocks.push(saved);
         }
+        Ok(Trunk { hidden, tokens, blocks })
+    }
+
+    /// The main head's logits [T, V], for evaluation; a last stage that is also the first.
+    pub fn logits(&self, step: &StepContext, w: &Weights, mb: &MicroBatch) -> Result<Tensor, CommError> {
+        let last = self.last.as_ref().expect("only the last stage has a head");
+        let trunk = self.trunk(w, mb, StageIn::Tokens, &step.block_context(mb), &mut Sums::new(w))?;
+        let (h, _) = last.norm.forward(w, trunk.hidden);
+        Ok(linear::forward(&h, w.get(last.head.weight)))
+    }
+
+    pub fn forward(&self, step: &StepContext, w: &Weights, mb: &MicroBatch, x: StageIn) -> Result<(StageOut, StageStats, StageSaved), CommError> {
+        let (sequences, length) = (mb.sequences(), mb.length());
+        let context = step.block_context(mb);
+        let mut stats = Sums::new(w);
+        let Trunk { hidden: h, tokens, blocks } = self.trunk(w, mb, x, &context, &mut stats)?;
         let Some(last) = &self.last else {
             return Ok((StageOut::Hidden(h), stats.done(), StageSaved { tokens, blocks, last: None }));
         };

@@ -1,0 +1,189 @@
+//! What users meet: errors that name what is wrong, exit codes, TensorBoard, parameter counts, the summary.
+use crate::support::{Run, corpus, mpirun, root, scratch, tiefsee};
+use serde_json::Value;
+use std::collections::BTreeMap;
+use std::fs;
+use std::process::Command;
+
+/// Runs `tiefsee` and expects an error whose text has every part.
+#[track_caller]
+fn refused(args: &[String], parts: &[&str]) {
+    let output = tiefsee(args).output().expect("tiefsee starts");
+    let text = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(1), "{args:?} was not refused: {text}");
+    for part in parts {
+        assert!(text.contains(part), "the error does not say {part}: {text}");
+    }
+}
+
+fn words(args: &[&str]) -> Vec<String> {
+    args.iter().map(|arg| arg.to_string()).collect()
+}
+
+/// A finished run of a few steps.
+fn finished(name: &str) -> Run {
+    let run = Run::new(name, &["run.stop_after=2", "checkpoint.every=1"]);
+    let output = tiefsee(&run.train_args()).output().expect("it runs");
+    assert_eq!(output.status.code(), Some(75), "{}", String::from_utf8_lossy(&output.stderr));
+    run
+}
+
+#[test]
+fn an_unknown_key_is_named_with_the_nearest_right_one() {
+    let run = Run::new("unknown-key", &["optimizer.weigth_decay=0.2"]);
+    refused(&run.train_args(), &["tiny.toml", "weigth_decay", "did you mean `weight_decay`?"]);
+    let run = Run::new("unknown-model-key", &["model.kv_lora_rnk=3"]);
+    refused(&run.train_args(), &["kv_lora_rnk", "did you mean `kv_lora_rank`?"]);
+    assert!(!run.dir().exists());
+}
+
+#[test]
+fn values_that_do_not_fit_together_are_refused_with_their_numbers() {
+    refused(&Run::new("dp", &["parallel.dp=3"]).train_args(), &["dp 3", "= 3 ranks", "the world has 1"]);
+    refused(&Run::new("micro", &["phase.0.micro_batch=3"]).train_args(), &["[[phase]] 1", "batch 4", "micro_batch 3 × dp 1 = 3"]);
+    refused(&Run::new("length", &["phase.1.sequence_length=1000"]).train_args(), &["[[phase]] 2", "sequence_length = 1000", "max_position_embeddings = 256"]);
+    refused(&Run::new("groups", &["model.n_group=3"]).train_args(), &["model.n_group = 3", "n_routed_experts = 8"]);
+    refused(&Run::new("vocab", &["model.vocab_size=100"]).train_args(), &["512", "model.vocab_size is 100"]);
+    let text = mpirun(2, &Run::new("dp-mpi", &["parallel.dp=3"]).train_args(), 1);
+    assert!(text.contains("dp 3") && text.contains("the world has 2"), "{text}");
+}
+
+#[test]
+fn a_damaged_checkpoint_is_named_and_the_one_before_is_used() {
+    let run = finished("damaged");
+    let shard = run.newest_checkpoint().join("shard-00000-of-00001.safetensors");
+    let whole = fs::read(&shard).expect("a shard");
+    let verify = words(&["checkpoint", "verify", &run.newest_checkpoint().display().to_string()]);
+    assert!(tiefsee(&verify).output().expect("it runs").status.success());
+
+    let mut flipped = whole.clone();
+    let middle = flipped.len() / 2;
+    flipped[middle] ^= 1;
+    fs::write(&shard, &flipped).expect("a write");
+    refused(&verify, &[&shard.display().to_string(), "BLAKE3"]);
+    let resume = words(&["resume", &run.dir().display().to_string(), "--stop-after", "2"]);
+    let output = tiefsee(&resume).output().expect("it runs");
+    let text = String::from_utf8_lossy(&output.stdout);
+    assert!(text.contains("step-00000002 is damaged") && text.contains("step-00000001 (step 1"), "{text}");
+
+    // The resumed run wrote step 2 anew; now cut it short and lose step 1.
+    let shard = run.newest_checkpoint().join("shard-00000-of-00001.safetensors");
+    fs::write(&shard, &whole[..whole.len() - 7]).expect("a write");
+    refused(&verify, &[&shard.display().to_string(), "bytes"]);
+    fs::remove_file(run.dir().join("checkpoints/step-00000001/manifest.json")).expect("a removal");
+    refused(&resume, &["holds no whole checkpoint", "step-00000002 is damaged", "step-00000001 is damaged"]);
+}
+
+#[test]
+fn a_damaged_corpus_is_named() {
+    let copy = scratch().join("damaged-corpus");
+    let status = Command::new("cp").args(["-r", &corpus().display().to_string(), &copy.display().to_string()]).status().expect("cp");
+    assert!(status.success());
+    let shard = fs::read_dir(&copy)
+        .expect("a folder")
+        .map(|entry| entry.expect("an entry").path())
+        .find(|path| path.file_name().is_some_and(|name| name.to_string_lossy().starts_with("train")))
+        .expect("a training shard");
+    let mut bytes = fs::read(&shard).expect("a shard");
+    let middle = bytes.len() / 2;
+    bytes[middle] ^= 0x55;
+    fs::write(&shard, bytes).expect("a write");
+    let path = format!("data.mixture.0.path={}", copy.display());
+    let run = Run::new("damaged-corpus-run", &[&path, "run.stop_after=3"]);
+    refused(&run.train_args(), &[shard.file_name().expect("a name").to_str().expect("text")]);
+    let nowhere = Run::new("no-corpus", &["data.mixture.0.path=/nonexistent/corpus"]);
+    refused(&nowhere.train_args(), &["/nonexistent/corpus"]);
+}
+
+#[test]
+fn a_folder_without_text_makes_no_corpus() {
+    let (empty, out) = (scratch().join("empty"), scratch().join("empty-out"));
+    fs::create_dir_all(&empty).expect("a folder");
+    fs::write(empty.join("picture.rs"), [0u8, 159, 146, 150]).expect("a file");
+    refused(&words(&["prepare", &empty.display().to_string(), "--out", &out.display().to_string(), "--vocab", "512"]), &[&empty.display().to_string()]);
+    assert!(!out.exists());
+}
+
+#[test]
+fn a_run_directory_is_not_overwritten() {
+    let run = finished("twice");
+    refused(&run.train_args(), &["already holds a run", "tiefsee resume"]);
+}
+
+#[test]
+fn a_full_disk_leaves_no_half_checkpoint() {
+    let disk = scratch().join("small-disk");
+    fs::create_dir_all(&disk).expect("a folder");
+    let mounted = Command::new("mount").args(["-t", "tmpfs", "-o", "size=3m", "tmpfs"]).arg(&disk).status().is_ok_and(|status| status.success());
+    if !mounted {
+        println!("skipped: mounting a tmpfs is not allowed here");
+        return;
+    }
+    let run_dir = format!("run.dir={}", disk.join("run").display());
+    let run = Run::new("full-disk", &[&run_dir, "checkpoint.every=2", "validation.every=0", "model.vocab_size=8000"]);
+    let output = tiefsee(&run.train_args()).output().expect("it runs");
+    let text = String::from_utf8_lossy(&output.stderr);
+    let left: Vec<_> = fs::read_dir(disk.join("run/checkpoints")).map(|entries| entries.map(|e| e.expect("an entry").path()).collect()).unwrap_or_default();
+    assert!(Command::new("umount").arg(&disk).status().is_ok_and(|status| status.success()));
+    assert_eq!(output.status.code(), Some(1), "{text}");
+    assert!(text.contains("step-00000002 was not written") && text.contains("shard-00000"), "{text}");
+    assert!(left.is_empty(), "{left:?}");
+}
+
+#[test]
+fn tensorboard_reads_every_scalar_of_every_step() {
+    let run = Run::new("tensorboard", &["checkpoint.every=10"]);
+    mpirun(2, &run.train_args(), 0);
+    let python = root().join(".deps/venv/bin/python");
+    assert!(python.exists(), "the test venv is not there; scripts/test.sh makes it");
+    let output = Command::new(python).arg(root().join("tests/oracle/tensorboard_read.py")).arg(run.dir()).output().expect("python starts");
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let read: BTreeMap<String, Vec<(u64, f64)>> = serde_json::from_slice(&output.stdout).expect("JSON");
+    let scalars = ["loss", "mtp_loss", "balance_loss", "grad_norm", "lr", "load_max", "load_min", "tokens_per_s"];
+    for scalar in scalars {
+        let expected: Vec<(u64, f64)> = run.lines().iter().map(|line| (line["step"].as_u64().expect("a step"), line[scalar].as_f64().expect("a number") as f32 as f64)).collect();
+        assert_eq!(read[&format!("train/{scalar}")], expected, "{scalar}");
+    }
+    let log = fs::read_to_string(run.dir().join("log/rank-0.jsonl")).expect("a log");
+    let validations = log.lines().map(|line| serde_json::from_str::<Value>(line).expect("JSON")).filter(|line| line.get("validation_loss").is_some());
+    let expected: Vec<(u64, f64)> = validations.map(|line| (line["step"].as_u64().expect("a step"), line["validation_loss"].as_f64().expect("a number") as f32 as f64)).collect();
+    assert_eq!(expected.iter().map(|(step, _)| *step).collect::<Vec<_>>(), (0..=30).step_by(5).collect::<Vec<u64>>());
+    assert_eq!(read["validation/loss"], expected);
+    assert_eq!(read.len(), scalars.len() + 1);
+
+    let summary: Value = serde_json::from_slice(&fs::read(run.dir().join("summary.json")).expect("a summary")).expect("JSON");
+    assert_eq!(summary["steps"], 30);
+    assert_eq!(summary["val_loss_end"].as_f64().map(|v| v as f32 as f64), expected.last().map(|(_, v)| *v));
+    for key in ["tokens", "tokens_per_s", "unigram_entropy", "val_loss_start", "checkpoint", "seconds"] {
+        assert!(!summary[key].is_null(), "{key} in {summary}");
+    }
+}
+
+#[test]
+fn parameters_are_counted_as_released() {
+    let counts = |name: &str| {
+        let output = tiefsee(&words(&["plan", &root().join(format!("configs/model/{name}.toml")).display().to_string()])).output().expect("it runs");
+        String::from_utf8(output.stdout).expect("text")
+    };
+    let v3 = counts("v3-671b");
+    for number in ["671026419200", "36625618432", "11610068224"] {
+        assert!(v3.contains(number), "{number} in {v3}");
+    }
+    // Every config's count is the sum of the parameters that the model really makes.
+    for name in ["tiny", "quickstart"] {
+        let text = fs::read_to_string(root().join(format!("configs/model/{name}.toml"))).expect("a config");
+        let config: model::ModelConfig = toml::from_str(&text).expect("a model");
+        let mut table = model::ParamTable::default();
+        model::Stage::whole(&mut table, &config);
+        assert_eq!(table.numel(), config.count().main + config.count().mtp, "{name}");
+    }
+}
+
+#[test]
+fn every_shipped_config_is_valid() {
+    for entry in fs::read_dir(root().join("configs/run")).expect("configs") {
+        let path = entry.expect("an entry").path();
+        let config = trainer::RunConfig::load(&path, &[]).unwrap_or_else(|error| panic!("{error:#}"));
+        assert_eq!(toml::from_str::<trainer::RunConfig>(&config.to_toml().expect("TOML")).expect("round trip"), config);
+    }
+}
