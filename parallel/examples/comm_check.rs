@@ -2,6 +2,7 @@
 //! `mpirun -n 4 comm_check [--bench N]`; the last line of rank 0 is `comm_check: N ranks equal`.
 //! `--bench N` also times the all_reduce of N f32 elements; `--panic R` and `--wrong-size` show how it fails.
 
+use parallel::comm::checked::checked;
 use parallel::comm::local::run_local;
 use parallel::comm::mpi::MpiWorld;
 use parallel::comm::{Comm, Communicator, Reduce, TensorSpec, barrier, broadcast_bytes, gather_bytes};
@@ -160,6 +161,8 @@ fn main() {
     world.set_piece_bytes(999);
     compare(&program(&*comm), &expected[comm.rank()], comm.rank());
     world.set_piece_bytes(1 << 30);
+    // The debug wrapper sees no disagreement where there is none.
+    compare(&program(&*checked(comm.clone(), "world")), &expected[comm.rank()], comm.rank());
     assert_eq!(world.nodes().expect("nodes"), vec![0; comm.size()], "one host, one node ({})", world.host());
     if let Some(at) = args.iter().position(|a| a == "--bench") {
         bench(&comm, args[at + 1].parse().expect("a number of elements"));

@@ -5,6 +5,7 @@
 //! Legend: N = size of the group, a "row" = one index of dim 0.
 
 mod call;
+pub mod checked;
 pub mod local;
 pub mod mpi;
 mod sum;
@@ -77,33 +78,44 @@ impl<T> Drop for Pending<T> {
 
 /// One group of ranks along one axis. Not `Send`: a communicator belongs to its rank's thread.
 /// Tensors are passed by value; every rank of the group makes the same calls in the same order with the
-/// same shapes and kinds. A group of one is a real group.
+/// same shapes and kinds. A group of one is a real group: it may hand the very tensor back.
+/// A tensor passed in must not be written to through another handle before the transfer has been waited on.
+/// `#[track_caller]` lets `checked` name the caller's line.
 pub trait Communicator {
     fn rank(&self) -> usize;
     fn size(&self) -> usize;
     /// Element-wise, added in rank order; integers as integers, BF16 in FP32 then rounded once.
+    #[track_caller]
     fn all_reduce(&self, tensors: Vec<Tensor>, op: Reduce) -> Result<Pending<Vec<Tensor>>, CommError>;
     /// Dim 0 must divide by N; rank r gets the r-th piece of the sum.
+    #[track_caller]
     fn reduce_scatter(&self, tensors: Vec<Tensor>) -> Result<Pending<Vec<Tensor>>, CommError>;
     /// Concatenated along dim 0 in rank order.
+    #[track_caller]
     fn all_gather(&self, tensors: Vec<Tensor>) -> Result<Pending<Vec<Tensor>>, CommError>;
     /// `root`'s tensors everywhere; the others pass tensors of the same shape (contents ignored).
+    #[track_caller]
     fn broadcast(&self, tensors: Vec<Tensor>, root: usize) -> Result<Pending<Vec<Tensor>>, CommError>;
     /// `counts[p]` goes to rank p (all of one length); the result's `[p]` came from rank p. Waits on the host.
+    #[track_caller]
     fn exchange_counts(&self, counts: &[Vec<i64>]) -> Result<Vec<Vec<i64>>, CommError>;
     /// Rows sorted by destination; `send[p]` rows go to rank p, `recv[p]` come from it (any count ≥ 0). Each
     /// tensor's result has Σ recv rows in rank order.
+    #[track_caller]
     fn all_to_all(&self, tensors: Vec<Tensor>, send: &[i64], recv: &[i64]) -> Result<Pending<Vec<Tensor>>, CommError>;
     /// Batched point-to-point: all sends and receives are posted together. Between two ranks the k-th send
     /// meets the k-th receive.
+    #[track_caller]
     fn exchange(&self, sends: Vec<(usize, Tensor)>, recvs: Vec<(usize, TensorSpec)>) -> Result<Pending<Vec<Tensor>>, CommError>;
     /// The sub-group of ranks with the same colour, ordered by (key, rank). Collective over this group.
+    #[track_caller]
     fn split(&self, colour: usize, key: usize) -> Result<Rc<dyn Communicator>, CommError>;
 }
 
 pub type Comm = Rc<dyn Communicator>;
 
 /// Every rank's bytes, in rank order (small control messages: JSON, hashes).
+#[track_caller]
 pub fn gather_bytes(comm: &dyn Communicator, bytes: &[u8]) -> Result<Vec<Vec<u8>>, CommError> {
     let lengths = comm.all_gather(vec![Tensor::from_slice(&[bytes.len() as i64])])?.wait()?;
     let lengths = Vec::<i64>::try_from(&lengths[0]).expect("i64 lengths");
@@ -116,6 +128,7 @@ pub fn gather_bytes(comm: &dyn Communicator, bytes: &[u8]) -> Result<Vec<Vec<u8>
 }
 
 /// `root`'s bytes on every rank.
+#[track_caller]
 pub fn broadcast_bytes(comm: &dyn Communicator, bytes: &[u8], root: usize) -> Result<Vec<u8>, CommError> {
     let length = comm.broadcast(vec![Tensor::from_slice(&[bytes.len() as i64])], root)?.wait()?;
     let length = length[0].int64_value(&[0]) as usize;
@@ -128,6 +141,7 @@ pub fn broadcast_bytes(comm: &dyn Communicator, bytes: &[u8], root: usize) -> Re
 }
 
 /// A collective that does nothing but wait for everyone.
+#[track_caller]
 pub fn barrier(comm: &dyn Communicator) -> Result<(), CommError> {
     comm.all_reduce(vec![Tensor::from_slice(&[0i64])], Reduce::Sum)?.wait().map(|_| ())
 }

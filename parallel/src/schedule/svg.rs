@@ -46,7 +46,7 @@ pub fn timeline(schedule: Schedule, report: &Report, times: &Times) -> String {
     }
     let legend = ["forward", "backward", "input gradient", "weight gradient"];
     for (i, (name, colours)) in legend.iter().zip(COLOURS).enumerate() {
-        let (x, y) = (LEFT + 170.0 * i as f64, height - 22.0);
+        let (x, y) = (LEFT + 200.0 * i as f64, height - 22.0);
         block(&mut svg, (x, y, 14.0, 12.0), colours[0], "");
         block(&mut svg, (x + 15.0, y, 14.0, 12.0), colours[1], "");
         line(&mut svg, x + 34.0, y + 10.0, 11, &format!("{name} (up, down)"));
