@@ -1,0 +1,71 @@
+//! Every way in which the crate can fail. A variant names the file it is about, the value found
+//! and the limit or the value expected, so that a message can be acted on without the source.
+
+use std::path::PathBuf;
+
+/// An error of preparing or of reading a corpus.
+#[derive(Debug, thiserror::Error)]
+pub enum DataError {
+    #[error("{}: cannot {doing}: {source}", path.display())]
+    Io { path: PathBuf, doing: &'static str, source: std::io::Error },
+
+    #[error("no text found under {inputs}: {files} files looked at, none of the extensions {extensions} held a UTF-8 document")]
+    NoText { inputs: String, files: u64, extensions: String },
+
+    #[error("{}: {reason}", path.display())]
+    BadInput { path: PathBuf, reason: String },
+
+    #[error("{option} = {value}: {limit}")]
+    BadOption { option: &'static str, value: String, limit: String },
+
+    #[error("{}: not a usable tokenizer: {reason}", path.display())]
+    Tokenizer { path: PathBuf, reason: String },
+
+    #[error("{}: already holds a prepared corpus; choose another --out or remove it", path.display())]
+    OutputExists { path: PathBuf },
+
+    #[error("{}: holds an unfinished prepare of other inputs or options; remove it, or repeat the command that started it", path.display())]
+    OtherPrepare { path: PathBuf },
+
+    #[error("{}: not a manifest of this format: {reason}", path.display())]
+    Manifest { path: PathBuf, reason: String },
+
+    #[error("{}: shard is missing", path.display())]
+    MissingShard { path: PathBuf },
+
+    #[error("{}: {found} bytes long where the manifest says {expected}: truncated or replaced", path.display())]
+    WrongLength { path: PathBuf, found: u64, expected: u64 },
+
+    #[error("{}: checksum of {part} is {found} where the manifest says {expected}: damaged or replaced", path.display())]
+    Checksum { path: PathBuf, part: String, found: String, expected: String },
+
+    #[error("{}: {part} does not decode: {reason}", path.display())]
+    Corrupt { path: PathBuf, part: String, reason: String },
+
+    #[error("{}: token id {id} in {part} is outside the vocabulary of {vocab_size}", path.display())]
+    TokenOutOfRange { path: PathBuf, part: String, id: u32, vocab_size: u32 },
+
+    #[error("{}: the {split} split holds {tokens} tokens where one sample needs {needed}", path.display())]
+    TooFewTokens { path: PathBuf, split: &'static str, tokens: u64, needed: u64 },
+
+    #[error("sample {index} is outside the {limit} samples of this order")]
+    SampleOutOfRange { index: u64, limit: u64 },
+
+    #[error("the sources do not share one tokenizer: {} has {found}, the first source {expected}", path.display())]
+    TokenizersDiffer { path: PathBuf, found: String, expected: String },
+
+    #[error("{}: {attempts} attempts failed, the last with: {reason}", path.display())]
+    Store { path: PathBuf, attempts: u32, reason: String },
+}
+
+impl DataError {
+    /// For `map_err` on standard library calls.
+    pub(crate) fn io(path: impl Into<PathBuf>, doing: &'static str) -> impl FnOnce(std::io::Error) -> DataError {
+        let path = path.into();
+        move |source| DataError::Io { path, doing, source }
+    }
+
+    pub(crate) fn bad_option(option: &'static str, value: impl ToString, limit: impl Into<String>) -> DataError {
+        DataError::BadOption { option, value: value.to_string(), limit: limit.into() }
+    }
+}

@@ -1,0 +1,104 @@
+//! One opened source: its manifest and index, and row groups read from it. Invariant: what
+//! `fetch` returns has the length, the checksum, the counts and the vocabulary that the index and
+//! the manifest promise.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use crate::format::Split;
+use crate::format::index::{Index, Record, check};
+use crate::format::manifest::{FORMAT, MANIFEST_FILE, Manifest, TOKENIZER_FILE};
+use crate::format::shard::{RowGroup, decode_row_group};
+use crate::{DataError, Store};
+
+pub(crate) struct OpenSource {
+    store: Store,
+    path: PathBuf,
+    split: Split,
+    pub manifest: Manifest,
+    pub manifest_hash: blake3::Hash,
+    pub tokenizer_path: PathBuf,
+    pub index: Index,
+}
+
+impl OpenSource {
+    pub async fn open(store: Store, path: PathBuf, split: Split) -> Result<OpenSource, DataError> {
+        let bytes = store.read_all(MANIFEST_FILE).await?;
+        let bad = |reason: String| DataError::Manifest { path: path.join(MANIFEST_FILE), reason };
+        let manifest: Manifest = serde_json::from_slice(&bytes).map_err(|e| bad(e.to_string()))?;
+        if manifest.format != FORMAT {
+            return Err(bad(format!("format {:?} where this build reads {FORMAT:?}", manifest.format)));
+        }
+        let stream = manifest.stream(split);
+        let index = Index::open(&store, split.index_file(), &stream.index_blake3).await?;
+        if (index.num_tokens(), index.num_groups()) != (stream.tokens, stream.row_groups) {
+            let (tokens, groups) = (index.num_tokens(), index.num_groups());
+            return Err(bad(format!(
+                "{} tokens in {} row groups where the index has {tokens} in {groups}",
+                stream.tokens, stream.row_groups
+            )));
+        }
+        let tokenizer_path = path.join(TOKENIZER_FILE);
+        let manifest_hash = blake3::hash(&bytes);
+        Ok(OpenSource { store, path, split, manifest, manifest_hash, tokenizer_path, index })
+    }
+
+    pub fn store(&self) -> &Store {
+        &self.store
+    }
+
+    /// Samples of L+1+extra tokens at a distance of L.
+    pub fn num_samples(&self, length: usize, extra: usize) -> Result<u64, DataError> {
+        let (tokens, needed) = (self.index.num_tokens(), (length + 1 + extra) as u64);
+        match tokens.checked_sub(needed) {
+            Some(rest) => Ok(rest / length as u64 + 1),
+            None => {
+                let (path, split) = (self.path.clone(), self.split.name());
+                Err(DataError::TooFewTokens { path, split, tokens, needed })
+            }
+        }
+    }
+
+    /// Tokens after the last sample's own; the stream's first token is nobody's target.
+    pub fn unused_tokens(&self, length: usize, extra: usize) -> u64 {
+        let samples = self.num_samples(length, extra).unwrap_or(0);
+        self.index.num_tokens().saturating_sub(samples * length as u64 + 1)
+    }
+
+    /// Reads, checks and decodes one row group.
+    pub async fn fetch(&self, record: &Record, verify: bool) -> Result<RowGroup, DataError> {
+        let file = self.split.shard_file(record.shard);
+        let path = self.store.display(&file);
+        let part = format!("row group {}", record.row_group);
+        let info = &record.info;
+        let (bytes, size) = self.store.read_sized(&file, info.offset..info.offset + info.bytes).await?;
+        let expected = self.index.shard_length(record.shard);
+        if size != expected {
+            return Err(DataError::WrongLength { path, found: size, expected });
+        }
+        if verify {
+            check(&path, &part, &bytes, &blake3::Hash::from(info.hash).to_hex())?;
+        }
+        let group = decode_row_group(bytes, info, &path, &part)?;
+        // Two passes: the maximum is one vector instruction a token, a search with an exit is not.
+        let vocab_size = self.manifest.vocab_size;
+        match group.tokens.iter().copied().max() {
+            Some(id) if id >= vocab_size => Err(DataError::TokenOutOfRange { path, part, id, vocab_size }),
+            _ => Ok(group),
+        }
+    }
+}
+
+/// Sources of one run must speak one vocabulary.
+pub(crate) fn check_alike(sources: &[Arc<OpenSource>]) -> Result<(), DataError> {
+    let Some(first) = sources.first() else {
+        return Err(DataError::bad_option("sources", "[]", "a run needs at least one source"));
+    };
+    for source in sources {
+        if source.manifest.tokenizer_blake3 != first.manifest.tokenizer_blake3 {
+            let (path, found) = (source.path.clone(), source.manifest.tokenizer_blake3.clone());
+            return Err(DataError::TokenizersDiffer { path, found, expected: first.manifest.tokenizer_blake3.clone() });
+        }
+    }
+    Ok(())
+}

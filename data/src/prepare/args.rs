@@ -1,0 +1,136 @@
+//! The command line of `prepare`, and what its values must satisfy.
+
+use std::path::PathBuf;
+
+use crate::DataError;
+
+/// Turn text into tokenised, shuffled parquet shards.
+#[derive(clap::Args, Clone, Debug, serde::Serialize)]
+pub struct PrepareArgs {
+    /// Files and folders of text, JSONL (.gz, .zst) or parquet; folders are walked.
+    #[arg(required = true, value_name = "PATH")]
+    pub inputs: Vec<PathBuf>,
+
+    /// Folder to write; must not exist yet. Work goes on in OUT.partial until all is done, and the
+    /// same command continues it after an interruption.
+    #[arg(long, value_name = "DIR")]
+    pub out: PathBuf,
+
+    /// Train a byte-level BPE of this many tokens on the corpus.
+    #[arg(long, value_name = "N", required_unless_present = "tokenizer", conflicts_with = "tokenizer")]
+    pub vocab: Option<u32>,
+
+    /// Use this Hugging Face tokenizer.json instead of training one.
+    #[arg(long, value_name = "FILE")]
+    pub tokenizer: Option<PathBuf>,
+
+    /// Text the BPE is trained on, in MiB: the first of the shuffled training documents.
+    #[arg(long, value_name = "MIB", default_value_t = 16)]
+    pub bpe_mib: u64,
+
+    /// Share of the documents kept out of training, chosen by the hash of their text.
+    #[arg(long, value_name = "FRACTION", default_value_t = 0.01)]
+    pub held_out: f64,
+
+    /// Seed of the shuffle, the held-out choice, fill-in-the-middle and token splitting.
+    #[arg(long, default_value_t = 0)]
+    pub seed: u64,
+
+    /// Threads; 0 takes one a core. The output does not depend on it.
+    #[arg(long, default_value_t = 0)]
+    #[serde(skip)]
+    pub threads: usize,
+
+    /// Stop choosing files at about this much text, for a quick start. Files are then taken in a
+    /// seeded order instead of all.
+    #[arg(long, value_name = "BYTES")]
+    pub max_bytes: Option<u64>,
+
+    /// Skip text files larger than this (generated tables, vendored bundles).
+    #[arg(long, value_name = "BYTES", default_value_t = 2 << 20)]
+    pub max_file_bytes: u64,
+
+    /// Extensions to read, separated by commas. jsonl, json.gz, jsonl.zst and parquet are taken
+    /// apart into documents; a file of any other extension is one document.
+    #[arg(long, value_delimiter = ',', value_name = "LIST", default_values_t = DEFAULT_EXTENSIONS.map(String::from))]
+    pub extensions: Vec<String>,
+
+    /// JSONL key and parquet column that hold the text.
+    #[arg(long, default_value = "text")]
+    pub text_column: String,
+
+    /// Share of the documents turned into fill-in-the-middle (prefix, suffix, middle).
+    #[arg(long, value_name = "RATE", default_value_t = 0.0)]
+    pub fim_rate: f64,
+
+    /// Share of the tokens joining punctuation and line breaks that are split into the two.
+    #[arg(long, value_name = "RATE", default_value_t = 0.0)]
+    pub split_rate: f64,
+
+    /// Token after each document; found by its usual names if not given.
+    #[arg(long, value_name = "TOKEN")]
+    pub end_token: Option<String>,
+
+    /// Tokens of a row group, the unit that training reads.
+    #[arg(long, value_name = "N", default_value_t = 1 << 20)]
+    pub row_group_tokens: u64,
+
+    /// Text of a shard in MiB. A thread holds one in memory, tokens included, about 3 times this.
+    #[arg(long, value_name = "MIB", default_value_t = 128)]
+    pub shard_mib: u64,
+}
+
+const DEFAULT_EXTENSIONS: [&str; 24] = [
+    "txt", "md", "rst", "adoc", "rs", "c", "h", "cc", "cpp", "hpp", "py", "go", "java", "js", "ts", "sh", "sql", "tex",
+    "jsonl", "jsonl.gz", "jsonl.zst", "json.gz", "json.zst", "parquet",
+];
+
+impl PrepareArgs {
+    /// The defaults of the command line, for callers in code.
+    pub fn new(inputs: Vec<PathBuf>, out: PathBuf) -> PrepareArgs {
+        PrepareArgs {
+            inputs,
+            out,
+            vocab: None,
+            tokenizer: None,
+            bpe_mib: 16,
+            held_out: 0.01,
+            seed: 0,
+            threads: 0,
+            max_bytes: None,
+            max_file_bytes: 2 << 20,
+            extensions: DEFAULT_EXTENSIONS.map(String::from).to_vec(),
+            text_column: "text".into(),
+            fim_rate: 0.0,
+            split_rate: 0.0,
+            end_token: None,
+            row_group_tokens: 1 << 20,
+            shard_mib: 128,
+        }
+    }
+
+    pub(super) fn validate(&self) -> Result<(), DataError> {
+        let rates = [("--held-out", self.held_out), ("--fim-rate", self.fim_rate), ("--split-rate", self.split_rate)];
+        if let Some((option, rate)) = rates.into_iter().find(|(_, rate)| !(0.0..=1.0).contains(rate)) {
+            return Err(DataError::bad_option(option, rate, "must lie in 0 to 1"));
+        }
+        if self.held_out > 0.5 {
+            return Err(DataError::bad_option("--held-out", self.held_out, "must not exceed 0.5"));
+        }
+        if self.vocab.is_some() == self.tokenizer.is_some() {
+            return Err(DataError::bad_option("--vocab", format!("{:?}", self.vocab), "give either --vocab or --tokenizer"));
+        }
+        let smallest = super::bpe::smallest_vocab();
+        if let Some(vocab) = self.vocab.filter(|vocab| *vocab < smallest) {
+            let limit = format!("must be at least {smallest}: 256 bytes and the special tokens");
+            return Err(DataError::bad_option("--vocab", vocab, limit));
+        }
+        if !(1..=1 << 29).contains(&self.row_group_tokens) {
+            return Err(DataError::bad_option("--row-group-tokens", self.row_group_tokens, "must lie in 1 to 2^29"));
+        }
+        if !(1..=1 << 14).contains(&self.shard_mib) {
+            return Err(DataError::bad_option("--shard-mib", self.shard_mib, "must lie in 1 to 16384"));
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,116 @@
+//! Documents out of one input file, each handed to a callback. Invariant: memory is bounded by the
+//! longest document (and a parquet row group's pages), not by the file.
+
+use std::fs::File;
+use std::io::{BufRead, BufReader, Read};
+use std::path::Path;
+
+use parquet::column::reader::{ColumnReader, ColumnReaderImpl};
+use parquet::data_type::ByteArrayType;
+use parquet::file::reader::{FileReader, SerializedFileReader};
+
+use super::inputs::{InputFile, Kind, Packing};
+use crate::DataError;
+
+/// Documents of a parquet batch.
+const BATCH: usize = 256;
+
+/// Calls `each` for every document. False if the file is not text and was passed over.
+pub(super) fn read(file: &InputFile, column: &str, each: &mut dyn FnMut(&str)) -> Result<bool, DataError> {
+    let mut left = file.limit.unwrap_or(u64::MAX);
+    // False once the limit is reached.
+    let mut take = |text: &str| {
+        if !text.is_empty() {
+            each(text);
+        }
+        left = left.saturating_sub(text.len() as u64);
+        left > 0
+    };
+    match file.kind {
+        Kind::Text => return read_text(&file.path, &mut take),
+        Kind::Parquet => read_parquet(&file.path, column, &mut take)?,
+        Kind::Jsonl(packing) => {
+            let raw = BufReader::with_capacity(1 << 20, open(&file.path)?);
+            let lines: Box<dyn Read> = match packing {
+                Packing::Plain => Box::new(raw),
+                Packing::Gzip => Box::new(flate2::bufread::MultiGzDecoder::new(raw)),
+                Packing::Zstd => Box::new(zstd::Decoder::with_buffer(raw).map_err(DataError::io(&file.path, "unpack"))?),
+            };
+            read_jsonl(&file.path, BufReader::with_capacity(1 << 20, lines), column, &mut take)?;
+        }
+    }
+    Ok(true)
+}
+
+fn open(path: &Path) -> Result<File, DataError> {
+    File::open(path).map_err(DataError::io(path, "open"))
+}
+
+fn read_text(path: &Path, take: &mut dyn FnMut(&str) -> bool) -> Result<bool, DataError> {
+    let bytes = std::fs::read(path).map_err(DataError::io(path, "read"))?;
+    match std::str::from_utf8(&bytes) {
+        Ok(text) if !bytes.contains(&0) => {
+            take(text);
+            Ok(true)
+        }
+        _ => Ok(false),
+    }
+}
+
+fn read_jsonl(
+    path: &Path, mut lines: impl BufRead, key: &str, take: &mut dyn FnMut(&str) -> bool,
+) -> Result<(), DataError> {
+    let mut line = Vec::new();
+    for number in 1u64.. {
+        line.clear();
+        if lines.read_until(b'\n', &mut line).map_err(DataError::io(path, "read"))? == 0 {
+            break;
+        }
+        if line.iter().all(u8::is_ascii_whitespace) {
+            continue;
+        }
+        let bad = |reason: String| DataError::BadInput { path: path.to_owned(), reason: format!("line {number}: {reason}") };
+        let value: serde_json::Value = serde_json::from_slice(&line).map_err(|e| bad(e.to_string()))?;
+        let text = value.get(key).and_then(|text| text.as_str());
+        if !take(text.ok_or_else(|| bad(format!("has no string {key:?}")))?) {
+            break;
+        }
+    }
+    Ok(())
+}
+
+fn read_parquet(path: &Path, column: &str, take: &mut dyn FnMut(&str) -> bool) -> Result<(), DataError> {
+    let bad = |reason: String| DataError::BadInput { path: path.to_owned(), reason };
+    let failed = |e: parquet::errors::ParquetError| bad(e.to_string());
+    let reader = SerializedFileReader::new(open(path)?).map_err(failed)?;
+    let schema = reader.metadata().file_metadata().schema_descr_ptr();
+    let columns = schema.columns().iter().map(|c| c.path().string());
+    let number = columns.clone().position(|name| name == column).ok_or_else(|| {
+        bad(format!("has no column {column:?}; it has {}", columns.clone().collect::<Vec<_>>().join(", ")))
+    })?;
+    let nullable = schema.column(number).max_def_level() > 0;
+    for group in 0..reader.num_row_groups() {
+        let group = reader.get_row_group(group).map_err(failed)?;
+        let ColumnReader::ByteArrayColumnReader(mut texts) = group.get_column_reader(number).map_err(failed)? else {
+            return Err(bad(format!("column {column:?} holds no text")));
+        };
+        while let Some(batch) = next_batch(&mut texts, nullable).map_err(failed)? {
+            for text in batch {
+                let text = std::str::from_utf8(text.data()).map_err(|e| bad(format!("column {column:?}: {e}")))?;
+                if !take(text) {
+                    return Ok(());
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+type Texts = Vec<parquet::data_type::ByteArray>;
+
+fn next_batch(texts: &mut ColumnReaderImpl<ByteArrayType>, nullable: bool) -> parquet::errors::Result<Option<Texts>> {
+    let (mut levels, mut values) = (Vec::new(), Vec::with_capacity(BATCH));
+    let levels = nullable.then_some(&mut levels);
+    let (rows, _, _) = texts.read_records(BATCH, levels, None, &mut values)?;
+    Ok((rows > 0).then_some(values))
+}

@@ -1,0 +1,179 @@
+//! Second stage: one unit of documents to one shard. Units are independent: a shard and its
+//! statistics are written whole, and a restart repeats only units without statistics.
+
+use std::io::Write;
+use std::path::{Path, PathBuf};
+
+use rayon::prelude::*;
+use serde::{Deserialize, Serialize};
+
+use super::durable;
+use super::spill::{Unit, Units};
+use super::transform::Transform;
+use crate::format::index::IndexWriter;
+use crate::format::manifest::Stream;
+use crate::format::shard::{RowGroupInfo, ShardWriter};
+use crate::{DataError, Split};
+
+/// Documents encoded side by side before they are written: bounds the tokens held.
+const BATCH: usize = 4096;
+
+/// One shard to make.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Job {
+    pub split: Split,
+    pub shard: u32,
+    pub unit: u32,
+    pub part: Part,
+}
+
+/// Which documents of the unit. `First` and `ButFirst` serve a corpus so small that no key fell
+/// below the held-out threshold: its first document is held out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Part {
+    All,
+    First,
+    ButFirst,
+}
+
+/// What a finished shard reports.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(super) struct ShardDone {
+    pub file_bytes: u64,
+    pub documents: u64,
+    pub duplicates: u64,
+    pub tokens: u64,
+    row_groups: Vec<StoredGroup>,
+    /// (id, how often), ascending; only of held-out shards.
+    pub counts: Vec<(u32, u64)>,
+}
+
+/// `RowGroupInfo` in the statistics file.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+struct StoredGroup(u64, u32, u64, u64, String);
+
+/// Where and how shards are written.
+pub(super) struct Encoder<'a> {
+    pub transform: Transform<'a>,
+    pub parts: &'a [PathBuf],
+    /// Finished shards.
+    pub out: &'a Path,
+    /// Statistics of finished shards.
+    pub done: &'a Path,
+    pub row_group_tokens: u64,
+}
+
+impl Encoder<'_> {
+    /// Makes one shard, unless an earlier run has.
+    pub fn run(&self, job: Job) -> Result<ShardDone, DataError> {
+        let done_file = self.done_file(job.split, job.shard);
+        if let Some(done) = durable::read_json(&done_file)? {
+            return Ok(done);
+        }
+        let unit = Unit::load(self.parts, job.unit)?;
+        let documents = match job.part {
+            Part::All => 0..unit.len(),
+            Part::First => 0..1,
+            Part::ButFirst => 1..unit.len(),
+        };
+        let duplicates = if job.part == Part::First { 0 } else { unit.duplicates };
+        let mut done =
+            ShardDone { file_bytes: 0, documents: 0, duplicates, tokens: 0, row_groups: Vec::new(), counts: Vec::new() };
+        if !documents.is_empty() {
+            done.documents = documents.len() as u64;
+            self.write_shard(job, &unit, documents, &mut done)?;
+        }
+        durable::write_json(&done_file, &done)?;
+        Ok(done)
+    }
+
+    fn write_shard(
+        &self, job: Job, unit: &Unit, documents: std::ops::Range<usize>, done: &mut ShardDone,
+    ) -> Result<(), DataError> {
+        let path = self.out.join(job.split.shard_file(job.shard));
+        let mut counts: Vec<u64> = Vec::new();
+        durable::write(&path, |file| {
+            let failed = |e: parquet::errors::ParquetError| DataError::io(&path, "write")(std::io::Error::other(e));
+            let mut writer = ShardWriter::new(file, self.row_group_tokens).map_err(failed)?;
+            for start in documents.clone().step_by(BATCH) {
+                let batch = start..(start + BATCH).min(documents.end);
+                let encoded = batch.into_par_iter().map(|i| {
+                    let (key, text) = unit.document(i);
+                    self.transform.encode(key, text)
+                });
+                for document in encoded.collect::<Result<Vec<_>, _>>()? {
+                    if job.split == Split::HeldOut {
+                        count(&document, &mut counts);
+                    }
+                    writer.push(document).map_err(failed)?;
+                }
+            }
+            let (file, groups, bytes) = writer.finish().map_err(failed)?;
+            file.flush().map_err(DataError::io(&path, "write"))?;
+            done.tokens = groups.iter().map(|group| group.tokens).sum();
+            done.row_groups = groups.iter().map(StoredGroup::new).collect();
+            done.file_bytes = bytes;
+            Ok(())
+        })?;
+        done.counts = (0..).zip(counts).filter(|(_, count)| *count > 0).collect();
+        Ok(())
+    }
+
+    fn done_file(&self, split: Split, shard: u32) -> PathBuf {
+        self.done.join(format!("{}-{shard:05}.json", split.name()))
+    }
+
+    /// Writes the index of a split out of its shards' statistics.
+    pub fn write_index(&self, split: Split, shards: &[ShardDone]) -> Result<Stream, DataError> {
+        let path = self.out.join(split.index_file());
+        let aside = path.with_added_extension("tmp");
+        let lengths: Vec<u64> = shards.iter().map(|shard| shard.file_bytes).collect();
+        let num_groups = shards.iter().map(|shard| shard.row_groups.len() as u64).sum();
+        let mut writer = IndexWriter::create(&aside, num_groups, &lengths)?;
+        for (number, shard) in (0..).zip(shards) {
+            for (row_group, stored) in (0..).zip(&shard.row_groups) {
+                writer.push(number, row_group, &stored.info(&path)?)?;
+            }
+        }
+        let (root, tokens, documents) = writer.finish()?;
+        durable::rename(&aside, &path)?;
+        let index_blake3 = blake3::Hash::from(root).to_hex().to_string();
+        Ok(Stream { tokens, documents, shards: shards.len() as u64, row_groups: num_groups, index_blake3 })
+    }
+}
+
+impl StoredGroup {
+    fn new(info: &RowGroupInfo) -> StoredGroup {
+        StoredGroup(info.tokens, info.documents, info.offset, info.bytes, blake3::Hash::from(info.hash).to_string())
+    }
+
+    fn info(&self, path: &Path) -> Result<RowGroupInfo, DataError> {
+        let StoredGroup(tokens, documents, offset, bytes, hash) = self;
+        let bad = |e: blake3::HexError| DataError::Manifest { path: path.to_owned(), reason: e.to_string() };
+        let hash = *blake3::Hash::from_hex(hash).map_err(bad)?.as_bytes();
+        Ok(RowGroupInfo { tokens: *tokens, documents: *documents, offset: *offset, bytes: *bytes, hash })
+    }
+}
+
+fn count(document: &[u8], counts: &mut Vec<u64>) {
+    for word in document.as_chunks::<4>().0 {
+        let id = u32::from_le_bytes(*word) as usize;
+        if id >= counts.len() {
+            counts.resize(id + 1, 0);
+        }
+        counts[id] += 1;
+    }
+}
+
+/// The shards that a partition needs: one a unit, and one more where the first document of
+/// `lender` has to be held out.
+pub(super) fn jobs(units: Units, lender: Option<u32>) -> Vec<Job> {
+    let of_unit = |unit: u32| {
+        let (split, shard) = units.place(unit);
+        let part = if Some(unit) == lender { Part::ButFirst } else { Part::All };
+        Job { split, shard, unit, part }
+    };
+    let lent = |unit| Job { split: Split::HeldOut, shard: units.held_out, unit, part: Part::First };
+    let held_out = (0..units.held_out).map(of_unit).chain(lender.map(lent));
+    held_out.chain((units.held_out..units.count()).map(of_unit)).collect()
+}

@@ -1,0 +1,273 @@
+//! `prepare`: text in, a corpus folder out.
+//!
+//!     inputs → documents → spill (shuffle, split and de-duplicate by key) → BPE → encode → index → manifest
+//!
+//! Everything is made in `OUT.partial` and renamed to OUT at the very end. Each stage leaves durable
+//! pieces that a later run of the same command takes over, so a killed prepare continues.
+//! Invariant: the folder's bytes are a function of the inputs' names and contents and the options,
+//! whatever the number of threads and interruptions.
+
+mod args;
+mod bpe;
+mod documents;
+mod durable;
+mod encode;
+mod inputs;
+mod spill;
+mod summary;
+mod transform;
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+use indicatif::{ProgressBar, ProgressStyle};
+use rayon::prelude::*;
+
+use crate::format::manifest::{FORMAT, MANIFEST_FILE, Manifest, Recipe, TOKENIZER_FILE};
+use crate::tokenizer::{Tokenizer, open_tokenizer};
+use crate::{DataError, Split};
+pub use args::PrepareArgs;
+use encode::{Encoder, ShardDone};
+use inputs::InputFile;
+use spill::{GroupDone, Spill, Unit, Units};
+pub use summary::PrepareSummary;
+pub use transform::undo as decode_document;
+
+/// Input is read in groups of files of about this size; more where there would be too many groups.
+const GROUP_BYTES: u64 = 8 << 20;
+const MOST_GROUPS: u64 = 4096;
+
+/// See the module head. Prints what it found; shows a bar on a terminal.
+pub fn prepare(args: &PrepareArgs) -> Result<PrepareSummary, DataError> {
+    args.validate()?;
+    let pool = rayon::ThreadPoolBuilder::new().num_threads(args.threads).build();
+    let pool = pool.map_err(|e| DataError::bad_option("--threads", args.threads, e.to_string()))?;
+    pool.install(|| Prepare::start(args)?.run())
+}
+
+struct Prepare<'a> {
+    args: &'a PrepareArgs,
+    started: Instant,
+    files: Vec<InputFile>,
+    passed: u64,
+    work: PathBuf,
+    _lock: fs::File,
+}
+
+impl<'a> Prepare<'a> {
+    /// Lists the inputs, then takes over the work folder or makes one.
+    fn start(args: &'a PrepareArgs) -> Result<Prepare<'a>, DataError> {
+        let started = Instant::now();
+        let (files, passed) = inputs::list(args)?;
+        if files.is_empty() {
+            return Err(no_text(args, passed));
+        }
+        let job = serde_json::json!({"format": FORMAT, "options": args, "files": files});
+        let job = blake3::hash(job.to_string().as_bytes()).to_hex().to_string();
+        let work = args.out.with_added_extension("partial");
+        let job_file = work.join("job");
+        let found = fs::read_to_string(&job_file).ok();
+        if args.out.join(MANIFEST_FILE).exists() && found.as_ref() != Some(&job) {
+            return Err(DataError::OutputExists { path: args.out.clone() });
+        }
+        if found.is_some_and(|found| found != job) {
+            return Err(DataError::OtherPrepare { path: work });
+        }
+        durable::make_folder(&work)?;
+        let lock = fs::File::create(work.join("lock")).map_err(DataError::io(&work, "lock"))?;
+        if lock.try_lock().is_err() {
+            return Err(DataError::BadInput { path: work, reason: "another prepare is at work here".into() });
+        }
+        durable::write_bytes(&job_file, job.as_bytes())?;
+        Ok(Prepare { args, started, files, passed, work, _lock: lock })
+    }
+
+    fn run(&self) -> Result<PrepareSummary, DataError> {
+        let out = self.work.join("out");
+        // An earlier run may have come as far as the last renames.
+        if !self.args.out.join(MANIFEST_FILE).exists() {
+            if !out.join(MANIFEST_FILE).exists() {
+                let made = self.make(&out);
+                if let Err(DataError::NoText { .. }) = &made {
+                    // Nothing worth continuing: leave nothing behind.
+                    fs::remove_dir_all(&self.work).map_err(DataError::io(&self.work, "remove"))?;
+                }
+                made?;
+            }
+            durable::rename(&out, &self.args.out)?;
+        }
+        fs::remove_dir_all(&self.work).map_err(DataError::io(&self.work, "remove"))?;
+        let path = self.args.out.join(MANIFEST_FILE);
+        let manifest = durable::read_json(&path)?.expect("the manifest was there a moment ago");
+        let summary = PrepareSummary::new(&manifest, self.args.out.clone(), self.started.elapsed().as_secs_f64());
+        println!("{summary}");
+        Ok(summary)
+    }
+
+    /// All stages, up to and with the manifest.
+    fn make(&self, out: &Path) -> Result<(), DataError> {
+        let (spills, done) = (self.work.join("spill"), self.work.join("done"));
+        [out, &spills, &done].into_iter().try_for_each(durable::make_folder)?;
+        let text: u64 = self.files.iter().map(InputFile::text_estimate).sum();
+        let units = Units::new(self.args.held_out, text, self.args.shard_mib << 20);
+        let spill = Spill { folder: spills, units, seed: self.args.seed };
+        let groups = self.read_inputs(&spill)?;
+        let parts = spill.parts(&groups);
+        let documents: u64 = groups.iter().map(|group| group.documents).sum();
+        if documents == 0 {
+            return Err(no_text(self.args, self.files.len() as u64 + self.passed));
+        }
+        let tokenizer = self.tokenizer(out, &parts, units)?;
+        let end_token = tokenizer.end_token(self.args.end_token.as_deref())?;
+        let transform = transform::Transform::new(&tokenizer, end_token, self.args.fim_rate, self.args.split_rate)?;
+        let lacks_held_out = self.args.held_out > 0.0 && groups.iter().all(|group| group.held_out_documents == 0);
+        let lender = if lacks_held_out { first_filled(&parts, units)? } else { None };
+        let row_group_tokens = self.args.row_group_tokens;
+        let encoder = Encoder { transform, parts: &parts, out, done: &done, row_group_tokens };
+        let shards = self.encode(&encoder, &encode::jobs(units, lender))?;
+        let (held_out, train): (Vec<_>, Vec<_>) = shards.into_iter().partition(|(split, _)| *split == Split::HeldOut);
+        let stream = |split, shards: &[(Split, ShardDone)]| {
+            let shards: Vec<ShardDone> = shards.iter().map(|(_, done)| done.clone()).collect();
+            encoder.write_index(split, &shards)
+        };
+        let manifest = Manifest {
+            format: FORMAT.into(),
+            vocab_size: tokenizer.vocab_size(),
+            end_token,
+            tokenizer_blake3: hash_file(&out.join(TOKENIZER_FILE))?,
+            unigram_entropy: summary::unigram_entropy(held_out.iter().map(|(_, done)| done.counts.as_slice())),
+            prepare: self.recipe(&groups, train.iter().chain(&held_out).map(|(_, done)| done.duplicates).sum()),
+            train: stream(Split::Train, &train)?,
+            held_out: stream(Split::HeldOut, &held_out)?,
+        };
+        durable::write_json(&out.join(MANIFEST_FILE), &manifest)?;
+        Ok(())
+    }
+
+    fn read_inputs(&self, spill: &Spill) -> Result<Vec<GroupDone>, DataError> {
+        let total: u64 = self.files.iter().map(|file| file.bytes).sum();
+        let size = GROUP_BYTES.max(total / MOST_GROUPS);
+        let mut groups: Vec<&[InputFile]> = Vec::new();
+        let mut rest = self.files.as_slice();
+        while !rest.is_empty() {
+            let mut bytes = 0;
+            let full = rest.iter().position(|file| {
+                bytes += file.bytes;
+                bytes >= size
+            });
+            let (group, after) = rest.split_at(full.map_or(rest.len(), |last| last + 1));
+            groups.push(group);
+            rest = after;
+        }
+        let bar = bar("reading", total);
+        let read = groups.par_iter().enumerate().map(|(number, files)| {
+            let done = spill.add_group(number, files, &self.args.text_column)?;
+            bar.inc(files.iter().map(|file| file.bytes).sum());
+            Ok(done)
+        });
+        let read = read.collect();
+        bar.finish_and_clear();
+        read
+    }
+
+    /// The tokenizer in the output folder: copied, trained, or left there by an earlier run.
+    fn tokenizer(&self, out: &Path, parts: &[PathBuf], units: Units) -> Result<Tokenizer, DataError> {
+        let path = out.join(TOKENIZER_FILE);
+        if path.exists() {
+            return open_tokenizer(&path);
+        }
+        let config = out.join("tokenizer_config.json");
+        if let Some(given) = &self.args.tokenizer {
+            let read = |path: &Path| fs::read(path).map_err(DataError::io(path, "read"));
+            let bytes = read(given)?;
+            Tokenizer::from_bytes(given, &bytes)?.end_token(self.args.end_token.as_deref())?;
+            if let Some(beside) = bpe::config_beside(given) {
+                durable::write_bytes(&config, &read(&beside)?)?;
+            }
+            durable::write_bytes(&path, &bytes)?;
+            return open_tokenizer(&path);
+        }
+        let mut sample: Vec<Unit> = Vec::new();
+        let mut text = 0;
+        for unit in units.held_out..units.count() {
+            let unit = Unit::load(parts, unit)?;
+            text += (0..unit.len()).map(|i| unit.document(i).1.len() as u64).sum::<u64>();
+            sample.push(unit);
+            if text >= self.args.bpe_mib << 20 {
+                break;
+            }
+        }
+        let mut left = self.args.bpe_mib << 20;
+        let documents = sample.iter().flat_map(|unit| (0..unit.len()).map(|i| unit.document(i).1));
+        let documents: Vec<&str> = documents
+            .take_while(|text| {
+                let taken = left > 0;
+                left = left.saturating_sub(text.len() as u64);
+                taken
+            })
+            .collect();
+        let bpe = bpe::train(&documents, self.args.vocab.expect("validated: a vocabulary or a tokenizer"))?;
+        durable::write_json(&config, &bpe::config_json())?;
+        durable::write_json(&path, &bpe.to_json())?;
+        open_tokenizer(&path)
+    }
+
+    /// As many shards at once as there are threads, and documents side by side inside each.
+    fn encode(&self, encoder: &Encoder, jobs: &[encode::Job]) -> Result<Vec<(Split, ShardDone)>, DataError> {
+        let bar = bar("encoding", jobs.len() as u64);
+        let mut shards = Vec::with_capacity(jobs.len());
+        for some in jobs.chunks(rayon::current_num_threads()) {
+            let made = some.par_iter().map(|job| {
+                let done = encoder.run(*job)?;
+                bar.inc(1);
+                Ok((job.split, done))
+            });
+            shards.extend(made.collect::<Result<Vec<_>, DataError>>()?);
+        }
+        bar.finish_and_clear();
+        Ok(shards)
+    }
+
+    fn recipe(&self, groups: &[GroupDone], duplicates: u64) -> Recipe {
+        let sum = |field: fn(&GroupDone) -> u64| groups.iter().map(field).sum::<u64>();
+        Recipe {
+            seed: self.args.seed,
+            held_out: self.args.held_out,
+            fim_rate: self.args.fim_rate,
+            split_rate: self.args.split_rate,
+            files: self.files.len() as u64,
+            skipped_files: sum(|group| group.skipped_files),
+            text_bytes: sum(|group| group.text_bytes),
+            duplicates,
+        }
+    }
+}
+
+/// The first train unit with a document, if it has another one to keep.
+fn first_filled(parts: &[PathBuf], units: Units) -> Result<Option<u32>, DataError> {
+    for unit in units.held_out..units.count() {
+        match Unit::load(parts, unit)?.len() {
+            0 => {}
+            1 if unit + 1 == units.count() => return Ok(None),
+            _ => return Ok(Some(unit)),
+        }
+    }
+    Ok(None)
+}
+
+fn no_text(args: &PrepareArgs, files: u64) -> DataError {
+    let inputs: Vec<String> = args.inputs.iter().map(|input| input.display().to_string()).collect();
+    DataError::NoText { inputs: inputs.join(", "), files, extensions: args.extensions.join(", ") }
+}
+
+fn hash_file(path: &Path) -> Result<String, DataError> {
+    let bytes = fs::read(path).map_err(DataError::io(path, "read"))?;
+    Ok(blake3::hash(&bytes).to_hex().to_string())
+}
+
+/// Shown on a terminal only, with the time left.
+fn bar(doing: &'static str, total: u64) -> ProgressBar {
+    let style = ProgressStyle::with_template("{msg:10} {wide_bar} {percent:>3} % | {elapsed} | {eta} left");
+    ProgressBar::new(total).with_style(style.expect("a constant")).with_message(doing)
+}

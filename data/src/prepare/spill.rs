@@ -1,0 +1,221 @@
+//! First stage: every document goes, with the hash of its text, to the *unit* its hash falls in.
+//!
+//! A document's key is a seeded BLAKE3 of its text. The shuffled order is the order of keys, the
+//! held-out documents are those of the lowest keys, and equal documents have equal keys: one
+//! partition by key ranges therefore shuffles, splits and de-duplicates, in memory of one unit.
+//! Invariant: what a unit holds depends on the documents and the seed alone.
+//!
+//! A group of input files spills into part files, `GROUP-PART`: a table of units + 1 offsets, then
+//! the units' records (key 16, length 4, text). `GROUP.json` is written when all parts are
+//! durable; a restart repeats only groups without one.
+
+use std::fs::File;
+use std::io::Write;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use super::inputs::InputFile;
+use super::{documents, durable};
+use crate::{DataError, Split};
+
+/// Text that one thread gathers before it writes a part.
+const PART_BYTES: usize = 64 << 20;
+
+/// A document's place in the shuffled order; equal texts have equal keys.
+pub(super) type Key = [u8; 16];
+
+/// How the key space is cut into units: first the held-out ones, then those of the train split.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Units {
+    pub held_out: u32,
+    pub train: u32,
+    /// Keys whose first eight bytes are below this are held out.
+    pub threshold: u64,
+}
+
+impl Units {
+    pub fn new(held_out: f64, text_bytes: u64, unit_bytes: u64) -> Units {
+        let train = text_bytes.div_ceil(unit_bytes).clamp(1, 1 << 16) as u32;
+        let fraction = (f64::from(train) * held_out).ceil().max(1.0) as u32;
+        // The cast saturates; the fraction is at most a half.
+        Units { held_out: fraction, train, threshold: (held_out * 2f64.powi(64)) as u64 }
+    }
+
+    pub fn count(&self) -> u32 {
+        self.held_out + self.train
+    }
+
+    pub fn of(&self, key: &Key) -> u32 {
+        let key = u64::from_be_bytes(key[..8].try_into().expect("eight bytes"));
+        let part = |at: u64, width: u128, units: u32| (u128::from(at) * u128::from(units) / width) as u32;
+        match key.checked_sub(self.threshold) {
+            None => part(key, u128::from(self.threshold), self.held_out),
+            Some(at) => self.held_out + part(at, (1 << 64) - u128::from(self.threshold), self.train),
+        }
+    }
+
+    /// The split of a unit, and its number inside the split.
+    pub fn place(&self, unit: u32) -> (Split, u32) {
+        match unit.checked_sub(self.held_out) {
+            None => (Split::HeldOut, unit),
+            Some(shard) => (Split::Train, shard),
+        }
+    }
+}
+
+/// What a finished group reports.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub(super) struct GroupDone {
+    pub parts: u32,
+    pub documents: u64,
+    pub held_out_documents: u64,
+    pub text_bytes: u64,
+    pub skipped_files: u64,
+}
+
+/// The folder of part files.
+pub(super) struct Spill {
+    pub folder: PathBuf,
+    pub units: Units,
+    pub seed: u64,
+}
+
+impl Spill {
+    /// Reads one group of files, unless an earlier run has.
+    pub fn add_group(&self, number: usize, files: &[InputFile], column: &str) -> Result<GroupDone, DataError> {
+        let done_file = self.folder.join(format!("{number}.json"));
+        if let Some(done) = durable::read_json(&done_file)? {
+            return Ok(done);
+        }
+        let mut done = GroupDone::default();
+        let mut buffers = vec![Vec::new(); self.units.count() as usize];
+        let (mut gathered, mut failure) = (0, None);
+        for file in files {
+            let mut each = |text: &str| {
+                gathered += self.gather(text, &mut buffers, &mut done);
+                if gathered >= PART_BYTES && failure.is_none() {
+                    failure = self.write_part(number, done.parts, &mut buffers).err();
+                    done.parts += 1;
+                    gathered = 0;
+                }
+            };
+            if !documents::read(file, column, &mut each)? {
+                done.skipped_files += 1;
+            }
+            if let Some(error) = failure.take() {
+                return Err(error);
+            }
+        }
+        if gathered > 0 {
+            self.write_part(number, done.parts, &mut buffers)?;
+            done.parts += 1;
+        }
+        durable::write_json(&done_file, &done)?;
+        Ok(done)
+    }
+
+    fn gather(&self, text: &str, buffers: &mut [Vec<u8>], done: &mut GroupDone) -> usize {
+        let key = self.key(text);
+        let unit = self.units.of(&key);
+        let buffer = &mut buffers[unit as usize];
+        buffer.extend_from_slice(&key);
+        buffer.extend_from_slice(&(text.len() as u32).to_le_bytes());
+        buffer.extend_from_slice(text.as_bytes());
+        done.documents += 1;
+        done.held_out_documents += u64::from(unit < self.units.held_out);
+        done.text_bytes += text.len() as u64;
+        text.len() + 20
+    }
+
+    fn key(&self, text: &str) -> Key {
+        let mut hasher = blake3::Hasher::new_derive_key("tiefsee prepare document key 1");
+        hasher.update(&self.seed.to_le_bytes()).update(text.as_bytes());
+        hasher.finalize().as_bytes()[..16].try_into().expect("16 of 32 bytes")
+    }
+
+    fn write_part(&self, group: usize, part: u32, buffers: &mut [Vec<u8>]) -> Result<(), DataError> {
+        let path = self.part_file(group, part);
+        durable::write(&path, |file| {
+            let mut offset = (buffers.len() as u64 + 1) * 8;
+            let mut table = offset.to_le_bytes().to_vec();
+            for buffer in buffers.iter() {
+                offset += buffer.len() as u64;
+                table.extend_from_slice(&offset.to_le_bytes());
+            }
+            file.write_all(&table).map_err(DataError::io(&path, "write"))?;
+            for buffer in buffers.iter_mut() {
+                file.write_all(buffer).map_err(DataError::io(&path, "write"))?;
+                buffer.clear();
+            }
+            Ok(())
+        })
+    }
+
+    fn part_file(&self, group: usize, part: u32) -> PathBuf {
+        self.folder.join(format!("{group}-{part}"))
+    }
+
+    /// All part files, given how many each group has.
+    pub fn parts(&self, groups: &[GroupDone]) -> Vec<PathBuf> {
+        let of_group = |(group, done): (usize, &GroupDone)| (0..done.parts).map(move |part| (group, part));
+        groups.iter().enumerate().flat_map(of_group).map(|(group, part)| self.part_file(group, part)).collect()
+    }
+}
+
+/// The distinct documents of one unit, in the order of their keys.
+pub(super) struct Unit {
+    text: Vec<u8>,
+    documents: Vec<(Key, usize, usize)>,
+    pub duplicates: u64,
+}
+
+impl Unit {
+    /// Gathers a unit out of all parts. Holds each distinct document once.
+    pub fn load(parts: &[PathBuf], unit: u32) -> Result<Unit, DataError> {
+        let mut loaded = Unit { text: Vec::new(), documents: Vec::new(), duplicates: 0 };
+        let mut seen = std::collections::HashSet::new();
+        for path in parts {
+            let segment = read_segment(path, unit)?;
+            let mut rest = segment.as_slice();
+            while let Some((key, after)) = rest.split_first_chunk::<16>() {
+                let broken = || DataError::BadInput { path: path.clone(), reason: "a part file is damaged".into() };
+                let (length, after) = after.split_first_chunk::<4>().ok_or_else(broken)?;
+                let length = u32::from_le_bytes(*length) as usize;
+                let (text, after) = after.split_at_checked(length).ok_or_else(broken)?;
+                rest = after;
+                if seen.insert(*key) {
+                    let start = loaded.text.len();
+                    loaded.text.extend_from_slice(text);
+                    loaded.documents.push((*key, start, start + length));
+                } else {
+                    loaded.duplicates += 1;
+                }
+            }
+        }
+        loaded.documents.sort_unstable();
+        Ok(loaded)
+    }
+
+    pub fn len(&self) -> usize {
+        self.documents.len()
+    }
+
+    pub fn document(&self, i: usize) -> (&Key, &str) {
+        let (key, start, end) = &self.documents[i];
+        let text = std::str::from_utf8(&self.text[*start..*end]).expect("only UTF-8 is spilled");
+        (key, text)
+    }
+}
+
+fn read_segment(path: &Path, unit: u32) -> Result<Vec<u8>, DataError> {
+    let failed = || DataError::io(path, "read");
+    let file = File::open(path).map_err(failed())?;
+    let mut bounds = [0u8; 16];
+    file.read_exact_at(&mut bounds, u64::from(unit) * 8).map_err(failed())?;
+    let [start, end] = [0, 8].map(|at| u64::from_le_bytes(bounds[at..at + 8].try_into().expect("eight bytes")));
+    let mut segment = vec![0; (end - start) as usize];
+    file.read_exact_at(&mut segment, start).map_err(failed())?;
+    Ok(segment)
+}

@@ -1,0 +1,137 @@
+//! One document's text to its ids: encode, fill-in-the-middle, token splitting, end token.
+//!
+//! What happens to a document is drawn from its key, so it is the same wherever and whenever it is
+//! encoded. Invariant: `undo` gives the text back byte for byte.
+
+use bytes::Bytes;
+
+use super::spill::Key;
+use crate::tokenizer::{FimTokens, Tokenizer};
+use crate::DataError;
+
+/// See the module head.
+pub(super) struct Transform<'a> {
+    tokenizer: &'a Tokenizer,
+    end_token: u32,
+    fim: Option<(f64, FimTokens)>,
+    split_rate: f64,
+    /// For a token that joins punctuation and line breaks: the ids of its two parts.
+    splits: Vec<Option<Box<[u32]>>>,
+}
+
+impl<'a> Transform<'a> {
+    pub fn new(tokenizer: &'a Tokenizer, end_token: u32, fim_rate: f64, split_rate: f64) -> Result<Transform<'a>, DataError> {
+        let fim = match tokenizer.fim_tokens() {
+            _ if fim_rate == 0.0 => None,
+            Some(tokens) => Some((fim_rate, tokens)),
+            None => {
+                let limit = "the tokenizer has no <｜fim▁begin｜>, <｜fim▁hole｜>, <｜fim▁end｜>";
+                return Err(DataError::bad_option("--fim-rate", fim_rate, limit));
+            }
+        };
+        let splits = if split_rate > 0.0 { split_table(tokenizer)? } else { Vec::new() };
+        Ok(Transform { tokenizer, end_token, fim, split_rate, splits })
+    }
+
+    /// The ids as little-endian u32, end token included.
+    pub fn encode(&self, key: &Key, text: &str) -> Result<Bytes, DataError> {
+        let mut draw = Draw::new(key);
+        let mut ids = Vec::with_capacity(text.len() / 3 + 8);
+        match self.fim {
+            Some((rate, fim)) if draw.fraction() < rate => {
+                let (prefix, middle, suffix) = cut_in_three(text, &mut draw);
+                for (mark, part) in [(fim.begin, prefix), (fim.hole, suffix), (fim.end, middle)] {
+                    ids.push(mark);
+                    self.push_text(part, &mut draw, &mut ids)?;
+                }
+            }
+            _ => self.push_text(text, &mut draw, &mut ids)?,
+        }
+        ids.push(self.end_token);
+        let mut bytes = Vec::with_capacity(ids.len() * 4);
+        ids.iter().for_each(|id| bytes.extend_from_slice(&id.to_le_bytes()));
+        Ok(bytes.into())
+    }
+
+    fn push_text(&self, text: &str, draw: &mut Draw, ids: &mut Vec<u32>) -> Result<(), DataError> {
+        let encoded = self.tokenizer.encode_document(text)?;
+        if self.split_rate == 0.0 {
+            ids.extend(encoded);
+            return Ok(());
+        }
+        for id in encoded {
+            match self.splits.get(id as usize) {
+                Some(Some(parts)) if draw.fraction() < self.split_rate => ids.extend_from_slice(parts),
+                _ => ids.push(id),
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Two cuts between characters, anywhere in the document.
+fn cut_in_three<'t>(text: &'t str, draw: &mut Draw) -> (&'t str, &'t str, &'t str) {
+    let mut cut = || text.floor_char_boundary(draw.below(text.len() as u64 + 1) as usize);
+    let (a, b) = (cut(), cut());
+    let (a, b) = (a.min(b), a.max(b));
+    (&text[..a], &text[a..b], &text[b..])
+}
+
+/// The text of a document's ids, end token left off and fill-in-the-middle undone.
+pub fn undo(tokenizer: &Tokenizer, ids: &[u32], end_token: u32) -> Result<String, DataError> {
+    let ids = ids.strip_suffix(&[end_token]).unwrap_or(ids);
+    if let Some(fim) = tokenizer.fim_tokens()
+        && let Some(rest) = ids.strip_prefix(&[fim.begin])
+        && let Some(hole) = rest.iter().position(|id| *id == fim.hole)
+        && let Some(end) = rest.iter().position(|id| *id == fim.end)
+        && hole < end
+    {
+        let parts = [&rest[..hole], &rest[end + 1..], &rest[hole + 1..end]];
+        return parts.iter().map(|part| tokenizer.decode(part)).collect();
+    }
+    tokenizer.decode(ids)
+}
+
+/// Tokens of the byte-level vocabulary that hold punctuation followed by line breaks.
+fn split_table(tokenizer: &Tokenizer) -> Result<Vec<Option<Box<[u32]>>>, DataError> {
+    // A line feed and a carriage return in the byte-level alphabet.
+    let breaks = [super::bpe::byte_letter(b'\n'), super::bpe::byte_letter(b'\r')];
+    let space = super::bpe::byte_letter(b' ');
+    let mut table = vec![None; tokenizer.vocab_size() as usize];
+    for (id, token) in tokenizer.model_vocab() {
+        let Some(at) = token.find(breaks) else { continue };
+        let (front, back) = token.split_at(at);
+        let punctuation = front.chars().any(|c| c != space) && front.chars().all(|c| c == space || c.is_ascii_punctuation());
+        if punctuation && back.chars().all(|c| breaks.contains(&c)) {
+            let plain = |part: &str| part.replace(breaks[0], "\n").replace(breaks[1], "\r").replace(space, " ");
+            let mut parts = tokenizer.encode_document(&plain(front))?;
+            parts.extend(tokenizer.encode_document(&plain(back))?);
+            table[id as usize] = Some(parts.into_boxed_slice());
+        }
+    }
+    Ok(table)
+}
+
+/// Random numbers of one document: BLAKE3 of its key, read on and on.
+struct Draw(blake3::OutputReader);
+
+impl Draw {
+    fn new(key: &Key) -> Draw {
+        Draw(blake3::Hasher::new_derive_key("tiefsee prepare document draws 1").update(key).finalize_xof())
+    }
+
+    fn next(&mut self) -> u64 {
+        let mut bytes = [0; 8];
+        self.0.fill(&mut bytes);
+        u64::from_le_bytes(bytes)
+    }
+
+    /// In 0 to 1, 1 excluded.
+    fn fraction(&mut self) -> f64 {
+        (self.next() >> 11) as f64 / (1u64 << 53) as f64
+    }
+
+    fn below(&mut self, limit: u64) -> u64 {
+        ((u128::from(self.next()) * u128::from(limit)) >> 64) as u64
+    }
+}

@@ -1,0 +1,81 @@
+//! Damaged, missing, swapped and failing files: an error that names the file, never a wrong sample.
+
+use std::fs;
+use std::path::Path;
+
+use data::{DataError, Loader, Split};
+
+use crate::corpus::{self, options, spec};
+
+fn read_all(path: &Path) -> Result<(), DataError> {
+    let loader = Loader::open(spec(&[(path, 1.0)], 64, Split::Train), options())?;
+    let indices: Vec<u64> = (0..loader.num_samples()).collect();
+    loader.prefetch(&indices);
+    loader.read(&indices).map(|_| ())
+}
+
+#[test]
+fn damaged_files_are_named() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = corpus::prepared(folder.path(), 1, 60);
+    read_all(&path).unwrap();
+    let other = corpus::prepared(folder.path(), 2, 60);
+    let shard = path.join("train-00000.parquet");
+    let whole = fs::read(&shard).unwrap();
+    let check = |bytes: Option<&[u8]>, file: &str, expected: &dyn Fn(&DataError) -> bool| {
+        let file = path.join(file);
+        let before = fs::read(&file).unwrap();
+        match bytes {
+            Some(bytes) => fs::write(&file, bytes).unwrap(),
+            None => fs::remove_file(&file).unwrap(),
+        }
+        let error = read_all(&path).unwrap_err();
+        assert!(expected(&error), "{error}");
+        let name = file.file_name().unwrap().to_str().unwrap();
+        assert!(error.to_string().contains(name), "{error} does not name {name}");
+        fs::write(&file, before).unwrap();
+    };
+    let name = "train-00000.parquet";
+    for at in [10, whole.len() / 3, whole.len() / 2] {
+        let mut flipped = whole.clone();
+        flipped[at] ^= 4;
+        check(Some(&flipped), name, &|e| matches!(e, DataError::Checksum { .. }));
+    }
+    for length in [0, 100, whole.len() / 2, whole.len() - 1] {
+        check(Some(&whole[..length]), name, &|e| matches!(e, DataError::WrongLength { expected, .. } if *expected > 0));
+    }
+    check(None, name, &|e| matches!(e, DataError::MissingShard { .. }));
+    let swapped = fs::read(other.join(name)).unwrap();
+    check(Some(&swapped), name, &|e| matches!(e, DataError::WrongLength { .. } | DataError::Checksum { .. }));
+    let mut same_length = swapped.clone();
+    same_length.resize(whole.len(), 0);
+    check(Some(&same_length), name, &|e| matches!(e, DataError::Checksum { .. }));
+    for at in [3, 40, 70, 200] {
+        let mut index = fs::read(path.join("train.index")).unwrap();
+        index[at] ^= 1;
+        check(Some(&index), "train.index", &|e| matches!(e, DataError::Checksum { .. } | DataError::Manifest { .. }));
+    }
+    check(Some(b"{\"format\": 1}"), "manifest.json", &|e| matches!(e, DataError::Manifest { .. }));
+    read_all(&path).unwrap();
+}
+
+#[test]
+fn a_token_outside_the_vocabulary_names_file_and_id() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = corpus::prepared(folder.path(), 3, 60);
+    let manifest = path.join("manifest.json");
+    let text = fs::read_to_string(&manifest).unwrap();
+    assert!(text.contains("\"vocab_size\": 400"));
+    fs::write(&manifest, text.replace("\"vocab_size\": 400", "\"vocab_size\": 300")).unwrap();
+    let error = read_all(&path).unwrap_err();
+    assert!(matches!(&error, DataError::TokenOutOfRange { id: 300.., vocab_size: 300, .. }), "{error}");
+    assert!(error.to_string().contains("train-00000.parquet"), "{error}");
+}
+
+#[test]
+fn too_short_a_corpus_says_how_short() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = corpus::prepared(folder.path(), 4, 10);
+    let error = Loader::open(spec(&[(&path, 1.0)], 1 << 20, Split::Train), options()).map(|_| ()).unwrap_err();
+    assert!(matches!(error, DataError::TooFewTokens { needed: 1_048_577, .. }), "{error}");
+}

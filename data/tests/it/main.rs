@@ -1,0 +1,7 @@
+//! The crate's tests through its public face. One binary: it links once.
+
+mod corpus;
+mod faults;
+mod order;
+mod prepare;
+mod tokenizer;

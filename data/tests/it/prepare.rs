@@ -1,0 +1,227 @@
+//! What `prepare` makes out of folders, JSONL and parquet, and what it refuses.
+
+use std::collections::HashSet;
+use std::fs;
+use std::io::Write;
+use std::path::Path;
+
+use data::{DataError, Loader, PrepareArgs, Split, decode_document, open_tokenizer, prepare};
+
+use crate::corpus::{self, options, spec};
+
+/// All documents of a corpus as text, decoded from samples, with the ids in between checked.
+pub fn documents(path: &Path, split: Split) -> Vec<String> {
+    let tokenizer = open_tokenizer(path.join("tokenizer.json")).unwrap();
+    let loader = Loader::open(spec(&[(path, 1.0)], 1, Split::HeldOut), options());
+    let end = loader.unwrap().end_token();
+    let mut spec = spec(&[(path, 1.0)], 1, split);
+    spec.sequence_length = 1;
+    let loader = Loader::open(spec, options()).unwrap();
+    let n = loader.num_samples();
+    let mut stream = vec![0; n as usize + 1];
+    let indices: Vec<u64> = (0..n).collect();
+    for sample in loader.read(&indices).unwrap() {
+        let at = loader.locate(sample.index).unwrap().sample as usize;
+        stream[at..at + 2].copy_from_slice(&sample.tokens);
+    }
+    assert_eq!(stream.last(), Some(&end), "a stream ends with an end token");
+    let parts = stream.split_inclusive(|id| *id == end);
+    parts.map(|ids| decode_document(&tokenizer, ids, end).unwrap()).collect()
+}
+
+fn folder_bytes(folder: &Path) -> Vec<(String, Vec<u8>)> {
+    let mut files: Vec<_> = fs::read_dir(folder).unwrap().map(|entry| entry.unwrap()).collect();
+    files.sort_by_key(|file| file.file_name());
+    files.iter().map(|f| (f.file_name().into_string().unwrap(), fs::read(f.path()).unwrap())).collect()
+}
+
+#[test]
+fn every_document_decodes_byte_for_byte_once() {
+    let folder = tempfile::tempdir().unwrap();
+    let input = folder.path().join("in");
+    let mut texts = corpus::write_corpus(&input, 1, 150);
+    // A copy of every third under another name, a binary file, an empty one, one of no interest.
+    for (i, text) in texts.iter().enumerate().step_by(3) {
+        fs::write(input.join(format!("copy-{i}.txt")), text).unwrap();
+    }
+    fs::write(input.join("binary.txt"), b"text\0\xff").unwrap();
+    fs::write(input.join("empty.txt"), b"").unwrap();
+    fs::write(input.join("image.png"), b"\x89PNG").unwrap();
+    let distinct: HashSet<_> = texts.drain(..).collect();
+    for (name, fim_rate, split_rate) in [("plain", 0.0, 0.0), ("changed", 0.5, 0.5)] {
+        let mut args = corpus::args(&input, &folder.path().join(name));
+        (args.fim_rate, args.split_rate) = (fim_rate, split_rate);
+        let summary = prepare(&args).unwrap();
+        let [train, held_out] = [Split::Train, Split::HeldOut].map(|split| documents(&summary.out, split));
+        assert_eq!(summary.documents as usize, train.len() + held_out.len());
+        assert_eq!((summary.duplicates, summary.skipped_files), (50 + 150 - distinct.len() as u64, 1));
+        assert!(held_out.len() > 3 && held_out.len() < 40, "{} of 150 held out", held_out.len());
+        let found: HashSet<_> = train.iter().chain(&held_out).cloned().collect();
+        assert_eq!(found.len(), train.len() + held_out.len(), "no document twice");
+        assert_eq!(found, distinct);
+    }
+}
+
+#[test]
+fn the_bytes_do_not_depend_on_threads_or_on_where_the_corpus_lies() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut made = Vec::new();
+    for (place, threads) in [("a", 1), ("b/deeper", 2), ("c", 5)] {
+        let input = folder.path().join(place).join("in");
+        corpus::write_corpus(&input, 2, 90);
+        let mut args = corpus::args(&input, &folder.path().join(place).join("out"));
+        (args.threads, args.fim_rate, args.split_rate) = (threads, 0.3, 0.3);
+        made.push(folder_bytes(&prepare(&args).unwrap().out));
+    }
+    assert!(made[0].iter().any(|(name, bytes)| name == "train-00000.parquet" && bytes.len() > 10_000));
+    assert!(made[0] == made[1] && made[0] == made[2]);
+    let mut args = corpus::args(&folder.path().join("a/in"), &folder.path().join("other-seed"));
+    args.seed = 1;
+    let other = folder_bytes(&prepare(&args).unwrap().out);
+    assert!(made[0] != other);
+}
+
+#[test]
+fn text_jsonl_and_parquet_of_the_same_documents_give_the_same_shards() {
+    let folder = tempfile::tempdir().unwrap();
+    let text = folder.path().join("text");
+    let texts = corpus::write_corpus(&text, 3, 60);
+    let lines: String = texts.iter().map(|t| format!("{}\n", serde_json::json!({"id": 1, "text": t}))).collect();
+    let write = |name: &str, bytes: &[u8]| {
+        let input = folder.path().join(name);
+        fs::create_dir_all(&input).unwrap();
+        fs::write(input.join(format!("x.{name}")), bytes).unwrap();
+    };
+    write("jsonl", lines.as_bytes());
+    let mut gzip = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
+    gzip.write_all(lines.as_bytes()).unwrap();
+    write("jsonl.gz", &gzip.finish().unwrap());
+    write("jsonl.zst", &zstd::encode_all(lines.as_bytes(), 1).unwrap());
+    write("parquet", &parquet_of(&texts));
+    let mut made = Vec::new();
+    for name in ["text", "jsonl", "jsonl.gz", "jsonl.zst", "parquet"] {
+        let summary = prepare(&corpus::args(&folder.path().join(name), &folder.path().join(format!("out-{name}"))));
+        let files = folder_bytes(&summary.unwrap().out);
+        made.push(files.into_iter().filter(|(name, _)| name != "manifest.json").collect::<Vec<_>>());
+    }
+    assert!(made.iter().all(|files| *files == made[0]));
+}
+
+/// FineWeb's layout: a nullable string column `text` among others, several row groups.
+fn parquet_of(texts: &[String]) -> Vec<u8> {
+    use parquet::data_type::{ByteArray, ByteArrayType, Int64Type};
+    use parquet::file::properties::WriterProperties;
+    use parquet::file::writer::SerializedFileWriter;
+    let schema = "message schema { optional binary text (STRING); required int64 dump; }";
+    let schema = std::sync::Arc::new(parquet::schema::parser::parse_message_type(schema).unwrap());
+    let mut writer = SerializedFileWriter::new(Vec::new(), schema, WriterProperties::builder().build().into()).unwrap();
+    for some in texts.chunks(25) {
+        let mut group = writer.next_row_group().unwrap();
+        let values: Vec<ByteArray> = some.iter().map(|text| text.as_str().into()).collect();
+        // A null at the end of each group.
+        let levels: Vec<i16> = std::iter::repeat_n(1, some.len()).chain([0]).collect();
+        let mut column = group.next_column().unwrap().unwrap();
+        column.typed::<ByteArrayType>().write_batch(&values, Some(&levels), None).unwrap();
+        column.close().unwrap();
+        let mut column = group.next_column().unwrap().unwrap();
+        column.typed::<Int64Type>().write_batch(&vec![7; some.len() + 1], None, None).unwrap();
+        column.close().unwrap();
+        group.close().unwrap();
+    }
+    writer.into_inner().unwrap()
+}
+
+#[test]
+fn fill_in_the_middle_and_splitting_happen_at_their_rates() {
+    let folder = tempfile::tempdir().unwrap();
+    let input = folder.path().join("in");
+    corpus::write_corpus(&input, 4, 400);
+    let count = |fim_rate: f64, split_rate: f64, name: &str| {
+        let mut args = corpus::args(&input, &folder.path().join(name));
+        (args.fim_rate, args.split_rate, args.held_out) = (fim_rate, split_rate, 0.01);
+        prepare(&args).unwrap()
+    };
+    let [plain, fim, split, all] =
+        [(0.0, 0.0, "p"), (0.25, 0.0, "f"), (0.0, 0.5, "s"), (0.0, 1.0, "a")].map(|(f, s, n)| count(f, s, n));
+    let tokens = |s: &data::PrepareSummary| s.train_tokens + s.held_out_tokens;
+    // Three marks a document, and a few tokens more where a cut parts a word.
+    let marks = (tokens(&fim) - tokens(&plain)) as f64 / 400.0;
+    assert!((0.6..2.5).contains(&marks), "{marks} tokens more a document");
+    let (half, whole) = (tokens(&split) - tokens(&plain), tokens(&all) - tokens(&plain));
+    assert!(whole > 100, "the corpus has tokens to split: {whole}");
+    assert!((half as f64 / whole as f64 - 0.5).abs() < 0.1, "{half} of {whole} split");
+}
+
+#[test]
+fn a_tiny_corpus_still_has_a_held_out_document() {
+    let folder = tempfile::tempdir().unwrap();
+    let input = folder.path().join("in");
+    let texts: HashSet<_> = corpus::write_corpus(&input, 6, 4).into_iter().collect();
+    let mut args = corpus::args(&input, &folder.path().join("out"));
+    args.held_out = 0.001;
+    prepare(&args).unwrap();
+    let [train, held_out] = [Split::Train, Split::HeldOut].map(|split| documents(&args.out, split));
+    assert_eq!((train.len(), held_out.len()), (3, 1));
+    assert_eq!(train.into_iter().chain(held_out).collect::<HashSet<_>>(), texts);
+}
+
+#[test]
+fn max_bytes_takes_a_part_that_does_not_depend_on_the_listing() {
+    let folder = tempfile::tempdir().unwrap();
+    let input = folder.path().join("in");
+    corpus::write_corpus(&input, 7, 200);
+    let mut args = corpus::args(&input, &folder.path().join("out"));
+    args.max_bytes = Some(40_000);
+    let summary = prepare(&args).unwrap();
+    assert!((30_000..50_000).contains(&summary.text_bytes), "{}", summary.text_bytes);
+}
+
+#[test]
+fn bad_inputs_are_clear_errors_and_leave_nothing() {
+    let folder = tempfile::tempdir().unwrap();
+    let (input, out) = (folder.path().join("in"), folder.path().join("out"));
+    fs::create_dir_all(&input).unwrap();
+    let refused = |change: &dyn Fn(&mut PrepareArgs)| {
+        let mut args = corpus::args(&input, &out);
+        change(&mut args);
+        let error = prepare(&args).unwrap_err();
+        assert!(!out.exists(), "{error}");
+        error
+    };
+    fs::write(input.join("a.png"), b"png").unwrap();
+    let error = refused(&|_| {});
+    assert!(matches!(error, DataError::NoText { files: 1, .. }), "{error}");
+    fs::write(input.join("b.txt"), b"\xff\xfe").unwrap();
+    let error = refused(&|_| {});
+    assert!(matches!(error, DataError::NoText { files: 2, .. }) && error.to_string().contains("in"), "{error}");
+    assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1, "nothing half-written is left");
+    for (name, change) in [
+        ("--held-out", (|args| args.held_out = 1.5) as fn(&mut PrepareArgs)),
+        ("--vocab", |args| args.vocab = Some(100)),
+        ("--vocab", |args| args.vocab = None),
+        ("--fim-rate", |args| args.fim_rate = f64::NAN),
+        ("--row-group-tokens", |args| args.row_group_tokens = 0),
+    ] {
+        let error = refused(&change);
+        assert!(matches!(&error, DataError::BadOption { option, .. } if *option == name), "{error}");
+    }
+    fs::write(input.join("c.jsonl"), "{\"text\": \"a\"}\n{\"txt\": 1}\n").unwrap();
+    let error = refused(&|_| {}).to_string();
+    assert!(error.contains("c.jsonl: line 2"), "{error}");
+    fs::remove_file(input.join("c.jsonl")).unwrap();
+    fs::remove_dir_all(folder.path().join("out.partial")).unwrap();
+    fs::write(input.join("d.txt"), "enough text").unwrap();
+    fs::write(input.join("t.json"), "{}").unwrap();
+    let error = refused(&|args| (args.vocab, args.tokenizer) = (None, Some(input.join("t.json"))));
+    assert!(matches!(&error, DataError::Tokenizer { path, .. } if path.ends_with("t.json")), "{error}");
+}
+
+#[test]
+fn a_finished_corpus_is_not_overwritten() {
+    let folder = tempfile::tempdir().unwrap();
+    let out = corpus::prepared(folder.path(), 8, 20);
+    let before = folder_bytes(&out);
+    let error = prepare(&corpus::args(&folder.path().join("in-8"), &out)).unwrap_err();
+    assert!(matches!(error, DataError::OutputExists { .. }), "{error}");
+    assert!(before == folder_bytes(&out));
+}
