@@ -45,7 +45,6 @@ fn the_published_bubbles_at_16_ranks_and_120_micro_batches() {
 }
 
 #[test]
-#[ignore = "a minute: every size up to 32 ranks and 240 micro-batches"]
 fn every_single_size() {
     for num_ranks in 1..=32 {
         for num_micro_batches in 1..=240 {
