@@ -8,6 +8,7 @@ mod call;
 pub mod checked;
 pub mod local;
 pub mod mpi;
+pub mod nccl;
 mod sum;
 
 use std::rc::Rc;

@@ -1,0 +1,298 @@
+//! The collectives on GPU tensors. Whatever lies in host memory goes over the control communicator (MPI).
+//! Invariant: sums are scatter, add in rank order on the GPU (torch, null stream), gather, as in the other back
+//! ends; `native_sums` gives that up for NCCL's own. The additions of `reduce_scatter` are enqueued at its wait;
+//! those of `all_reduce` at once, because what follows them uses the axis' stream again and all ranks must use
+//! it in one order.
+
+use super::{Axis, Move, Options};
+use crate::comm::call;
+use crate::comm::sum;
+use crate::comm::{Comm, CommError, Communicator, Pending, Reduce, TensorSpec};
+use std::rc::Rc;
+use tch::{Device, Tensor};
+
+pub(super) struct NcclComm {
+    axis: Rc<Axis>,
+    rank: usize,
+    size: usize,
+}
+
+/// Where a call's tensors are: all on the host, or all on a GPU.
+fn on_host(op: &'static str, devices: impl Iterator<Item = Device>) -> Result<bool, CommError> {
+    let devices: Vec<Device> = devices.collect();
+    let num_host = devices.iter().filter(|&&d| d == Device::Cpu).count();
+    match num_host {
+        0 if !devices.is_empty() => Ok(false),
+        n if n == devices.len() => Ok(true),
+        n => Err(CommError::Unsupported { op, reason: format!("{n} of {} tensors are on the host, the others on a GPU", devices.len()) }),
+    }
+}
+
+fn all_on_host(op: &'static str, tensors: &[Tensor]) -> Result<bool, CommError> {
+    on_host(op, tensors.iter().map(Tensor::device))
+}
+
+fn empty_like(tensor: &Tensor, shape: &[i64]) -> Tensor {
+    Tensor::empty(shape, (tensor.kind(), tensor.device()))
+}
+
+fn contiguous(tensors: Vec<Tensor>) -> Vec<Tensor> {
+    tch::no_grad(|| tensors.into_iter().map(|t| t.detach().contiguous()).collect())
+}
+
+/// First element and length of `rank`'s share of `length` elements.
+fn share(length: i64, rank: usize, size: usize) -> (i64, i64) {
+    let at = |r: usize| (length as i128 * r as i128 / size as i128) as i64;
+    (at(rank), at(rank + 1) - at(rank))
+}
+
+impl NcclComm {
+    pub(super) fn new(axis: Axis) -> Self {
+        let (rank, size) = (axis.control.rank(), axis.control.size());
+        NcclComm { axis: Rc::new(axis), rank, size }
+    }
+
+    /// The transfers on the stream so far, as something to wait on. `kept` are the tensors they touch.
+    fn pending(&self, op: &'static str, kept: Vec<Tensor>, finish: impl FnOnce() -> Vec<Tensor> + 'static) -> Result<Pending<Vec<Tensor>>, CommError> {
+        let (axis, mark) = (self.axis.clone(), self.axis.mark(op)?);
+        Ok(Pending::running(move || {
+            axis.join(&mark, op)?;
+            // Torch may hand this memory out again: whoever gets it comes after the join.
+            drop(kept);
+            Ok(finish())
+        }))
+    }
+
+    /// Sends each rank its share of the flat tensors: `[i][p]` is rank p's part of this rank's share of tensor i.
+    fn scatter(&self, op: &'static str, flats: &[Tensor]) -> Result<Vec<Vec<Tensor>>, CommError> {
+        let parts: Vec<Vec<Tensor>> = flats
+            .iter()
+            .map(|flat| {
+                let (start, mine) = share(flat.numel() as i64, self.rank, self.size);
+                (0..self.size).map(|p| if p == self.rank { flat.narrow(0, start, mine) } else { empty_like(flat, &[mine]) }).collect()
+            })
+            .collect();
+        // After the allocations: their memory may still be in use by earlier work of the null stream.
+        self.axis.fork(op)?;
+        let mut shares = Vec::new();
+        for (flat, of_tensor) in flats.iter().zip(&parts) {
+            for peer in (0..self.size).filter(|&p| p != self.rank) {
+                let (start, theirs) = share(flat.numel() as i64, peer, self.size);
+                shares.push((flat.narrow(0, start, theirs), &of_tensor[peer], peer));
+            }
+        }
+        let moves: Vec<Move> = shares.iter().flat_map(|(out, part, peer)| [Move::Send(out, *peer), Move::Receive(part, *peer)]).collect();
+        self.axis.group(op, &moves)?;
+        Ok(parts)
+    }
+
+    fn native(&self) -> bool {
+        self.axis.options.native_sums
+    }
+
+    /// Sum in rank order: everything is enqueued here, torch's stream waits in between, the host never.
+    fn ordered_all_reduce(&self, tensors: Vec<Tensor>, reduce: Reduce) -> Result<Pending<Vec<Tensor>>, CommError> {
+        const OP: &str = "all_reduce";
+        let flats: Vec<Tensor> = tensors.iter().map(|t| t.view([-1])).collect();
+        let outs: Vec<Tensor> = tensors.iter().map(|t| empty_like(t, &t.size())).collect();
+        let parts = self.scatter(OP, &flats)?;
+        self.axis.join(&self.axis.mark(OP)?, OP)?;
+        let piece = |out: &Tensor, of: usize| {
+            let flat = out.view([-1]);
+            let (start, length) = share(flat.numel() as i64, of, self.size);
+            flat.narrow(0, start, length)
+        };
+        for (out, parts) in outs.iter().zip(&parts) {
+            sum::fold(&piece(out, self.rank), parts, reduce);
+        }
+        self.axis.fork(OP)?;
+        let mut pieces = Vec::new();
+        for out in &outs {
+            for peer in (0..self.size).filter(|&p| p != self.rank) {
+                pieces.push((piece(out, self.rank), piece(out, peer), peer));
+            }
+        }
+        let moves: Vec<Move> = pieces.iter().flat_map(|(mine, theirs, peer)| [Move::Send(mine, *peer), Move::Receive(theirs, *peer)]).collect();
+        self.axis.group(OP, &moves)?;
+        self.pending(OP, flats, move || outs)
+    }
+}
+
+impl Communicator for NcclComm {
+    fn rank(&self) -> usize {
+        self.rank
+    }
+
+    fn size(&self) -> usize {
+        self.size
+    }
+
+    fn all_reduce(&self, tensors: Vec<Tensor>, reduce: Reduce) -> Result<Pending<Vec<Tensor>>, CommError> {
+        const OP: &str = "all_reduce";
+        if all_on_host(OP, &tensors)? {
+            return self.axis.control.all_reduce(tensors, reduce);
+        }
+        sum::check_reducible(OP, &tensors, reduce)?;
+        let tensors = contiguous(tensors);
+        if !self.native() {
+            return self.ordered_all_reduce(tensors, reduce);
+        }
+        let outs: Vec<Tensor> = tensors.iter().map(|t| empty_like(t, &t.size())).collect();
+        self.axis.fork(OP)?;
+        for (tensor, out) in tensors.iter().zip(&outs) {
+            self.axis.native_all_reduce(tensor, out, reduce)?;
+        }
+        self.pending(OP, tensors, move || outs)
+    }
+
+    fn reduce_scatter(&self, tensors: Vec<Tensor>) -> Result<Pending<Vec<Tensor>>, CommError> {
+        const OP: &str = "reduce_scatter";
+        if all_on_host(OP, &tensors)? {
+            return self.axis.control.reduce_scatter(tensors);
+        }
+        sum::check_reducible(OP, &tensors, Reduce::Sum)?;
+        call::check_rows(OP, &tensors, self.size)?;
+        let tensors = contiguous(tensors);
+        let shape = |t: &Tensor| {
+            let mut shape = t.size();
+            shape[0] /= self.size as i64;
+            shape
+        };
+        let outs: Vec<Tensor> = tensors.iter().map(|t| empty_like(t, &shape(t))).collect();
+        if self.native() {
+            self.axis.fork(OP)?;
+            for (tensor, out) in tensors.iter().zip(&outs) {
+                self.axis.native_reduce_scatter(tensor, out)?;
+            }
+            return self.pending(OP, tensors, move || outs);
+        }
+        let flats: Vec<Tensor> = tensors.iter().map(|t| t.view([-1])).collect();
+        let parts = self.scatter(OP, &flats)?;
+        self.pending(OP, flats, move || {
+            for (out, parts) in outs.iter().zip(&parts) {
+                sum::fold(&out.view([-1]), parts, Reduce::Sum);
+            }
+            outs
+        })
+    }
+
+    fn all_gather(&self, tensors: Vec<Tensor>) -> Result<Pending<Vec<Tensor>>, CommError> {
+        const OP: &str = "all_gather";
+        if all_on_host(OP, &tensors)? {
+            return self.axis.control.all_gather(tensors);
+        }
+        call::check_rows(OP, &tensors, 1)?;
+        let tensors = contiguous(tensors);
+        let shape = |t: &Tensor| {
+            let mut shape = t.size();
+            shape[0] *= self.size as i64;
+            shape
+        };
+        let outs: Vec<Tensor> = tensors.iter().map(|t| empty_like(t, &shape(t))).collect();
+        self.axis.fork(OP)?;
+        for (tensor, out) in tensors.iter().zip(&outs) {
+            self.axis.all_gather(tensor, out)?;
+        }
+        self.pending(OP, tensors, move || outs)
+    }
+
+    fn broadcast(&self, tensors: Vec<Tensor>, root: usize) -> Result<Pending<Vec<Tensor>>, CommError> {
+        const OP: &str = "broadcast";
+        call::check_peer(OP, root, self.size)?;
+        if all_on_host(OP, &tensors)? {
+            return self.axis.control.broadcast(tensors, root);
+        }
+        let outs = if self.rank == root { contiguous(tensors) } else { tensors.iter().map(|t| empty_like(t, &t.size())).collect() };
+        self.axis.fork(OP)?;
+        for out in &outs {
+            self.axis.broadcast(out, root)?;
+        }
+        self.pending(OP, Vec::new(), move || outs)
+    }
+
+    /// Over MPI: the host needs them, and for a few bytes it is faster than NCCL.
+    fn exchange_counts(&self, counts: &[Vec<i64>]) -> Result<Vec<Vec<i64>>, CommError> {
+        self.axis.control.exchange_counts(counts)
+    }
+
+    fn all_to_all(&self, tensors: Vec<Tensor>, send: &[i64], recv: &[i64]) -> Result<Pending<Vec<Tensor>>, CommError> {
+        const OP: &str = "all_to_all";
+        if all_on_host(OP, &tensors)? {
+            return self.axis.control.all_to_all(tensors, send, recv);
+        }
+        call::check_all_to_all(&tensors, send, recv, self.size)?;
+        if send[self.rank] != recv[self.rank] {
+            let (mine, theirs) = (format!("all_to_all receiving {recv:?}"), format!("all_to_all sending {send:?}"));
+            return Err(CommError::Disagree { rank: self.rank, peer: self.rank, mine, theirs });
+        }
+        let tensors = contiguous(tensors);
+        let (send_at, recv_at) = (call::offsets(send), call::offsets(recv));
+        let (mut outs, mut pieces) = (Vec::new(), Vec::new());
+        for tensor in &tensors {
+            let mut shape = tensor.size();
+            shape[0] = recv.iter().sum();
+            let out = empty_like(tensor, &shape);
+            for p in 0..self.size {
+                let (from, to) = (tensor.narrow(0, send_at[p], send[p]), out.narrow(0, recv_at[p], recv[p]));
+                if p == self.rank {
+                    let mut to = to;
+                    tch::no_grad(|| to.copy_(&from));
+                } else {
+                    pieces.push((from, to, p));
+                }
+            }
+            outs.push(out);
+        }
+        self.axis.fork(OP)?;
+        let moves: Vec<Move> = pieces.iter().flat_map(|(from, to, peer)| [Move::Send(from, *peer), Move::Receive(to, *peer)]).collect();
+        self.axis.group(OP, &moves)?;
+        self.pending(OP, tensors, move || outs)
+    }
+
+    fn exchange(&self, sends: Vec<(usize, Tensor)>, recvs: Vec<(usize, TensorSpec)>) -> Result<Pending<Vec<Tensor>>, CommError> {
+        const OP: &str = "exchange";
+        if on_host(OP, sends.iter().map(|s| s.1.device()).chain(recvs.iter().map(|r| r.1.device)))? {
+            return self.axis.control.exchange(sends, recvs);
+        }
+        for peer in sends.iter().map(|s| s.0).chain(recvs.iter().map(|r| r.0)) {
+            call::check_peer(OP, peer, self.size)?;
+        }
+        let (peers, tensors): (Vec<usize>, Vec<Tensor>) = sends.into_iter().unzip();
+        let tensors = contiguous(tensors);
+        let outs: Vec<Tensor> = recvs.iter().map(|(_, spec)| Tensor::empty(&spec.shape[..], (spec.kind, spec.device))).collect();
+        self.axis.fork(OP)?;
+        let mut moves: Vec<Move> = tensors.iter().zip(peers).map(|(tensor, peer)| Move::Send(tensor, peer)).collect();
+        moves.extend(outs.iter().zip(&recvs).map(|(out, (peer, _))| Move::Receive(out, *peer)));
+        self.axis.group(OP, &moves)?;
+        self.pending(OP, tensors, move || outs)
+    }
+
+    fn split(&self, colour: usize, key: usize) -> Result<Comm, CommError> {
+        let axis = &self.axis;
+        let control = axis.control.split(colour, key)?;
+        // A communicator and stream of its own: transfers of different axes may be under way at once.
+        let options: &Options = &axis.options;
+        Ok(Rc::new(NcclComm::new(Axis::new(control, axis.library.clone(), axis.context.clone(), options)?)))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_call_is_all_host_or_all_gpu() {
+        let (host, gpu) = (Device::Cpu, Device::Cuda(0));
+        assert!(on_host("op", [host, host].into_iter()).unwrap());
+        assert!(on_host("op", [].into_iter()).unwrap());
+        assert!(!on_host("op", [gpu, gpu].into_iter()).unwrap());
+        assert!(on_host("op", [gpu, host].into_iter()).is_err());
+    }
+
+    #[test]
+    fn a_missing_library_is_an_error_that_names_it() {
+        let options = Options { library: Some("/nowhere/libnccl.so.2".into()), ..Default::default() };
+        let error = super::super::connect(crate::comm::local::solo(), &options).err().expect("no library there");
+        assert!(error.to_string().contains("/nowhere/libnccl.so.2"), "{error}");
+    }
+}
