@@ -1,5 +1,8 @@
 //! What runs on a device: the ops between the GEMMs, the GEMMs, and their CPU references.
+pub mod device;
 pub mod fp8;
+pub mod jit;
+pub mod launch;
 pub mod ops;
 mod precision;
 pub use precision::Precision;

@@ -2,7 +2,10 @@
 pub mod adamw;
 pub mod attention;
 pub mod cross_entropy;
+pub mod gemm_fp8;
+pub mod gemm_grouped;
 pub mod linear;
+pub mod quantise;
 pub mod rms_norm;
 pub mod rope;
 pub mod swiglu;

@@ -1,0 +1,152 @@
+//! A launch whose arguments are checked: tensors by device and layout, and all of them against the sizes of the
+//! parameters in the compiled kernel, so a forgotten or swapped argument stops here and not on the device.
+#![allow(unsafe_code)]
+use crate::device::{Gpu, Kernel};
+use cudarc::driver::{CudaStream, sys};
+use std::ffi::c_void;
+use std::ptr;
+use tch::{Kind, Tensor};
+
+enum Arg {
+    Pointer(*mut c_void),
+    Int(i32),
+    Float(f32),
+    Map(sys::CUtensorMap),
+}
+
+impl Arg {
+    /// Where the value lies, and its size.
+    fn place(&self) -> (*mut c_void, usize) {
+        fn of<T>(value: &T) -> (*mut c_void, usize) {
+            (ptr::from_ref(value).cast_mut().cast(), size_of::<T>())
+        }
+        match self {
+            Arg::Pointer(value) => of(value),
+            Arg::Int(value) => of(value),
+            Arg::Float(value) => of(value),
+            Arg::Map(value) => of(value),
+        }
+    }
+}
+
+/// Arguments in the order of the kernel's parameters, then `run`.
+pub struct Launch<'a> {
+    gpu: &'a Gpu,
+    kernel: &'a Kernel,
+    args: Vec<Arg>,
+    stream: Option<&'a CudaStream>,
+}
+
+/// How many threads, and how much dynamic shared memory a block has.
+#[derive(Clone, Copy)]
+pub struct Shape {
+    pub grid: [usize; 2],
+    pub block: usize,
+    pub shared_bytes: usize,
+}
+
+impl<'a> Launch<'a> {
+    pub fn new(gpu: &'a Gpu, kernel: &'a Kernel) -> Self {
+        Launch { gpu, kernel, args: Vec::new(), stream: None }
+    }
+
+    /// On `stream` and not on the null stream. The caller keeps the tensors alive until the stream has passed the kernel.
+    pub fn on(mut self, stream: &'a CudaStream) -> Self {
+        self.stream = Some(stream);
+        self
+    }
+
+    /// A pointer to a contiguous tensor of `kind` on this GPU.
+    pub fn tensor(mut self, tensor: &Tensor, kind: Kind) -> Self {
+        let name = &self.kernel.name;
+        assert_eq!(tensor.device(), self.gpu.device(), "{name}: argument {} is elsewhere", self.args.len());
+        assert_eq!(tensor.kind(), kind, "{name}: kind of argument {}", self.args.len());
+        assert!(tensor.is_contiguous(), "{name}: argument {} is not contiguous", self.args.len());
+        self.args.push(Arg::Pointer(tensor.data_ptr()));
+        self
+    }
+
+    /// As `tensor`, or a null pointer.
+    pub fn tensor_or_null(mut self, tensor: Option<&Tensor>, kind: Kind) -> Self {
+        match tensor {
+            Some(tensor) => self.tensor(tensor, kind),
+            None => {
+                self.args.push(Arg::Pointer(ptr::null_mut()));
+                self
+            }
+        }
+    }
+
+    pub fn int(mut self, value: i64) -> Self {
+        self.args.push(Arg::Int(i32::try_from(value).expect("kernels count in 32 bits")));
+        self
+    }
+
+    pub fn float(mut self, value: f32) -> Self {
+        self.args.push(Arg::Float(value));
+        self
+    }
+
+    /// A tensor map for the copy engine: boxes of `rows` × `cols` elements of a matrix, out of range reads as zero.
+    pub fn map(mut self, matrix: &Tensor, rows: usize, cols: usize) -> Self {
+        assert_eq!(matrix.device(), self.gpu.device(), "{}: argument {}", self.kernel.name, self.args.len());
+        self.args.push(Arg::Map(tensor_map(matrix, rows, cols)));
+        self
+    }
+
+    /// Puts the kernel on the stream. A refused launch is a bug of the caller's and panics.
+    pub fn run(self, shape: Shape) {
+        let Kernel { name, param_bytes, function, .. } = self.kernel;
+        let (mut places, sizes): (Vec<*mut c_void>, Vec<usize>) = self.args.iter().map(Arg::place).unzip();
+        assert_eq!(&sizes, param_bytes, "{name}: sizes of the arguments, and of the kernel's parameters");
+        if shape.grid.contains(&0) {
+            return;
+        }
+        self.gpu.bind().expect("the context outlives the process");
+        let stream = self.stream.map_or(ptr::null_mut(), CudaStream::cu_stream);
+        let [x, y] = shape.grid.map(|n| n as u32);
+        let (block, shared) = (shape.block as u32, shape.shared_bytes as u32);
+        // SAFETY: the arguments have the kernel's count and sizes, and live until the call returns (it copies them).
+        let code = unsafe {
+            sys::cuLaunchKernel(*function, x, y, 1, block, 1, 1, shared, stream, places.as_mut_ptr(), ptr::null_mut())
+        };
+        assert_eq!(code, sys::CUresult::CUDA_SUCCESS, "{name}: launch of {x}x{y} blocks of {block}, {shared} B shared");
+    }
+}
+
+/// E4M3 boxes are 128 bytes wide and swizzled, as the matrix instructions read them; FP32 boxes lie plainly.
+fn tensor_map(matrix: &Tensor, rows: usize, cols: usize) -> sys::CUtensorMap {
+    use sys::CUtensorMapDataType::*;
+    use sys::CUtensorMapSwizzle::*;
+    let (num_rows, num_cols) = matrix.size2().expect("a tensor map is of a matrix");
+    let (element, kind, swizzle) = match matrix.kind() {
+        Kind::Float8e4m3fn => (1, CU_TENSOR_MAP_DATA_TYPE_UINT8, CU_TENSOR_MAP_SWIZZLE_128B),
+        Kind::Float => (4, CU_TENSOR_MAP_DATA_TYPE_FLOAT32, CU_TENSOR_MAP_SWIZZLE_NONE),
+        other => panic!("no tensor map for {other:?}"),
+    };
+    let stride = matrix.stride()[0] as u64 * element;
+    assert_eq!(matrix.stride()[1], 1, "the copy engine reads rows");
+    assert_eq!(stride % 16, 0, "a row of the copy engine starts on 16 bytes, not {stride}");
+    // The encoding refuses a matrix without rows; a kernel that gets one never reads it.
+    let dims = [num_cols.max(1) as u64, num_rows.max(1) as u64];
+    let mut map = sys::CUtensorMap { opaque: [0; 16] };
+    // SAFETY: two dimensions, so two sizes, one stride, two box sizes; the memory lives as long as the launch's tensors.
+    let code = unsafe {
+        sys::cuTensorMapEncodeTiled(
+            &mut map,
+            kind,
+            2,
+            matrix.data_ptr(),
+            dims.as_ptr(),
+            [stride].as_ptr(),
+            [cols as u32, rows as u32].as_ptr(),
+            [1, 1].as_ptr(),
+            sys::CUtensorMapInterleave::CU_TENSOR_MAP_INTERLEAVE_NONE,
+            swizzle,
+            sys::CUtensorMapL2promotion::CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+            sys::CUtensorMapFloatOOBfill::CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+        )
+    };
+    assert_eq!(code, sys::CUresult::CUDA_SUCCESS, "tensor map of {num_rows}x{num_cols} in boxes of {rows}x{cols}");
+    map
+}

@@ -1,0 +1,123 @@
+// Hopper's parts that the FP8 GEMMs are made of: barriers in shared memory, the bulk copy engine, clusters of two.
+// No header is included, so that NVRTC needs no CUDA installation.
+
+using u8 = unsigned char;
+using u16 = unsigned short;
+using u32 = unsigned int;
+using u64 = unsigned long long;
+
+// A tensor map is an opaque 128-byte kernel parameter.
+struct __align__(64) TensorMap { u8 bytes[128]; };
+
+static __device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
+
+static __device__ __forceinline__ u32 cluster_rank() {
+  u32 rank;
+  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+}
+
+// All threads of both blocks; what was written before is seen after.
+static __device__ __forceinline__ void cluster_sync() {
+  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
+static __device__ __forceinline__ void barrier_init(u32 barrier, u32 count) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(count) : "memory");
+}
+
+// Makes initialised barriers visible to the copy engine and to the other block of the cluster.
+static __device__ __forceinline__ void barrier_init_done() {
+  asm volatile("fence.mbarrier_init.release.cluster;\nfence.proxy.async.shared::cta;" ::: "memory");
+}
+
+static __device__ __forceinline__ void barrier_expect(u32 barrier, u32 bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+
+// Arrives on the same barrier of block `rank` of the cluster.
+static __device__ __forceinline__ void barrier_arrive(u32 barrier, u32 rank) {
+  asm volatile(
+      "{\n.reg .b32 remote;\nmapa.shared::cluster.u32 remote, %0, %1;\n"
+      "mbarrier.arrive.shared::cluster.b64 _, [remote];\n}" ::"r"(barrier), "r"(rank)
+      : "memory");
+}
+
+// Without a cluster-wide acquire, which would empty the L1 cache each time: what the barriers guard is written by the
+// copy engine and read by the matrix unit, and neither goes through L1.
+static __device__ __forceinline__ void barrier_wait(u32 barrier, u32 parity) {
+  asm volatile(
+      "{\n.reg .pred done;\nAGAIN:\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+      "@!done bra AGAIN;\n}" ::"r"(barrier), "r"(parity)
+      : "memory");
+}
+
+// A box at (x, y) of the matrix into shared memory; completes `barrier`.
+static __device__ __forceinline__ void load_box(u32 to, const TensorMap& map, u32 barrier, int x, int y) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];" ::"r"(to),
+      "l"(&map), "r"(barrier), "r"(x), "r"(y)
+      : "memory");
+}
+
+// The same box into the same place of both blocks of the cluster, completing the barrier of each.
+static __device__ __forceinline__ void load_box_for_both(u32 to, const TensorMap& map, u32 barrier, int x, int y) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster"
+      " [%0], [%1, {%3, %4}], [%2], %5;" ::"r"(to),
+      "l"(&map), "r"(barrier), "r"(x), "r"(y), "h"((u16)3)
+      : "memory");
+}
+
+// Volatile, so that it stays on its side of a change of the register budget: a load in flight there is fatal.
+static __device__ __forceinline__ int load_count(const int* from) {
+  int count;
+  asm volatile("ld.global.nc.b32 %0, [%1];" : "=r"(count) : "l"(from));
+  return count;
+}
+
+static __device__ __forceinline__ void prefetch_map(const TensorMap& map) {
+  asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
+}
+
+// A K-major tile of 128-byte rows, swizzled over 128 bytes: 1024 bytes from one group of eight rows to the next.
+static __device__ __forceinline__ u64 matrix_descriptor(u32 address) {
+  return (u64)((address & 0x3FFFF) >> 4) | (u64)1 << 16 | (u64)(1024 >> 4) << 32 | (u64)1 << 62;
+}
+
+static __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+static __device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+// Waits for all groups but the last `PENDING`.
+template <int PENDING>
+static __device__ __forceinline__ void wgmma_wait() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
+}
+
+// Two warpgroups take turns at the matrix unit, so that one adds up its products while the other's are made. Left alone
+// they may fall into step: both multiply, then both add, and the matrix unit idles. Named barriers 1 and 2 are the turns.
+struct Turns {
+  int mine;
+  __device__ __forceinline__ Turns(int warpgroup) : mine(1 + warpgroup) {
+    if (warpgroup == 1) give();
+  }
+  __device__ __forceinline__ void take() const {
+    if (ORDERED) asm volatile("bar.sync %0, 256;" ::"r"(mine) : "memory");
+  }
+  __device__ __forceinline__ void give() const {
+    if (ORDERED) asm volatile("bar.arrive %0, 256;" ::"r"(3 - mine) : "memory");
+  }
+  // The last turn given has no taker.
+  __device__ __forceinline__ void finish() const {
+    if (mine == 1) take();
+  }
+};
+
+// The ring of stages: both sides walk it in step.
+template <int LENGTH>
+struct Ring {
+  u32 stage = 0, parity = 0;
+  __device__ __forceinline__ void next() {
+    if (++stage == LENGTH) stage = 0, parity ^= 1;
+  }
+};

@@ -1,0 +1,175 @@
+//! The three FP8 GEMMs of a linear (report §3.3), dense and grouped by expert: one pair of CUDA kernels for both.
+//!
+//! K-major operands: Fprop reads x by rows and W; Dgrad dy by rows and Wᵀ; Wgrad dy and x by columns. The output of
+//! the first two is BF16; Wgrad adds into FP32. Sizes: any M ≥ 0; N a multiple of 8, K of 16 (rows of 16 bytes).
+//!
+//! Legend: M rows, N output columns, K contraction, E experts, P padded rows.
+use crate::device::{self, Kernel};
+use crate::fp8::{Blocks, Columns, Rows, TILE};
+use crate::jit::Source;
+use crate::launch::Launch;
+use std::sync::Arc;
+use tch::{Device, Kind, Tensor};
+
+pub(crate) mod cpu;
+mod plan;
+mod wgmma;
+pub use plan::{PLANS, Plan};
+
+const HOPPER: &str = include_str!("hopper.cuh");
+const FORWARD: &str = include_str!("forward.cu");
+const WGRAD: &str = include_str!("wgrad.cu");
+
+/// What a caller may ask of a GEMM beside its operands.
+#[derive(Clone, Copy, Default)]
+pub struct Options {
+    /// Multiprocessors to use, so that another kernel fits beside; None: all.
+    pub num_sms: Option<usize>,
+    /// A tile to use instead of the model's choice (benchmarks).
+    pub plan: Option<Plan>,
+    /// FP32 output (tests of accuracy); BF16 otherwise.
+    pub out_fp32: bool,
+    /// Sum along all of K in the matrix unit, whose accumulator keeps too few bits. Only a test wants this.
+    pub without_promotion: bool,
+}
+
+/// a [M, K], b [N, K] → a · bᵀ, [M, N].
+pub fn forward(a: &Rows, b: &Blocks, options: Options) -> Tensor {
+    let (n, _) = b.values.size2().expect("one expert's weights");
+    let out = out_like(a, n, options);
+    forward_into(a, b, None, &out, options);
+    out
+}
+
+/// `gradient` [M, N] FP32 = or += dyᵀ · x, for `rows` rows quantised by columns.
+pub fn wgrad(dy: &Columns, x: &Columns, rows: i64, gradient: &mut Tensor, write: Write, options: Options) {
+    wgrad_into(dy, x, Groups { counts: None, rows }, gradient, write, options);
+}
+
+/// What Wgrad does with what lies in the gradient.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Write {
+    Accumulate,
+    /// The first micro-batch of a step: saves zeroing and one read.
+    Assign,
+}
+
+/// Rows by expert: `counts` [E] i32 on the device, or one group of `rows`.
+#[derive(Clone, Copy)]
+pub(crate) struct Groups<'a> {
+    pub counts: Option<&'a Tensor>,
+    pub rows: i64,
+}
+
+impl Groups<'_> {
+    fn num(&self) -> i64 {
+        self.counts.map_or(1, |counts| counts.size1().expect("counts are [E]"))
+    }
+}
+
+pub(crate) fn out_like(a: &Rows, n: i64, options: Options) -> Tensor {
+    let kind = if options.out_fp32 { Kind::Float } else { Kind::BFloat16 };
+    Tensor::empty([a.values.size()[0], n], (kind, a.values.device()))
+}
+
+/// b [N, K] or [E, N, K]; out [M, N], of which only rows that belong to an expert are written.
+pub(crate) fn forward_into(a: &Rows, b: &Blocks, counts: Option<&Tensor>, out: &Tensor, options: Options) {
+    let (m, k) = a.values.size2().expect("a is [M, K]");
+    let groups = Groups { counts, rows: m };
+    let size = b.values.size();
+    let n = size[size.len() - 2];
+    assert_eq!(size[size.len() - 1], k, "a [{m}, {k}] and b {size:?} contract over different lengths");
+    assert_eq!(size.iter().product::<i64>(), groups.num() * n * k, "b {size:?} for {} experts", groups.num());
+    assert!(n % 8 == 0 && k % 16 == 0, "N {n} is not a multiple of 8, or K {k} of 16");
+    let Device::Cuda(_) = a.values.device() else { return cpu::forward(a, b, counts, out) };
+    let gpu = device::gpu(a.values.device());
+    let num_sms = options.num_sms.unwrap_or(gpu.num_sms());
+    let plan = options.plan.unwrap_or_else(|| Plan::forward([m, n, k], groups.num(), num_sms));
+    let kernel = forward_kernel(plan, options, a.values.device());
+    Launch::new(gpu, &kernel)
+        .map(&a.values, plan.rows() / 2, 128)
+        .map(&a.scales, 1, plan.row_scales())
+        .map(&b.values.view([-1, k]), plan.width, 128)
+        .tensor(&b.scales, Kind::Float)
+        .tensor(out, if options.out_fp32 { Kind::Float } else { Kind::BFloat16 })
+        .tensor_or_null(counts, Kind::Int)
+        .int(m)
+        .int(groups.num())
+        .int(n)
+        .int((k + TILE - 1) / TILE)
+        .run(plan.shape(num_sms, plan.forward_bytes()));
+}
+
+/// gradient [M, N] or [E, M, N].
+pub(crate) fn wgrad_into(
+    dy: &Columns,
+    x: &Columns,
+    groups: Groups,
+    gradient: &mut Tensor,
+    write: Write,
+    options: Options,
+) {
+    let ((m, p), (n, px)) = (dy.values.size2().expect("[M, P]"), x.values.size2().expect("[N, P]"));
+    assert_eq!(p, px, "dy and x have different numbers of rows");
+    assert_eq!(gradient.size().iter().product::<i64>(), groups.num() * m * n, "gradient {:?}", gradient.size());
+    assert!(n % 8 == 0 && groups.rows <= p, "N {n} is not a multiple of 8, or {} rows in {p}", groups.rows);
+    let Device::Cuda(_) = gradient.device() else { return cpu::wgrad(dy, x, groups, gradient, write) };
+    let gpu = device::gpu(gradient.device());
+    let num_sms = options.num_sms.unwrap_or(gpu.num_sms());
+    let plan = options.plan.unwrap_or_else(|| Plan::wgrad([m, n, groups.rows], groups.num(), num_sms));
+    let kernel = wgrad_kernel(plan, write, gradient.device());
+    Launch::new(gpu, &kernel)
+        .map(&dy.values, plan.rows() / 2, 128)
+        .map(&dy.scales, 1, plan.rows())
+        .map(&x.values, plan.width, 128)
+        .map(&x.scales, 1, plan.width)
+        .tensor(gradient, Kind::Float)
+        .tensor_or_null(groups.counts, Kind::Int)
+        .int(groups.rows)
+        .int(groups.num())
+        .int(m)
+        .int(n)
+        .run(plan.shape(num_sms, plan.wgrad_bytes()));
+}
+
+fn forward_source(plan: Plan, options: Options) -> Source {
+    let flag = |on: bool| u8::from(on).to_string();
+    let mut defines = vec![("BN", plan.width.to_string()), ("STAGES", plan.forward_stages().to_string())];
+    defines.extend([("WARPGROUPS", plan.warpgroups.to_string()), ("ORDERED", flag(plan.turns))]);
+    defines.extend([("PROMOTE", flag(!options.without_promotion)), ("OUT_FP32", flag(options.out_fp32))]);
+    Source { name: "gemm_forward", text: [HOPPER, &wgmma::text(plan.width), FORWARD].concat(), defines }
+}
+
+fn wgrad_source(plan: Plan, write: Write) -> Source {
+    let mut defines = vec![("BN", plan.width.to_string()), ("STAGES", plan.wgrad_stages().to_string())];
+    defines.extend([("WARPGROUPS", plan.warpgroups.to_string()), ("ORDERED", u8::from(plan.turns).to_string())]);
+    defines.extend([("ACCUMULATE", u8::from(write == Write::Accumulate).to_string())]);
+    Source { name: "gemm_wgrad", text: [HOPPER, &wgmma::text(plan.width), WGRAD].concat(), defines }
+}
+
+fn forward_kernel(plan: Plan, options: Options, device: Device) -> Arc<Kernel> {
+    let key = format!("forward/{plan:?}/{}{}", options.out_fp32, options.without_promotion);
+    let kernel = device::gpu(device).kernel(&key, "gemm_forward", || forward_source(plan, options));
+    kernel.expect("our own kernels compile and load")
+}
+
+fn wgrad_kernel(plan: Plan, write: Write, device: Device) -> Arc<Kernel> {
+    let key = format!("wgrad/{plan:?}/{write:?}");
+    let kernel = device::gpu(device).kernel(&key, "gemm_wgrad", || wgrad_source(plan, write));
+    kernel.expect("our own kernels compile and load")
+}
+
+/// Every variant that a plan may choose, for a test that compiles them all.
+pub fn sources() -> Vec<(Source, &'static str)> {
+    let mut all = Vec::new();
+    for plan in PLANS {
+        for out_fp32 in [false, true] {
+            let options = Options { out_fp32, ..Options::default() };
+            all.push((forward_source(plan, options), "gemm_forward"));
+        }
+        for write in [Write::Accumulate, Write::Assign] {
+            all.push((wgrad_source(plan, write), "gemm_wgrad"));
+        }
+    }
+    all
+}

@@ -1,0 +1,106 @@
+//! Which tile a GEMM uses: a small model (waves × cost of a tile), no search at run time.
+use crate::launch::Shape;
+
+/// A tile: 64 rows for each warpgroup, `width` columns.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Plan {
+    pub warpgroups: usize,
+    pub width: usize,
+    /// The two warpgroups take turns at the matrix unit.
+    pub turns: bool,
+}
+
+const fn plan(warpgroups: usize, width: usize) -> Plan {
+    Plan { warpgroups, width, turns: warpgroups == 2 }
+}
+
+/// A tile of any of these meets at most two scales of 128 columns. Two warpgroups have registers for a sum and two
+/// accumulators of such a width, three for one.
+pub const PLANS: [Plan; 4] = [plan(2, 64), plan(2, 96), plan(2, 128), plan(3, 128)];
+
+/// Shared memory of a block on Hopper, less 1 KiB to align the ring and room for its barriers.
+const SHARED_BYTES: usize = 227 * 1024 - 1024 - 256;
+/// Of the epilogue, a warp: 16 rows of 32 BF16 columns and 16 bytes of padding.
+const OUT_WARP_BYTES: usize = 16 * (32 * 2 + 16);
+const MOST_STAGES: usize = 8;
+
+impl Plan {
+    pub(super) fn rows(self) -> usize {
+        64 * self.warpgroups
+    }
+
+    /// For [M, N, K] and rows that fall on `num_experts` in an unknown way.
+    pub(super) fn forward([m, n, k]: [i64; 3], num_experts: i64, num_sms: usize) -> Plan {
+        best(|plan| {
+            // On average the last tile of an expert is half full.
+            let tiles_m = m as f64 / plan.rows() as f64 + if num_experts > 1 { num_experts as f64 / 2.0 } else { 0.0 };
+            let tile = k as f64 / 128.0 * plan.k_tile_cost() + 2.0 * plan.width as f64 / 128.0 + 1.0;
+            waves(tiles_m.ceil(), pairs(n, plan), num_sms) * tile
+        })
+    }
+
+    /// For [M, N, rows]: every expert has a gradient of its own.
+    pub(super) fn wgrad([m, n, rows]: [i64; 3], num_experts: i64, num_sms: usize) -> Plan {
+        best(|plan| {
+            let tiles_m = (m as f64 / plan.rows() as f64).ceil() * num_experts as f64;
+            let tile = rows as f64 / num_experts as f64 / 128.0 * plan.k_tile_cost() + 4.0 * plan.width as f64 / 128.0;
+            waves(tiles_m, pairs(n, plan), num_sms) * tile
+        })
+    }
+
+    /// Time of 128 of K, in units of a tile of 128×128.
+    fn k_tile_cost(self) -> f64 {
+        let area = (self.rows() * self.width) as f64 / (128.0 * 128.0);
+        0.45 + 0.55 * area + if 128 % self.width == 0 { 0.0 } else { 0.08 }
+    }
+
+    fn stages(self, stage_bytes: usize, other_bytes: usize) -> usize {
+        ((SHARED_BYTES - other_bytes) / (stage_bytes + 16)).min(MOST_STAGES)
+    }
+    fn out_bytes(self) -> usize {
+        4 * self.warpgroups * OUT_WARP_BYTES
+    }
+    /// The scales of a stage of A: rows of an expert may start anywhere, and the copy engine at every fourth.
+    pub(super) fn row_scales(self) -> usize {
+        self.rows() + 4
+    }
+    fn values_bytes(self) -> usize {
+        (self.rows() + self.width) * 128
+    }
+    fn forward_stage_bytes(self) -> usize {
+        self.values_bytes() + (self.row_scales() * 4).next_multiple_of(128)
+    }
+    fn wgrad_stage_bytes(self) -> usize {
+        self.values_bytes() + self.rows() * 4 + (self.width * 4).next_multiple_of(128)
+    }
+    pub(super) fn forward_stages(self) -> usize {
+        self.stages(self.forward_stage_bytes(), self.out_bytes())
+    }
+    pub(super) fn wgrad_stages(self) -> usize {
+        self.stages(self.wgrad_stage_bytes(), 0)
+    }
+    pub(super) fn forward_bytes(self) -> usize {
+        self.forward_stages() * (self.forward_stage_bytes() + 16) + self.out_bytes() + 1024
+    }
+    pub(super) fn wgrad_bytes(self) -> usize {
+        self.wgrad_stages() * (self.wgrad_stage_bytes() + 16) + 1024
+    }
+
+    /// Persistent blocks in clusters of two.
+    pub(super) fn shape(self, num_sms: usize, shared_bytes: usize) -> Shape {
+        assert!(num_sms >= 2, "a GEMM runs in clusters of two multiprocessors");
+        Shape { grid: [num_sms / 2 * 2, 1], block: 128 * (1 + self.warpgroups), shared_bytes }
+    }
+}
+
+fn pairs(n: i64, plan: Plan) -> f64 {
+    (n as f64 / (2 * plan.width) as f64).ceil()
+}
+
+fn waves(tiles_m: f64, pairs: f64, num_sms: usize) -> f64 {
+    (tiles_m * pairs / (num_sms / 2) as f64).ceil()
+}
+
+fn best(cost: impl Fn(Plan) -> f64) -> Plan {
+    PLANS.into_iter().min_by(|&a, &b| cost(a).total_cmp(&cost(b))).expect("there is a plan")
+}

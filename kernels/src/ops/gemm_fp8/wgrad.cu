@@ -1,0 +1,185 @@
+// D[e][M, N] (+)= A[M, P] · B[N, P]ᵀ over the columns of expert e, both operands scaled 1×128 along P, FP32 out.
+// Each expert's columns start on a tile of 128 and end in zeros. Follows hopper.cuh and wgmma().
+//
+// Defined from outside: WARPGROUPS of 64 rows and BN columns of a tile, STAGES of the ring, ACCUMULATE, ORDERED (hopper.cuh).
+//
+// Clusters of two as in forward.cu. Both scales vary inside a tile, so a promotion costs a multiplication more for
+// every element.
+constexpr int BM = 64 * WARPGROUPS, BK = 128, GROUP = 2048 / BM, CONSUMER_WARPS = 4 * WARPGROUPS;
+constexpr bool PAIRED = WARPGROUPS == 2;  // as in forward.cu
+constexpr int A_BYTES = BM * BK, B_BYTES = BN * BK, SA_BYTES = BM * 4, SB_BYTES = (BN * 4 + 127) / 128 * 128;
+constexpr int STAGE_BYTES = A_BYTES + B_BYTES + SA_BYTES + BN * 4;
+
+struct Shared {
+  u32 a, b, scales_a, scales_b, full, empty;
+};
+
+// Tiles expert by expert; within one, bands of GROUP tiles along M.
+struct Walk {
+  const int* counts;
+  int num_rows, num_experts, num_tiles, num_pairs;
+  int expert = 0, first_k = 0, num_k = 0;  // of the current expert, in tiles of 128 columns
+  int row = 0, pair = 0;
+
+  __device__ __forceinline__ Walk(const int* counts, int num_rows, int num_experts, int num_tiles, int num_pairs)
+      : counts(counts), num_rows(num_rows), num_experts(num_experts), num_tiles(num_tiles), num_pairs(num_pairs) {
+    num_k = tiles_of(0);
+  }
+  __device__ __forceinline__ int tiles_of(int expert) const {
+    return ((counts ? load_count(counts + expert) : num_rows) + BK - 1) / BK;
+  }
+  __device__ __forceinline__ bool seek(int unit) {
+    const int target = unit / (num_tiles * num_pairs);
+    if (target >= num_experts) return false;
+    while (expert < target) {
+      first_k += num_k;
+      num_k = tiles_of(++expert);
+    }
+    int local = unit - target * num_tiles * num_pairs;
+    const int band = local / (GROUP * num_pairs), height = min(GROUP, num_tiles - band * GROUP);
+    local -= band * GROUP * num_pairs;
+    row = (band * GROUP + local % height) * BM;
+    pair = local / height;
+    return true;
+  }
+};
+
+static __device__ __forceinline__ void produce(const Shared& at, const TensorMap& map_a, const TensorMap& map_sa,
+                                               const TensorMap& map_b, const TensorMap& map_sb, Walk walk, u32 rank) {
+  Ring<STAGES> ring;
+  for (int unit = blockIdx.x / 2; walk.seek(unit); unit += gridDim.x / 2) {
+    const int column = (2 * walk.pair + rank) * BN;
+#pragma unroll 1
+    for (int k = walk.first_k; k < walk.first_k + walk.num_k; k++, ring.next()) {
+      const u32 full = at.full + 8 * ring.stage;
+      barrier_wait(at.empty + 8 * ring.stage, ring.parity ^ 1);
+      barrier_expect(full, STAGE_BYTES);
+      const u32 half = rank * (A_BYTES / 2);
+      load_box_for_both(at.a + ring.stage * A_BYTES + half, map_a, full, k * BK, walk.row + rank * (BM / 2));
+      load_box(at.b + ring.stage * B_BYTES, map_b, full, k * BK, column);
+      load_box(at.scales_a + ring.stage * SA_BYTES, map_sa, full, walk.row, k);
+      load_box(at.scales_b + ring.stage * SB_BYTES, map_sb, full, column, k);
+    }
+  }
+}
+
+// Adds the products of one stage, each scaled by its row and its column.
+static __device__ __forceinline__ void promote(float (&sum)[BN / 2], const float (&acc)[BN / 2], u32 scales_a,
+                                               u32 scales_b) {
+  float a0, a1;
+  asm volatile("ld.shared.f32 %0, [%1];" : "=f"(a0) : "r"(scales_a) : "memory");
+  asm volatile("ld.shared.f32 %0, [%1];" : "=f"(a1) : "r"(scales_a + 32) : "memory");
+#pragma unroll
+  for (int j = 0; j < BN / 8; j++) {
+    float b0, b1;
+    asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(b0), "=f"(b1) : "r"(scales_b + j * 32));
+    sum[4 * j] += acc[4 * j] * (a0 * b0), sum[4 * j + 1] += acc[4 * j + 1] * (a0 * b1);
+    sum[4 * j + 2] += acc[4 * j + 2] * (a1 * b0), sum[4 * j + 3] += acc[4 * j + 3] * (a1 * b1);
+  }
+}
+
+static __device__ __forceinline__ void write(const float (&sum)[BN / 2], float* d, int valid_rows, int valid_columns,
+                                             int N, int lane) {
+#pragma unroll
+  for (int i = 0; i < BN / 2; i += 2) {
+    const int row = lane / 4 + (i / 2 % 2) * 8, n = i / 4 * 8 + lane % 4 * 2;
+    if (row < valid_rows && n < valid_columns) {
+      float* to = d + (long long)row * N + n;
+      // One block owns each element of a launch, so the order of the sum is fixed although it is made in L2.
+      if (ACCUMULATE) {
+        asm volatile("red.relaxed.gpu.global.add.v2.f32 [%0], {%1, %2};" ::"l"(to), "f"(sum[i]), "f"(sum[i + 1]) : "memory");
+      } else {
+        *(float2*)to = make_float2(sum[i], sum[i + 1]);
+      }
+    }
+  }
+}
+
+// Two K tiles at a time, as in forward.cu.
+static __device__ __forceinline__ void consume(const Shared& at, float* d, Walk walk, int M, int N, u32 rank) {
+  const int warp = threadIdx.x / 32 - 4, lane = threadIdx.x % 32;
+  const u32 my_scales_a = at.scales_a + (warp * 16 + lane / 4) * 4, my_scales_b = at.scales_b + lane % 4 * 8;
+  const Turns turns(warp / 4);
+  Ring<STAGES> ring;
+  float sum[BN / 2], acc0[BN / 2], acc1[BN / 2];
+  auto multiply = [&](float(&acc)[BN / 2], u32 stage) {
+    const u64 a = matrix_descriptor(at.a + stage * A_BYTES + warp / 4 * (64 * BK));
+    const u64 b = matrix_descriptor(at.b + stage * B_BYTES);
+    wgmma_fence();
+#pragma unroll
+    for (int step = 0; step < 4; step++) wgmma(acc, a + 2 * step, b + 2 * step, step > 0);
+    wgmma_commit();
+  };
+  auto add = [&](const float(&acc)[BN / 2], u32 stage) {
+    promote(sum, acc, my_scales_a + stage * SA_BYTES, my_scales_b + stage * SB_BYTES);
+    if (lane < 2) barrier_arrive(at.empty + 8 * stage, lane);
+  };
+  for (int unit = blockIdx.x / 2; walk.seek(unit); unit += gridDim.x / 2) {
+#pragma unroll
+    for (int i = 0; i < BN / 2; i++) sum[i] = 0;
+    for (int k = 0; k < walk.num_k; k += PAIRED ? 2 : 1) {
+      const u32 stage0 = ring.stage;
+      barrier_wait(at.full + 8 * ring.stage, ring.parity);
+      turns.take();
+      multiply(acc0, stage0);
+      ring.next();
+      if (PAIRED && k + 1 < walk.num_k) {
+        const u32 stage1 = ring.stage;
+        barrier_wait(at.full + 8 * ring.stage, ring.parity);
+        multiply(acc1, stage1);
+        ring.next();
+        turns.give();
+        wgmma_wait<1>();
+        add(acc0, stage0);
+        wgmma_wait<0>();
+        add(acc1, stage1);
+      } else {
+        turns.give();
+        wgmma_wait<0>();
+        add(acc0, stage0);
+      }
+    }
+    if (ACCUMULATE && walk.num_k == 0) continue;
+    const int row = walk.row + warp * 16, column = (2 * walk.pair + rank) * BN;
+    write(sum, d + ((long long)walk.expert * M + row) * N + column, M - row, N - column, N, lane);
+  }
+  turns.finish();
+}
+
+// a [M, P], scale_a [P/128, M], b [N, P], scale_b [P/128, N], d [experts, M, N]; counts is null for one expert with
+// num_rows columns.
+extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(128 + 128 * WARPGROUPS, 1)
+    gemm_wgrad(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap map_sa,
+               const __grid_constant__ TensorMap map_b, const __grid_constant__ TensorMap map_sb, float* d,
+               const int* counts, int num_rows, int num_experts, int M, int N) {
+  extern __shared__ u8 raw[];
+  Shared at;
+  at.a = (shared_address(raw) + 1023) & ~1023u;  // the swizzle repeats every 1024 bytes
+  at.b = at.a + STAGES * A_BYTES;
+  at.scales_a = at.b + STAGES * B_BYTES;
+  at.scales_b = at.scales_a + STAGES * SA_BYTES;
+  at.full = at.scales_b + STAGES * SB_BYTES;
+  at.empty = at.full + 8 * STAGES;
+  const u32 rank = cluster_rank();
+  if (threadIdx.x == 0) {
+    for (int s = 0; s < STAGES; s++) {
+      barrier_init(at.full + 8 * s, 1);
+      barrier_init(at.empty + 8 * s, 2 * CONSUMER_WARPS);
+    }
+    barrier_init_done();
+    prefetch_map(map_a), prefetch_map(map_sa), prefetch_map(map_b), prefetch_map(map_sb);
+  }
+  cluster_sync();
+  const int num_tiles = (M + BM - 1) / BM, num_pairs = (N + 2 * BN - 1) / (2 * BN);
+  if (threadIdx.x < 128) {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(PAIRED ? 40 : 32));
+    const Walk walk(counts, num_rows, num_experts, num_tiles, num_pairs);
+    if (threadIdx.x == 0) produce(at, map_a, map_sa, map_b, map_sb, walk, rank);
+  } else {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(PAIRED ? 232 : 160));
+    const Walk walk(counts, num_rows, num_experts, num_tiles, num_pairs);
+    consume(at, d, walk, M, N, rank);
+  }
+  __syncwarp();
+  cluster_sync();  // the other block may still write here
+}

@@ -1,0 +1,27 @@
+//! The reference: the layouts of `fp8`, with counts read from their tensor.
+use crate::fp8::{self, Blocks, Columns, ScaleRule};
+use tch::Tensor;
+
+/// The rows of each group; one group with all of them where there are no counts.
+pub fn group_sizes(counts: Option<&Tensor>, rows: i64) -> Vec<i64> {
+    match counts {
+        Some(counts) => Vec::try_from(counts.to_kind(tch::Kind::Int64)).expect("counts are [E]"),
+        None => vec![rows],
+    }
+}
+
+pub fn columns(x: &Tensor, counts: Option<&Tensor>, rule: ScaleRule) -> Columns {
+    fp8::quantise_columns(x, &group_sizes(counts, x.size()[0]), rule)
+}
+
+pub fn weights(w: &Tensor, rule: ScaleRule) -> (Blocks, Blocks) {
+    if w.dim() == 2 {
+        return (fp8::quantise_blocks(w, rule), fp8::quantise_blocks(&w.tr(), rule));
+    }
+    let stack = |transposed: bool| {
+        let each = w.unbind(0).into_iter().map(|w| fp8::quantise_blocks(&if transposed { w.tr() } else { w }, rule));
+        let (values, scales): (Vec<Tensor>, Vec<Tensor>) = each.map(|b| (b.values, b.scales)).unzip();
+        Blocks { values: Tensor::stack(&values, 0), scales: Tensor::stack(&scales, 0) }
+    };
+    (stack(false), stack(true))
+}

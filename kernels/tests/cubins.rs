@@ -1,0 +1,92 @@
+//! Every kernel compiles to a cubin without a GPU, keeps its registers, and the GEMMs use the FP8 matrix unit.
+//! NVRTC is `pip install nvidia-cuda-nvrtc==13.0.88`, found in .deps/nvrtc or through TIEFSEE_NVRTC (its lib folder);
+//! `nvidia-cuda-cuobjdump` and `nvidia-cuda-nvdisasm` beside it let the test look into the cubins.
+use kernels::jit::{Jit, JitError, Source};
+use kernels::ops::{gemm_fp8, quantise};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+/// CUDA's lib folder.
+fn folder() -> Option<PathBuf> {
+    let deps = Path::new(env!("CARGO_MANIFEST_DIR")).join("../.deps");
+    let named = std::env::var_os("TIEFSEE_NVRTC").map(PathBuf::from);
+    let found = ["nvrtc", "site"].map(|folder| deps.join(folder).join("nvidia/cu13/lib"));
+    named.into_iter().chain(found).find(|folder| folder.join("libnvrtc.so.13").exists())
+}
+
+fn scratch(name: &str) -> PathBuf {
+    let path = std::env::temp_dir().join(format!("tiefsee-{name}-{}", std::process::id()));
+    let _ = std::fs::remove_dir_all(&path);
+    path
+}
+
+fn cuobjdump(folder: &Path, cubin: &Path, what: &str) -> Option<String> {
+    let bin = folder.join("../bin");
+    let path = format!("{}:{}", bin.display(), std::env::var("PATH").unwrap_or_default());
+    let run = Command::new(bin.join("cuobjdump")).env("PATH", path).arg(what).arg(cubin).output().ok()?;
+    run.status.success().then(|| String::from_utf8_lossy(&run.stdout).into_owned())
+}
+
+/// The number after `key:` in a line of resource usage.
+fn usage(text: &str, key: &str) -> u32 {
+    let after = text.split(&format!("{key}:")).nth(1).unwrap_or_else(|| panic!("no {key} in {text}"));
+    after.chars().take_while(char::is_ascii_digit).collect::<String>().parse().expect("a number")
+}
+
+fn check(folder: &Path, jit: &Jit, cache: &Path, (source, entry): &(Source, &str)) -> bool {
+    let variant = format!("{} {:?}", source.name, source.defines);
+    let cubin = jit.cubin(source).unwrap_or_else(|error| panic!("{variant}: {error}"));
+    assert!(cubin.starts_with(b"\x7fELF"), "{variant}: not a cubin");
+    let file = cache.join("one.cubin");
+    std::fs::write(&file, &cubin).expect("the cache is writable");
+    let Some(resources) = cuobjdump(folder, &file, "-res-usage") else { return false };
+    assert!(resources.contains(entry), "{variant}: no {entry} in {resources}");
+    assert_eq!(usage(&resources, "STACK") + usage(&resources, "LOCAL"), 0, "{variant} spills: {resources}");
+    let Some(sass) = cuobjdump(folder, &file, "-sass") else { return false };
+    let multiplies = source.name.starts_with("gemm");
+    assert_eq!(sass.contains("QGMMA"), multiplies, "{variant}: FP8 matrix instructions");
+    assert!(!multiplies || sass.contains("UTMALDG"), "{variant}: no bulk copies");
+    true
+}
+
+#[test]
+fn every_kernel_compiles_without_spills() {
+    let Some(folder) = folder() else { return println!("SKIPPED every_kernel_compiles_without_spills: no NVRTC") };
+    let cache = scratch("cubins");
+    let jit = Jit::load(Some(&folder), &cache).expect("NVRTC is there");
+    let sources: Vec<_> = gemm_fp8::sources().into_iter().chain(quantise::sources()).collect();
+    let num_seen = sources.iter().filter(|source| check(&folder, &jit, &cache, source)).count();
+    println!("{} kernels compiled, {num_seen} disassembled", sources.len());
+    assert_eq!(std::fs::read_dir(&cache).expect("the cache is there").count(), sources.len() + 1, "one file a variant");
+    std::fs::remove_dir_all(&cache).expect("the cache is ours");
+}
+
+#[test]
+fn the_cache_is_whole_or_absent() {
+    let Some(folder) = folder() else { return println!("SKIPPED the_cache_is_whole_or_absent: no NVRTC") };
+    let cache = scratch("cache");
+    let text = "extern \"C\" __global__ void k(float* x) { x[threadIdx.x] = N; }";
+    let source = |n: &str| Source { name: "k", text: text.into(), defines: vec![("N", n.into())] };
+    // Many at once: all get the same bytes, one file is left.
+    let load = || Jit::load(Some(&folder), &cache).expect("NVRTC is there").cubin(&source("1")).expect("it compiles");
+    let first = load();
+    std::thread::scope(|scope| {
+        let all: Vec<_> = (0..4).map(|_| scope.spawn(load)).collect();
+        all.into_iter().for_each(|one| assert_eq!(one.join().expect("no panic"), first));
+    });
+    let files = || -> Vec<PathBuf> { std::fs::read_dir(&cache).unwrap().map(|file| file.unwrap().path()).collect() };
+    assert_eq!(files().len(), 1);
+    // A damaged file is compiled anew and replaced.
+    let file = files().remove(0);
+    let whole = std::fs::read(&file).unwrap();
+    std::fs::write(&file, &whole[..whole.len() / 2]).unwrap();
+    assert_eq!(load(), first);
+    assert_eq!(std::fs::read(&file).unwrap(), whole);
+    // Another definition is another file; an error names the kernel and the line.
+    let jit = Jit::load(Some(&folder), &cache).expect("NVRTC is there");
+    assert_ne!(jit.cubin(&source("2")).unwrap(), first);
+    assert_eq!(files().len(), 2);
+    let Err(JitError::Compile { name, log }) = jit.cubin(&source("nonsense")) else { panic!("nonsense compiled") };
+    assert!(name == "k" && log.contains("nonsense"), "{log}");
+    std::fs::remove_dir_all(&cache).expect("the cache is ours");
+}
