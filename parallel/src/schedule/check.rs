@@ -7,7 +7,6 @@
 mod order;
 
 use super::{Action, Exchange, Message, Payload, Schedule, ScheduleError};
-use std::collections::{HashMap, VecDeque};
 
 /// How long each kind of work takes, in any one unit.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -83,7 +82,7 @@ pub fn check(lists: &[Vec<Action>], num_micro_batches: usize, times: &Times) -> 
     let in_flight: Result<Vec<usize>, _> = (0..lists.len()).map(|rank| order::check_rank(lists, rank, num_micro_batches)).collect();
     let in_flight = in_flight?;
     check_messages(lists)?;
-    let spans = Machine::new(lists, times).run()?;
+    let spans = Machine::new(lists, num_micro_batches, times).run()?;
     let makespan = spans.iter().flatten().map(|s| s.end).fold(0.0, f64::max);
     let bubble = spans.iter().map(|s| makespan - s.iter().map(|s| times.of(&s.action)).sum::<f64>()).collect();
     Ok(Report { makespan, bubble, in_flight, spans })
@@ -119,18 +118,20 @@ fn exchanges(list: &[Action]) -> impl Iterator<Item = &Exchange> {
 /// The k-th send from a rank to another must be the k-th receive there.
 fn check_messages(lists: &[Vec<Action>]) -> Result<(), Violation> {
     type Queue = Vec<(Payload, super::Chunk)>;
-    let mut pairs: HashMap<(usize, usize), (Queue, Queue)> = HashMap::new();
+    let num_ranks = lists.len();
+    let mut pairs: Vec<(Queue, Queue)> = vec![Default::default(); num_ranks * num_ranks];
     for (rank, list) in lists.iter().enumerate() {
         for exchange in exchanges(list) {
             for m in &exchange.sends {
-                pairs.entry((rank, m.peer)).or_default().0.push((m.payload, m.chunk));
+                pairs[rank * num_ranks + m.peer].0.push((m.payload, m.chunk));
             }
             for m in &exchange.recvs {
-                pairs.entry((m.peer, rank)).or_default().1.push((m.payload, m.chunk));
+                pairs[m.peer * num_ranks + rank].1.push((m.payload, m.chunk));
             }
         }
     }
-    for ((from, to), (sent, expected)) in pairs {
+    for (pair, (sent, expected)) in pairs.into_iter().enumerate() {
+        let (from, to) = (pair / num_ranks, pair % num_ranks);
         if let Some(number) = sent.iter().zip(&expected).position(|(s, e)| s != e) {
             return Err(Violation::Mismatch { from, to, number, sent: sent[number], expected: expected[number] });
         }
@@ -145,6 +146,7 @@ fn check_messages(lists: &[Vec<Action>]) -> Result<(), Violation> {
 /// are advanced in turn until none moves.
 struct Machine<'a> {
     times: &'a Times,
+    num_micro_batches: usize,
     ranks: Vec<Rank<'a>>,
 }
 
@@ -159,20 +161,32 @@ struct Rank<'a> {
     exchange_free: f64,
     /// The exchange at `exchange`, once posted and all before it is over.
     open: Option<Open>,
-    /// When each received message was there.
-    arrived: HashMap<(Payload, super::Chunk), f64>,
+    /// When each received message was there, by `slot`; NaN: not yet.
+    arrived: Vec<f64>,
     spans: Vec<Span>,
 }
 
+#[derive(Clone, Copy)]
 struct Open {
     since: f64,
-    sends: VecDeque<Message>,
-    recvs: VecDeque<Message>,
+    /// Bit i: message i is still to come.
+    sends: u64,
+    recvs: u64,
     over: f64,
 }
 
+/// Where a message of a step of `num_micro_batches` is kept.
+fn slot((payload, chunk): (Payload, super::Chunk), num_micro_batches: usize) -> usize {
+    (2 * chunk.direction + (payload == Payload::Gradient) as usize) * num_micro_batches + chunk.micro_batch
+}
+
+/// The first message still to come that `peer` is the other side of.
+fn first_with(messages: &[Message], left: u64, peer: usize) -> Option<usize> {
+    messages.iter().enumerate().position(|(i, m)| left >> i & 1 == 1 && m.peer == peer)
+}
+
 impl<'a> Machine<'a> {
-    fn new(lists: &'a [Vec<Action>], times: &'a Times) -> Self {
+    fn new(lists: &'a [Vec<Action>], num_micro_batches: usize, times: &'a Times) -> Self {
         let rank = |list: &'a Vec<Action>| Rank {
             list,
             compute: 0,
@@ -181,10 +195,10 @@ impl<'a> Machine<'a> {
             compute_free: 0.0,
             exchange_free: 0.0,
             open: None,
-            arrived: HashMap::new(),
+            arrived: vec![f64::NAN; 4 * num_micro_batches],
             spans: Vec::new(),
         };
-        Machine { times, ranks: lists.iter().map(rank).collect() }
+        Machine { times, num_micro_batches, ranks: lists.iter().map(rank).collect() }
     }
 
     fn run(mut self) -> Result<Vec<Vec<Span>>, Violation> {
@@ -213,10 +227,11 @@ impl<'a> Machine<'a> {
         let Some(action) = r.list.get(r.compute) else { return false };
         let mut start = r.compute_free;
         for input in order::inputs(action, rank, num_ranks) {
-            match r.arrived.get(&input) {
-                Some(&at) => start = start.max(at),
-                None => return false,
+            let at = r.arrived[slot(input, self.num_micro_batches)];
+            if at.is_nan() {
+                return false;
             }
+            start = start.max(at);
         }
         let end = start + self.times.of(action);
         r.spans.push(Span { action: action.clone(), start, end });
@@ -242,25 +257,31 @@ impl<'a> Machine<'a> {
             n => r.spans[n - 1].end,
         };
         let since = r.exchange_free.max(before);
-        let (sends, recvs) = (exchange.sends.iter().copied().collect(), exchange.recvs.iter().copied().collect());
-        r.open = Some(Open { since, sends, recvs, over: since });
+        let all = |messages: &[Message]| (1 << messages.len()) - 1;
+        r.open = Some(Open { since, sends: all(&exchange.sends), recvs: all(&exchange.recvs), over: since });
         true
     }
 
     /// Moves whatever both sides have open; ends the exchange when nothing is left of it.
     fn transfer(&mut self, rank: usize) -> bool {
+        let list = self.ranks[rank].list;
+        if self.ranks[rank].open.is_none() {
+            return false;
+        }
+        let Action::Exchange(exchange) = &list[self.ranks[rank].exchange] else { unreachable!("open exchanges are exchanges") };
         let mut moved = false;
-        for peer in 0..self.ranks.len() {
-            moved |= self.meet(rank, peer) | self.meet(peer, rank);
+        for m in &exchange.sends {
+            moved |= self.meet(rank, m.peer);
+        }
+        for m in &exchange.recvs {
+            moved |= self.meet(m.peer, rank);
         }
         let r = &mut self.ranks[rank];
-        if r.open.as_ref().is_some_and(|o| o.sends.is_empty() && o.recvs.is_empty()) {
-            let open = r.open.take().expect("just seen");
-            let Action::Exchange(exchange) = &r.list[r.exchange] else { unreachable!("open exchanges are exchanges") };
+        if let Some(Open { sends: 0, recvs: 0, over, .. }) = r.open {
             for m in &exchange.recvs {
-                r.arrived.insert((m.payload, m.chunk), open.over);
+                r.arrived[slot((m.payload, m.chunk), self.num_micro_batches)] = over;
             }
-            r.exchange_free = open.over;
+            (r.open, r.exchange_free) = (None, over);
             r.exchange += 1;
             moved = true;
         }
@@ -269,29 +290,36 @@ impl<'a> Machine<'a> {
 
     /// One message from `from` to `to`, if both have it open.
     fn meet(&mut self, from: usize, to: usize) -> bool {
-        let sends = |o: &Open| o.sends.iter().position(|m| m.peer == to);
-        let recvs = |o: &Open| o.recvs.iter().position(|m| m.peer == from);
-        let Some((s, sent_since)) = self.ranks[from].open.as_ref().and_then(|o| Some((sends(o)?, o.since))) else { return false };
-        let Some((r, received_since)) = self.ranks[to].open.as_ref().and_then(|o| Some((recvs(o)?, o.since))) else { return false };
-        let over = sent_since.max(received_since) + self.times.transfer;
-        for (rank, index, is_send) in [(from, s, true), (to, r, false)] {
-            let open = self.ranks[rank].open.as_mut().expect("just seen");
-            if is_send { open.sends.remove(index) } else { open.recvs.remove(index) };
-            open.over = open.over.max(over);
-        }
+        let (Some((sending, sender)), Some((receiving, receiver))) = (self.ranks[from].opened(), self.ranks[to].opened()) else { return false };
+        let Some(s) = first_with(&sending.sends, sender.sends, to) else { return false };
+        let Some(r) = first_with(&receiving.recvs, receiver.recvs, from) else { return false };
+        let over = sender.since.max(receiver.since) + self.times.transfer;
+        let sender = self.ranks[from].open.as_mut().expect("just seen");
+        sender.sends &= !(1 << s);
+        sender.over = sender.over.max(over);
+        let receiver = self.ranks[to].open.as_mut().expect("just seen");
+        receiver.recvs &= !(1 << r);
+        receiver.over = receiver.over.max(over);
         true
     }
 }
 
-impl Rank<'_> {
+impl<'a> Rank<'a> {
+    /// The exchange that is open, and what is left of it.
+    fn opened(&self) -> Option<(&'a Exchange, Open)> {
+        let Action::Exchange(exchange) = self.list.get(self.exchange)? else { return None };
+        Some((exchange, self.open?))
+    }
+
     /// What this rank is stuck at, if it is.
     fn waiting(&self, rank: usize) -> Option<String> {
         let mut compute = self.list[self.compute.min(self.list.len())..].iter().filter(|a| !matches!(a, Action::Exchange(_)));
-        let stuck: Vec<String> = compute.next().map(order::name).into_iter().chain(self.open.as_ref().map(|o| {
-            let sends = o.sends.iter().map(|m| format!("send of {:?} {} to {}", m.payload, m.chunk.micro_batch, m.peer));
-            let recvs = o.recvs.iter().map(|m| format!("receive of {:?} {} from {}", m.payload, m.chunk.micro_batch, m.peer));
-            sends.chain(recvs).collect::<Vec<_>>().join(", ")
-        })).collect();
+        let mut stuck: Vec<String> = compute.next().map(order::name).into_iter().collect();
+        if let Some((exchange, open)) = self.opened() {
+            let left = |messages: &[Message], left: u64| -> Vec<Message> { messages.iter().enumerate().filter(|(i, _)| left >> i & 1 == 1).map(|(_, m)| *m).collect() };
+            stuck.extend(left(&exchange.sends, open.sends).iter().map(|m| format!("send of {:?} {} to {}", m.payload, m.chunk.micro_batch, m.peer)));
+            stuck.extend(left(&exchange.recvs, open.recvs).iter().map(|m| format!("receive of {:?} {} from {}", m.payload, m.chunk.micro_batch, m.peer)));
+        }
         (!stuck.is_empty()).then(|| format!("rank {rank} at {}", stuck.join(" and ")))
     }
 }

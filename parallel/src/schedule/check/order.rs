@@ -1,18 +1,28 @@
 //! What can be said of one rank's list by itself.
 
 use super::super::{Action, Chunk, Payload};
-use super::Violation;
-use std::collections::{HashMap, HashSet, VecDeque};
+use super::{Violation, slot};
+use std::collections::VecDeque;
 
 /// The messages that a computation needs. The first stage makes its own inputs, the last its own gradients.
-pub(super) fn inputs(action: &Action, rank: usize, num_ranks: usize) -> Vec<(Payload, Chunk)> {
+pub(super) fn inputs(action: &Action, rank: usize, num_ranks: usize) -> impl Iterator<Item = (Payload, Chunk)> + use<> {
     let activation = |c: Chunk| (c.stage(rank, num_ranks) > 0).then_some((Payload::Activation, c));
     let gradient = |c: Chunk| (c.stage(rank, num_ranks) + 1 < num_ranks).then_some((Payload::Gradient, c));
-    match *action {
-        Action::Forward(c) => activation(c).into_iter().collect(),
-        Action::Backward(c) | Action::BackwardInput(c) => gradient(c).into_iter().collect(),
-        Action::Pair { forward, backward } => activation(forward).into_iter().chain(gradient(backward)).collect(),
-        Action::BackwardWeight(_) | Action::Exchange(_) => Vec::new(),
+    let both = match *action {
+        Action::Forward(c) => [activation(c), None],
+        Action::Backward(c) | Action::BackwardInput(c) => [None, gradient(c)],
+        Action::Pair { forward, backward } => [activation(forward), gradient(backward)],
+        Action::BackwardWeight(_) | Action::Exchange(_) => [None, None],
+    };
+    both.into_iter().flatten()
+}
+
+/// The first micro-batch that an action speaks of and for which `is_wrong`.
+fn find_chunk(action: &Action, is_wrong: impl Fn(&Chunk) -> bool) -> Option<Chunk> {
+    match action {
+        Action::Forward(c) | Action::Backward(c) | Action::BackwardInput(c) | Action::BackwardWeight(c) => Some(*c).filter(is_wrong),
+        Action::Pair { forward, backward } => [*forward, *backward].into_iter().find(is_wrong),
+        Action::Exchange(e) => e.sends.iter().chain(&e.recvs).map(|m| m.chunk).find(is_wrong),
     }
 }
 
@@ -38,10 +48,13 @@ enum Progress {
 struct Walk {
     rank: usize,
     num_ranks: usize,
-    progress: HashMap<Chunk, Progress>,
+    num_micro_batches: usize,
+    /// By direction and micro-batch.
+    progress: Vec<Option<Progress>>,
     weights: VecDeque<Chunk>,
-    received: HashSet<(Payload, Chunk)>,
-    sent: HashSet<(Payload, Chunk)>,
+    /// By `slot`.
+    received: Vec<bool>,
+    sent: Vec<bool>,
     in_flight: usize,
     peak: usize,
 }
@@ -51,10 +64,11 @@ pub(super) fn check_rank(lists: &[Vec<Action>], rank: usize, num_micro_batches: 
     let mut walk = Walk {
         rank,
         num_ranks: lists.len(),
-        progress: HashMap::new(),
+        num_micro_batches,
+        progress: vec![None; 2 * num_micro_batches],
         weights: VecDeque::new(),
-        received: HashSet::new(),
-        sent: HashSet::new(),
+        received: vec![false; 4 * num_micro_batches],
+        sent: vec![false; 4 * num_micro_batches],
         in_flight: 0,
         peak: 0,
     };
@@ -68,8 +82,11 @@ pub(super) fn check_rank(lists: &[Vec<Action>], rank: usize, num_micro_batches: 
 
 impl Walk {
     fn step(&mut self, action: &Action) -> Result<(), String> {
+        if let Some(chunk) = find_chunk(action, |c| c.direction > 1 || c.micro_batch >= self.num_micro_batches) {
+            return Err(format!("{chunk:?} is none of this step's {} micro-batches", self.num_micro_batches));
+        }
         for input in inputs(action, self.rank, self.num_ranks) {
-            if !self.received.contains(&input) {
+            if !self.received[slot(input, self.num_micro_batches)] {
                 return Err(format!("{input:?} has not been received"));
             }
         }
@@ -95,8 +112,12 @@ impl Walk {
         }
     }
 
+    fn at(&mut self, chunk: Chunk) -> &mut Option<Progress> {
+        &mut self.progress[chunk.direction * self.num_micro_batches + chunk.micro_batch]
+    }
+
     fn forward(&mut self, chunk: Chunk) -> Result<(), String> {
-        if self.progress.insert(chunk, Progress::Forward).is_some() {
+        if self.at(chunk).replace(Progress::Forward).is_some() {
             return Err("this forward has been run before".into());
         }
         self.in_flight += 1;
@@ -105,7 +126,7 @@ impl Walk {
     }
 
     fn backward(&mut self, chunk: Chunk, to: Progress) -> Result<(), String> {
-        if self.progress.insert(chunk, to) != Some(Progress::Forward) {
+        if self.at(chunk).replace(to) != Some(Progress::Forward) {
             return Err("a backward must come once, after its forward".into());
         }
         if to == Progress::Done {
@@ -122,7 +143,7 @@ impl Walk {
             Some(head) if head != chunk => return Err(format!("the head of the queue is W{}", head.micro_batch)),
             Some(_) => {}
         }
-        self.progress.insert(chunk, Progress::Done);
+        *self.at(chunk) = Some(Progress::Done);
         self.in_flight -= 1;
         Ok(())
     }
@@ -139,37 +160,44 @@ impl Walk {
         if self.neighbour(payload, chunk, true) != Some(peer) {
             return Err(format!("{payload:?} {} does not go to rank {peer}", chunk.micro_batch));
         }
-        let made = match (payload, self.progress.get(&chunk)) {
+        let made = match (payload, *self.at(chunk)) {
             (Payload::Activation, progress) => progress.is_some(),
             (Payload::Gradient, progress) => matches!(progress, Some(Progress::BackwardInput | Progress::Done)),
         };
         if !made {
             return Err(format!("{payload:?} {} is sent before it is made", chunk.micro_batch));
         }
-        if self.sent.insert((payload, chunk)) { Ok(()) } else { Err(format!("{payload:?} {} is sent twice", chunk.micro_batch)) }
+        let sent = &mut self.sent[slot((payload, chunk), self.num_micro_batches)];
+        if !std::mem::replace(sent, true) { Ok(()) } else { Err(format!("{payload:?} {} is sent twice", chunk.micro_batch)) }
     }
 
     fn check_receive(&mut self, payload: Payload, chunk: Chunk, peer: usize) -> Result<(), String> {
         if self.neighbour(payload, chunk, false) != Some(peer) {
             return Err(format!("{payload:?} {} does not come from rank {peer}", chunk.micro_batch));
         }
-        if self.received.insert((payload, chunk)) { Ok(()) } else { Err(format!("{payload:?} {} is received twice", chunk.micro_batch)) }
+        let received = &mut self.received[slot((payload, chunk), self.num_micro_batches)];
+        if !std::mem::replace(received, true) { Ok(()) } else { Err(format!("{payload:?} {} is received twice", chunk.micro_batch)) }
     }
 
     /// Every micro-batch came through once, in one direction, and everything made was sent.
     fn end(&self, num_micro_batches: usize) -> Result<(), String> {
-        if let Some((chunk, _)) = self.progress.iter().find(|(_, p)| **p != Progress::Done) {
-            return Err(format!("micro-batch {} is not finished", chunk.micro_batch));
+        let (up, down) = self.progress.split_at(num_micro_batches);
+        let (mut num_sends, mut num_receives) = (0, 0);
+        for micro_batch in 0..num_micro_batches {
+            let direction = match (up[micro_batch], down[micro_batch]) {
+                (Some(Progress::Done), None) => 0,
+                (None, Some(Progress::Done)) => 1,
+                (None, None) => return Err(format!("micro-batch {micro_batch} did not come through")),
+                (Some(_), Some(_)) => return Err(format!("micro-batch {micro_batch} came through in both directions")),
+                _ => return Err(format!("micro-batch {micro_batch} is not finished")),
+            };
+            let chunk = Chunk { direction, micro_batch };
+            num_sends += self.num_messages(chunk, true);
+            num_receives += self.num_messages(chunk, false);
         }
-        let mut seen: Vec<usize> = self.progress.keys().map(|c| c.micro_batch).collect();
-        seen.sort_unstable();
-        if seen != (0..num_micro_batches).collect::<Vec<_>>() {
-            return Err(format!("{} micro-batches came through, not each of {num_micro_batches} once", seen.len()));
-        }
-        let num_sends: usize = self.progress.keys().map(|&c| self.num_messages(c, true)).sum();
-        let num_receives: usize = self.progress.keys().map(|&c| self.num_messages(c, false)).sum();
-        if (self.sent.len(), self.received.len()) != (num_sends, num_receives) {
-            return Err(format!("{} sends and {} receives, not {num_sends} and {num_receives}", self.sent.len(), self.received.len()));
+        let count = |flags: &[bool]| flags.iter().filter(|&&f| f).count();
+        if (count(&self.sent), count(&self.received)) != (num_sends, num_receives) {
+            return Err(format!("{} sends and {} receives, not {num_sends} and {num_receives}", count(&self.sent), count(&self.received)));
         }
         Ok(())
     }
