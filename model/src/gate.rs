@@ -158,6 +158,6 @@ impl Layer for Gate {
     }
 
     fn backward_weight(&self, work: GateWork, grads: &mut Grads) {
-        linear::backward_weight(&work.dlogits, &work.x, grads.at(self.weight));
+        grads.add_product(self.weight, &work.dlogits, &work.x);
     }
 }

@@ -1,9 +1,13 @@
-//! Output head with its loss: the logits live only inside the forward, which makes their gradient at once.
+//! Output head with its loss. The logits are made a few rows at a time and turned into their gradient at once, so
+//! the full matrix of logits never exists beside its gradient.
 //!
 //! Legend: T targets, D hidden size, V vocabulary.
 use crate::{Grads, Layer, ParamId, Weights};
 use kernels::ops::{cross_entropy, linear};
 use tch::Tensor;
+
+/// Rows of logits that exist at one time: a product this tall is still efficient.
+const ROWS: i64 = 256;
 
 #[derive(Debug)]
 pub struct LmHead {
@@ -19,7 +23,7 @@ pub struct HeadIn {
 
 pub struct HeadSaved {
     hidden: Tensor,
-    dlogits: Tensor,
+    dlogits: Tensor, // [T, V]
 }
 
 impl Layer for LmHead {
@@ -31,15 +35,23 @@ impl Layer for LmHead {
     type WeightWork = HeadSaved;
 
     fn forward(&self, w: &Weights, x: HeadIn) -> (Tensor, HeadSaved) {
-        let logits = linear::forward(&x.hidden, w.get(self.weight)); // [T, V]
-        let (loss, dlogits) = cross_entropy::forward(logits, &x.targets, x.scale);
+        let weight = w.get(self.weight);
+        let (total, vocab) = (x.hidden.size()[0], weight.size()[0]);
+        let dlogits = Tensor::empty([total, vocab], (x.hidden.kind(), x.hidden.device()));
+        let mut loss = Tensor::zeros([], (w.precision.master(), x.hidden.device()));
+        for start in (0..total).step_by(ROWS as usize) {
+            let rows = ROWS.min(total - start);
+            let logits = linear::forward(&x.hidden.narrow(0, start, rows), weight); // [rows, V]
+            let (sum, gradient) = cross_entropy::forward(logits, &x.targets.narrow(0, start, rows), x.scale);
+            dlogits.narrow(0, start, rows).copy_(&gradient);
+            loss = loss + sum;
+        }
         (loss, HeadSaved { hidden: x.hidden, dlogits })
     }
     fn backward_input(&self, w: &Weights, _: (), saved: HeadSaved) -> (Tensor, HeadSaved) {
-        let dlogits = saved.dlogits.to_kind(saved.hidden.kind());
-        (linear::backward_input(&dlogits, w.get(self.weight)), HeadSaved { hidden: saved.hidden, dlogits })
+        (linear::backward_input(&saved.dlogits, w.get(self.weight)), saved)
     }
     fn backward_weight(&self, work: HeadSaved, grads: &mut Grads) {
-        linear::backward_weight(&work.dlogits, &work.hidden, grads.at(self.weight));
+        grads.add_product(self.weight, &work.dlogits, &work.hidden);
     }
 }

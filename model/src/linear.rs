@@ -28,6 +28,6 @@ impl Layer for Linear {
         (linear::backward_input(&dy, w.get(self.weight)), LinearWork { dy, x })
     }
     fn backward_weight(&self, work: LinearWork, grads: &mut Grads) {
-        linear::backward_weight(&work.dy, &work.x, grads.at(self.weight));
+        grads.add_product(self.weight, &work.dy, &work.x);
     }
 }

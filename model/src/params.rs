@@ -4,6 +4,7 @@
 //! Invariant: gradients accumulate (`+=`), activations are assigned.
 use crate::config::ModelConfig;
 use kernels::Precision;
+use kernels::ops::linear;
 use std::rc::Rc;
 use tch::{Device, Kind, Tensor};
 
@@ -171,6 +172,13 @@ impl Grads {
     pub fn at(&mut self, id: ParamId) -> &mut Tensor {
         let (kind, device, table) = (self.kind, self.device, &self.table);
         self.tensors[id.0].get_or_insert_with(|| Tensor::zeros(&table.spec(id).shape, (kind, device)))
+    }
+    /// gradient += dyᵀ · x. The first contribution assigns: no zeros are written to be read again.
+    pub fn add_product(&mut self, id: ParamId, dy: &Tensor, x: &Tensor) {
+        match &mut self.tensors[id.0] {
+            Some(gradient) => linear::backward_weight(dy, x, gradient),
+            empty => *empty = Some(linear::weight_gradient(dy, x).to_kind(self.kind)),
+        }
     }
     /// gradient += contribution.
     pub fn add(&mut self, id: ParamId, contribution: &Tensor) {

@@ -45,8 +45,8 @@ impl Optimizer {
         self.updates += 1;
         for (slot, (id, gradient)) in self.slots.iter_mut().zip(gradients) {
             assert_eq!(slot.id, *id, "gradients come in slot order");
-            let at = Step { lr, step: self.updates, decay: weights.table.spec(*id).decayed() };
-            self.rule.update(State { master: &mut slot.master, first: &mut slot.first, second: &mut slot.second }, gradient, clip, at);
+            let at = Step { lr, step: self.updates, clip, decay: weights.table.spec(*id).decayed() };
+            self.rule.update(State { master: &mut slot.master, first: &mut slot.first, second: &mut slot.second }, gradient, at);
             if weights.get(*id).kind() != slot.master.kind() {
                 weights.set(*id, &slot.master);
             }
@@ -56,5 +56,5 @@ impl Optimizer {
 
 /// ‖g‖ over all parameters.
 pub fn grad_norm(gradients: &[(ParamId, Tensor)]) -> f64 {
-    gradients.iter().map(|(_, gradient)| sum_of_squares(gradient).double_value(&[])).sum::<f64>().sqrt()
+    gradients.iter().map(|(_, gradient)| sum_of_squares(gradient)).sum::<f64>().sqrt()
 }

@@ -13,11 +13,16 @@ pub fn backward_input(dy: &Tensor, weight: &Tensor) -> Tensor {
     dy.matmul(weight)
 }
 
+/// dyᵀ · x [O, I]: the first contribution to a gradient.
+pub fn weight_gradient(dy: &Tensor, x: &Tensor) -> Tensor {
+    dy.tr().matmul(x)
+}
+
 /// gradient [O, I] += dyᵀ · x, in the gradient's own (wider) kind.
 pub fn backward_weight(dy: &Tensor, x: &Tensor, gradient: &mut Tensor) {
     if gradient.kind() == x.kind() {
         let _ = gradient.addmm_(&dy.tr(), x);
     } else {
-        let _ = gradient.g_add_(&dy.tr().matmul(x).to_kind(gradient.kind()));
+        let _ = gradient.g_add_(&weight_gradient(dy, x).to_kind(gradient.kind()));
     }
 }

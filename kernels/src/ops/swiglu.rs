@@ -19,15 +19,14 @@ pub fn forward(gate_up: &Tensor, row_weight: Option<&Tensor>) -> Tensor {
 pub fn backward(dout: &Tensor, gate_up: &Tensor, row_weight: Option<&Tensor>) -> (Tensor, Option<Tensor>) {
     let halves = gate_up.chunk(2, -1);
     let (gate, up) = (&halves[0], &halves[1]);
-    let sigmoid = gate.sigmoid();
-    let silu = gate * &sigmoid;
-    let drow_weight = row_weight.map(|_| (dout * &silu * up).to_kind(wide(dout.kind())).sum_dim_intlist(&[-1i64][..], false, None));
-    let dout = match row_weight {
-        Some(weight) => dout * weight.to_kind(dout.kind()).unsqueeze(1),
-        None => dout.shallow_clone(),
-    };
-    let dup = &dout * &silu;
-    // d silu/dx = σ + silu·(1 − σ)
-    let dgate = dout * up * (&sigmoid + &silu * (1.0 - &sigmoid));
+    let silu = gate.silu();
+    let mut dout = dout.shallow_clone();
+    let drow_weight = row_weight.map(|weight| {
+        let per_row = (&dout * &silu * up).to_kind(wide(dout.kind())).sum_dim_intlist(&[-1i64][..], false, None);
+        dout = &dout * weight.to_kind(dout.kind()).unsqueeze(1);
+        per_row
+    });
+    let dgate = gate.silu_backward(&(&dout * up));
+    let dup = dout * silu;
     (Tensor::cat(&[dgate, dup], -1), drow_weight)
 }
