@@ -44,7 +44,7 @@ impl Layer for LmHead {
             let logits = linear::forward(&x.hidden.narrow(0, start, rows), weight); // [rows, V]
             let (sum, gradient) = cross_entropy::forward(logits, &x.targets.narrow(0, start, rows), x.scale);
             dlogits.narrow(0, start, rows).copy_(&gradient);
-            loss = loss + sum;
+            loss += sum;
         }
         (loss, HeadSaved { hidden: x.hidden, dlogits })
     }

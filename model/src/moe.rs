@@ -69,7 +69,7 @@ impl Moe {
         let (droutes, experts) = self.experts.backward_input(w, drows, saved.experts);
         let mut dx = plan.combine(&droutes.rows)?; // the backward of dispatch
         let (dx_gate, gate) = self.gate.backward_input(w, plan.combine_weights(&droutes.weights)?, saved.gate);
-        dx = dx + dx_gate;
+        dx += dx_gate; // combine made dx: nothing else holds it
         let shared = self.shared.as_ref().zip(saved.shared).map(|(shared, saved)| {
             let (dx_shared, work) = shared.backward_input(w, dy, saved);
             dx = &dx + dx_shared;

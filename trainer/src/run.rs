@@ -187,7 +187,7 @@ impl Run<'_> {
     }
 
     fn due(&self, every: u64) -> bool {
-        every > 0 && self.state.step % every == 0
+        every > 0 && self.state.step.is_multiple_of(every)
     }
 
     /// Seconds since `mark`, added to the run's; `mark` moves.

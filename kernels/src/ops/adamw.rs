@@ -47,10 +47,8 @@ impl AdamW {
     /// m ← β₁m + (1−β₁)g;  v ← β₂v + (1−β₂)g²;  w ← w(1 − lr·wd) − lr·m̂ / (√v̂ + eps)
     fn update_piece(&self, master: &mut Tensor, stored_first: &mut Tensor, stored_second: &mut Tensor, gradient: Tensor, at: Step) {
         let kind = master.kind();
-        let mut gradient = gradient.to_kind(kind);
-        if at.clip != 1.0 {
-            gradient = gradient * at.clip;
-        }
+        let gradient = gradient.to_kind(kind);
+        let gradient = if at.clip == 1.0 { gradient } else { gradient * at.clip };
         // Where the moments are of the master's kind these are the stored tensors themselves.
         let (mut first, mut second) = (stored_first.to_kind(kind), stored_second.to_kind(kind));
         let _ = first.lerp_(&gradient, 1.0 - self.beta1);
