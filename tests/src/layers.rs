@@ -50,9 +50,9 @@ fn check_layer<L: Layer>(case: Case<L>) {
         match (outputs.get(i), douts.get(i)) {
             (Some(out), Some(dout)) => {
                 assert_close(&format!("output {i}"), out, &expected.detach(), 1e-12);
-                total = total + (expected * dout).sum(Kind::Double);
+                total += (expected * dout).sum(Kind::Double);
             }
-            _ => total = total + expected.sum(Kind::Double),
+            _ => total += expected.sum(Kind::Double),
         }
     }
     total.backward();
@@ -301,7 +301,7 @@ fn gate_reference(config: &ModelConfig, x: &Tensor, p: &Named, sequences: i64, b
         }
         let s = scores.narrow(0, (rows * length) as i64, length as i64);
         let share = (&s / s.sum_dim_intlist(&[1i64][..], true, None)).mean_dim(&[0i64][..], false, None);
-        balance = balance + (share * Tensor::from_slice(&f)).sum(Kind::Double);
+        balance += (share * Tensor::from_slice(&f)).sum(Kind::Double);
     }
     vec![Tensor::stack(&weights, 0), balance * balance_scale]
 }
