@@ -93,6 +93,7 @@ fn a_damaged_corpus_is_named() {
     refused(&run.train_args(), &[shard.file_name().expect("a name").to_str().expect("text")]);
     let nowhere = Run::new("no-corpus", &["data.mixture.0.path=/nonexistent/corpus"]);
     refused(&nowhere.train_args(), &["/nonexistent/corpus"]);
+    assert!(!nowhere.dir().exists(), "a refused run leaves nothing");
 }
 
 #[test]

@@ -57,6 +57,17 @@ fn any_number_of_data_parallel_ranks_gives_the_same_run() {
 }
 
 #[test]
+fn a_checkpoint_resumes_on_another_number_of_ranks() {
+    let whole = Run::new("elastic-whole", &[]);
+    over_threads(&whole, 1, Start::Fresh, None);
+    let parts = Run::new("elastic-parts", &[]);
+    for (ranks, start, stop) in [(2, Start::Fresh, Some(8)), (4, Start::Resume, Some(21)), (1, Start::Resume, None)] {
+        over_threads(&parts, ranks, start, stop);
+    }
+    parts.assert_same(&whole, 1e-9);
+}
+
+#[test]
 fn in_f32_the_number_of_ranks_shows_only_in_rounding() {
     // γ = 0: a bias that moves by sign would amplify one rounding into another route.
     let set = ["run.precision=f32", "phase.0.bias_speed=0.0", "phase.1.bias_speed=0.0"];

@@ -57,14 +57,17 @@ struct State {
 pub fn train(config: &RunConfig, world: Comm, start: Start, stop: &StopSignal) -> Result<Outcome> {
     let dp = config.data_parallel(world.size())?;
     let plan = Plan::new(&config.phase, &config.data.mixture);
-    let ready = if world.rank() == 0 { prepare_dir(config, start) } else { Ok(()) };
-    all_or_none(&*world, ready)?;
+    let free = if world.rank() == 0 && start == Start::Fresh { check_free(&config.run.dir) } else { Ok(()) };
+    all_or_none(&*world, free)?;
     let corpus = all_or_none(&*world, Corpus::open(config, &plan))?;
     let facts = [("version", env!("CARGO_PKG_VERSION").to_string()), ("config", config.to_toml()?), ("corpus", corpus.fingerprint())];
     agree(&*world, &facts)?;
 
     let mut trainer = build(config, &world)?;
     let (state, last_checkpoint, notes) = restore(config, &world, start, &mut trainer)?;
+    // Only now, with everything checked, is anything written.
+    let ready = if world.rank() == 0 && start == Start::Fresh { prepare_dir(config) } else { Ok(()) };
+    all_or_none(&*world, ready)?;
     let metrics = all_or_none(&*world, Metrics::open(&config.run.dir, world.rank(), state.step, plan.num_steps()))?;
     let mesh = Mesh { world: world.size(), pp: 1, dp, ep: 1 };
     let mut run = Run { config, plan, world, mesh, trainer, corpus, metrics, state, last_checkpoint, validated: None };
@@ -73,13 +76,18 @@ pub fn train(config: &RunConfig, world: Comm, start: Start, stop: &StopSignal) -
     run.finish(finished)
 }
 
-fn prepare_dir(config: &RunConfig, start: Start) -> Result<()> {
+/// A directory with a checkpoint holds a run; one that a crash left before its first checkpoint may be used again.
+fn check_free(dir: &Path) -> Result<()> {
+    let used = !checkpoint::list(dir)?.is_empty();
+    ensure!(!used, "{} already holds a run: resume it (tiefsee resume {}) or name another run.dir", dir.display(), dir.display());
+    Ok(())
+}
+
+fn prepare_dir(config: &RunConfig) -> Result<()> {
     let dir = &config.run.dir;
-    let resolved = dir.join("resolved.toml");
-    if start == Start::Resume {
-        return Ok(());
+    for left in ["log", "tensorboard"].map(|name| dir.join(name)).into_iter().filter(|path| path.exists()) {
+        std::fs::remove_dir_all(&left).with_context(|| format!("cannot remove {}", left.display()))?;
     }
-    ensure!(!resolved.exists(), "{} already holds a run: resume it (tiefsee resume {}) or name another run.dir", dir.display(), dir.display());
     std::fs::create_dir_all(dir).with_context(|| format!("cannot make the run directory {}", dir.display()))?;
     let mut kept = config.clone();
     kept.run.stop_after = None;
@@ -87,6 +95,8 @@ fn prepare_dir(config: &RunConfig, start: Start) -> Result<()> {
     let absolute = |sources: &mut Vec<Source>| sources.iter_mut().try_for_each(|source| std::path::absolute(&source.path).map(|path| source.path = path));
     absolute(&mut kept.data.mixture)?;
     kept.phase.iter_mut().filter_map(|phase| phase.mixture.as_mut()).try_for_each(absolute)?;
+    kept.run.init_from = kept.run.init_from.map(std::path::absolute).transpose()?;
+    let resolved = resolved(dir);
     std::fs::write(&resolved, kept.to_toml()?).with_context(|| format!("cannot write {}", resolved.display()))
 }
 
@@ -115,7 +125,7 @@ fn restore(config: &RunConfig, world: &Comm, start: Start, trainer: &mut Trainer
     let found = all_or_none(&**world, if world.rank() == 0 { checkpoint::newest_whole(dir) } else { Ok((None, Vec::new())) })?;
     let found: (Option<PathBuf>, Vec<String>) = serde_json::from_slice(&broadcast_bytes(&**world, &serde_json::to_vec(&found)?, 0)?)?;
     let (Some(path), mut notes) = found else {
-        bail!("{} holds no whole checkpoint to resume from{}", dir.display(), found.1.iter().map(|note| format!("\n  {note}")).collect::<String>());
+        bail!("{} holds no whole checkpoint to resume from; start it again with tiefsee train{}", dir.display(), found.1.iter().map(|note| format!("\n  {note}")).collect::<String>());
     };
     let manifest = all_or_none(&**world, trainer.load_all(&path))?;
     ensure!(manifest.seed == config.run.seed, "{} was written with seed {}, the run's is {}", path.display(), manifest.seed, config.run.seed);
