@@ -1,9 +1,11 @@
 //! The global order of samples: a pure function of (sources, L, seed, phase, index), in constant
 //! memory. Nothing here reads a file.
 //!
-//! **Mixture.** Block k holds round(w·B·(k+1)) − round(w·B·k) samples of a source of weight w, in
-//! seeded order inside the block. Rounding a source at a time keeps each share exact to half a
-//! sample at block ends; a block is therefore B samples long up to one sample a source.
+//! **Mixture.** Block k holds round(w·B·(k+1)) − round(w·B·k) samples of a source of weight w; which
+//! place in the block belongs to which source is drawn anew for each block. Rounding a source at a
+//! time keeps each share exact to half a sample at block ends; a block is therefore B samples long
+//! up to half a sample a source. A source's own samples stay in its order, so its epochs do not
+//! run into each other.
 //! **Within a source.** Its k-th drawn sample belongs to epoch k / n; the epoch permutes windows of
 //! C consecutive samples, then the samples inside a window; the short last window stays last. So
 //! a reader stays within a few row groups for C samples, and the documents, which lie in shuffled
@@ -15,8 +17,8 @@ mod feistel;
 use crate::{DataError, Split};
 use feistel::{derive, permute};
 
-/// Samples of a mixture block, B.
-const BLOCK: u64 = 1024;
+/// Samples of a mixture block, B. Finding a place looks at the places before it in the block.
+const BLOCK: u64 = 128;
 /// Tokens of a window; C is this over L. 16 MiB of tokens: what a rank must hold of each source.
 const WINDOW_TOKENS: u64 = 1 << 22;
 /// Weights become fractions of 2³², so that shares are integer arithmetic, alike on every machine.
@@ -102,19 +104,26 @@ impl Order {
     }
 
     fn locate_mixed(&self, index: u64) -> Place {
+        if let [_] = self.sources[..] {
+            return self.nth_of_source(0, index);
+        }
         let block = self.block_of(index);
         let start = self.blocks_total(block);
-        let length = self.blocks_total(block + 1) - start;
-        let mut slot = permute(derive(&[self.seed, self.phase, 1, block]), length, index - start);
-        for (source, share) in self.sources.iter().enumerate() {
-            let before = self.drawn(share, block);
-            let here = self.drawn(share, block + 1) - before;
-            if slot < here {
-                return self.nth_of_source(source, before + slot);
-            }
-            slot -= here;
+        // Slots of the block before they are shuffled: the first source's, then the second's, …
+        let mut ends = Vec::with_capacity(self.sources.len());
+        for share in &self.sources {
+            let here = self.drawn(share, block + 1) - self.drawn(share, block);
+            ends.push(ends.last().unwrap_or(&0) + here);
         }
-        unreachable!("the sources' samples of a block sum to its length")
+        let length = ends[ends.len() - 1];
+        let key = derive(&[self.seed, self.phase, 1, block]);
+        let source_at = |place: u64| {
+            let slot = permute(key, length, place);
+            ends.partition_point(|end| *end <= slot)
+        };
+        let source = source_at(index - start);
+        let earlier = (0..index - start).filter(|place| source_at(*place) == source).count() as u64;
+        self.nth_of_source(source, self.drawn(&self.sources[source], block) + earlier)
     }
 
     /// The k-th sample that is ever drawn from `source`.
