@@ -3,7 +3,7 @@
 //! `bench_gpu [forward] [wgrad] [grouped] [quantise] [sweep]`: which tables; `sweep` times every tile.
 use kernels::device::{self, Found, Gpu};
 use kernels::fp8::{ScaleRule, relative_error};
-use kernels::ops::gemm_fp8::{self, Options, PLANS, Plan, Write};
+use kernels::ops::gemm_fp8::{self, Options, FORWARD_PLANS, Plan, WGRAD_PLANS, Write};
 use kernels::ops::{gemm_grouped, quantise};
 use tch::{Kind, Tensor};
 
@@ -68,9 +68,9 @@ impl Bench {
                     let options = Options { plan: Some(Plan { turns: turns && plan.warpgroups == 2, ..plan }), ..Options::default() };
                     drop(gemm_fp8::forward(&a, &b, options));
                 };
-                for plan in PLANS {
+                for plan in FORWARD_PLANS {
                     let [with, without] = self.race([&|| run(plan, true), &|| run(plan, false)]).map(|t| tera / t);
-                    print!("  {}x{}: {with:.0}/{without:.0}", plan.warpgroups, plan.width);
+                    print!("  {}x{}x{}: {with:.0}/{without:.0}", plan.warpgroups, plan.subtiles, plan.width);
                 }
                 println!();
             }
@@ -97,9 +97,9 @@ impl Bench {
             let (ours, assigned) = (run(Options::default(), Write::Accumulate), run(Options::default(), Write::Assign));
             println!("{n:>6} x {k:<6} {ours:>6.0} (assigned {assigned:.0}) | {error:.2e}");
             all.push(ours);
-            for plan in PLANS.into_iter().filter(|_| self.sweep) {
+            for plan in WGRAD_PLANS.into_iter().filter(|_| self.sweep) {
                 let of = |turns| run(Options { plan: Some(Plan { turns: turns && plan.warpgroups == 2, ..plan }), ..Options::default() }, Write::Accumulate);
-                print!("  {}x{}: {:.0}/{:.0}", plan.warpgroups, plan.width, of(true), of(false));
+                print!("  {}x{}x{}: {:.0}/{:.0}", plan.warpgroups, plan.subtiles, plan.width, of(true), of(false));
             }
             if self.sweep {
                 println!();

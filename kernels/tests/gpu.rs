@@ -1,7 +1,7 @@
 //! The CUDA kernels against f64 and against the CPU's numerics. Without a GPU each test says that it was skipped.
 use kernels::device::{self, Found, Gpu, Options};
 use kernels::fp8::{self, Rows, ScaleRule, TILE, relative_error};
-use kernels::ops::gemm_fp8::{self, PLANS, Write};
+use kernels::ops::gemm_fp8::{self, FORWARD_PLANS, WGRAD_PLANS, Write};
 use kernels::ops::{gemm_grouped, quantise};
 use tch::{Device, Kind, Tensor};
 
@@ -135,7 +135,7 @@ fn every_tile_agrees() {
     let (b, _) = quantise::weights(&random(gpu, &[1424, k], 0.5), ScaleRule::PowerOfTwo);
     let b = fp8::Blocks { values: b.values.narrow(0, 0, n), scales: b.scales.shallow_clone() };
     let exact = a.dequantise(Kind::Double).matmul(&b.dequantise(Kind::Double).tr());
-    for plan in PLANS {
+    for plan in FORWARD_PLANS {
         for num_sms in [Some(2), Some(97), None] {
             poison(gpu);
             let options = gemm_fp8::Options { num_sms, plan: Some(plan), out_fp32: true, ..Default::default() };
@@ -182,7 +182,7 @@ fn wgrad_accumulates_and_assigns() {
             let (dy, x) = (q(m, 0.5), q(n, 0.5));
             let before = Tensor::randn([counts.len() as i64, m, n], (Kind::Float, gpu.device()));
             let mut gradient = if write == Write::Assign { before.full_like(f64::NAN) } else { before.copy() };
-            let options = gemm_fp8::Options { plan: Some(PLANS[plan]), ..Default::default() };
+            let options = gemm_fp8::Options { plan: Some(WGRAD_PLANS[plan]), ..Default::default() };
             gemm_grouped::wgrad(&dy, &x, &tensor, &mut gradient, write, options);
             let (a, b) = (dy.dequantise(Kind::Double), x.dequantise(Kind::Double));
             let mut from = 0;

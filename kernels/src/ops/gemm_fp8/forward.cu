@@ -1,19 +1,21 @@
 // D[M, N] = A[M, K] · B[N, K]ᵀ of FP8 operands, scaled 1×128 (A) and 128×128 (B); rows of several experts lie one
 // after another, each with its own B. Follows hopper.cuh and wgmma().
 //
-// Defined from outside: WARPGROUPS of 64 rows and BN columns of a tile, STAGES of the ring, OUT_FP32 (else BF16), ORDERED
+// Defined from outside: WARPGROUPS, each with SUBTILES of 64 rows, BN columns of a tile, STAGES of the ring, OUT_FP32 (else BF16), ORDERED
 // (hopper.cuh), PROMOTE (0 shows what the promotion is for).
 //
 // Persistent clusters of two blocks: the two compute neighbouring tiles along N, each loads half of the A tile for
 // both. A producer thread fills the ring; the warpgroups multiply, and add every 128 of K into FP32.
-constexpr int BM = 64 * WARPGROUPS, BK = 128, GROUP = 2048 / BM, CONSUMER_WARPS = 4 * WARPGROUPS;
-// The copy engine starts on 16 bytes, an expert's rows on any: four scales more than rows.
-constexpr int SA_LOAD = (BM + 4) * 4, SA_BYTES = (SA_LOAD + 127) / 128 * 128;
-constexpr int A_BYTES = BM * BK, B_BYTES = BN * BK, STAGE_BYTES = A_BYTES + B_BYTES + SA_LOAD;
+constexpr int BM = 64 * WARPGROUPS * SUBTILES, BK = 128, GROUP = BAND / BM, CONSUMER_WARPS = 4 * WARPGROUPS;
+// The copy engine starts on 16 bytes, an expert's rows on any: four scales more than rows. A box has 256 at most.
+constexpr int SA_BOXES = SUBTILES, SA_LOAD = (BM / SA_BOXES + 4) * 4, SA_STRIDE = (SA_LOAD + 127) / 128 * 128;
+constexpr int SA_BYTES = SA_BOXES * SA_STRIDE, A_BYTES = BM * BK, B_BYTES = BN * BK;
+constexpr int STAGE_BYTES = A_BYTES + B_BYTES + SA_BOXES * SA_LOAD;
+// Small tiles have registers for two accumulators.
+constexpr bool PAIRED = WARPGROUPS == 2 && SUBTILES == 1;
 // Epilogue: each warp turns 16 rows × 8·CHUNK columns at a time; 16 bytes of padding keep the banks apart.
-constexpr int CHUNK = 4, OUT_ROW_BYTES = CHUNK * 16 + 16, OUT_BYTES = CONSUMER_WARPS * 16 * OUT_ROW_BYTES;
-// Two warpgroups: two accumulators each. Three cover each other, and have no registers for a second.
-constexpr bool PAIRED = WARPGROUPS == 2;
+constexpr int CHUNK = BN % 64 == 0 && WARPGROUPS == 2 ? 8 : 4, OUT_ROW_BYTES = CHUNK * 16 + 16;
+constexpr int OUT_BYTES = CONSUMER_WARPS * 16 * OUT_ROW_BYTES;
 // A tile meets two B scales at most; the boundary lies on a multiple of STEP groups of eight columns.
 static __device__ constexpr int gcd(int a, int b) { return b ? gcd(b, a % b) : a; }
 constexpr int STEP = gcd(BN, 128) / 8;
@@ -148,7 +150,7 @@ static __device__ __forceinline__ void produce(const Shared& at, const TensorMap
   Ring<STAGES> ring;
   for (int unit = blockIdx.x / 2; walk.seek(unit); unit += gridDim.x / 2) {
     const int row = walk.first_row + walk.row, column = (2 * walk.pair + rank) * BN;
-#pragma unroll 1
+#pragma unroll (PAIRED ? 4 : 1)
     for (int k = 0; k < num_k; k++, ring.next()) {
       const u32 full = at.full + 8 * ring.stage;
       barrier_wait(at.empty + 8 * ring.stage, ring.parity ^ 1);
@@ -156,7 +158,9 @@ static __device__ __forceinline__ void produce(const Shared& at, const TensorMap
       const u32 half = rank * (A_BYTES / 2);
       load_box_for_both(at.a + ring.stage * A_BYTES + half, map_a, full, k * BK, row + rank * (BM / 2));
       load_box(at.b + ring.stage * B_BYTES, map_b, full, k * BK, walk.expert * N + column);
-      load_box(at.scales + ring.stage * SA_BYTES, map_sa, full, row & ~3, k);
+      for (int i = 0; i < SA_BOXES; i++) {
+        load_box(at.scales + ring.stage * SA_BYTES + i * SA_STRIDE, map_sa, full, (row & ~3) + i * (BM / SA_BOXES), k);
+      }
     }
   }
 }
@@ -169,33 +173,43 @@ static __device__ __forceinline__ float2 row_scales(u32 from) {
   return scales;
 }
 
-// Two K tiles at a time, each with an accumulator of its own: while the first is added up, the second is multiplied,
-// and while that is added up, the other warpgroup has its turn.
+// PAIRED: two K tiles at a time, each with an accumulator of its own: while the first is added up, the second is
+// multiplied, and while that is added up, the other warpgroup has its turn. Else one accumulator, and the other
+// warpgroups cover for it; SUBTILES share the B tile, which spares shared memory's bandwidth.
 static __device__ __forceinline__ void consume(const Shared& at, const float* scale_b, void* d, Walk walk, int N,
                                                int num_k, u32 rank) {
   const int warp = threadIdx.x / 32 - 4, lane = threadIdx.x % 32, blocks_n = (N + 127) / 128;
   const Turns turns(warp / 4);
   Ring<STAGES> ring;
-  float sum[BN / 2], acc0[BN / 2], acc1[BN / 2];
-  auto multiply = [&](float(&acc)[BN / 2], u32 stage, bool add) {
-    const u64 a = matrix_descriptor(at.a + stage * A_BYTES + warp / 4 * (64 * BK));
+  float sum[SUBTILES][BN / 2], acc0[BN / 2], acc1[BN / 2];
+  auto multiply = [&](float(&acc)[BN / 2], u32 stage, int subtile, bool add) {
+    const u64 a = matrix_descriptor(at.a + stage * A_BYTES + (subtile * WARPGROUPS + warp / 4) * (64 * BK));
     const u64 b = matrix_descriptor(at.b + stage * B_BYTES);
     wgmma_fence();
 #pragma unroll
     for (int step = 0; step < 4; step++) wgmma(acc, a + 2 * step, b + 2 * step, step > 0 || add);
     wgmma_commit();
   };
-  for (int unit = blockIdx.x / 2; walk.seek(unit); unit += gridDim.x / 2) {
+  auto release = [&](u32 stage) {
+    if (lane < 2) barrier_arrive(at.empty + 8 * stage, lane);
+  };
+  // A lane holds B's scales of one K tile in 32; the next batch, or the next tile's first, is on its way.
+  const float *scale0, *scale1;
+  float batch0 = 0, batch1 = 0, ahead0, ahead1;
+  auto begin = [&](int unit) {
+    if (!walk.seek(unit)) return false;
+    const int block = min((2 * walk.pair + rank) * BN / 128, blocks_n - 1), next_block = min(block + 1, blocks_n - 1);
+    scale0 = scale_b + (long long)(walk.expert * blocks_n + block) * num_k;
+    scale1 = scale_b + (long long)(walk.expert * blocks_n + next_block) * num_k;
+    ahead0 = __ldg(scale0 + min(lane, num_k - 1)), ahead1 = __ldg(scale1 + min(lane, num_k - 1));
+    return true;
+  };
+  int unit = blockIdx.x / 2;
+  for (bool more = begin(unit); more;) {
     const u32 my_scales = at.scales + (warp * 16 + lane / 4 + ((walk.first_row + walk.row) & 3)) * 4;
     const int column = (2 * walk.pair + rank) * BN, boundary = (128 - column % 128) / 8;
-    const int block = min(column / 128, blocks_n - 1), next_block = min(block + 1, blocks_n - 1);
-    const float* scale0 = scale_b + (long long)(walk.expert * blocks_n + block) * num_k;
-    const float* scale1 = scale_b + (long long)(walk.expert * blocks_n + next_block) * num_k;
-    // A lane holds B's scales of one K tile in 32; the next batch is on its way.
-    float batch0 = 0, batch1 = 0;
-    float ahead0 = __ldg(scale0 + min(lane, num_k - 1)), ahead1 = __ldg(scale1 + min(lane, num_k - 1));
 #pragma unroll
-    for (int i = 0; i < BN / 2; i++) sum[i] = 0;
+    for (int i = 0; i < SUBTILES * (BN / 2); i++) sum[i / (BN / 2)][i % (BN / 2)] = 0;
     for (int k = 0; k < num_k; k += PAIRED ? 2 : 1) {
       if (k % 32 == 0) {
         batch0 = ahead0, batch1 = ahead1;
@@ -204,41 +218,55 @@ static __device__ __forceinline__ void consume(const Shared& at, const float* sc
       }
       const u32 stage0 = ring.stage;
       barrier_wait(at.full + 8 * ring.stage, ring.parity);
-      const float2 rows0 = row_scales(my_scales + stage0 * SA_BYTES);
-      turns.take();
-      multiply(acc0, stage0, !PROMOTE && k > 0);
       ring.next();
-      const float b0 = __shfl_sync(~0u, batch0, k % 32), b1 = __shfl_sync(~0u, batch1, k % 32);
-      const float c0 = __shfl_sync(~0u, batch0, k % 32 + 1), c1 = __shfl_sync(~0u, batch1, k % 32 + 1);
       const bool add0 = PROMOTE || k + (PAIRED ? 2 : 1) >= num_k, add1 = add0 || k + 3 >= num_k;
       if (PAIRED && k + 1 < num_k) {
+        const float2 rows0 = row_scales(my_scales + stage0 * SA_BYTES);
+        turns.take();
+        multiply(acc0, stage0, 0, !PROMOTE && k > 0);
         const u32 stage1 = ring.stage;
         barrier_wait(at.full + 8 * ring.stage, ring.parity);
-        const float2 rows1 = row_scales(my_scales + stage1 * SA_BYTES);
-        multiply(acc1, stage1, !PROMOTE && k > 0);
         ring.next();
+        const float2 rows1 = row_scales(my_scales + stage1 * SA_BYTES);
+        multiply(acc1, stage1, 0, !PROMOTE && k > 0);
         turns.give();
+        const float b0 = __shfl_sync(~0u, batch0, k % 32), b1 = __shfl_sync(~0u, batch1, k % 32);
+        const float c0 = __shfl_sync(~0u, batch0, k % 32 + 1), c1 = __shfl_sync(~0u, batch1, k % 32 + 1);
         wgmma_wait<1>();
-        if (lane < 2) barrier_arrive(at.empty + 8 * stage0, lane);
-        if (add0) promote_at(boundary, sum, acc0, rows0.x * b0, rows0.y * b0, rows0.x * b1, rows0.y * b1);
+        release(stage0);
+        if (add0) promote_at(boundary, sum[0], acc0, rows0.x * b0, rows0.y * b0, rows0.x * b1, rows0.y * b1);
         wgmma_wait<0>();
-        if (lane < 2) barrier_arrive(at.empty + 8 * stage1, lane);
-        if (add1) promote_at(boundary, sum, acc1, rows1.x * c0, rows1.y * c0, rows1.x * c1, rows1.y * c1);
+        release(stage1);
+        if (add1) promote_at(boundary, sum[0], acc1, rows1.x * c0, rows1.y * c0, rows1.x * c1, rows1.y * c1);
       } else {
-        turns.give();
-        wgmma_wait<0>();
-        if (lane < 2) barrier_arrive(at.empty + 8 * stage0, lane);
-        if (add0) promote_at(boundary, sum, acc0, rows0.x * b0, rows0.y * b0, rows0.x * b1, rows0.y * b1);
+#pragma unroll
+        for (int subtile = 0; subtile < SUBTILES; subtile++) {
+          const float2 rows0 = row_scales(my_scales + stage0 * SA_BYTES + subtile * SA_STRIDE);
+          turns.take();
+          multiply(acc0, stage0, subtile, !PROMOTE && k > 0);
+          turns.give();
+          const float b0 = __shfl_sync(~0u, batch0, k % 32), b1 = __shfl_sync(~0u, batch1, k % 32);
+          wgmma_wait<0>();
+          if (subtile == SUBTILES - 1) release(stage0);
+          if (add0) promote_at(boundary, sum[subtile], acc0, rows0.x * b0, rows0.y * b0, rows0.x * b1, rows0.y * b1);
+        }
       }
     }
-    const int row = walk.row + warp * 16;
+    const int row = walk.row + warp * 16, valid_columns = N - column, count = walk.count;
     const long long first = (long long)(walk.first_row + row) * N + column;
-    if constexpr (OUT_FP32) {
-      store_fp32(sum, (float*)d + first, walk.count - row, N - column, N, lane);
-    } else {
-      const u32 buffer = at.out + warp * (16 * OUT_ROW_BYTES);
-      store_bf16(sum, buffer, (u16*)d + first, walk.count - row, N - column, N, lane);
+    if (PAIRED) more = begin(unit += gridDim.x / 2);
+    const u32 buffer = at.out + warp * (16 * OUT_ROW_BYTES);
+#pragma unroll
+    for (int subtile = 0; subtile < SUBTILES; subtile++) {
+      const int down = subtile * (64 * WARPGROUPS), valid_rows = count - row - down;
+      const long long to = first + (long long)down * N;
+      if constexpr (OUT_FP32) {
+        store_fp32(sum[subtile], (float*)d + to, valid_rows, valid_columns, N, lane);
+      } else {
+        store_bf16(sum[subtile], buffer, (u16*)d + to, valid_rows, valid_columns, N, lane);
+      }
     }
+    if (!PAIRED) more = begin(unit += gridDim.x / 2);  // before, its registers would not fit
   }
   turns.finish();
 }
@@ -269,11 +297,11 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(128 + 128
   cluster_sync();
   const int num_pairs = (N + 2 * BN - 1) / (2 * BN);
   if (threadIdx.x < 128) {
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(PAIRED ? 40 : 32));
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(WARPGROUPS == 2 ? 40 : 32));
     const Walk walk(counts, num_rows, num_experts, num_pairs);
     if (threadIdx.x == 0) produce(at, map_a, map_sa, map_b, walk, N, num_k, rank);
   } else {
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(PAIRED ? 232 : 160));
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(WARPGROUPS == 2 ? 232 : 160));
     const Walk walk(counts, num_rows, num_experts, num_pairs);
     consume(at, scale_b, d, walk, N, num_k, rank);
   }

@@ -70,6 +70,21 @@ static __device__ __forceinline__ void load_box_for_both(u32 to, const TensorMap
       : "memory");
 }
 
+// A row from shared to global memory behind the thread's back; both addresses and the size are multiples of 16.
+static __device__ __forceinline__ void store_row(void* to, u32 from, u32 bytes) {
+  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(to), "r"(from), "r"(bytes) : "memory");
+}
+// The same, added in L2.
+static __device__ __forceinline__ void add_row(float* to, u32 from, u32 bytes) {
+  asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(to), "r"(from), "r"(bytes)
+               : "memory");
+}
+static __device__ __forceinline__ void rows_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+// Until the rows that this thread sent have been read: their place may be written anew, or given up.
+static __device__ __forceinline__ void rows_read() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
+// Makes this thread's writes to shared memory visible to the copy engine.
+static __device__ __forceinline__ void fence_for_copies() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
 // Volatile, so that it stays on its side of a change of the register budget: a load in flight there is fatal.
 static __device__ __forceinline__ int load_count(const int* from) {
   int count;

@@ -14,7 +14,7 @@ use tch::{Device, Kind, Tensor};
 pub(crate) mod cpu;
 mod plan;
 mod wgmma;
-pub use plan::{PLANS, Plan};
+pub use plan::{FORWARD_PLANS, Plan, WGRAD_PLANS};
 
 const HOPPER: &str = include_str!("hopper.cuh");
 const FORWARD: &str = include_str!("forward.cu");
@@ -85,6 +85,8 @@ pub(crate) fn forward_into(a: &Rows, b: &Blocks, counts: Option<&Tensor>, out: &
     let gpu = device::gpu(a.values.device());
     let num_sms = options.num_sms.unwrap_or(gpu.num_sms());
     let plan = options.plan.unwrap_or_else(|| Plan::forward([m, n, k], groups.num(), num_sms));
+    // Only a pair of accumulators can hold sums along all of K.
+    let plan = if options.without_promotion { FORWARD_PLANS[2] } else { plan };
     let kernel = forward_kernel(plan, options, a.values.device());
     Launch::new(gpu, &kernel)
         .map(&a.values, plan.rows() / 2, 128)
@@ -135,14 +137,14 @@ pub(crate) fn wgrad_into(
 fn forward_source(plan: Plan, options: Options) -> Source {
     let flag = |on: bool| u8::from(on).to_string();
     let mut defines = vec![("BN", plan.width.to_string()), ("STAGES", plan.forward_stages().to_string())];
-    defines.extend([("WARPGROUPS", plan.warpgroups.to_string()), ("ORDERED", flag(plan.turns))]);
+    defines.extend([("WARPGROUPS", plan.warpgroups.to_string()), ("SUBTILES", plan.subtiles.to_string()), ("BAND", "2048".to_string()), ("ORDERED", flag(plan.turns))]);
     defines.extend([("PROMOTE", flag(!options.without_promotion)), ("OUT_FP32", flag(options.out_fp32))]);
     Source { name: "gemm_forward", text: [HOPPER, &wgmma::text(plan.width), FORWARD].concat(), defines }
 }
 
 fn wgrad_source(plan: Plan, write: Write) -> Source {
     let mut defines = vec![("BN", plan.width.to_string()), ("STAGES", plan.wgrad_stages().to_string())];
-    defines.extend([("WARPGROUPS", plan.warpgroups.to_string()), ("ORDERED", u8::from(plan.turns).to_string())]);
+    defines.extend([("WARPGROUPS", plan.warpgroups.to_string()), ("SUBTILES", plan.subtiles.to_string()), ("BAND", "2048".to_string()), ("ORDERED", u8::from(plan.turns).to_string())]);
     defines.extend([("ACCUMULATE", u8::from(write == Write::Accumulate).to_string())]);
     Source { name: "gemm_wgrad", text: [HOPPER, &wgmma::text(plan.width), WGRAD].concat(), defines }
 }
@@ -162,11 +164,13 @@ fn wgrad_kernel(plan: Plan, write: Write, device: Device) -> Arc<Kernel> {
 /// Every variant that a plan may choose, for a test that compiles them all.
 pub fn sources() -> Vec<(Source, &'static str)> {
     let mut all = Vec::new();
-    for plan in PLANS {
+    for plan in FORWARD_PLANS {
         for out_fp32 in [false, true] {
             let options = Options { out_fp32, ..Options::default() };
             all.push((forward_source(plan, options), "gemm_forward"));
         }
+    }
+    for plan in WGRAD_PLANS {
         for write in [Write::Accumulate, Write::Assign] {
             all.push((wgrad_source(plan, write), "gemm_wgrad"));
         }

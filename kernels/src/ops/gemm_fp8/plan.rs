@@ -1,74 +1,89 @@
 //! Which tile a GEMM uses: a small model (waves × cost of a tile), no search at run time.
 use crate::launch::Shape;
 
-/// A tile: 64 rows for each warpgroup, `width` columns.
+/// A tile: each warpgroup takes `subtiles` of 64 rows; `width` columns.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Plan {
     pub warpgroups: usize,
+    pub subtiles: usize,
     pub width: usize,
     /// The two warpgroups take turns at the matrix unit.
     pub turns: bool,
 }
 
-const fn plan(warpgroups: usize, width: usize) -> Plan {
-    Plan { warpgroups, width, turns: warpgroups == 2 }
+const fn plan(warpgroups: usize, subtiles: usize, width: usize) -> Plan {
+    Plan { warpgroups, subtiles, width, turns: warpgroups == 2 }
 }
 
-/// A tile of any of these meets at most two scales of 128 columns. Two warpgroups have registers for a sum and two
-/// accumulators of such a width, three for one.
-pub const PLANS: [Plan; 4] = [plan(2, 64), plan(2, 96), plan(2, 128), plan(3, 128)];
+/// A tile of any of these meets at most two scales of 128 columns, and its sums and accumulators fit the registers.
+pub const FORWARD_PLANS: [Plan; 5] = [plan(2, 1, 64), plan(2, 1, 96), plan(2, 1, 128), plan(3, 1, 128), plan(2, 2, 128)];
+pub const WGRAD_PLANS: [Plan; 4] = [plan(2, 1, 64), plan(2, 1, 96), plan(2, 1, 128), plan(2, 2, 128)];
 
 /// Shared memory of a block on Hopper, less 1 KiB to align the ring and room for its barriers.
 const SHARED_BYTES: usize = 227 * 1024 - 1024 - 256;
-/// Of the epilogue, a warp: 16 rows of 32 BF16 columns and 16 bytes of padding.
-const OUT_WARP_BYTES: usize = 16 * (32 * 2 + 16);
 const MOST_STAGES: usize = 8;
 
 impl Plan {
     pub(super) fn rows(self) -> usize {
-        64 * self.warpgroups
+        64 * self.warpgroups * self.subtiles
     }
 
     /// For [M, N, K] and rows that fall on `num_experts` in an unknown way.
     pub(super) fn forward([m, n, k]: [i64; 3], num_experts: i64, num_sms: usize) -> Plan {
-        best(|plan| {
+        best(&FORWARD_PLANS, |plan| {
             // On average the last tile of an expert is half full.
             let tiles_m = m as f64 / plan.rows() as f64 + if num_experts > 1 { num_experts as f64 / 2.0 } else { 0.0 };
-            let tile = k as f64 / 128.0 * plan.k_tile_cost() + 2.0 * plan.width as f64 / 128.0 + 1.0;
+            let tile = k as f64 / 128.0 * plan.k_tile_cost() + plan.area();
             waves(tiles_m.ceil(), pairs(n, plan), num_sms) * tile
         })
     }
 
     /// For [M, N, rows]: every expert has a gradient of its own.
     pub(super) fn wgrad([m, n, rows]: [i64; 3], num_experts: i64, num_sms: usize) -> Plan {
-        best(|plan| {
+        best(&WGRAD_PLANS, |plan| {
             let tiles_m = (m as f64 / plan.rows() as f64).ceil() * num_experts as f64;
-            let tile = rows as f64 / num_experts as f64 / 128.0 * plan.k_tile_cost() + 4.0 * plan.width as f64 / 128.0;
+            let tile = rows as f64 / num_experts as f64 / 128.0 * plan.k_tile_cost() + 3.0 * plan.area();
             waves(tiles_m, pairs(n, plan), num_sms) * tile
         })
     }
 
+    fn area(self) -> f64 {
+        (self.rows() * self.width) as f64 / (128.0 * 128.0)
+    }
+
     /// Time of 128 of K, in units of a tile of 128×128.
     fn k_tile_cost(self) -> f64 {
-        let area = (self.rows() * self.width) as f64 / (128.0 * 128.0);
-        0.45 + 0.55 * area + if 128 % self.width == 0 { 0.0 } else { 0.08 }
+        // Measured on one H100 (bench_gpu sweep), as everything here: change it when a kernel changes.
+        match (self.warpgroups, self.subtiles, self.width) {
+            (_, _, 64) => 0.69,
+            (_, _, 96) => 0.93,
+            (3, _, _) => 1.6,
+            (_, 2, _) => 1.96,
+            _ => 1.0,
+        }
     }
 
     fn stages(self, stage_bytes: usize, other_bytes: usize) -> usize {
         ((SHARED_BYTES - other_bytes) / (stage_bytes + 16)).min(MOST_STAGES)
     }
     fn out_bytes(self) -> usize {
-        4 * self.warpgroups * OUT_WARP_BYTES
+        // A warp turns 16 rows of 64 or 32 columns at a time, with 16 bytes of padding.
+        let columns = if self.warpgroups == 2 && self.width.is_multiple_of(64) { 64 } else { 32 };
+        4 * self.warpgroups * 16 * (columns * 2 + 16)
     }
-    /// The scales of a stage of A: rows of an expert may start anywhere, and the copy engine at every fourth.
+    fn wgrad_out_bytes(self) -> usize {
+        let columns = if self.subtiles == 1 && self.width.is_multiple_of(64) { 64 } else { 32 };
+        4 * self.warpgroups * 16 * (columns * 4 + 32)
+    }
+    /// The scales of a box of A: rows of an expert may start anywhere, and the copy engine at every fourth.
     pub(super) fn row_scales(self) -> usize {
-        self.rows() + 4
+        self.rows() / self.subtiles + 4
     }
     fn values_bytes(self) -> usize {
         (self.rows() + self.width) * 128
     }
     fn forward_stage_bytes(self) -> usize {
-        self.values_bytes() + (self.row_scales() * 4).next_multiple_of(128)
+        self.values_bytes() + self.subtiles * (self.row_scales() * 4).next_multiple_of(128)
     }
     fn wgrad_stage_bytes(self) -> usize {
         self.values_bytes() + self.rows() * 4 + (self.width * 4).next_multiple_of(128)
@@ -77,13 +92,13 @@ impl Plan {
         self.stages(self.forward_stage_bytes(), self.out_bytes())
     }
     pub(super) fn wgrad_stages(self) -> usize {
-        self.stages(self.wgrad_stage_bytes(), 0)
+        self.stages(self.wgrad_stage_bytes(), self.wgrad_out_bytes())
     }
     pub(super) fn forward_bytes(self) -> usize {
         self.forward_stages() * (self.forward_stage_bytes() + 16) + self.out_bytes() + 1024
     }
     pub(super) fn wgrad_bytes(self) -> usize {
-        self.wgrad_stages() * (self.wgrad_stage_bytes() + 16) + 1024
+        self.wgrad_stages() * (self.wgrad_stage_bytes() + 16) + self.wgrad_out_bytes() + 1024
     }
 
     /// Persistent blocks in clusters of two.
@@ -101,6 +116,6 @@ fn waves(tiles_m: f64, pairs: f64, num_sms: usize) -> f64 {
     (tiles_m * pairs / (num_sms / 2) as f64).ceil()
 }
 
-fn best(cost: impl Fn(Plan) -> f64) -> Plan {
-    PLANS.into_iter().min_by(|&a, &b| cost(a).total_cmp(&cost(b))).expect("there is a plan")
+fn best(plans: &[Plan], cost: impl Fn(Plan) -> f64) -> Plan {
+    *plans.iter().min_by(|a, b| cost(**a).total_cmp(&cost(**b))).expect("there is a plan")
 }

@@ -1,17 +1,21 @@
 // D[e][M, N] (+)= A[M, P] · B[N, P]ᵀ over the columns of expert e, both operands scaled 1×128 along P, FP32 out.
 // Each expert's columns start on a tile of 128 and end in zeros. Follows hopper.cuh and wgmma().
 //
-// Defined from outside: WARPGROUPS of 64 rows and BN columns of a tile, STAGES of the ring, ACCUMULATE, ORDERED (hopper.cuh).
+// Defined from outside: WARPGROUPS, each with SUBTILES of 64 rows, BN columns of a tile, STAGES of the ring, ACCUMULATE, ORDERED (hopper.cuh).
 //
 // Clusters of two as in forward.cu. Both scales vary inside a tile, so a promotion costs a multiplication more for
 // every element.
-constexpr int BM = 64 * WARPGROUPS, BK = 128, GROUP = 2048 / BM, CONSUMER_WARPS = 4 * WARPGROUPS;
-constexpr bool PAIRED = WARPGROUPS == 2;  // as in forward.cu
+constexpr int BM = 64 * WARPGROUPS * SUBTILES, BK = 128, GROUP = BAND / BM, CONSUMER_WARPS = 4 * WARPGROUPS;
+constexpr bool PAIRED = SUBTILES == 1;  // as in forward.cu
 constexpr int A_BYTES = BM * BK, B_BYTES = BN * BK, SA_BYTES = BM * 4, SB_BYTES = (BN * 4 + 127) / 128 * 128;
 constexpr int STAGE_BYTES = A_BYTES + B_BYTES + SA_BYTES + BN * 4;
 
+// Epilogue: each warp has a place for 16 rows of 64 columns, with padding to keep the banks apart.
+constexpr int CHUNK = SUBTILES == 1 && BN % 64 == 0 ? 64 : 32, OUT_ROW_BYTES = CHUNK * 4 + 32;
+constexpr int OUT_BYTES = CONSUMER_WARPS * 16 * OUT_ROW_BYTES;
+
 struct Shared {
-  u32 a, b, scales_a, scales_b, full, empty;
+  u32 a, b, scales_a, scales_b, out, full, empty;
 };
 
 // Tiles expert by expert; within one, bands of GROUP tiles along M.
@@ -78,72 +82,98 @@ static __device__ __forceinline__ void promote(float (&sum)[BN / 2], const float
   }
 }
 
-static __device__ __forceinline__ void write(const float (&sum)[BN / 2], float* d, int valid_rows, int valid_columns,
-                                             int N, int lane) {
+// One warp's 16 rows: into shared memory, and from there row by row through the copy engine, which adds them in L2.
+// One block owns each element of a launch, so the order of the sum is fixed.
+static __device__ __forceinline__ void write(const float (&sum)[BN / 2], u32 buffer, float* d, int valid_rows,
+                                             int valid_columns, int N, int lane) {
+  const u32 put = buffer + lane / 4 * OUT_ROW_BYTES + lane % 4 * 8;
 #pragma unroll
-  for (int i = 0; i < BN / 2; i += 2) {
-    const int row = lane / 4 + (i / 2 % 2) * 8, n = i / 4 * 8 + lane % 4 * 2;
-    if (row < valid_rows && n < valid_columns) {
-      float* to = d + (long long)row * N + n;
-      // One block owns each element of a launch, so the order of the sum is fixed although it is made in L2.
+  for (int chunk = 0; chunk < BN; chunk += CHUNK) {
+    rows_read();
+    __syncwarp();
+#pragma unroll
+    for (int j = 0; j < CHUNK / 8; j++) {
+      const float* f = sum + (chunk / 8 + j) * 4;
+      asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(put + j * 32), "f"(f[0]), "f"(f[1]) : "memory");
+      asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(put + j * 32 + 8 * OUT_ROW_BYTES), "f"(f[2]), "f"(f[3])
+                   : "memory");
+    }
+    fence_for_copies();
+    __syncwarp();
+    const int columns = min(CHUNK, valid_columns - chunk);
+    if (lane < min(16, valid_rows) && columns > 0) {
+      float* to = d + (long long)lane * N + chunk;
       if (ACCUMULATE) {
-        asm volatile("red.relaxed.gpu.global.add.v2.f32 [%0], {%1, %2};" ::"l"(to), "f"(sum[i]), "f"(sum[i + 1]) : "memory");
+        add_row(to, buffer + lane * OUT_ROW_BYTES, columns * 4);
       } else {
-        *(float2*)to = make_float2(sum[i], sum[i + 1]);
+        store_row(to, buffer + lane * OUT_ROW_BYTES, columns * 4);
       }
     }
+    rows_commit();
   }
 }
 
-// Two K tiles at a time, as in forward.cu.
+// PAIRED or SUBTILES as in forward.cu.
 static __device__ __forceinline__ void consume(const Shared& at, float* d, Walk walk, int M, int N, u32 rank) {
   const int warp = threadIdx.x / 32 - 4, lane = threadIdx.x % 32;
   const u32 my_scales_a = at.scales_a + (warp * 16 + lane / 4) * 4, my_scales_b = at.scales_b + lane % 4 * 8;
   const Turns turns(warp / 4);
   Ring<STAGES> ring;
-  float sum[BN / 2], acc0[BN / 2], acc1[BN / 2];
-  auto multiply = [&](float(&acc)[BN / 2], u32 stage) {
-    const u64 a = matrix_descriptor(at.a + stage * A_BYTES + warp / 4 * (64 * BK));
+  float sum[SUBTILES][BN / 2], acc0[BN / 2], acc1[BN / 2];
+  auto multiply = [&](float(&acc)[BN / 2], u32 stage, int subtile) {
+    const u64 a = matrix_descriptor(at.a + stage * A_BYTES + (subtile * WARPGROUPS + warp / 4) * (64 * BK));
     const u64 b = matrix_descriptor(at.b + stage * B_BYTES);
     wgmma_fence();
 #pragma unroll
     for (int step = 0; step < 4; step++) wgmma(acc, a + 2 * step, b + 2 * step, step > 0);
     wgmma_commit();
   };
-  auto add = [&](const float(&acc)[BN / 2], u32 stage) {
-    promote(sum, acc, my_scales_a + stage * SA_BYTES, my_scales_b + stage * SB_BYTES);
-    if (lane < 2) barrier_arrive(at.empty + 8 * stage, lane);
+  auto add = [&](const float(&acc)[BN / 2], u32 stage, int subtile) {
+    promote(sum[subtile], acc, my_scales_a + stage * SA_BYTES + subtile * (64 * WARPGROUPS * 4),
+            my_scales_b + stage * SB_BYTES);
+    if (subtile == SUBTILES - 1 && lane < 2) barrier_arrive(at.empty + 8 * stage, lane);
   };
   for (int unit = blockIdx.x / 2; walk.seek(unit); unit += gridDim.x / 2) {
 #pragma unroll
-    for (int i = 0; i < BN / 2; i++) sum[i] = 0;
+    for (int i = 0; i < SUBTILES * (BN / 2); i++) sum[i / (BN / 2)][i % (BN / 2)] = 0;
     for (int k = 0; k < walk.num_k; k += PAIRED ? 2 : 1) {
       const u32 stage0 = ring.stage;
       barrier_wait(at.full + 8 * ring.stage, ring.parity);
-      turns.take();
-      multiply(acc0, stage0);
       ring.next();
       if (PAIRED && k + 1 < walk.num_k) {
+        turns.take();
+        multiply(acc0, stage0, 0);
         const u32 stage1 = ring.stage;
         barrier_wait(at.full + 8 * ring.stage, ring.parity);
-        multiply(acc1, stage1);
         ring.next();
+        multiply(acc1, stage1, 0);
         turns.give();
         wgmma_wait<1>();
-        add(acc0, stage0);
+        add(acc0, stage0, 0);
         wgmma_wait<0>();
-        add(acc1, stage1);
+        add(acc1, stage1, 0);
       } else {
-        turns.give();
-        wgmma_wait<0>();
-        add(acc0, stage0);
+#pragma unroll
+        for (int subtile = 0; subtile < SUBTILES; subtile++) {
+          turns.take();
+          multiply(acc0, stage0, subtile);
+          turns.give();
+          wgmma_wait<0>();
+          add(acc0, stage0, subtile);
+        }
       }
     }
     if (ACCUMULATE && walk.num_k == 0) continue;
-    const int row = walk.row + warp * 16, column = (2 * walk.pair + rank) * BN;
-    write(sum, d + ((long long)walk.expert * M + row) * N + column, M - row, N - column, N, lane);
+    const int column = (2 * walk.pair + rank) * BN;
+#pragma unroll
+    for (int subtile = 0; subtile < SUBTILES; subtile++) {
+      const int row = walk.row + subtile * (64 * WARPGROUPS) + warp * 16;
+      float* to = d + ((long long)walk.expert * M + row) * N + column;
+      write(sum[subtile], at.out + warp * (16 * OUT_ROW_BYTES), to, M - row, N - column, N, lane);
+    }
   }
   turns.finish();
+  rows_read();
 }
 
 // a [M, P], scale_a [P/128, M], b [N, P], scale_b [P/128, N], d [experts, M, N]; counts is null for one expert with
@@ -158,7 +188,8 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(128 + 128
   at.b = at.a + STAGES * A_BYTES;
   at.scales_a = at.b + STAGES * B_BYTES;
   at.scales_b = at.scales_a + STAGES * SA_BYTES;
-  at.full = at.scales_b + STAGES * SB_BYTES;
+  at.out = at.scales_b + STAGES * SB_BYTES;
+  at.full = at.out + OUT_BYTES;
   at.empty = at.full + 8 * STAGES;
   const u32 rank = cluster_rank();
   if (threadIdx.x == 0) {
@@ -172,11 +203,11 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(128 + 128
   cluster_sync();
   const int num_tiles = (M + BM - 1) / BM, num_pairs = (N + 2 * BN - 1) / (2 * BN);
   if (threadIdx.x < 128) {
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(PAIRED ? 40 : 32));
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(WARPGROUPS == 2 ? 40 : 32));
     const Walk walk(counts, num_rows, num_experts, num_tiles, num_pairs);
     if (threadIdx.x == 0) produce(at, map_a, map_sa, map_b, map_sb, walk, rank);
   } else {
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(PAIRED ? 232 : 160));
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(WARPGROUPS == 2 ? 232 : 160));
     const Walk walk(counts, num_rows, num_experts, num_tiles, num_pairs);
     consume(at, d, walk, M, N, rank);
   }
