@@ -23,7 +23,9 @@ pub struct HeadIn {
 
 pub struct HeadSaved {
     hidden: Tensor,
+    /// Without the scale.
     dlogits: Tensor, // [T, V]
+    scale: f64,
 }
 
 impl Layer for LmHead {
@@ -42,16 +44,14 @@ impl Layer for LmHead {
         for start in (0..total).step_by(ROWS as usize) {
             let rows = ROWS.min(total - start);
             let logits = linear::forward(&x.hidden.narrow(0, start, rows), weight); // [rows, V]
-            let (sum, gradient) = cross_entropy::forward(logits, &x.targets.narrow(0, start, rows), x.scale);
-            dlogits.narrow(0, start, rows).copy_(&gradient);
-            loss += sum;
+            loss += cross_entropy::forward(logits, &x.targets.narrow(0, start, rows), &mut dlogits.narrow(0, start, rows));
         }
-        (loss, HeadSaved { hidden: x.hidden, dlogits })
+        (loss, HeadSaved { hidden: x.hidden, dlogits, scale: x.scale })
     }
     fn backward_input(&self, w: &Weights, _: (), saved: HeadSaved) -> (Tensor, HeadSaved) {
-        (linear::backward_input(&saved.dlogits, w.get(self.weight)), saved)
+        (linear::backward_input(&saved.dlogits, w.get(self.weight)) * saved.scale, saved)
     }
     fn backward_weight(&self, work: HeadSaved, grads: &mut Grads) {
-        grads.add_product(self.weight, &work.dlogits, &work.hidden);
+        grads.add_product(self.weight, &work.dlogits, &(work.hidden * work.scale));
     }
 }

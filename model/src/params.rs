@@ -173,6 +173,12 @@ impl Grads {
         let (kind, device, table) = (self.kind, self.device, &self.table);
         self.tensors[id.0].get_or_insert_with(|| Tensor::zeros(&table.spec(id).shape, (kind, device)))
     }
+    /// The accumulator of a stack of matrices, and whether the caller must assign every one (nothing is in it yet).
+    pub fn stack(&mut self, id: ParamId) -> (&mut Tensor, bool) {
+        let (kind, device, table) = (self.kind, self.device, &self.table);
+        let fresh = self.tensors[id.0].is_none();
+        (self.tensors[id.0].get_or_insert_with(|| Tensor::empty(&table.spec(id).shape, (kind, device))), fresh)
+    }
     /// gradient += dyᵀ · x. The first contribution assigns: no zeros are written to be read again.
     pub fn add_product(&mut self, id: ParamId, dy: &Tensor, x: &Tensor) {
         match &mut self.tensors[id.0] {

@@ -2,8 +2,8 @@
 //! every state is read from memory once and written once.
 use tch::Tensor;
 
-/// Elements of a piece: five of them in FP32 fit a second-level cache.
-const PIECE: i64 = 16 * 1024;
+/// Elements of a piece: large enough for two threads to share, small enough for a core's caches.
+const PIECE: i64 = 64 * 1024;
 
 #[derive(Clone, Debug, PartialEq)]
 pub struct AdamW {

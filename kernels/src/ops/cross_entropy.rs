@@ -5,18 +5,23 @@
 use super::wide;
 use tch::Tensor;
 
-/// logits [T, V], targets [T] i64 → (Σ over tokens of the loss, in at least FP32; d(scale · Σ loss)/dlogits [T, V]
-/// in the logits' kind). `scale` is 1 / (targets of the global batch), times the loss's weight.
-pub fn forward(logits: Tensor, targets: &Tensor, scale: f64) -> (Tensor, Tensor) {
+/// logits [T, V], targets [T] i64 → Σ over tokens of the loss, in at least FP32; d(Σ loss)/dlogits is written to
+/// `dlogits` [T, V], of the logits' kind. What the loss is scaled by is the caller's: a product with the hidden
+/// state is narrower than the logits.
+pub fn forward(logits: Tensor, targets: &Tensor, dlogits: &mut Tensor) -> Tensor {
     let kind = logits.kind();
-    let log_p = logits.log_softmax(-1, wide(kind));
-    drop(logits);
     let targets = targets.unsqueeze(1);
+    let mut log_p = if kind == wide(kind) {
+        logits.log_softmax_int_out(dlogits, -1, kind) // softmax − onehot is made in its place
+    } else {
+        logits.log_softmax(-1, wide(kind))
+    };
     let loss = -log_p.gather(1, &targets, false).sum(wide(kind));
-    let mut dlogits = log_p; // ours alone: softmax − onehot is made in its place
-    let _ = dlogits.exp_();
-    let minus_one = Tensor::full_like(&targets, -1.0).to_kind(dlogits.kind());
-    let _ = dlogits.scatter_add_(1, &targets, &minus_one);
-    let _ = dlogits.g_mul_scalar_(scale);
-    (loss, dlogits.to_kind(kind))
+    let _ = log_p.exp_();
+    let minus_one = Tensor::full_like(&targets, -1.0).to_kind(log_p.kind());
+    let _ = log_p.scatter_add_(1, &targets, &minus_one);
+    if kind != wide(kind) {
+        dlogits.copy_(&log_p);
+    }
+    loss
 }
