@@ -1,15 +1,22 @@
 //! Run under mpirun: every collective over MPI, compared bit for bit with the same program over threads.
 //! `mpirun -n 4 comm_check [--bench N]`; the last line of rank 0 is `comm_check: N ranks equal`.
+//! On GPU machines, with libtorch_cuda.so in LD_PRELOAD: `--gpu nccl` (a GPU a rank, one host) and `--gpu staged`
+//! (all ranks on GPU 0) run it on GPU tensors, too.
 //! `--bench N` also times the all_reduce of N f32 elements; `--panic R` and `--wrong-size` show how it fails.
 
 use parallel::comm::checked::checked;
 use parallel::comm::local::run_local;
 use parallel::comm::mpi::MpiWorld;
+use parallel::comm::nccl;
 use parallel::comm::{Comm, Communicator, Reduce, TensorSpec, barrier, broadcast_bytes, gather_bytes};
 use std::time::Instant;
 use tch::{Device, Kind, Tensor};
 
 const KINDS: [Kind; 6] = [Kind::Double, Kind::Float, Kind::BFloat16, Kind::Half, Kind::Int64, Kind::Int];
+
+/// A communicator and where the program's tensors are.
+#[derive(Clone, Copy)]
+struct On<'a>(&'a dyn Communicator, Device);
 
 /// Values whose sums round, so that another order of addition shows; differs by rank and `salt`.
 fn sample(rank: usize, salt: usize, shape: &[i64], kind: Kind) -> Tensor {
@@ -19,7 +26,7 @@ fn sample(rank: usize, salt: usize, shape: &[i64], kind: Kind) -> Tensor {
 }
 
 fn bytes(tensor: &Tensor) -> Vec<u8> {
-    let flat = tensor.contiguous().view([-1]).view_dtype(Kind::Uint8);
+    let flat = tensor.to_device(Device::Cpu).contiguous().view([-1]).view_dtype(Kind::Uint8);
     Vec::<u8>::try_from(&flat).expect("bytes")
 }
 
@@ -31,14 +38,15 @@ fn keep(results: &mut Results, name: &str, tensors: Vec<Tensor>) {
 }
 
 /// The program that both back ends run: reductions small and large, moves of every kind, groups, odd waits.
-fn program(comm: &dyn Communicator) -> Results {
+fn program(on: On) -> Results {
     let mut results = Results::new();
-    collectives(comm, &mut results);
-    moves(comm, &mut results);
+    let On(comm, device) = on;
+    collectives(on, &mut results);
+    moves(on, &mut results);
     // Sub-groups by parity in reverse order; then the world again, so that numbering does not get mixed.
     let group = comm.split(comm.rank() % 2, comm.size() - comm.rank()).unwrap();
-    collectives(&*group, &mut results);
-    moves(&*group, &mut results);
+    collectives(On(&*group, device), &mut results);
+    moves(On(&*group, device), &mut results);
     let all = gather_bytes(comm, format!("{}:{}", group.rank(), "x".repeat(comm.rank())).as_bytes()).unwrap();
     let last = broadcast_bytes(comm, &all[comm.rank()], comm.size() - 1).unwrap();
     results.push(("bytes".into(), vec![], [all.concat(), last].concat()));
@@ -46,14 +54,15 @@ fn program(comm: &dyn Communicator) -> Results {
     results
 }
 
-fn collectives(comm: &dyn Communicator, results: &mut Results) {
+fn collectives(On(comm, device): On, results: &mut Results) {
+    let sample = |rank, salt, shape: &[i64], kind| sample(rank, salt, shape, kind).to_device(device);
     let (me, size) = (comm.rank(), comm.size());
     for kind in KINDS {
         for rows in [size as i64, 3000 * size as i64] {
             let mine = |salt| sample(me, salt, &[rows, 7], kind);
             for reduce in [Reduce::Sum, Reduce::Max, Reduce::Min] {
                 let odd = sample(me, 9, &[rows * 7 + 1], kind);
-                let got = comm.all_reduce(vec![mine(0), odd, mine(1).sum(kind)], reduce).unwrap().wait().unwrap();
+                let got = comm.all_reduce(vec![mine(0), odd, mine(1).view([-1]).get(3)], reduce).unwrap().wait().unwrap();
                 keep(results, &format!("all_reduce {reduce:?} {rows}"), got);
             }
             keep(results, "reduce_scatter", comm.reduce_scatter(vec![mine(2), mine(3)]).unwrap().wait().unwrap());
@@ -77,14 +86,14 @@ fn collectives(comm: &dyn Communicator, results: &mut Results) {
     keep(results, "second", second);
 }
 
-fn moves(comm: &dyn Communicator, results: &mut Results) {
+fn moves(On(comm, device): On, results: &mut Results) {
     let (me, size) = (comm.rank(), comm.size());
     let rows = |from: usize, to: usize| ((from + 3 * to) % 4 * 5) as i64;
     let send: Vec<i64> = (0..size).map(|p| rows(me, p)).collect();
     let recv: Vec<i64> = (0..size).map(|p| rows(p, me)).collect();
     let total: i64 = send.iter().sum();
     for kind in KINDS.into_iter().chain([Kind::Uint8, Kind::Bool, Kind::Float8e4m3fn]) {
-        let of = |salt, shape: &[i64]| sample(me, salt, shape, Kind::Float).clamp(-400.0, 400.0).to_kind(kind);
+        let of = |salt, shape: &[i64]| sample(me, salt, shape, Kind::Float).clamp(-400.0, 400.0).to_kind(kind).to_device(device);
         let got = comm.all_to_all(vec![of(1, &[total, 64]), of(2, &[total])], &send, &recv).unwrap().wait().unwrap();
         keep(results, "all_to_all", got);
         for root in 0..size {
@@ -92,7 +101,7 @@ fn moves(comm: &dyn Communicator, results: &mut Results) {
             keep(results, &format!("broadcast {root}"), got);
         }
         // A ring with two messages each way, the second pair waited for first.
-        let spec = |n: i64| TensorSpec { shape: vec![n, 3], kind, device: Device::Cpu };
+        let spec = |n: i64| TensorSpec { shape: vec![n, 3], kind, device };
         let (next, previous) = ((me + 1) % size, (me + size - 1) % size);
         let ring = |salt, n: i64| comm.exchange(vec![(next, of(salt, &[n, 3])), (previous, of(salt + 1, &[n, 3]))], vec![(previous, spec(n)), (next, spec(n))]);
         let (first, second) = (ring(5, 700).unwrap(), ring(7, 2).unwrap());
@@ -131,6 +140,17 @@ fn bench(comm: &Comm, elements: i64) {
     }
 }
 
+/// The same on GPU tensors: over NCCL with a GPU a rank, or staged through the host with all ranks on GPU 0.
+fn gpu(comm: &Comm, over_nccl: bool, expected: &Results) {
+    let device = if over_nccl { comm.rank() } else { 0 };
+    assert!(tch::Cuda::device_count() > device as i64, "torch sees no GPU {device}: is libtorch_cuda.so preloaded?");
+    let carrier = if over_nccl { nccl::connect(comm.clone(), &nccl::Options { device, ..Default::default() }).expect("NCCL") } else { comm.clone() };
+    compare(&program(On(&*carrier, Device::Cuda(device))), expected, comm.rank());
+    if comm.rank() == 0 {
+        println!("comm_check: GPU tensors equal on {} ranks", comm.size());
+    }
+}
+
 /// Rank 0 sends 2 numbers where rank 1 expects 10.
 fn wrong_size(comm: &dyn Communicator) {
     let spec = TensorSpec { shape: vec![10], kind: Kind::Float, device: Device::Cpu };
@@ -155,15 +175,18 @@ fn main() {
     if args.iter().any(|a| a == "--wrong-size") {
         return wrong_size(&*comm);
     }
-    let expected = run_local(comm.size(), |comm| program(&*comm));
-    compare(&program(&*comm), &expected[comm.rank()], comm.rank());
-    // The same in pieces of 999 bytes: what a message over 2 GiB goes through, cut where no element ends.
-    world.set_piece_bytes(999);
-    compare(&program(&*comm), &expected[comm.rank()], comm.rank());
+    let expected = run_local(comm.size(), |comm| program(On(&*comm, Device::Cpu)));
+    compare(&program(On(&*comm, Device::Cpu)), &expected[comm.rank()], comm.rank());
+    // The same in pieces of 9,999 bytes: what a message over 2 GiB goes through, cut where no element ends.
+    world.set_piece_bytes(9_999);
+    compare(&program(On(&*comm, Device::Cpu)), &expected[comm.rank()], comm.rank());
     world.set_piece_bytes(1 << 30);
     // The debug wrapper sees no disagreement where there is none.
-    compare(&program(&*checked(comm.clone(), "world")), &expected[comm.rank()], comm.rank());
+    compare(&program(On(&*checked(comm.clone(), "world"), Device::Cpu)), &expected[comm.rank()], comm.rank());
     assert_eq!(world.nodes().expect("nodes"), vec![0; comm.size()], "one host, one node ({})", world.host());
+    if let Some(at) = args.iter().position(|a| a == "--gpu") {
+        gpu(&comm, args[at + 1] == "nccl", &expected[comm.rank()]);
+    }
     if let Some(at) = args.iter().position(|a| a == "--bench") {
         bench(&comm, args[at + 1].parse().expect("a number of elements"));
     }

@@ -119,6 +119,8 @@ struct Batch {
     expected: Vec<Option<(usize, usize)>>,
     /// What the requests read and write.
     tensors: Vec<Tensor>,
+    /// Where MPI reports; kept from poll to poll.
+    statuses: Vec<ffi::MPI_Status>,
 }
 
 impl Link {
@@ -185,7 +187,8 @@ impl Batch {
         }
         let mut done = 0;
         // SAFETY: a status is plain integers, for which zero is a value.
-        let mut statuses: Vec<ffi::MPI_Status> = vec![unsafe { std::mem::zeroed() }; self.requests.len()];
+        self.statuses.resize(self.requests.len(), unsafe { std::mem::zeroed() });
+        let statuses = &mut self.statuses;
         // SAFETY: both arrays have as many entries as said; the requests are ours and still active.
         let code = unsafe { ffi::MPI_Testall(self.requests.len() as c_int, self.requests.as_mut_ptr(), &mut done, statuses.as_mut_ptr()) };
         if code != ffi::MPI_SUCCESS as c_int {

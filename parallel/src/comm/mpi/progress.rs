@@ -7,6 +7,10 @@ use crate::comm::CommError;
 use std::cell::RefCell;
 use std::collections::VecDeque;
 use std::rc::Rc;
+use std::time::{Duration, Instant};
+
+const SPIN: Duration = Duration::from_micros(100);
+const NAP: Duration = Duration::from_micros(20);
 
 /// Starts the next batch of a transfer, when the one before is complete.
 pub(super) type Step = Box<dyn FnOnce() -> Result<Batch, CommError>>;
@@ -59,15 +63,17 @@ impl Shared {
         });
     }
 
-    /// Waits for one transfer. Yields the core in between: there may be more ranks than cores.
+    /// Waits for one transfer. Yields the core in between: there may be more ranks than cores. Who waits long
+    /// waits for a peer's computation, and sleeps, so as not to take turns with it.
     pub(super) fn wait(&self, flight: &Flight) -> Result<(), CommError> {
+        let start = Instant::now();
         loop {
             if let Some(outcome) = flight.0.borrow_mut().outcome.take() {
                 return outcome;
             }
             self.advance();
             if flight.0.borrow().outcome.is_none() {
-                std::thread::yield_now();
+                if start.elapsed() < SPIN { std::thread::yield_now() } else { std::thread::sleep(NAP) }
             }
         }
     }
