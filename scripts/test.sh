@@ -5,5 +5,6 @@ cd "$(dirname "$0")/.."
 scripts/setup.sh
 scripts/test-venv.sh
 . scripts/env.sh 4
+cargo build --release --workspace
 cargo clippy --release --workspace --all-targets -- -D warnings
 cargo test --release --workspace "$@"
