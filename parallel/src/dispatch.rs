@@ -1,38 +1,70 @@
-//! MoE dispatch and combine: rows sorted by expert, and their sums back by token. The backward of dispatch is
-//! combine, the backward of combine is dispatch, over the same plan.
+//! MoE dispatch and combine over the ranks that share the experts (report §3.2.2). A token travels once to each rank
+//! that holds an expert of its; there its rows are sorted by expert; what the experts make of it is summed on their
+//! rank and comes back as one row. The backward of dispatch is combine, the backward of combine is dispatch, over
+//! the same plan.
 //!
-//! Legend: T tokens, K experts a token, R = T·K rows, D width, E experts.
-use crate::comm::{CommError, Communicator};
+//! Invariant: sums are gathers over fixed places, never scattered additions, so they have one order.
+//!
+//! Legend: T tokens, K experts a token, N ranks, E experts, S rows sent, V rows received, R rows at the local experts,
+//! D width.
+use crate::comm::{Comm, CommError};
 use tch::{Kind, Tensor};
 
 /// Where every (token, choice) goes; made once a MoE layer and micro-batch.
 pub struct Plan {
-    /// Which token each row is of, [R].
-    token: Tensor,
-    /// Which (token, choice) each row is, [R].
-    choice: Tensor,
-    /// Which row each (token, choice) is, [T·K].
-    row: Tensor,
+    experts: Comm,
+    /// The token of each sent row, [S], by destination, then token.
+    sent_token: Tensor,
+    /// The sent row of (token, rank), [T, N]; S where none goes.
+    sent_row: Tensor,
+    /// The sent row and slot of each (token, choice), flat in [S · K], as [T · K].
+    choice_place: Tensor,
+    send: Vec<i64>,
+    recv: Vec<i64>,
+    /// The flat (received row, slot) of each local row, [R], by expert, then source rank, then token.
+    pair: Tensor,
+    /// The received row of each local row, [R].
+    received_row: Tensor,
+    /// The local row of each (received row, slot), [V · K]; R where that slot's expert is elsewhere.
+    local_row: Tensor,
     counts: Vec<i64>,
     top_k: i64,
 }
 
 impl Plan {
-    /// routes [T, K] i64, the expert of each choice.
-    pub fn new(routes: &Tensor, num_experts: i64, experts: &dyn Communicator) -> Result<Self, CommError> {
-        if experts.size() != 1 {
-            let reason = format!("experts spread over {} ranks; only ep = 1 is built", experts.size());
-            return Err(CommError::Unsupported { op: "dispatch", reason });
-        }
-        let top_k = routes.size()[1];
-        let flat = routes.flatten(0, -1);
-        // Stable: rows of one expert stay in token order, so sums do not depend on the sort.
-        let choice = flat.argsort_stable(true, 0, false);
-        let token = choice.divide_scalar_mode(top_k, "floor");
-        let row = choice.empty_like().scatter(0, &choice, &Tensor::arange(choice.size()[0], (Kind::Int64, choice.device())));
-        // The one planned host wait of a MoE layer: the experts' row counts.
-        let counts = Vec::<i64>::try_from(flat.bincount(None::<&Tensor>, num_experts)).expect("i64 counts");
-        Ok(Plan { token, choice, row, counts, top_k })
+    /// routes [T, K] i64, the expert of each choice. Collective over `experts`.
+    pub fn new(routes: &Tensor, num_experts: i64, experts: &Comm) -> Result<Self, CommError> {
+        let (ranks, top_k, device) = (experts.size() as i64, routes.size()[1], routes.device());
+        assert_eq!(num_experts % ranks, 0, "experts are shared out evenly");
+        let (num_tokens, local) = (routes.size()[0], num_experts / ranks);
+        let destination = routes.divide_scalar_mode(local, "floor"); // [T, K]
+        let wanted = Tensor::zeros([num_tokens, ranks], (Kind::Int64, device)).scatter_value(1, &destination, 1);
+        let places = wanted.tr().nonzero(); // [S, 2]: rank, token
+        let (sent_rank, sent_token) = (places.select(1, 0), places.select(1, 1).contiguous());
+        let num_sent = sent_token.size()[0];
+        let sent_row = Tensor::full([num_tokens * ranks], num_sent, (Kind::Int64, device))
+            .scatter(0, &(&sent_token * ranks + &sent_rank), &arange(num_sent, &sent_token))
+            .view([num_tokens, ranks]);
+        let choice_place = (sent_row.gather(1, &destination, false) * top_k + arange(top_k, routes).unsqueeze(0)).flatten(0, -1);
+
+        // The expert of each slot as its own rank counts them; −1: the slot's expert is on another rank.
+        let slots = routes.index_select(0, &sent_token) - sent_rank.unsqueeze(1) * local; // [S, K]
+        let elsewhere = slots.lt(0).logical_or(&slots.ge(local));
+        let slots = slots.masked_fill(&elsewhere, -1);
+        let send = Vec::<i64>::try_from(wanted.sum_dim_intlist(&[0i64][..], false, Kind::Int64)).expect("i64 counts");
+        let told: Vec<Vec<i64>> = send.iter().map(|&count| vec![count]).collect();
+        let recv: Vec<i64> = experts.exchange_counts(&told)?.into_iter().map(|counts| counts[0]).collect();
+        let slots = exchange(experts, slots, &send, &recv)?.flatten(0, -1); // [V · K]
+
+        let here = slots.ge(0).nonzero().squeeze_dim(1); // flat (row, slot) pairs of local experts
+        let expert = slots.index_select(0, &here);
+        // Stable: rows of one expert stay in the order of source rank and token.
+        let pair = here.index_select(0, &expert.argsort_stable(true, 0, false));
+        let num_rows = pair.size()[0];
+        let local_row = Tensor::full_like(&slots, num_rows).scatter(0, &pair, &arange(num_rows, &pair));
+        let counts = Vec::<i64>::try_from(expert.bincount(None::<&Tensor>, local)).expect("i64 counts");
+        let received_row = pair.divide_scalar_mode(top_k, "floor");
+        Ok(Plan { experts: experts.clone(), sent_token, sent_row, choice_place, send, recv, pair, received_row, local_row, counts, top_k })
     }
 
     /// Rows of each local expert.
@@ -40,25 +72,98 @@ impl Plan {
         &self.counts
     }
 
-    /// x [T, D] → rows [R, D], sorted by expert.
+    /// x [T, D] → rows at the local experts [R, D].
     pub fn dispatch(&self, x: &Tensor) -> Result<Tensor, CommError> {
-        Ok(x.index_select(0, &self.token))
+        let received = exchange(&self.experts, x.index_select(0, &self.sent_token), &self.send, &self.recv)?;
+        Ok(received.index_select(0, &self.received_row))
     }
 
     /// weights [T, K] → [R].
     pub fn dispatch_weights(&self, weights: &Tensor) -> Result<Tensor, CommError> {
-        Ok(weights.flatten(0, -1).index_select(0, &self.choice))
+        let received = exchange(&self.experts, weights.index_select(0, &self.sent_token), &self.send, &self.recv)?;
+        Ok(received.flatten(0, -1).index_select(0, &self.pair))
     }
 
-    /// rows [R, D] → the sum of each token's K rows, [T, D], taken in at least FP32.
+    /// rows [R, D] → the sum of each token's rows, [T, D]; each sum is taken in at least FP32.
     pub fn combine(&self, rows: &Tensor) -> Result<Tensor, CommError> {
-        let by_token = rows.index_select(0, &self.row).view([-1, self.top_k, rows.size()[1]]);
-        let wide = if rows.kind() == Kind::Double { Kind::Double } else { Kind::Float };
-        Ok(by_token.sum_dim_intlist(&[1i64][..], false, wide).to_kind(rows.kind()))
+        let received: i64 = self.recv.iter().sum();
+        let summed = sum_places(rows, &self.local_row.view([received, self.top_k])); // [V, D]
+        let back = exchange(&self.experts, summed, &self.recv, &self.send)?; // [S, D]
+        Ok(sum_places(&back, &self.sent_row))
     }
 
     /// [R] → [T, K].
     pub fn combine_weights(&self, rows: &Tensor) -> Result<Tensor, CommError> {
-        Ok(rows.index_select(0, &self.row).view([-1, self.top_k]))
+        let received: i64 = self.recv.iter().sum();
+        let slots = with_zero(rows).index_select(0, &self.local_row).view([received, self.top_k]);
+        let back = exchange(&self.experts, slots, &self.recv, &self.send)?; // [S, K]
+        Ok(back.flatten(0, -1).index_select(0, &self.choice_place).view([-1, self.top_k]))
+    }
+}
+
+fn arange(count: i64, like: &Tensor) -> Tensor {
+    Tensor::arange(count, (Kind::Int64, like.device()))
+}
+
+fn exchange(experts: &Comm, rows: Tensor, send: &[i64], recv: &[i64]) -> Result<Tensor, CommError> {
+    if experts.size() == 1 {
+        return Ok(rows);
+    }
+    Ok(experts.all_to_all(vec![rows], send, recv)?.wait()?.pop().expect("one tensor went in"))
+}
+
+/// One more row, of zeros: what an index of "nowhere" finds.
+fn with_zero(rows: &Tensor) -> Tensor {
+    let mut shape = rows.size();
+    shape[0] = 1;
+    Tensor::cat(&[rows, &Tensor::zeros(&shape, (rows.kind(), rows.device()))], 0)
+}
+
+/// rows [R, D], places [M, P] (R: nowhere) → the sum over P of the rows there, [M, D].
+fn sum_places(rows: &Tensor, places: &Tensor) -> Tensor {
+    let (count, each, width) = (places.size()[0], places.size()[1], rows.size()[1]);
+    if each == 1 && count == rows.size()[0] {
+        return rows.shallow_clone(); // every row is its own sum, in order
+    }
+    let wide = if rows.kind() == Kind::Double { Kind::Double } else { Kind::Float };
+    let picked = with_zero(rows).index_select(0, &places.flatten(0, -1)).view([count, each, width]);
+    picked.sum_dim_intlist(&[1i64][..], false, wide).to_kind(rows.kind())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::comm::local::run_local;
+    use tch::Device;
+
+    /// Routes where rank r's tokens go to few experts and some experts to nobody.
+    fn routes(rank: i64, tokens: i64) -> Tensor {
+        let token = Tensor::arange(tokens, (Kind::Int64, Device::Cpu)) + rank * 13;
+        Tensor::stack(&[(&token * 5).remainder(8), (&token * 5 + 3).remainder(8), (&token + 6).remainder(2)], 1)
+    }
+
+    #[test]
+    fn a_token_comes_back_as_the_sum_over_its_experts_whatever_the_number_of_ranks() {
+        for ranks in [1usize, 2, 4] {
+            run_local(ranks, |experts| {
+                let tokens = if experts.rank() == 1 { 0 } else { 9 }; // one rank has none
+                let routes = routes(experts.rank() as i64, tokens);
+                let plan = Plan::new(&routes, 8, &experts).unwrap();
+                let x = Tensor::arange(tokens * 2, (Kind::Double, Device::Cpu)).view([tokens, 2]) + experts.rank() as f64 * 100.0;
+                let weights = routes.to_kind(Kind::Double) * 0.5 + 1.0;
+                let rows = plan.dispatch(&x).unwrap();
+                let row_weights = plan.dispatch_weights(&weights).unwrap();
+                assert_eq!(rows.size()[0], plan.counts().iter().sum::<i64>());
+                // Expert e multiplies by e + 1; which expert a row is at follows from the counts alone.
+                let first = experts.rank() as i64 * 8 / ranks as i64;
+                let factors: Vec<f64> = plan.counts().iter().enumerate().flat_map(|(e, &n)| vec![(first + e as i64 + 1) as f64; n as usize]).collect();
+                let factors = Tensor::from_slice(&factors);
+                let y = plan.combine(&(&rows * (&factors * &row_weights).unsqueeze(1))).unwrap();
+                let expected = &x * ((routes.to_kind(Kind::Double) + 1.0) * &weights).sum_dim_intlist(&[1i64][..], true, Kind::Double);
+                assert!(y.equal(&expected), "{y:?} {expected:?}");
+                // What rides back with a row arrives at the choice it was made for.
+                assert!(plan.combine_weights(&factors).unwrap().equal(&(routes.to_kind(Kind::Double) + 1.0)));
+            });
+        }
     }
 }

@@ -15,6 +15,8 @@ use tch::{Device, Kind, Tensor};
 
 mod rendezvous;
 
+pub use rendezvous::Link;
+
 /// Below this many elements in all, each rank sums for itself instead of sharing the work.
 const SHARE_FROM: i64 = 4 * sum::BLOCK;
 
@@ -22,8 +24,13 @@ const SHARE_FROM: i64 = 4 * sum::BLOCK;
 /// A rank that panics takes the others out of their waits with `CommError::Lost`; the first panic is passed on.
 /// Torch's intra-op threads come on top of the ranks: callers that mind set `tch::set_num_threads(1)`.
 pub fn run_local<R: Send>(size: usize, f: impl Fn(Comm) -> R + Sync) -> Vec<R> {
+    run_linked(size, Link::INSTANT, f)
+}
+
+/// `run_local` with transfers that take time but no processor: shows whether they are hidden under computation.
+pub fn run_linked<R: Send>(size: usize, link: Link, f: impl Fn(Comm) -> R + Sync) -> Vec<R> {
     assert!(size > 0, "a world has at least one rank");
-    let world = World::new(size);
+    let world = World::new(size, link);
     let outcomes: Vec<_> = std::thread::scope(|scope| {
         let (world, f) = (&world, &f);
         let threads: Vec<_> = (0..size)
@@ -56,7 +63,7 @@ pub fn run_local<R: Send>(size: usize, f: impl Fn(Comm) -> R + Sync) -> Vec<R> {
 
 /// A group of one.
 pub fn solo() -> Comm {
-    Rc::new(LocalComm::new(World::new(1), 0, vec![0], 0))
+    Rc::new(LocalComm::new(World::new(1, Link::INSTANT), 0, vec![0], 0))
 }
 
 #[derive(Clone)]

@@ -6,6 +6,7 @@
 
 mod call;
 pub mod checked;
+pub mod counted;
 pub mod local;
 pub mod mpi;
 pub mod nccl;

@@ -65,8 +65,6 @@ struct Library {
     broadcast: unsafe extern "C" fn(*const c_void, *mut c_void, usize, u32, c_int, sys::ncclComm_t, sys::cudaStream_t) -> Code,
     all_reduce: unsafe extern "C" fn(*const c_void, *mut c_void, usize, u32, u32, sys::ncclComm_t, sys::cudaStream_t) -> Code,
     reduce_scatter: unsafe extern "C" fn(*const c_void, *mut c_void, usize, u32, u32, sys::ncclComm_t, sys::cudaStream_t) -> Code,
-    /// Last: the pointers above are into it.
-    _library: libloading::Library,
 }
 
 impl Library {
@@ -81,7 +79,7 @@ impl Library {
                     *library.get($name).map_err(refuse)?
                 };
             }
-            Ok(Library {
+            let functions = Library {
                 version: symbol!(b"ncclGetVersion"),
                 unique_id: symbol!(b"ncclGetUniqueId"),
                 init: symbol!(b"ncclCommInitRankConfig"),
@@ -98,8 +96,10 @@ impl Library {
                 broadcast: symbol!(b"ncclBroadcast"),
                 all_reduce: symbol!(b"ncclAllReduce"),
                 reduce_scatter: symbol!(b"ncclReduceScatter"),
-                _library: library,
-            })
+            };
+            // Never unloaded: the pointers are into it, and NCCL has threads of its own.
+            std::mem::forget(library);
+            Ok(functions)
         }
     }
 

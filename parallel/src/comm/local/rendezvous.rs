@@ -6,6 +6,7 @@ use crate::comm::call::Call;
 use crate::comm::{CommError, Reduce, sum};
 use std::collections::HashMap;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 use tch::Tensor;
 
 /// (group, number of the collective in it)
@@ -20,6 +21,31 @@ pub(super) struct Post {
     pub send: Vec<i64>,
 }
 
+/// What a transfer costs: time in which the waiting rank sleeps, as if a network card did the work. Each transfer
+/// has the link to itself.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Link {
+    pub latency: Duration,
+    /// Infinite: only the latency counts.
+    pub bytes_per_second: f64,
+}
+
+impl Link {
+    pub const INSTANT: Link = Link { latency: Duration::ZERO, bytes_per_second: f64::INFINITY };
+
+    fn arrival(&self, tensors: &[Tensor]) -> Instant {
+        let bytes: usize = tensors.iter().map(|t| t.numel() * t.kind().elt_size_in_bytes()).sum();
+        Instant::now() + self.latency + Duration::from_secs_f64(bytes as f64 / self.bytes_per_second)
+    }
+}
+
+fn sleep_until(then: Instant) {
+    let left = then.saturating_duration_since(Instant::now());
+    if !left.is_zero() {
+        std::thread::sleep(left);
+    }
+}
+
 impl Post {
     fn alias(&self) -> Post {
         Post { tensors: self.tensors.iter().map(Tensor::shallow_clone).collect(), send: self.send.clone() }
@@ -27,6 +53,7 @@ impl Post {
 }
 
 pub(super) struct World {
+    link: Link,
     state: Mutex<State>,
     changed: Condvar,
 }
@@ -40,7 +67,7 @@ struct State {
     dead: Option<String>,
     first_panicked: Option<usize>,
     ops: HashMap<OpKey, Op>,
-    mail: HashMap<MailKey, Tensor>,
+    mail: HashMap<MailKey, (Tensor, Instant)>,
     subgroups: HashMap<(usize, u64, usize), usize>,
 }
 
@@ -51,6 +78,8 @@ struct Op {
     num_posted: usize,
     num_taken: usize,
     mismatch: Option<(usize, Call)>,
+    /// When the last part is over the link.
+    arrives: Instant,
     sum: Option<SharedSum>,
 }
 
@@ -64,7 +93,7 @@ struct SharedSum {
 }
 
 impl World {
-    pub fn new(size: usize) -> Arc<World> {
+    pub fn new(size: usize, link: Link) -> Arc<World> {
         let state = State {
             running: vec![true; size],
             blocked_at: vec![0; size],
@@ -75,7 +104,7 @@ impl World {
             mail: HashMap::new(),
             subgroups: HashMap::new(),
         };
-        Arc::new(World { state: Mutex::new(state), changed: Condvar::new() })
+        Arc::new(World { link, state: Mutex::new(state), changed: Condvar::new() })
     }
 
     /// No user code runs under the lock, so a poisoned one is still whole.
@@ -120,6 +149,7 @@ impl World {
             num_posted: 0,
             num_taken: 0,
             mismatch: None,
+            arrives: Instant::now(),
             sum: None,
         });
         if op.call != call {
@@ -129,6 +159,7 @@ impl World {
             self.progress(&mut state);
             return Err(CommError::Disagree { rank, peer, mine, theirs });
         }
+        op.arrives = op.arrives.max(self.link.arrival(&post.tensors));
         op.posts[rank] = Some(post);
         op.num_posted += 1;
         if op.num_posted == size {
@@ -139,14 +170,16 @@ impl World {
 
     /// Aliases of everyone's posts, once all are in.
     pub fn wait_posts(&self, key: OpKey, rank: usize, me: usize, size: usize, name: &'static str) -> Result<Vec<Post>, CommError> {
-        self.wait(name, (rank, me, size), |state| {
+        let (posts, arrives) = self.wait(name, (rank, me, size), |state| {
             let op = state.ops.get(&key).expect("posted before waited on");
             if let Some((peer, theirs)) = &op.mismatch {
                 let (mine, theirs) = (op.call.to_string(), theirs.to_string());
                 return Some(Err(CommError::Disagree { rank, peer: *peer, mine, theirs }));
             }
-            (op.num_posted == size).then(|| Ok(op.posts.iter().flatten().map(Post::alias).collect()))
-        })
+            (op.num_posted == size).then(|| Ok((op.posts.iter().flatten().map(Post::alias).collect(), op.arrives)))
+        })?;
+        sleep_until(arrives);
+        Ok(posts)
     }
 
     pub fn taken(&self, key: OpKey, size: usize) {
@@ -186,12 +219,15 @@ impl World {
 
     pub fn send(&self, key: MailKey, tensor: Tensor) {
         let mut state = self.lock();
-        state.mail.insert(key, tensor);
+        let arrives = self.link.arrival(std::slice::from_ref(&tensor));
+        state.mail.insert(key, (tensor, arrives));
         self.progress(&mut state);
     }
 
     pub fn receive(&self, key: MailKey, me: usize, size: usize) -> Result<Tensor, CommError> {
-        self.wait("exchange", (key.2, me, size), |state| state.mail.remove(&key).map(Ok))
+        let (tensor, arrives) = self.wait("exchange", (key.2, me, size), |state| state.mail.remove(&key).map(Ok))?;
+        sleep_until(arrives);
+        Ok(tensor)
     }
 
     /// The number of the group that `colour` of a split stands for, the same for all its members.

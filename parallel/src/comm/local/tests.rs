@@ -239,3 +239,19 @@ fn what_cannot_be_reduced_or_divided_is_refused() {
         assert!(matches!(comm.all_to_all(three(), &[1, 1], &[1, 1]), Err(CommError::Unsupported { .. })));
     });
 }
+
+#[test]
+fn a_slow_link_delays_the_wait() {
+    use std::time::{Duration, Instant};
+    let link = Link { latency: Duration::from_millis(20), bytes_per_second: 4000.0 / 0.03 };
+    run_linked(2, link, |comm| {
+        barrier(&*comm).unwrap();
+        let start = Instant::now();
+        let first = comm.all_gather(vec![Tensor::zeros([1000], (Kind::Float, Device::Cpu))]).unwrap();
+        let spec = TensorSpec { shape: vec![1000], kind: Kind::Float, device: Device::Cpu };
+        let second = comm.exchange(vec![(1 - comm.rank(), Tensor::zeros([1000], (Kind::Float, Device::Cpu)))], vec![(1 - comm.rank(), spec)]).unwrap();
+        let _ = (first.wait().unwrap(), second.wait().unwrap());
+        // 20 ms of latency and 4000 bytes in 30 ms; a sleep is never shorter than asked.
+        assert!(start.elapsed() >= Duration::from_millis(50), "{:?}", start.elapsed());
+    });
+}
