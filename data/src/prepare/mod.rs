@@ -89,20 +89,34 @@ impl<'a> Prepare<'a> {
         if !self.args.out.join(MANIFEST_FILE).exists() {
             if !out.join(MANIFEST_FILE).exists() {
                 let made = self.make(&out);
-                if let Err(DataError::NoText { .. }) = &made {
-                    // Nothing worth continuing: leave nothing behind.
-                    fs::remove_dir_all(&self.work).map_err(DataError::io(&self.work, "remove"))?;
+                // A full disk can be mended and the work continued; a bad input or option is another
+                // job once it is mended, so nothing of this one is left behind.
+                if made.as_ref().is_err_and(|error| !matches!(error, DataError::Io { .. })) {
+                    self.remove_work()?;
                 }
                 made?;
             }
             durable::rename(&out, &self.args.out)?;
         }
-        fs::remove_dir_all(&self.work).map_err(DataError::io(&self.work, "remove"))?;
+        self.remove_work()?;
         let path = self.args.out.join(MANIFEST_FILE);
         let manifest = durable::read_json(&path)?.expect("the manifest was there a moment ago");
         let summary = PrepareSummary::new(&manifest, self.args.out.clone(), self.started.elapsed().as_secs_f64());
         println!("{summary}");
         Ok(summary)
+    }
+
+    /// The job file goes last: while it is there, the same command knows that it is its own.
+    fn remove_work(&self) -> Result<(), DataError> {
+        for folder in ["spill", "done", "out"].map(|name| self.work.join(name)) {
+            match fs::remove_dir_all(&folder) {
+                Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                    return Err(DataError::io(folder, "remove")(error));
+                }
+                _ => {}
+            }
+        }
+        fs::remove_dir_all(&self.work).map_err(DataError::io(&self.work, "remove"))
     }
 
     /// All stages, up to and with the manifest.

@@ -23,6 +23,9 @@ use crate::{DataError, Split};
 /// Text that one thread gathers before it writes a part.
 const PART_BYTES: usize = 64 << 20;
 
+/// Lengths are stored in four bytes, and a document is encoded in one piece.
+const LONGEST_DOCUMENT: usize = 1 << 30;
+
 /// A document's place in the shuffled order; equal texts have equal keys.
 pub(super) type Key = [u8; 16];
 
@@ -94,6 +97,11 @@ impl Spill {
         let (mut gathered, mut failure) = (0, None);
         for file in files {
             let mut each = |text: &str| {
+                if text.len() > LONGEST_DOCUMENT {
+                    let reason = format!("a document of {} bytes; the limit is {LONGEST_DOCUMENT}", text.len());
+                    failure = Some(DataError::BadInput { path: file.path.clone(), reason });
+                    return;
+                }
                 gathered += self.gather(text, &mut buffers, &mut done);
                 if gathered >= PART_BYTES && failure.is_none() {
                     failure = self.write_part(number, done.parts, &mut buffers).err();

@@ -4,4 +4,6 @@ mod corpus;
 mod faults;
 mod order;
 mod prepare;
+mod restart;
+mod stores;
 mod tokenizer;
