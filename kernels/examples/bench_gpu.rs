@@ -166,15 +166,13 @@ fn main() {
     let all = !["forward", "wgrad", "grouped", "quantise"].into_iter().any(has);
     let flush = Tensor::zeros([256 << 20], (Kind::Uint8, gpu.device()));
     let bench = Bench { gpu, flush, sweep: has("sweep") };
-    let tables: [(&str, fn(&Bench)); 4] = [
-        ("forward", Bench::forward),
-        ("wgrad", Bench::wgrad),
-        ("grouped", Bench::grouped),
-        ("quantise", Bench::quantise),
-    ];
-    for (name, table) in tables {
+    let run = |name: &str, table: fn(&Bench)| {
         if all || has(name) {
             table(&bench);
         }
-    }
+    };
+    run("forward", Bench::forward);
+    run("wgrad", Bench::wgrad);
+    run("grouped", Bench::grouped);
+    run("quantise", Bench::quantise);
 }

@@ -1,5 +1,7 @@
 //! The CPU's FP8 numerics against f64.
 use kernels::fp8::{self, ScaleRule, TILE};
+use kernels::ops::gemm_fp8::Write;
+use kernels::ops::{gemm_grouped, quantise};
 use tch::{Device, Kind, Tensor};
 
 fn random(seed: i64, size: [i64; 2], mean: f64) -> Tensor {
@@ -130,4 +132,31 @@ fn wgrad_matches_the_product_of_its_operands() {
     assert!(fp8::relative_error(&fp8::gemm_wgrad(&a, &b, 0, 3), &exact) < 2e-6);
     let cost = fp8::relative_error(&exact, &dy.tr().matmul(&x));
     assert!((1e-4..0.06).contains(&cost), "quantising cost {cost}");
+}
+
+#[test]
+fn experts_are_separate_gemms() {
+    let (k, n, counts) = (192, 80, [0i64, 130, 1, 0, 40]);
+    let rows: i64 = counts.iter().sum();
+    let (x, dy) = (random(9, [rows, k], 0.2), random(10, [rows, n], 0.0));
+    let w = random(11, [5 * n, k], 0.0).view([5, n, k]);
+    let on_device = Tensor::from_slice(&counts).to_kind(Kind::Int);
+    let (weights, transposed) = quantise::weights(&w, ScaleRule::Amax);
+    let y = gemm_grouped::forward(&quantise::rows(&x, ScaleRule::Amax), &weights, &on_device, Default::default());
+    let dx = gemm_grouped::forward(&quantise::rows(&dy, ScaleRule::Amax), &transposed, &on_device, Default::default());
+    let mut gradient = Tensor::ones([5, n, k], (Kind::Float, Device::Cpu));
+    let columns = |t: &Tensor| quantise::columns(t, Some(&on_device), ScaleRule::Amax);
+    gemm_grouped::wgrad(&columns(&dy), &columns(&x), &on_device, &mut gradient, Write::Accumulate, Default::default());
+    let mut from = 0;
+    for (expert, count) in counts.into_iter().enumerate() {
+        let (expert, part) = (expert as i64, |t: &Tensor| t.narrow(0, from, count));
+        let close = |got: Tensor, want: Tensor| {
+            let error = fp8::relative_error(&got, &want);
+            assert!(error < 0.06, "expert {expert} with {count} rows: {error}");
+        };
+        close(part(&y), part(&x).matmul(&w.get(expert).tr()));
+        close(part(&dx), part(&dy).matmul(&w.get(expert)));
+        close(gradient.get(expert) - 1.0, part(&dy).tr().matmul(&part(&x)));
+        from += count;
+    }
 }

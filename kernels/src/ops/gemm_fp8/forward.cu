@@ -6,7 +6,7 @@
 //
 // Persistent clusters of two blocks: the two compute neighbouring tiles along N, each loads half of the A tile for
 // both. A producer thread fills the ring; the warpgroups multiply, and add every 128 of K into FP32.
-constexpr int BM = 64 * WARPGROUPS * SUBTILES, BK = 128, GROUP = BAND / BM, CONSUMER_WARPS = 4 * WARPGROUPS;
+constexpr int BM = 64 * WARPGROUPS * SUBTILES, BK = 128, GROUP = 2048 / BM, CONSUMER_WARPS = 4 * WARPGROUPS;
 // The copy engine starts on 16 bytes, an expert's rows on any: four scales more than rows. A box has 256 at most.
 constexpr int SA_BOXES = SUBTILES, SA_LOAD = (BM / SA_BOXES + 4) * 4, SA_STRIDE = (SA_LOAD + 127) / 128 * 128;
 constexpr int SA_BYTES = SA_BOXES * SA_STRIDE, A_BYTES = BM * BK, B_BYTES = BN * BK;

@@ -134,18 +134,29 @@ pub(crate) fn wgrad_into(
         .run(plan.shape(num_sms, plan.wgrad_bytes()));
 }
 
+fn flag(on: bool) -> String {
+    u8::from(on).to_string()
+}
+
+fn tile_defines(plan: Plan, stages: usize) -> Vec<(&'static str, String)> {
+    vec![
+        ("BN", plan.width.to_string()),
+        ("STAGES", stages.to_string()),
+        ("WARPGROUPS", plan.warpgroups.to_string()),
+        ("SUBTILES", plan.subtiles.to_string()),
+        ("ORDERED", flag(plan.turns)),
+    ]
+}
+
 fn forward_source(plan: Plan, options: Options) -> Source {
-    let flag = |on: bool| u8::from(on).to_string();
-    let mut defines = vec![("BN", plan.width.to_string()), ("STAGES", plan.forward_stages().to_string())];
-    defines.extend([("WARPGROUPS", plan.warpgroups.to_string()), ("SUBTILES", plan.subtiles.to_string()), ("BAND", "2048".to_string()), ("ORDERED", flag(plan.turns))]);
+    let mut defines = tile_defines(plan, plan.forward_stages());
     defines.extend([("PROMOTE", flag(!options.without_promotion)), ("OUT_FP32", flag(options.out_fp32))]);
     Source { name: "gemm_forward", text: [HOPPER, &wgmma::text(plan.width), FORWARD].concat(), defines }
 }
 
 fn wgrad_source(plan: Plan, write: Write) -> Source {
-    let mut defines = vec![("BN", plan.width.to_string()), ("STAGES", plan.wgrad_stages().to_string())];
-    defines.extend([("WARPGROUPS", plan.warpgroups.to_string()), ("SUBTILES", plan.subtiles.to_string()), ("BAND", "2048".to_string()), ("ORDERED", u8::from(plan.turns).to_string())]);
-    defines.extend([("ACCUMULATE", u8::from(write == Write::Accumulate).to_string())]);
+    let mut defines = tile_defines(plan, plan.wgrad_stages());
+    defines.push(("ACCUMULATE", flag(write == Write::Accumulate)));
     Source { name: "gemm_wgrad", text: [HOPPER, &wgmma::text(plan.width), WGRAD].concat(), defines }
 }
 

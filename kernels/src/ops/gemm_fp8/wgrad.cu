@@ -5,7 +5,7 @@
 //
 // Clusters of two as in forward.cu. Both scales vary inside a tile, so a promotion costs a multiplication more for
 // every element.
-constexpr int BM = 64 * WARPGROUPS * SUBTILES, BK = 128, GROUP = BAND / BM, CONSUMER_WARPS = 4 * WARPGROUPS;
+constexpr int BM = 64 * WARPGROUPS * SUBTILES, BK = 128, GROUP = 2048 / BM, CONSUMER_WARPS = 4 * WARPGROUPS;
 constexpr bool PAIRED = SUBTILES == 1;  // as in forward.cu
 constexpr int A_BYTES = BM * BK, B_BYTES = BN * BK, SA_BYTES = BM * 4, SB_BYTES = (BN * 4 + 127) / 128 * 128;
 constexpr int STAGE_BYTES = A_BYTES + B_BYTES + SA_BYTES + BN * 4;
