@@ -129,6 +129,11 @@ impl Loader {
         let mut shares = Vec::with_capacity(sources.len());
         for (source, spec_source) in sources.iter().zip(&spec.sources) {
             let num_samples = source.num_samples(spec.sequence_length, options.extra_tokens)?;
+            let unused = source.unused_tokens(spec.sequence_length, options.extra_tokens);
+            tracing::info!(
+                path = %spec_source.path.display(), split = spec.split.name(), num_samples, unused,
+                "opened a source; its last `unused` tokens fill no sample"
+            );
             shares.push((num_samples, spec_source.weight));
         }
         let OrderSpec { sequence_length, seed, phase, split, .. } = spec;

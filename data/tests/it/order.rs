@@ -104,6 +104,38 @@ fn every_sample_of_a_source_comes_once_an_epoch() {
     assert!((0..5).all(|epoch| (0..n).all(|sample| seen.contains_key(&(epoch, sample)))));
 }
 
+/// Twenty files of 150 documents each, every document naming its file in its first words.
+#[test]
+fn documents_of_different_files_mix_inside_a_batch() {
+    let folder = tempfile::tempdir().unwrap();
+    let input = folder.path().join("in");
+    std::fs::create_dir_all(&input).unwrap();
+    let mut random = Random(12);
+    for file in 0..20 {
+        let text = |random: &mut Random| format!("file{file}= {}", corpus::text(random, 20));
+        let lines = (0..150).map(|_| format!("{}\n", serde_json::json!({"text": text(&mut random)})));
+        std::fs::write(input.join(format!("{file:02}.jsonl")), lines.collect::<String>()).unwrap();
+    }
+    let out = data::prepare(&corpus::args(&input, &folder.path().join("out"))).unwrap().out;
+    let tokenizer = data::open_tokenizer(out.join("tokenizer.json")).unwrap();
+    let loader = Loader::open(spec(&[(&out, 1.0)], 128, Split::Train), options()).unwrap();
+    let (mut distinct, mut expected, mut batches) = (0.0, 0.0, 0.0);
+    let indices: Vec<u64> = (0..loader.num_samples()).collect();
+    for batch in indices.chunks_exact(8) {
+        let text: String = loader.read(batch).unwrap().iter().map(|s| tokenizer.decode(&s.tokens).unwrap()).collect();
+        let named = text.split("file").skip(1).filter_map(|rest| rest.split_once("= ")?.0.parse::<u32>().ok());
+        let named: Vec<u32> = named.collect();
+        distinct += named.iter().collect::<std::collections::HashSet<_>>().len() as f64;
+        // Of n documents drawn from 20 equal files in a full shuffle, this many files show up.
+        expected += 20.0 * (1.0 - 0.95f64.powi(named.len() as i32));
+        batches += 1.0;
+    }
+    let (distinct, expected) = (distinct / batches, expected / batches);
+    println!("files in a batch of 8 samples: {distinct:.2} of 20; in a full shuffle {expected:.2}");
+    assert!(batches > 30.0 && expected < 19.5, "too easy: {expected} over {batches}");
+    assert!(distinct > 0.95 * expected, "{distinct} files in a batch, {expected} in a full shuffle");
+}
+
 #[test]
 fn held_out_is_in_stream_order_and_ends() {
     let folder = tempfile::tempdir().unwrap();
