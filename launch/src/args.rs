@@ -1,0 +1,132 @@
+//! The command line, and the exit codes' one list for people.
+use clap::{Parser, ValueEnum};
+use std::path::PathBuf;
+
+/// Starts a run on every rank, watches it, and restarts it from its newest checkpoint.
+#[derive(Clone, Debug, Parser)]
+#[command(name = "tiefsee-launch", version, after_help = AFTER_HELP)]
+pub struct Args {
+    /// Hosts to run on (default: SLURM's allocation, the hosts given, or this one).
+    #[arg(long)]
+    pub nnodes: Option<usize>,
+    /// Ranks on each host: a number, `gpu` (one each), `cpu` (one a core) or `auto` (gpu if there are any, else 1).
+    #[arg(long, default_value = "auto", value_parser = parse_ranks)]
+    pub nproc_per_node: Ranks,
+    /// Hosts, by comma; the ssh names.
+    #[arg(long, value_delimiter = ',', conflicts_with_all = ["hostfile", "standalone"])]
+    pub hosts: Vec<String>,
+    /// A file with one host a line (`name` or `name slots=8`).
+    #[arg(long, conflicts_with = "standalone")]
+    pub hostfile: Option<PathBuf>,
+    /// This host alone, also inside a SLURM allocation.
+    #[arg(long)]
+    pub standalone: bool,
+    /// What starts the ranks; auto takes srun inside an allocation where PMIx is there, else mpirun.
+    #[arg(long, value_enum, default_value = "auto")]
+    pub launcher: Launcher,
+    /// Network between hosts, as Open MPI takes it: `eth0` or `10.0.0.0/24`.
+    #[arg(long)]
+    pub interface: Option<String>,
+    /// What mpirun starts its remote daemons with, in place of ssh.
+    #[arg(long)]
+    pub rsh_agent: Option<String>,
+    /// One more option for mpirun or srun; may be repeated.
+    #[arg(long = "pass", allow_hyphen_values = true, value_name = "OPTION")]
+    pub passed: Vec<String>,
+
+    /// Restarts after failures, at most so many within the window.
+    #[arg(long, default_value_t = 3)]
+    pub max_restarts: usize,
+    /// Seconds after which a restart is forgotten.
+    #[arg(long, default_value_t = 3600.0, value_parser = seconds)]
+    pub restart_window: f64,
+    /// Seconds before the first restart; doubles with each one in the window, up to a minute.
+    #[arg(long, default_value_t = 1.0, value_parser = seconds)]
+    pub back_off: f64,
+    /// Go on with a run that RUN_DIR already holds, where the command says train: what a batch script wants.
+    #[arg(long)]
+    pub auto_resume: bool,
+
+    /// Hung: no new step for so many median steps …
+    #[arg(long, default_value_t = 20.0, value_parser = seconds)]
+    pub hang_steps: f64,
+    /// … and at least for so many seconds (a validation or a checkpoint is no hang). 0: never.
+    #[arg(long, default_value_t = 300.0, value_parser = seconds)]
+    pub hang_floor: f64,
+    /// Seconds until the first step of a start. 0: no limit.
+    #[arg(long, default_value_t = 1800.0, value_parser = seconds)]
+    pub start_limit: f64,
+    /// Seconds that ranks have to checkpoint after Ctrl-C, TERM, USR1 or HUP, before they are ended.
+    #[arg(long, default_value_t = 100.0, value_parser = seconds)]
+    pub grace: f64,
+    /// Seconds between TERM and KILL.
+    #[arg(long, default_value_t = 10.0, value_parser = seconds)]
+    pub kill_after: f64,
+
+    /// Where rank-N.log (what each rank printed) goes; default RUN_DIR/log.
+    #[arg(long)]
+    pub log_dir: Option<PathBuf>,
+    /// Print the command and stop.
+    #[arg(long)]
+    pub dry_run: bool,
+    /// The program that ranks run, in place of the `tiefsee` beside this one.
+    #[arg(long)]
+    pub program: Option<PathBuf>,
+
+    /// train --config FILE [--set section.key=value] | resume RUN_DIR | any other tiefsee command, unsupervised
+    #[arg(last = true, required = true)]
+    pub command: Vec<String>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ranks {
+    Auto,
+    Gpu,
+    Cpu,
+    Number(usize),
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Launcher {
+    Auto,
+    Mpirun,
+    Srun,
+}
+
+const AFTER_HELP: &str = "\
+Signals: Ctrl-C, TERM, USR1 and HUP let every rank checkpoint, then exit with 75. A second one ends the ranks at once.
+
+Exit codes:
+  0   the run is finished
+  75  stopped on request, with a checkpoint: start the same command again (please requeue)
+  2   the command line or its config is wrong, or the run directory does not fit it
+  10  a rank ended with an error of its own
+  11  a rank was killed by a signal
+  12  a rank ran out of memory
+  13  a rank called MPI_Abort (tiefsee does after an error, which is printed)
+  14  a host or the link to it was lost
+  15  hung: no rank made a step
+  16  the ranks could not be started
+  17  another launcher is at work in this run directory
+  18  stopped on request, but the ranks did not checkpoint in time and were ended; an older checkpoint may be there
+For 10 to 15, --max-restarts were used up, or a restart could not help.
+
+Examples:
+  tiefsee-launch --standalone --nproc-per-node 2 -- train --config configs/run/quickstart.toml
+  tiefsee-launch --hosts node1,node2 --nproc-per-node 8 -- resume runs/a";
+
+fn parse_ranks(text: &str) -> Result<Ranks, String> {
+    match text {
+        "auto" => Ok(Ranks::Auto),
+        "gpu" => Ok(Ranks::Gpu),
+        "cpu" => Ok(Ranks::Cpu),
+        number => match number.parse() {
+            Ok(0) | Err(_) => Err("a positive number, gpu, cpu or auto".to_string()),
+            Ok(number) => Ok(Ranks::Number(number)),
+        },
+    }
+}
+
+fn seconds(text: &str) -> Result<f64, String> {
+    text.parse().ok().filter(|value: &f64| value.is_finite() && *value >= 0.0).ok_or_else(|| "a number, not below 0".to_string())
+}

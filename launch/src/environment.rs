@@ -1,0 +1,82 @@
+//! Everything the launcher takes from its environment: variables, the machine's size, SLURM's allocation.
+use std::env::var;
+use std::path::PathBuf;
+use std::process::{Command, Stdio};
+
+#[derive(Clone, Debug, Default)]
+pub struct Environment {
+    pub root: bool,
+    pub cores: usize,
+    pub gpus: usize,
+    pub numa_nodes: usize,
+    /// Variables that ranks on other hosts need and that are set here.
+    pub exported: Vec<String>,
+    pub slurm: Option<Slurm>,
+}
+
+/// The allocation that this process was started in.
+#[derive(Clone, Debug, Default)]
+pub struct Slurm {
+    pub job: String,
+    pub nodes: usize,
+    pub tasks_per_node: Option<usize>,
+    /// srun can start MPI ranks through PMIx.
+    pub pmix: bool,
+    /// How often SLURM requeued the job.
+    pub restarts: u64,
+}
+
+const EXPORTED: [&str; 5] = ["LD_LIBRARY_PATH", "OMP_NUM_THREADS", "RUST_BACKTRACE", "RUST_LOG", "CUDA_DEVICE_MAX_CONNECTIONS"];
+
+impl Environment {
+    pub fn read() -> Self {
+        Environment {
+            root: nix::unistd::Uid::effective().is_root(),
+            cores: std::thread::available_parallelism().map_or(1, |cores| cores.get()),
+            gpus: numbered("/dev", "nvidia"),
+            numa_nodes: numbered("/sys/devices/system/node", "node").max(1),
+            exported: EXPORTED.iter().filter(|name| var(name).is_ok()).map(|name| name.to_string()).collect(),
+            slurm: slurm(),
+        }
+    }
+}
+
+fn slurm() -> Option<Slurm> {
+    let job = var("SLURM_JOB_ID").ok()?;
+    let number = |name: &str| var(name).ok().and_then(|text| text.parse().ok());
+    Some(Slurm {
+        job,
+        nodes: number("SLURM_JOB_NUM_NODES").or_else(|| number("SLURM_NNODES")).unwrap_or(1),
+        // "4" or "4(x2)"
+        tasks_per_node: var("SLURM_NTASKS_PER_NODE").ok().and_then(|text| text.split('(').next()?.parse().ok()),
+        pmix: has_pmix(),
+        restarts: number("SLURM_RESTART_COUNT").unwrap_or(0) as u64,
+    })
+}
+
+fn has_pmix() -> bool {
+    let listed = Command::new("srun").arg("--mpi=list").stdin(Stdio::null()).output();
+    listed.is_ok_and(|listed| [listed.stdout, listed.stderr].iter().any(|text| String::from_utf8_lossy(text).contains("pmix")))
+}
+
+/// How many entries of `folder` are `prefix` and a number.
+fn numbered(folder: &str, prefix: &str) -> usize {
+    let is_one = |name: &str| name.strip_prefix(prefix).is_some_and(|rest| !rest.is_empty() && rest.bytes().all(|byte| byte.is_ascii_digit()));
+    std::fs::read_dir(folder).map_or(0, |entries| entries.flatten().filter(|entry| is_one(&entry.file_name().to_string_lossy())).count())
+}
+
+/// The `tiefsee` beside this executable.
+pub fn sibling(name: &str) -> std::io::Result<PathBuf> {
+    Ok(std::env::current_exe()?.with_file_name(name))
+}
+
+/// How often the kernel has killed a process of our control group for its memory; 0 where that is not told.
+pub fn oom_kills() -> u64 {
+    let told = || {
+        let own = std::fs::read_to_string("/proc/self/cgroup").ok()?;
+        let path = own.lines().find_map(|line| line.strip_prefix("0::"))?;
+        let events = std::fs::read_to_string(format!("/sys/fs/cgroup{path}/memory.events")).ok()?;
+        events.lines().find_map(|line| line.strip_prefix("oom_kill ")?.trim().parse().ok())
+    };
+    told().unwrap_or(0)
+}

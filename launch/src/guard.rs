@@ -1,0 +1,192 @@
+//! The process between the launcher and mpirun that lets no rank outlive them.
+//!
+//! It stands in its own session (a terminal's Ctrl-C and a killed process group do not reach it) and takes orders over
+//! its standard input; the end of that pipe means that the launcher is dead. Descendants that lose their parent come to
+//! it (subreaper), so it can end every one, whatever process group mpirun gave it.
+use crate::processes::descendants;
+use nix::sys::prctl::{set_child_subreaper, set_pdeathsig};
+use nix::sys::signal::{Signal, kill};
+use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
+use nix::unistd::{Pid, getppid, setsid};
+use std::fs::File;
+use std::io::{Read, Write};
+use std::os::unix::process::{CommandExt, ExitStatusExt};
+use std::path::Path;
+use std::process::{Child, ChildStdin, Command, ExitStatus, Stdio};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
+use std::time::{Duration, Instant};
+
+/// First arguments that make this executable a guard, or tie what follows to its parent's life.
+pub const GUARD: &str = "@guard";
+pub const TIED: &str = "@tied";
+/// The guard could not start its command.
+pub const CANNOT_START: u8 = 127;
+/// A guard of a killed launcher needs as long to end its ranks; the next launcher waits for it.
+const FAREWELL: Duration = Duration::from_secs(5);
+const TICK: Duration = Duration::from_millis(50);
+
+/// What the launcher can ask of its guard.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Order {
+    /// mpirun and srun forward it to the ranks, which checkpoint.
+    User1 = b'u' as isize,
+    Term = b't' as isize,
+    /// Every descendant.
+    Kill = b'k' as isize,
+}
+
+/// The launcher's side.
+pub struct Guarded {
+    child: Child,
+    orders: ChildStdin,
+}
+
+impl Guarded {
+    /// `lock` is held as long as any rank may live.
+    pub fn spawn(lock: Option<&Path>, command: &[String], set: &[(&str, &str)]) -> std::io::Result<(Self, std::process::ChildStdout, std::process::ChildStderr)> {
+        let mut child = Command::new(std::env::current_exe()?)
+            .arg(GUARD)
+            .arg(lock.unwrap_or(Path::new("")))
+            .args(command)
+            .envs(set.iter().copied())
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()?;
+        let (orders, stdout, stderr) = (child.stdin.take().expect("piped"), child.stdout.take().expect("piped"), child.stderr.take().expect("piped"));
+        Ok((Guarded { child, orders }, stdout, stderr))
+    }
+
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// A guard that has just ended needs no orders.
+    pub fn order(&mut self, order: Order) {
+        let _ = self.orders.write_all(&[order as u8]);
+    }
+
+    /// The command's exit code, 128 + n for a signal.
+    pub fn try_wait(&mut self) -> std::io::Result<Option<i32>> {
+        Ok(self.child.try_wait()?.map(code))
+    }
+}
+
+fn code(status: ExitStatus) -> i32 {
+    status.code().unwrap_or_else(|| 128 + status.signal().unwrap_or(0))
+}
+
+/// The guard's whole life. `args`: the lock's path or nothing, then the command.
+pub fn guard(args: &[String]) -> u8 {
+    let (lock, command) = (&args[0], &args[1..]);
+    // Already leading a session is as good.
+    let _ = setsid();
+    if let Err(error) = set_child_subreaper(true) {
+        eprintln!("tiefsee-launch: cannot become a subreaper: {error}");
+        return CANNOT_START;
+    }
+    let _held = match hold(Path::new(lock)) {
+        Ok(held) => held,
+        Err(error) => {
+            eprintln!("tiefsee-launch: {lock}: {error}");
+            return CANNOT_START;
+        }
+    };
+    let started = std::env::current_exe().and_then(|own| Command::new(own).arg(TIED).arg("TERM").args(command).stdin(Stdio::null()).spawn());
+    let child = match started {
+        Ok(child) => child,
+        Err(error) => {
+            eprintln!("tiefsee-launch: cannot start {}: {error}", command[0]);
+            return CANNOT_START;
+        }
+    };
+    let status = watch(child, orders());
+    end_descendants();
+    status
+}
+
+/// Shared between a run's guards one after the other: waits until the ranks of the one before are gone.
+fn hold(path: &Path) -> std::io::Result<Option<File>> {
+    if path.as_os_str().is_empty() {
+        return Ok(None);
+    }
+    let file = File::options().create(true).append(true).open(path)?;
+    file.lock()?;
+    Ok(Some(file))
+}
+
+fn orders() -> Receiver<u8> {
+    let (sender, receiver) = channel();
+    std::thread::spawn(move || {
+        let mut byte = [0];
+        let mut orders = std::io::stdin().lock();
+        while orders.read_exact(&mut byte).is_ok() && sender.send(byte[0]).is_ok() {}
+    });
+    receiver
+}
+
+fn watch(mut child: Child, orders: Receiver<u8>) -> u8 {
+    let pid = Pid::from_raw(child.id() as i32);
+    let mut ends_at = None;
+    loop {
+        if let Ok(Some(status)) = child.try_wait() {
+            return code(status).clamp(0, 255) as u8;
+        }
+        match orders.recv_timeout(TICK) {
+            Ok(b'u') => send(pid, Signal::SIGUSR1),
+            Ok(b't') => send(pid, Signal::SIGTERM),
+            Ok(_) => kill_descendants(),
+            Err(RecvTimeoutError::Timeout) => {}
+            Err(RecvTimeoutError::Disconnected) => {
+                std::thread::sleep(TICK);
+                if ends_at.is_none() {
+                    send(pid, Signal::SIGTERM);
+                }
+                if Instant::now() >= *ends_at.get_or_insert_with(|| Instant::now() + FAREWELL) {
+                    kill_descendants();
+                }
+            }
+        }
+    }
+}
+
+/// One that is already gone is what we want.
+fn send(pid: Pid, signal: Signal) {
+    let _ = kill(pid, signal);
+}
+
+fn kill_descendants() {
+    descendants(std::process::id()).into_iter().for_each(|pid| send(Pid::from_raw(pid as i32), Signal::SIGKILL));
+}
+
+/// Until none is left; what a killed process leaves behind comes to us and is killed in the next round.
+fn end_descendants() {
+    loop {
+        kill_descendants();
+        loop {
+            match waitpid(None, Some(WaitPidFlag::WNOHANG)) {
+                Ok(WaitStatus::StillAlive) => break,
+                Ok(_) => {}
+                Err(_) => return,
+            }
+        }
+        std::thread::sleep(TICK);
+    }
+}
+
+/// Becomes `command`, which gets `signal` when its parent dies. Returns only if it cannot.
+pub fn tied(args: &[String]) -> u8 {
+    let signal = if args[0] == "TERM" { Signal::SIGTERM } else { Signal::SIGKILL };
+    let parent = getppid();
+    // The setting outlives exec.
+    if let Err(error) = set_pdeathsig(signal) {
+        eprintln!("tiefsee-launch: cannot tie {} to its parent: {error}", args[1]);
+        return CANNOT_START;
+    }
+    if getppid() != parent {
+        return CANNOT_START;
+    }
+    let error = Command::new(&args[1]).args(&args[2..]).exec();
+    eprintln!("tiefsee-launch: cannot start {}: {error}", args[1]);
+    CANNOT_START
+}

@@ -1,0 +1,185 @@
+//! How an attempt ended, in a word for the program and in words for people.
+use serde::Serialize;
+
+pub const FINISHED: u8 = 0;
+/// EX_TEMPFAIL, as `tiefsee` has it.
+pub const STOPPED: u8 = 75;
+pub const USAGE: u8 = 2;
+pub const TAKEN: u8 = 17;
+pub const STOPPED_LATE: u8 = 18;
+/// What mpirun answers when one of its daemons, or the link to it, is gone.
+const DAEMON_LOST: i32 = 205;
+const SIGABRT: i32 = 6;
+const SIGKILL: i32 = 9;
+const SIGUSR1: i32 = 10;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Class {
+    Finished,
+    Stopped,
+    /// Asked to checkpoint, but ended by us when the grace was over.
+    StoppedLate,
+    Error,
+    Killed,
+    OutOfMemory,
+    Abort,
+    LinkLost,
+    Hung,
+    CannotStart,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Outcome {
+    pub class: Class,
+    /// For people: what ended, and the first reason that a rank gave.
+    pub words: String,
+}
+
+impl Outcome {
+    pub fn new(class: Class, words: impl Into<String>) -> Self {
+        Outcome { class, words: words.into() }
+    }
+
+    pub fn exit_code(&self) -> u8 {
+        match self.class {
+            Class::Finished => FINISHED,
+            Class::Stopped => STOPPED,
+            Class::Error => 10,
+            Class::Killed => 11,
+            Class::OutOfMemory => 12,
+            Class::Abort => 13,
+            Class::LinkLost => 14,
+            Class::Hung => 15,
+            Class::CannotStart => 16,
+            Class::StoppedLate => STOPPED_LATE,
+        }
+    }
+
+    pub fn failed(&self) -> bool {
+        !matches!(self.class, Class::Finished | Class::Stopped | Class::StoppedLate)
+    }
+
+    /// An error of the ranks' own before any step would come again: a wrong config, a missing corpus.
+    pub fn worth_a_restart(&self, made_a_step: bool) -> bool {
+        match self.class {
+            Class::Error | Class::Abort => made_a_step,
+            Class::Killed | Class::OutOfMemory | Class::LinkLost | Class::Hung => true,
+            Class::Finished | Class::Stopped | Class::StoppedLate | Class::CannotStart => false,
+        }
+    }
+}
+
+/// What the output of an attempt told beside its exit code. Each is the first of its kind.
+#[derive(Clone, Debug, Default)]
+pub struct Evidence {
+    /// "error (rank 1): …", a panic.
+    pub reason: Option<String>,
+    /// "rank 1 … exited on signal 9 (Killed)": mpirun's word.
+    pub signalled: Option<String>,
+    pub aborted_rank: Option<usize>,
+    pub out_of_memory: bool,
+    pub daemon_lost: bool,
+    pub cannot_start: Option<String>,
+}
+
+impl Evidence {
+    pub fn read(&mut self, line: &str) {
+        let holds = |needles: &[&str]| needles.iter().any(|needle| line.contains(needle));
+        let kept = || Some(line.trim().to_string());
+        if self.reason.is_none() && (line.starts_with("error: ") || line.starts_with("error (rank ") || line.contains(" panicked")) {
+            self.reason = kept();
+        }
+        if self.signalled.is_none() && line.contains(" exited on signal ") {
+            self.signalled = kept();
+        }
+        if self.aborted_rank.is_none() {
+            self.aborted_rank = line.strip_prefix("MPI_ABORT was invoked on rank ").and_then(|rest| rest.split(' ').next()?.parse().ok());
+        }
+        self.out_of_memory |= holds(&["memory allocation of ", "out of memory", "Out of memory", "OutOfMemory", "oom-kill", "OOM Killed"]);
+        self.daemon_lost |= holds(&["ORTE has lost communication with", "lost connection to a remote daemon", "Node failure on", "NODE FAILURE"]);
+        if self.cannot_start.is_none() && holds(&["There are not enough slots", "was unable to launch", "was unable to find the specified executable", "was unable to start the specified", "Unable to create step", "Unable to allocate resources", "tiefsee-launch: cannot start"]) {
+            self.cannot_start = kept();
+        }
+    }
+}
+
+/// `code`: mpirun's or srun's. `asked`: we had forwarded a request to stop. `oom_kills`: the control group's count rose.
+pub fn classify(code: i32, evidence: &Evidence, asked: bool, oom_kills: bool) -> Outcome {
+    let because = evidence.reason.as_ref().map(|reason| format!(": {reason}")).unwrap_or_default();
+    let killed = (129..=192).contains(&code).then(|| code - 128);
+    let mut outcome = match (code, killed) {
+        (0, _) => Outcome::new(Class::Finished, "finished"),
+        (75, _) => Outcome::new(Class::Stopped, "stopped on request, with a checkpoint"),
+        (_, Some(SIGUSR1)) if asked => Outcome::new(Class::Stopped, "stopped on request, before the ranks had begun"),
+        (DAEMON_LOST, _) => Outcome::new(Class::LinkLost, "a host, or the link to it, was lost"),
+        _ if evidence.daemon_lost => Outcome::new(Class::LinkLost, "a host, or the link to it, was lost"),
+        (_, Some(SIGKILL)) if oom_kills => Outcome::new(Class::OutOfMemory, "the kernel killed a rank for its memory"),
+        (_, Some(signal)) if signal != SIGABRT || !evidence.out_of_memory => {
+            let hint = if signal == SIGKILL { "; where nobody did that, the host was short of memory" } else { "" };
+            Outcome::new(Class::Killed, format!("a rank was killed by signal {signal} ({}){hint}", signal_name(signal)))
+        }
+        _ if evidence.out_of_memory => Outcome::new(Class::OutOfMemory, "a rank ran out of memory"),
+        _ if evidence.cannot_start.is_some() => Outcome::new(Class::CannotStart, evidence.cannot_start.clone().unwrap_or_default()),
+        (126 | 127, _) => Outcome::new(Class::CannotStart, "the ranks could not be started"),
+        _ => match evidence.aborted_rank {
+            Some(rank) => Outcome::new(Class::Abort, format!("rank {rank} aborted with code {code}{because}")),
+            None => Outcome::new(Class::Error, format!("a rank ended with code {code}{because}")),
+        },
+    };
+    if matches!(outcome.class, Class::Killed | Class::LinkLost | Class::OutOfMemory) {
+        let told = evidence.signalled.as_ref().map(|told| format!(" ({told})")).unwrap_or_default();
+        outcome.words = format!("{}{told}{because}", outcome.words);
+    }
+    outcome
+}
+
+fn signal_name(signal: i32) -> &'static str {
+    nix::sys::signal::Signal::try_from(signal).map_or("unknown", |signal| signal.as_str())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn class(code: i32, lines: &[&str], asked: bool, oom_kills: bool) -> Class {
+        let mut evidence = Evidence::default();
+        lines.iter().for_each(|line| evidence.read(line));
+        classify(code, &evidence, asked, oom_kills).class
+    }
+
+    #[test]
+    fn every_code_has_its_word() {
+        for (code, lines, expected) in [
+            (0, &[][..], Class::Finished),
+            (75, &[], Class::Stopped),
+            (5, &[], Class::Error),
+            (137, &[], Class::Killed),
+            (139, &["mpirun noticed that process rank 1 with PID 0 on node a exited on signal 11 (Segmentation fault)."], Class::Killed),
+            (134, &["memory allocation of 99999999 bytes failed"], Class::OutOfMemory),
+            (134, &["rank 3 panicked"], Class::Killed),
+            (1, &["error (rank 0): CUDA out of memory"], Class::OutOfMemory),
+            (6, &["MPI_ABORT was invoked on rank 1 in communicator MPI_COMM_WORLD"], Class::Abort),
+            (205, &[], Class::LinkLost),
+            (1, &["ORTE has lost communication with a remote daemon."], Class::LinkLost),
+            (1, &["There are not enough slots available in the system to satisfy the 4"], Class::CannotStart),
+            (127, &[], Class::CannotStart),
+            (138, &[], Class::Killed),
+        ] {
+            assert_eq!(class(code, lines, false, false), expected, "{code} {lines:?}");
+        }
+        assert_eq!(class(138, &[], true, false), Class::Stopped);
+        assert_eq!(class(137, &[], false, true), Class::OutOfMemory);
+    }
+
+    #[test]
+    fn words_carry_the_ranks_reason() {
+        let mut evidence = Evidence::default();
+        for line in ["error (rank 1): no such corpus", "error (rank 2): later", "MPI_ABORT was invoked on rank 1 in communicator"] {
+            evidence.read(line);
+        }
+        let outcome = classify(1, &evidence, false, false);
+        assert_eq!(outcome.words, "rank 1 aborted with code 1: error (rank 1): no such corpus");
+        assert!(!outcome.worth_a_restart(false) && outcome.worth_a_restart(true));
+    }
+}

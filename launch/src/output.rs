@@ -1,0 +1,104 @@
+//! What the ranks print: prefixed by rank on our own output, whole in LOG_DIR/rank-N.log, and read for evidence.
+use crate::outcome::Evidence;
+use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
+use std::fs::{File, OpenOptions};
+use std::io::{BufRead, BufReader, Read, Write};
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex};
+use std::thread::JoinHandle;
+
+/// The readers of one attempt.
+pub struct Output {
+    shared: Arc<Mutex<Shared>>,
+    readers: Vec<JoinHandle<()>>,
+}
+
+#[derive(Default)]
+struct Shared {
+    evidence: Evidence,
+    log_dir: Option<PathBuf>,
+    logs: BTreeMap<usize, File>,
+}
+
+impl Output {
+    pub fn read(log_dir: Option<PathBuf>, stdout: impl Read + Send + 'static, stderr: impl Read + Send + 'static) -> Self {
+        let shared = Arc::new(Mutex::new(Shared { log_dir, ..Shared::default() }));
+        let readers = vec![reader(shared.clone(), stdout, std::io::stdout()), reader(shared.clone(), stderr, std::io::stderr())];
+        Output { shared, readers }
+    }
+
+    /// Both pipes are at their end: every process of the attempt is gone.
+    pub fn finish(self) -> Evidence {
+        for reader in self.readers {
+            reader.join().expect("a reader does not panic");
+        }
+        std::mem::take(&mut self.shared.lock().expect("a reader does not panic").evidence)
+    }
+}
+
+fn reader(shared: Arc<Mutex<Shared>>, from: impl Read + Send + 'static, mut to: impl Write + Send + 'static) -> JoinHandle<()> {
+    std::thread::spawn(move || {
+        let mut from = BufReader::new(from);
+        let mut bytes = Vec::new();
+        // A read error is the end of a pipe, too.
+        while from.read_until(b'\n', &mut bytes).is_ok_and(|read| read > 0) {
+            let text = String::from_utf8_lossy(&bytes);
+            let (rank, line) = untagged(text.trim_end_matches(['\n', '\r']));
+            let mut shared = shared.lock().expect("a reader does not panic");
+            shared.evidence.read(line);
+            // Whoever reads us may have gone; the run goes on.
+            let _ = match rank {
+                Some(rank) => writeln!(to, "[{rank}] {line}"),
+                None => writeln!(to, "{line}"),
+            };
+            if let Some(rank) = rank {
+                shared.log(rank, line);
+            }
+            bytes.clear();
+        }
+    })
+}
+
+impl Shared {
+    fn log(&mut self, rank: usize, line: &str) {
+        let Some(folder) = &self.log_dir else { return };
+        let file = match self.logs.entry(rank) {
+            Entry::Occupied(file) => file.into_mut(),
+            Entry::Vacant(place) => match OpenOptions::new().create(true).append(true).open(folder.join(format!("rank-{rank}.log"))) {
+                Ok(file) => place.insert(file),
+                Err(_) => return,
+            },
+        };
+        // A full disk must not stop the run's output.
+        let _ = writeln!(file, "{line}");
+    }
+}
+
+/// mpirun's `[1,3]<stderr>:text` and srun's `3: text` → rank and text.
+fn untagged(line: &str) -> (Option<usize>, &str) {
+    let mpirun = || {
+        let (tag, text) = line.strip_prefix('[')?.split_once(">:")?;
+        let (job, stream) = tag.split_once("]<")?;
+        let rank = job.split_once(',')?.1.parse().ok()?;
+        matches!(stream, "stdout" | "stderr").then_some((rank, text))
+    };
+    let srun = || {
+        let (rank, text) = line.split_once(": ")?;
+        Some((rank.trim_start().parse().ok()?, text))
+    };
+    mpirun().or_else(srun).map_or((None, line), |(rank, text)| (Some(rank), text))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tags_become_ranks() {
+        assert_eq!(untagged("[1,12]<stderr>:error (rank 12): x"), (Some(12), "error (rank 12): x"));
+        assert_eq!(untagged(" 3: step 1"), (Some(3), "step 1"));
+        assert_eq!(untagged("srun: error: x"), (None, "srun: error: x"));
+        assert_eq!(untagged("[host:123] [[1,0],0] lost"), (None, "[host:123] [[1,0],0] lost"));
+    }
+}

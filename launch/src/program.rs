@@ -1,0 +1,117 @@
+//! What the ranks run: a `tiefsee` command, and the run directory it works in.
+use anyhow::{Context, Result, bail};
+use std::path::{Path, PathBuf};
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Program {
+    /// As given behind `--`.
+    pub command: Vec<String>,
+    pub kind: Kind,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Kind {
+    Train { run_dir: PathBuf, stop_after: Option<String> },
+    Resume { run_dir: PathBuf },
+    /// Nothing to watch and nothing to resume.
+    Other,
+}
+
+impl Program {
+    pub fn parse(command: &[String]) -> Result<Self> {
+        let kind = match command.first().map(String::as_str) {
+            Some("train") => train(&command[1..])?,
+            Some("resume") => {
+                let Some(run_dir) = positional(&command[1..]) else { bail!("resume needs a run directory") };
+                Kind::Resume { run_dir: PathBuf::from(run_dir) }
+            }
+            _ => Kind::Other,
+        };
+        Ok(Program { command: command.to_vec(), kind })
+    }
+
+    pub fn run_dir(&self) -> Option<&Path> {
+        match &self.kind {
+            Kind::Train { run_dir, .. } | Kind::Resume { run_dir } => Some(run_dir),
+            Kind::Other => None,
+        }
+    }
+
+    /// The command that goes on from the newest checkpoint.
+    pub fn resume_command(&self) -> Vec<String> {
+        match &self.kind {
+            Kind::Train { run_dir, stop_after } => {
+                let mut command = vec!["resume".to_string(), run_dir.display().to_string()];
+                command.extend(stop_after.iter().flat_map(|step| ["--stop-after".to_string(), step.clone()]));
+                command
+            }
+            Kind::Resume { .. } | Kind::Other => self.command.clone(),
+        }
+    }
+}
+
+fn train(args: &[String]) -> Result<Kind> {
+    let Some(config) = values(args, "--config").pop() else { bail!("train needs --config FILE") };
+    let set = |key: &str| values(args, "--set").iter().filter_map(|pair| pair.split_once('=')).filter(|(name, _)| name.trim() == key).map(|(_, value)| unquoted(value)).next_back();
+    let run_dir = match set("run.dir") {
+        Some(run_dir) => run_dir,
+        None => {
+            let text = std::fs::read_to_string(&config).with_context(|| format!("cannot read {config}"))?;
+            let table: toml::Table = text.parse().with_context(|| config.clone())?;
+            table.get("run").and_then(|run| run.get("dir")?.as_str()).map(str::to_string).with_context(|| format!("{config} has no run.dir"))?
+        }
+    };
+    Ok(Kind::Train { run_dir: PathBuf::from(run_dir), stop_after: set("run.stop_after") })
+}
+
+/// `--name value` and `--name=value`, in order.
+fn values(args: &[String], name: &str) -> Vec<String> {
+    let mut found = Vec::new();
+    let mut rest = args.iter();
+    while let Some(arg) = rest.next() {
+        match arg.strip_prefix(name) {
+            Some("") => found.extend(rest.next().cloned()),
+            Some(tail) => found.extend(tail.strip_prefix('=').map(str::to_string)),
+            None => {}
+        }
+    }
+    found
+}
+
+fn positional(args: &[String]) -> Option<&String> {
+    let mut skip = false;
+    args.iter().find(|arg| {
+        let value = std::mem::replace(&mut skip, *arg == "--stop-after");
+        !value && !arg.starts_with('-')
+    })
+}
+
+fn unquoted(text: &str) -> String {
+    let text = text.trim();
+    text.strip_prefix('"').and_then(|inner| inner.strip_suffix('"')).unwrap_or(text).to_string()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(text: &str) -> Program {
+        Program::parse(&text.split(' ').map(str::to_string).collect::<Vec<_>>()).expect("a program")
+    }
+
+    #[test]
+    fn a_trained_run_is_resumed_where_it_is() {
+        let program = parse("train --config none.toml --set run.dir=a --set=run.dir=b --set run.stop_after=7");
+        assert_eq!(program.run_dir(), Some(Path::new("b")));
+        assert_eq!(program.resume_command().join(" "), "resume b --stop-after 7");
+    }
+
+    #[test]
+    fn resume_keeps_its_options() {
+        let program = parse("resume --stop-after 4 runs/a");
+        assert_eq!(program.run_dir(), Some(Path::new("runs/a")));
+        assert_eq!(program.resume_command().join(" "), "resume --stop-after 4 runs/a");
+        assert_eq!(parse("checkpoint verify x").kind, Kind::Other);
+        assert!(Program::parse(&["resume".to_string()]).is_err());
+    }
+}

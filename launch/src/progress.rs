@@ -1,0 +1,209 @@
+//! The step watchdog: how far each rank is, by the lines that it appends to RUN_DIR/log/rank-N.jsonl.
+use crate::processes::{activity, descendants, rank};
+use serde::Deserialize;
+use std::collections::{BTreeMap, VecDeque};
+use std::fs::{self, File};
+use std::io::{Read, Seek, SeekFrom};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+/// So many steps make the median.
+const REMEMBERED: usize = 64;
+
+/// Seconds; a limit of 0 is none.
+#[derive(Clone, Copy, Debug)]
+pub struct Limits {
+    /// n of "n × median step".
+    pub steps: f64,
+    pub floor: f64,
+    /// Until the first step of an attempt.
+    pub start: f64,
+}
+
+pub struct Progress {
+    log: PathBuf,
+    limits: Limits,
+    ranks: BTreeMap<usize, Followed>,
+    step_seconds: VecDeque<f64>,
+    stepped: bool,
+    last_change: Instant,
+}
+
+/// One rank's file.
+#[derive(Default)]
+struct Followed {
+    read: u64,
+    step: Option<u64>,
+}
+
+#[derive(Deserialize)]
+struct Line {
+    step: u64,
+    /// A validation's line has none.
+    step_ms: Option<f64>,
+}
+
+impl Progress {
+    /// What earlier attempts wrote is no progress.
+    pub fn follow(log: &Path, limits: Limits, now: Instant) -> Self {
+        let mut progress = Progress { log: log.to_path_buf(), limits, ranks: BTreeMap::new(), step_seconds: VecDeque::new(), stepped: false, last_change: now };
+        for (rank, _, length) in progress.files() {
+            progress.ranks.insert(rank, Followed { read: length, step: None });
+        }
+        progress
+    }
+
+    fn files(&self) -> Vec<(usize, PathBuf, u64)> {
+        let rank = |name: &str| name.strip_prefix("rank-")?.strip_suffix(".jsonl")?.parse().ok();
+        let Ok(entries) = fs::read_dir(&self.log) else { return Vec::new() };
+        entries.flatten().filter_map(|entry| Some((rank(&entry.file_name().to_string_lossy())?, entry.path(), entry.metadata().ok()?.len()))).collect()
+    }
+
+    /// Reads what is new.
+    pub fn poll(&mut self, now: Instant) {
+        for (rank, path, length) in self.files() {
+            let followed = self.ranks.entry(rank).or_default();
+            if length < followed.read {
+                // A resumed rank rewrote its file without the steps that it will do again.
+                followed.read = length;
+                self.last_change = now;
+            }
+            if length == followed.read {
+                continue;
+            }
+            let Ok(text) = read_from(&path, followed.read) else { continue };
+            // A line that is still being written waits for the next look.
+            let Some(end) = text.rfind('\n') else { continue };
+            followed.read += end as u64 + 1;
+            self.last_change = now;
+            for line in text[..end].lines().filter_map(|line| serde_json::from_str::<Line>(line).ok()) {
+                followed.step = Some(line.step);
+                if let Some(step_ms) = line.step_ms {
+                    self.stepped = true;
+                    self.step_seconds.push_back(step_ms / 1e3);
+                }
+            }
+        }
+        let surplus = self.step_seconds.len().saturating_sub(REMEMBERED);
+        self.step_seconds.drain(..surplus);
+    }
+
+    pub fn made_a_step(&self) -> bool {
+        self.stepped
+    }
+
+    /// The last step of this attempt that every rank has logged.
+    pub fn step(&self) -> Option<u64> {
+        self.ranks.values().filter_map(|followed| followed.step).min()
+    }
+
+    /// How long nobody has made a step, if that is too long.
+    pub fn hung(&self, now: Instant) -> Option<Duration> {
+        let limit = if self.stepped { self.limits.floor } else { self.limits.start };
+        let stepping = if self.stepped { self.limits.steps * self.median() } else { 0.0 };
+        let quiet = now - self.last_change;
+        (limit > 0.0 && quiet.as_secs_f64() > limit.max(stepping)).then_some(quiet)
+    }
+
+    fn median(&self) -> f64 {
+        let mut sorted: Vec<f64> = self.step_seconds.iter().copied().collect();
+        sorted.sort_by(f64::total_cmp);
+        sorted.get(sorted.len() / 2).copied().unwrap_or(0.0)
+    }
+
+    /// Who is behind by the logs, or that none is.
+    pub fn behind(&self) -> String {
+        let steps: Vec<(usize, u64)> = self.ranks.iter().filter_map(|(rank, followed)| Some((*rank, followed.step?))).collect();
+        let (Some(least), Some(most)) = (steps.iter().map(|(_, step)| *step).min(), steps.iter().map(|(_, step)| *step).max()) else {
+            return "no rank has made a step since this start".to_string();
+        };
+        if least == most {
+            return format!("every rank has logged step {most}");
+        }
+        let late: Vec<String> = steps.iter().filter(|(_, step)| *step == least).map(|(rank, _)| rank.to_string()).collect();
+        format!("rank {} stands at step {least}, the furthest at {most}", late.join(", "))
+    }
+}
+
+fn read_from(path: &Path, offset: u64) -> std::io::Result<String> {
+    let mut file = File::open(path)?;
+    file.seek(SeekFrom::Start(offset))?;
+    let mut bytes = Vec::new();
+    file.read_to_end(&mut bytes)?;
+    Ok(String::from_utf8_lossy(&bytes).into_owned())
+}
+
+/// Ranks of this host that are not working, looked at for `time`: one that waits for a peer polls, one that hangs in
+/// a lock, a device or a stopped process does not. Says nothing where all or none are idle.
+pub fn idle_ranks(guard: u32, time: Duration) -> Option<String> {
+    let look = || -> BTreeMap<usize, (char, u64)> {
+        let mut ranks: BTreeMap<usize, (char, u64)> = BTreeMap::new();
+        for pid in descendants(guard) {
+            if let (Some(rank), Some((state, ticks))) = (rank(pid), activity(pid)) {
+                let entry = ranks.entry(rank).or_insert((state, 0));
+                entry.0 = if state == 'T' { 'T' } else { entry.0 };
+                entry.1 += ticks;
+            }
+        }
+        ranks
+    };
+    let before = look();
+    std::thread::sleep(time);
+    let after = look();
+    let stopped: Vec<String> = after.iter().filter(|(_, (state, _))| *state == 'T').map(|(rank, _)| rank.to_string()).collect();
+    if !stopped.is_empty() {
+        return Some(format!("rank {} is a stopped process", stopped.join(", ")));
+    }
+    let idle: Vec<String> = after.iter().filter(|(rank, (_, ticks))| before.get(rank).is_some_and(|(_, then)| then == ticks)).map(|(rank, _)| rank.to_string()).collect();
+    (!idle.is_empty() && idle.len() < after.len()).then(|| format!("rank {} uses no processor time while others wait", idle.join(", ")))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn append(log: &Path, rank: usize, text: &str) {
+        use std::io::Write;
+        let mut file = File::options().create(true).append(true).open(log.join(format!("rank-{rank}.jsonl"))).expect("a file");
+        file.write_all(text.as_bytes()).expect("written");
+    }
+
+    #[test]
+    fn silence_is_measured_in_steps_above_a_floor() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let log = folder.path();
+        append(log, 0, "{\"step\":9,\"step_ms\":9.0}\n");
+        let start = Instant::now();
+        let after = |seconds: u64| start + Duration::from_secs(seconds);
+        let mut progress = Progress::follow(log, Limits { steps: 10.0, floor: 5.0, start: 100.0 }, start);
+        progress.poll(after(50));
+        assert!(!progress.made_a_step() && progress.hung(after(99)).is_none() && progress.hung(after(101)).is_some());
+        for rank in [0, 1] {
+            append(log, rank, "{\"step\":10,\"step_ms\":2000.0}\n");
+        }
+        append(log, 0, "{\"step\":11,\"step_ms\":2000.0}\n{\"step\":1");
+        progress.poll(after(60));
+        assert_eq!(progress.step(), Some(10));
+        assert!(progress.hung(after(79)).is_none(), "10 steps of 2 s are above the floor");
+        assert!(progress.hung(after(81)).is_some());
+        assert_eq!(progress.behind(), "rank 1 stands at step 10, the furthest at 11");
+        append(log, 0, "2,\"step_ms\":1.0}\n");
+        append(log, 1, "{\"step\":12,\"validation_loss\":1.0}\n");
+        progress.poll(after(70));
+        assert_eq!(progress.behind(), "every rank has logged step 12");
+    }
+
+    #[test]
+    fn a_rewritten_log_is_read_from_its_new_end() {
+        let folder = tempfile::tempdir().expect("a folder");
+        append(folder.path(), 0, "{\"step\":1,\"step_ms\":1.0}\n{\"step\":2,\"step_ms\":1.0}\n");
+        let now = Instant::now();
+        let mut progress = Progress::follow(folder.path(), Limits { steps: 1.0, floor: 1.0, start: 1.0 }, now);
+        fs::write(folder.path().join("rank-0.jsonl"), "{\"step\":1,\"step_ms\":1.0}\n").expect("written");
+        progress.poll(now);
+        assert_eq!(progress.step(), None);
+        append(folder.path(), 0, "{\"step\":2,\"step_ms\":1.0}\n");
+        progress.poll(now);
+        assert_eq!(progress.step(), Some(2));
+    }
+}

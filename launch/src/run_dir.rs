@@ -1,0 +1,110 @@
+//! What a run directory holds, who works in it, and how a run that never reached a checkpoint is put aside.
+use std::fs::{self, File, TryLockError};
+use std::io;
+use std::path::{Path, PathBuf};
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Holds {
+    Nothing,
+    /// Begun, but ended before its first checkpoint.
+    HalfRun,
+    /// With a checkpoint that names all its files. Whether they are whole is for `tiefsee resume` to find.
+    Checkpoint,
+}
+
+pub fn holds(run_dir: &Path) -> Holds {
+    let written = |entry: fs::DirEntry| entry.file_name().to_string_lossy().starts_with("step-") && entry.path().join("manifest.json").exists();
+    if !run_dir.join("resolved.toml").exists() {
+        Holds::Nothing
+    } else if fs::read_dir(run_dir.join("checkpoints")).is_ok_and(|entries| entries.flatten().any(written)) {
+        Holds::Checkpoint
+    } else {
+        Holds::HalfRun
+    }
+}
+
+pub fn log(run_dir: &Path) -> PathBuf {
+    run_dir.join("log")
+}
+
+/// Held by a run's guard; see `guard.rs`.
+pub fn guard_lock(run_dir: &Path) -> PathBuf {
+    log(run_dir).join("guard.lock")
+}
+
+/// None: another launcher is at work here. The system frees the lock when its holder dies.
+pub fn lock(run_dir: &Path) -> io::Result<Option<File>> {
+    let file = File::options().create(true).append(true).open(log(run_dir).join("launcher.lock"))?;
+    match file.try_lock() {
+        Ok(()) => Ok(Some(file)),
+        Err(TryLockError::WouldBlock) => Ok(None),
+        Err(TryLockError::Error(error)) => Err(error),
+    }
+}
+
+/// Waits until the guard of a launcher that was killed has ended its ranks.
+pub fn wait_for_guard(run_dir: &Path) -> io::Result<()> {
+    File::options().create(true).append(true).open(guard_lock(run_dir))?.lock()
+}
+
+/// Moves what a fresh start would stumble over into RUN_DIR/half-run-N. Nothing is deleted.
+pub fn put_aside(run_dir: &Path) -> io::Result<PathBuf> {
+    let aside = (1..).map(|number| run_dir.join(format!("half-run-{number}"))).find(|path| !path.exists()).expect("a free number");
+    fs::create_dir_all(aside.join("log"))?;
+    for entry in fs::read_dir(log(run_dir))?.flatten() {
+        let name = entry.file_name().to_string_lossy().into_owned();
+        if name.starts_with("rank-") {
+            fs::rename(entry.path(), aside.join("log").join(name))?;
+        }
+    }
+    for name in ["tensorboard", "checkpoints"] {
+        if run_dir.join(name).exists() {
+            fs::rename(run_dir.join(name), aside.join(name))?;
+        }
+    }
+    // Last: as long as it is there, this is a half run.
+    fs::rename(run_dir.join("resolved.toml"), aside.join("resolved.toml"))?;
+    Ok(aside)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_half_run_is_moved_whole() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let run = folder.path();
+        assert_eq!(holds(run), Holds::Nothing);
+        fs::create_dir_all(run.join("checkpoints/.step-1.partial")).expect("a folder");
+        fs::create_dir_all(log(run)).expect("a folder");
+        for name in ["resolved.toml", "log/rank-0.jsonl", "log/incidents.jsonl"] {
+            fs::write(run.join(name), name).expect("a file");
+        }
+        assert_eq!(holds(run), Holds::HalfRun);
+        let aside = put_aside(run).expect("moved");
+        assert_eq!(holds(run), Holds::Nothing);
+        assert!(aside.join("log/rank-0.jsonl").exists() && aside.join("checkpoints/.step-1.partial").exists());
+        assert!(run.join("log/incidents.jsonl").exists(), "the timeline stays");
+    }
+
+    #[test]
+    fn only_a_written_manifest_counts() {
+        let folder = tempfile::tempdir().expect("a folder");
+        fs::write(folder.path().join("resolved.toml"), "").expect("a file");
+        fs::create_dir_all(folder.path().join("checkpoints/step-00000004")).expect("a folder");
+        assert_eq!(holds(folder.path()), Holds::HalfRun);
+        fs::write(folder.path().join("checkpoints/step-00000004/manifest.json"), "{}").expect("a file");
+        assert_eq!(holds(folder.path()), Holds::Checkpoint);
+    }
+
+    #[test]
+    fn one_launcher_a_run() {
+        let folder = tempfile::tempdir().expect("a folder");
+        fs::create_dir_all(log(folder.path())).expect("a folder");
+        let first = lock(folder.path()).expect("a lock");
+        assert!(first.is_some() && lock(folder.path()).expect("a lock").is_none());
+        drop(first);
+        assert!(lock(folder.path()).expect("a lock").is_some());
+    }
+}

@@ -1,0 +1,254 @@
+//! One run over all its starts: watch, classify, restart from the newest checkpoint, and say what happened.
+use crate::args::Args;
+use crate::command::{Layout, Ranked, command_line, quoted, variables};
+use crate::environment::{Environment, oom_kills, sibling};
+use crate::guard::{Guarded, Order};
+use crate::incidents::{Incidents, say};
+use crate::outcome::{Class, Outcome, STOPPED, STOPPED_LATE, TAKEN, USAGE, classify};
+use crate::output::Output;
+use crate::program::{Kind, Program};
+use crate::progress::{Limits, Progress, idle_ranks};
+use crate::run_dir::{self, Holds};
+use anyhow::{Context, Result};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGUSR1};
+use signal_hook::iterator::Signals;
+use std::collections::VecDeque;
+use std::fs::File;
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+const TICK: Duration = Duration::from_millis(100);
+/// How long a hung rank is looked at before it is ended.
+const LOOK: Duration = Duration::from_secs(1);
+const LONGEST_BACK_OFF: f64 = 60.0;
+
+pub struct Supervisor {
+    args: Args,
+    environment: Environment,
+    layout: Layout,
+    program: Program,
+    signals: Signals,
+    incidents: Incidents,
+    /// Of this launcher's restarts, those within the window.
+    restarts: VecDeque<Instant>,
+    requests: usize,
+    /// Asked to stop while no rank was running.
+    stopped_between: bool,
+    _lock: Option<File>,
+}
+
+/// An attempt that has ended.
+struct Ended {
+    outcome: Outcome,
+    made_a_step: bool,
+    step: Option<u64>,
+}
+
+/// The launcher's exit code.
+pub fn run(args: Args) -> Result<u8> {
+    let environment = Environment::read();
+    let layout = Layout::new(&args, &environment)?;
+    let program = Program::parse(&args.command)?;
+    if args.dry_run {
+        println!("{}", quoted(&line(&args, &environment, &layout, &program.command)?));
+        return Ok(0);
+    }
+    // Before any process is started: a signal in between must not be lost.
+    let signals = Signals::new([SIGINT, SIGTERM, SIGUSR1, SIGHUP])?;
+    let mut lock = None;
+    if let Some(run_dir) = program.run_dir() {
+        if matches!(program.kind, Kind::Train { .. }) && !args.auto_resume && run_dir::holds(run_dir) != Holds::Nothing {
+            let shown = run_dir.display();
+            say(&format!("{shown} already holds a run: resume it (resume {shown}), add --auto-resume, or name another run.dir"));
+            return Ok(USAGE);
+        }
+        let log = run_dir::log(run_dir);
+        std::fs::create_dir_all(&log).with_context(|| format!("cannot make {}", log.display()))?;
+        lock = run_dir::lock(run_dir).with_context(|| format!("cannot lock {}", run_dir.display()))?;
+        if lock.is_none() {
+            say(&format!("another launcher is at work in {}", run_dir.display()));
+            return Ok(TAKEN);
+        }
+        run_dir::wait_for_guard(run_dir)?;
+    }
+    if let Some(log_dir) = &args.log_dir {
+        std::fs::create_dir_all(log_dir).with_context(|| format!("cannot make {}", log_dir.display()))?;
+    }
+    let incidents = Incidents::open(program.run_dir().map(run_dir::log).as_deref()).context("cannot open incidents.jsonl")?;
+    Supervisor { args, environment, layout, program, signals, incidents, restarts: VecDeque::new(), requests: 0, stopped_between: false, _lock: lock }.run()
+}
+
+fn line(args: &Args, environment: &Environment, layout: &Layout, command: &[String]) -> Result<Vec<String>> {
+    let (own, beside) = (std::env::current_exe()?, sibling("tiefsee")?);
+    let program = args.program.as_deref().unwrap_or(&beside);
+    Ok(command_line(args, environment, layout, &Ranked { own: &own, program, command }))
+}
+
+impl Supervisor {
+    fn run(mut self) -> Result<u8> {
+        loop {
+            self.incidents.attempt += 1;
+            let command = self.next_command()?;
+            let ended = self.attempt(&command)?;
+            let event = if ended.outcome.failed() { "failed" } else { "ended" };
+            self.incidents.add(event, ended.step, ended.outcome.words.clone());
+            if !ended.outcome.failed() || !self.restarts_after(&ended) {
+                if self.incidents.attempt > 1 || ended.outcome.failed() {
+                    say(&self.incidents.summary());
+                }
+                return Ok(self.exit_code(&ended.outcome));
+            }
+        }
+    }
+
+    /// The first start is as asked for; a later one, or any with --auto-resume, goes on with what is there.
+    fn next_command(&mut self) -> Result<Vec<String>> {
+        let Kind::Train { run_dir, .. } = &self.program.kind else { return Ok(self.program.command.clone()) };
+        match run_dir::holds(run_dir) {
+            Holds::Nothing => Ok(self.program.command.clone()),
+            Holds::Checkpoint => Ok(self.program.resume_command()),
+            Holds::HalfRun => {
+                let aside = run_dir::put_aside(run_dir).with_context(|| format!("cannot put the half run in {} aside", run_dir.display()))?;
+                self.incidents.add("put_aside", None, format!("the run had no checkpoint yet: it begins again, what it wrote is in {}", aside.display()));
+                Ok(self.program.command.clone())
+            }
+        }
+    }
+
+    fn attempt(&mut self, command: &[String]) -> Result<Ended> {
+        let line = line(&self.args, &self.environment, &self.layout, command)?;
+        self.incidents.add("started", None, format!("{} rank(s) on {} host(s): {}", self.layout.ranks(), self.layout.nodes, quoted(command)));
+        let kills_before = oom_kills();
+        let guard_lock = self.program.run_dir().map(run_dir::guard_lock);
+        let log = self.program.run_dir().map(run_dir::log);
+        let limits = Limits { steps: self.args.hang_steps, floor: self.args.hang_floor, start: self.args.start_limit };
+        let mut progress = log.as_ref().map(|log| Progress::follow(log, limits, Instant::now()));
+        let (mut guarded, stdout, stderr) = Guarded::spawn(guard_lock.as_deref(), &line, &variables(&self.environment, &self.layout)).context("cannot start the guard")?;
+        let log_dir: Option<PathBuf> = self.args.log_dir.clone().or(log);
+        let output = Output::read(log_dir, stdout, stderr);
+        let (code, verdict) = self.watch(&mut guarded, &mut progress)?;
+        let evidence = output.finish();
+        if let Some(progress) = &mut progress {
+            progress.poll(Instant::now());
+        }
+        let outcome = verdict.unwrap_or_else(|| classify(code, &evidence, self.requests > 0, oom_kills() > kills_before));
+        Ok(Ended { outcome, made_a_step: progress.as_ref().is_some_and(Progress::made_a_step), step: progress.as_ref().and_then(Progress::step) })
+    }
+
+    /// Until the guard ends: its code, and what we ended it for.
+    fn watch(&mut self, guarded: &mut Guarded, progress: &mut Option<Progress>) -> Result<(i32, Option<Outcome>)> {
+        let mut ending = Ending::default();
+        if self.requests > 0 {
+            ending.ask(guarded, self.args.grace);
+        }
+        loop {
+            if let Some(code) = guarded.try_wait()? {
+                // Ranks that still made their checkpoint while we lost patience did what was asked.
+                return Ok((code, ending.verdict.filter(|_| code != 75 && code != 0)));
+            }
+            let now = Instant::now();
+            if self.new_requests() {
+                let step = progress.as_ref().and_then(Progress::step);
+                if self.requests == 1 {
+                    self.incidents.add("stop_requested", step, "asked to stop: the ranks checkpoint");
+                    ending.ask(guarded, self.args.grace);
+                } else if ending.kill_at.is_none() {
+                    self.incidents.add("stop_requested", step, "asked again: the ranks are ended");
+                    ending.end(guarded, self.args.kill_after, Outcome::new(Class::StoppedLate, "ended on request, without a checkpoint of the last steps"));
+                }
+            }
+            if let Some(progress) = progress {
+                progress.poll(now);
+                if let Some(quiet) = progress.hung(now).filter(|_| ending.kill_at.is_none() && ending.late_at.is_none()) {
+                    let idle = idle_ranks(guarded.pid(), LOOK).map(|idle| format!("; {idle}")).unwrap_or_default();
+                    let words = format!("hung: no step for {:.0} s; {}{idle}", quiet.as_secs_f64(), progress.behind());
+                    self.incidents.add("hung", progress.step(), words.clone());
+                    ending.end(guarded, self.args.kill_after, Outcome::new(Class::Hung, words));
+                }
+            }
+            ending.tick(guarded, self.args.kill_after, now);
+            std::thread::sleep(TICK);
+        }
+    }
+
+    fn new_requests(&mut self) -> bool {
+        let new = self.signals.pending().count();
+        self.requests += new;
+        new > 0
+    }
+
+    /// After the back-off: true, go on.
+    fn restarts_after(&mut self, ended: &Ended) -> bool {
+        let now = Instant::now();
+        while self.restarts.front().is_some_and(|&then| (now - then).as_secs_f64() > self.args.restart_window) {
+            self.restarts.pop_front();
+        }
+        let refusal = if self.requests > 0 {
+            Some("no restart: asked to stop".to_string())
+        } else if self.program.run_dir().is_none() {
+            Some("no restart: this command has no run directory to go on from".to_string())
+        } else if !ended.outcome.worth_a_restart(ended.made_a_step) {
+            Some("no restart: it failed before its first step and would fail so again".to_string())
+        } else if self.restarts.len() >= self.args.max_restarts {
+            Some(format!("no restart: {} within {:.0} s are used up", self.args.max_restarts, self.args.restart_window))
+        } else {
+            None
+        };
+        if let Some(refusal) = refusal {
+            self.incidents.add("given_up", None, refusal);
+            return false;
+        }
+        let wait = (self.args.back_off * f64::powi(2.0, self.restarts.len() as i32)).min(LONGEST_BACK_OFF);
+        self.restarts.push_back(now);
+        self.incidents.add("restarting", None, format!("restart {} of {} in {wait:.1} s", self.restarts.len(), self.args.max_restarts));
+        while now.elapsed().as_secs_f64() < wait {
+            if self.new_requests() {
+                self.stopped_between = true;
+                self.incidents.add("stop_requested", None, "asked to stop while no rank was running");
+                return false;
+            }
+            std::thread::sleep(TICK);
+        }
+        true
+    }
+
+    fn exit_code(&self, outcome: &Outcome) -> u8 {
+        match outcome.class {
+            // What is there can be resumed.
+            _ if self.stopped_between => STOPPED,
+            // A rank that died while the others checkpointed: an older checkpoint may be there.
+            Class::Killed | Class::OutOfMemory | Class::LinkLost | Class::Hung if self.requests > 0 => STOPPED_LATE,
+            _ => outcome.exit_code(),
+        }
+    }
+}
+
+/// USR1 → grace → TERM → KILL.
+#[derive(Default)]
+struct Ending {
+    late_at: Option<Instant>,
+    kill_at: Option<Instant>,
+    verdict: Option<Outcome>,
+}
+
+impl Ending {
+    fn ask(&mut self, guarded: &mut Guarded, grace: f64) {
+        guarded.order(Order::User1);
+        self.late_at = Some(Instant::now() + Duration::from_secs_f64(grace));
+    }
+
+    fn end(&mut self, guarded: &mut Guarded, kill_after: f64, verdict: Outcome) {
+        guarded.order(Order::Term);
+        self.kill_at = Some(Instant::now() + Duration::from_secs_f64(kill_after));
+        self.verdict.get_or_insert(verdict);
+    }
+
+    fn tick(&mut self, guarded: &mut Guarded, kill_after: f64, now: Instant) {
+        if self.kill_at.is_none() && self.late_at.is_some_and(|late_at| now >= late_at) {
+            self.end(guarded, kill_after, Outcome::new(Class::StoppedLate, "the ranks did not checkpoint in time and were ended"));
+        }
+        if self.kill_at.is_some_and(|kill_at| now >= kill_at) {
+            guarded.order(Order::Kill);
+        }
+    }
+}

@@ -1,0 +1,186 @@
+//! The launcher over a real mpirun, with a stand-in for `tiefsee`: codes, restarts, hangs, signals, orphans.
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+/// Longer than any of these runs takes; only a failing test waits so long.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// A run directory, the faults in it and what became of it.
+struct Run {
+    folder: tempfile::TempDir,
+}
+
+impl Run {
+    fn new(steps: usize, fault: &str) -> Self {
+        let run = Run { folder: tempfile::tempdir().expect("a folder") };
+        run.write("steps", &steps.to_string());
+        if !fault.is_empty() {
+            run.write("fault", fault);
+        }
+        run
+    }
+
+    fn dir(&self) -> &Path {
+        self.folder.path()
+    }
+
+    fn write(&self, name: &str, text: &str) {
+        fs::write(self.dir().join(name), text).expect("written");
+    }
+
+    fn read(&self, name: &str) -> String {
+        fs::read_to_string(self.dir().join(name)).unwrap_or_default()
+    }
+
+    fn command(&self, options: &str) -> Command {
+        let stand_in = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/stand_in.sh");
+        let mut command = Command::new(env!("CARGO_BIN_EXE_tiefsee-launch"));
+        command.args("--standalone --nproc-per-node 2 --back-off 0 --kill-after 2".split(' ')).args(options.split_whitespace());
+        command.arg("--program").arg(stand_in).args(["--", "train", "--config", "none.toml", "--set"]).arg(format!("run.dir={}", self.dir().display()));
+        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        command
+    }
+
+    fn launch(&self, options: &str) -> Output {
+        self.command(options).output().expect("a launcher")
+    }
+
+    fn events(&self) -> Vec<String> {
+        let event = |line: &str| serde_json::from_str::<serde_json::Value>(line).expect("JSON")["event"].as_str().expect("a name").to_string();
+        self.read("log/incidents.jsonl").lines().map(event).collect()
+    }
+
+    /// Runs until every rank has logged a step, and then `then`.
+    fn started(&self, options: &str) -> Child {
+        let child = self.command(options).spawn().expect("a launcher");
+        wait("both ranks to step", || [0, 1].iter().all(|rank| !self.read(&format!("log/rank-{rank}.jsonl")).is_empty()));
+        child
+    }
+
+    /// Every rank that ever started, and every process that names this run.
+    fn alive(&self) -> Vec<String> {
+        let dir = self.dir().display().to_string();
+        let of = |pid: &str| fs::read(format!("/proc/{pid}/cmdline")).map(|bytes| String::from_utf8_lossy(&bytes).replace('\0', " ")).unwrap_or_default();
+        let pids = fs::read_dir("/proc").expect("a process table").flatten().map(|entry| entry.file_name().to_string_lossy().into_owned());
+        pids.filter(|pid| pid.bytes().all(|byte| byte.is_ascii_digit())).map(|pid| of(&pid)).filter(|line| line.contains(&dir)).collect()
+    }
+}
+
+fn wait(what: &str, mut done: impl FnMut() -> bool) {
+    let start = Instant::now();
+    while !done() {
+        assert!(start.elapsed() < PATIENCE, "waited in vain for {what}");
+        std::thread::sleep(Duration::from_millis(50));
+    }
+}
+
+fn signal(child: &Child, name: &str) {
+    assert!(Command::new("kill").args([&format!("-{name}"), &child.id().to_string()]).status().expect("kill").success());
+}
+
+fn text(output: &Output) -> String {
+    format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr))
+}
+
+#[test]
+fn a_clean_run_is_0_with_prefixed_and_kept_output() {
+    let run = Run::new(3, "");
+    let output = run.launch("");
+    assert_eq!(output.status.code(), Some(0), "{}", text(&output));
+    assert!(text(&output).contains("[1] train from 0"), "{}", text(&output));
+    assert_eq!(run.read("log/rank-1.log"), "train from 0\n");
+    assert_eq!(run.events(), ["started", "ended"]);
+}
+
+#[test]
+fn a_killed_rank_is_restarted_from_its_checkpoint() {
+    let run = Run::new(7, "1 6 kill");
+    let output = run.launch("");
+    assert_eq!(output.status.code(), Some(0), "{}", text(&output));
+    assert!(text(&output).contains("[0] resume from 4"), "{}", text(&output));
+    assert!(text(&output).contains("killed by signal 9"), "{}", text(&output));
+    assert_eq!(run.events(), ["started", "failed", "restarting", "started", "ended"]);
+}
+
+#[test]
+fn a_half_run_is_put_aside_and_begun_again() {
+    let run = Run::new(5, "0 2 kill");
+    let output = run.launch("");
+    assert_eq!(output.status.code(), Some(0), "{}", text(&output));
+    assert_eq!(run.events(), ["started", "failed", "restarting", "put_aside", "started", "ended"]);
+    assert!(run.dir().join("half-run-1/log/rank-0.jsonl").exists());
+    let again = run.launch("");
+    assert_eq!(again.status.code(), Some(2), "a run that is there is not begun anew: {}", text(&again));
+    assert_eq!(run.launch("--auto-resume").status.code(), Some(0));
+}
+
+#[test]
+fn restarts_are_counted_and_errors_before_a_step_are_final() {
+    let run = Run::new(7, "1 6 exit5");
+    let output = run.launch("--max-restarts 0");
+    assert_eq!(output.status.code(), Some(10), "{}", text(&output));
+    assert!(text(&output).contains("a rank ended with code 5: error (rank 1): out of ideas"), "{}", text(&output));
+    let run = Run::new(7, "0 1 exit5");
+    let output = run.launch("");
+    assert_eq!(output.status.code(), Some(10), "{}", text(&output));
+    assert_eq!(run.events(), ["started", "failed", "given_up"]);
+}
+
+#[test]
+fn a_frozen_rank_is_named_killed_and_restarted() {
+    let run = Run::new(7, "1 6 freeze");
+    let output = run.launch("--hang-floor 2 --hang-steps 10");
+    assert_eq!(output.status.code(), Some(0), "{}", text(&output));
+    assert!(text(&output).contains("rank 1 stands at step 5, the furthest at 6; rank 1 is a stopped process"), "{}", text(&output));
+    assert_eq!(run.events(), ["started", "hung", "failed", "restarting", "started", "ended"]);
+    assert_eq!(run.alive(), Vec::<String>::new());
+}
+
+#[test]
+fn signals_end_in_a_checkpoint_and_75() {
+    for name in ["INT", "TERM", "USR1"] {
+        let run = Run::new(1000, "");
+        let child = run.started("");
+        signal(&child, name);
+        let output = child.wait_with_output().expect("ended");
+        assert_eq!(output.status.code(), Some(75), "{name}: {}", text(&output));
+        assert!(run.dir().join("checkpoints").exists(), "{name}");
+        assert_eq!(run.events(), ["started", "stop_requested", "ended"], "{name}");
+    }
+}
+
+#[test]
+fn deaf_ranks_are_ended_after_the_grace() {
+    let run = Run::new(1000, "1 2 deaf");
+    let child = run.started("--grace 1");
+    wait("the fault", || run.dir().join("fault.taken").exists());
+    signal(&child, "TERM");
+    let output = child.wait_with_output().expect("ended");
+    assert_eq!(output.status.code(), Some(18), "{}", text(&output));
+    assert_eq!(run.alive(), Vec::<String>::new());
+}
+
+#[test]
+fn a_killed_launcher_leaves_nobody_and_another_goes_on() {
+    let run = Run::new(12, "1 9 deaf");
+    let mut child = run.started("");
+    wait("the fault", || run.dir().join("fault.taken").exists());
+    assert_eq!(run.launch("--auto-resume").status.code(), Some(17), "a run has one launcher");
+    child.kill().expect("killed");
+    child.wait().expect("reaped");
+    // At once: it waits for the ranks of the killed one.
+    let output = run.launch("--auto-resume");
+    assert_eq!(output.status.code(), Some(0), "{}", text(&output));
+    assert!(text(&output).contains("resume from 8"), "{}", text(&output));
+    assert_eq!(run.alive(), Vec::<String>::new());
+}
+
+#[test]
+fn a_program_that_is_not_there_is_said() {
+    let output = Command::new(env!("CARGO_BIN_EXE_tiefsee-launch")).args(["--standalone", "--program", "/nowhere/tiefsee", "--", "plan", "x"]).output().expect("a launcher");
+    assert_eq!(output.status.code(), Some(16), "{}", text(&output));
+    let refused = Command::new(env!("CARGO_BIN_EXE_tiefsee-launch")).args(["--nnodes", "9", "--", "resume", "x"]).output().expect("a launcher");
+    assert_eq!(refused.status.code(), Some(2), "{}", text(&refused));
+}

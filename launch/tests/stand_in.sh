@@ -1,0 +1,46 @@
+#!/usr/bin/env bash
+# Behaves like a rank of `tiefsee` as far as a launcher can see: steps logged, checkpoints, exit 75 when asked to stop.
+#   stand_in.sh train --config FILE --set run.dir=DIR | resume DIR
+# DIR/fault holds "RANK STEP KIND", taken once: kill | exit5 | hang | freeze | deaf.
+stop=0
+trap 'stop=1' USR1 TERM INT
+rank=$OMPI_COMM_WORLD_RANK
+if [ "$1" = resume ]; then dir=$2; else dir=${5#run.dir=}; fi
+step=0
+[ "$1" = resume ] && step=$(ls "$dir/checkpoints" | grep '^step-' | tail -1 | sed 's/^step-0*//')
+if [ "$1" = train ] && [ "$rank" = 0 ]; then
+    [ -e "$dir/resolved.toml" ] && { echo "error (rank 0): already holds a run" >&2; exit 1; }
+    touch "$dir/resolved.toml"
+fi
+rm -f "$dir/stopped"
+echo $$ >>"$dir/pids"
+echo "$1 from $step"
+checkpoint() {
+    mkdir -p "$dir/checkpoints/$(printf 'step-%08d' "$step")" && echo '{}' >"$dir/checkpoints/$(printf 'step-%08d' "$step")/manifest.json"
+}
+while [ "$step" -lt "$(cat "$dir/steps")" ]; do
+    if [ "$stop" = 1 ]; then
+        if [ "$rank" = 0 ]; then checkpoint && touch "$dir/stopped"; fi
+        until [ -e "$dir/stopped" ]; do sleep 0.05; done
+        exit 75
+    fi
+    step=$((step + 1))
+    if read -r who when kind 2>/dev/null <"$dir/fault" && [ "$who" = "$rank" ] && [ "$when" = "$step" ]; then
+        mv "$dir/fault" "$dir/fault.taken"
+        case $kind in
+        kill) kill -9 $$ ;;
+        exit5) echo "error (rank $rank): out of ideas" >&2; exit 5 ;;
+        hang) while :; do sleep 0.2; done ;;
+        freeze) kill -STOP $$ ;;
+        deaf) trap '' USR1 TERM; while :; do sleep 0.2; done ;;
+        esac
+    fi
+    # In lock step, as collectives keep them: no rank is two steps ahead of another.
+    echo "{\"step\":$step,\"step_ms\":50.0}" >>"$dir/log/rank-$rank.jsonl"
+    for peer in "$dir"/log/rank-*.jsonl; do
+        until grep -q "\"step\":$step," "$peer" || [ "$stop" = 1 ]; do sleep 0.05; done
+    done
+    [ "$rank" = 0 ] && [ $((step % 4)) = 0 ] && checkpoint
+    sleep 0.05
+done
+exit 0
