@@ -23,7 +23,8 @@ use tch::{Device, Tensor};
 const PIECE_BYTES: usize = 1 << 30;
 
 /// MPI in this process. It finalises when this and every communicator made from it are gone; dropped by a
-/// panic it aborts the job instead, since the peers would wait for ever.
+/// panic it aborts the job instead, since the peers would wait for ever. A rank that ends early with an error must
+/// call `abort` itself: finalising waits for the others.
 pub struct MpiWorld {
     comm: Rc<MpiComm>,
 }
