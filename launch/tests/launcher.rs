@@ -17,7 +17,7 @@ impl Run {
         let run = Run { folder: tempfile::tempdir().expect("a folder") };
         run.write("steps", &steps.to_string());
         if !fault.is_empty() {
-            run.write("fault", fault);
+            run.write("fault", &format!("{fault}\n"));
         }
         run
     }
@@ -53,8 +53,8 @@ impl Run {
     }
 
     /// Runs until every rank has logged a step, and then `then`.
-    fn started(&self, options: &str) -> Child {
-        let child = self.command(options).spawn().expect("a launcher");
+    fn started(&self, options: &str) -> Started {
+        let child = Started(Some(self.command(options).spawn().expect("a launcher")));
         wait("both ranks to step", || [0, 1].iter().all(|rank| !self.read(&format!("log/rank-{rank}.jsonl")).is_empty()));
         child
     }
@@ -68,16 +68,35 @@ impl Run {
     }
 }
 
+/// Ends with its test, also one that fails.
+struct Started(Option<Child>);
+
+impl Started {
+    fn signal(&self, name: &str) {
+        let pid = self.0.as_ref().expect("running").id().to_string();
+        assert!(Command::new("kill").args([&format!("-{name}"), &pid]).status().expect("kill").success());
+    }
+
+    fn output(mut self) -> Output {
+        self.0.take().expect("running").wait_with_output().expect("ended")
+    }
+}
+
+impl Drop for Started {
+    fn drop(&mut self) {
+        if let Some(child) = &mut self.0 {
+            child.kill().expect("killed");
+            child.wait().expect("reaped");
+        }
+    }
+}
+
 fn wait(what: &str, mut done: impl FnMut() -> bool) {
     let start = Instant::now();
     while !done() {
         assert!(start.elapsed() < PATIENCE, "waited in vain for {what}");
         std::thread::sleep(Duration::from_millis(50));
     }
-}
-
-fn signal(child: &Child, name: &str) {
-    assert!(Command::new("kill").args([&format!("-{name}"), &child.id().to_string()]).status().expect("kill").success());
 }
 
 fn text(output: &Output) -> String {
@@ -133,7 +152,7 @@ fn a_frozen_rank_is_named_killed_and_restarted() {
     let run = Run::new(7, "1 6 freeze");
     let output = run.launch("--hang-floor 2 --hang-steps 10");
     assert_eq!(output.status.code(), Some(0), "{}", text(&output));
-    assert!(text(&output).contains("rank 1 stands at step 5, the furthest at 6; rank 1 is a stopped process"), "{}", text(&output));
+    assert!(text(&output).contains("every rank has logged step 5; rank 1 is a stopped process"), "{}", text(&output));
     assert_eq!(run.events(), ["started", "hung", "failed", "restarting", "started", "ended"]);
     assert_eq!(run.alive(), Vec::<String>::new());
 }
@@ -143,8 +162,8 @@ fn signals_end_in_a_checkpoint_and_75() {
     for name in ["INT", "TERM", "USR1"] {
         let run = Run::new(1000, "");
         let child = run.started("");
-        signal(&child, name);
-        let output = child.wait_with_output().expect("ended");
+        child.signal(name);
+        let output = child.output();
         assert_eq!(output.status.code(), Some(75), "{name}: {}", text(&output));
         assert!(run.dir().join("checkpoints").exists(), "{name}");
         assert_eq!(run.events(), ["started", "stop_requested", "ended"], "{name}");
@@ -156,8 +175,8 @@ fn deaf_ranks_are_ended_after_the_grace() {
     let run = Run::new(1000, "1 2 deaf");
     let child = run.started("--grace 1");
     wait("the fault", || run.dir().join("fault.taken").exists());
-    signal(&child, "TERM");
-    let output = child.wait_with_output().expect("ended");
+    child.signal("TERM");
+    let output = child.output();
     assert_eq!(output.status.code(), Some(18), "{}", text(&output));
     assert_eq!(run.alive(), Vec::<String>::new());
 }
@@ -165,11 +184,10 @@ fn deaf_ranks_are_ended_after_the_grace() {
 #[test]
 fn a_killed_launcher_leaves_nobody_and_another_goes_on() {
     let run = Run::new(12, "1 9 deaf");
-    let mut child = run.started("");
+    let child = run.started("");
     wait("the fault", || run.dir().join("fault.taken").exists());
     assert_eq!(run.launch("--auto-resume").status.code(), Some(17), "a run has one launcher");
-    child.kill().expect("killed");
-    child.wait().expect("reaped");
+    drop(child);
     // At once: it waits for the ranks of the killed one.
     let output = run.launch("--auto-resume");
     assert_eq!(output.status.code(), Some(0), "{}", text(&output));

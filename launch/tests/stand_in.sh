@@ -3,8 +3,10 @@
 #   stand_in.sh train --config FILE --set run.dir=DIR | resume DIR
 # DIR/fault holds "RANK STEP KIND", taken once: kill | exit5 | hang | freeze | deaf.
 stop=0
-trap 'stop=1' USR1 TERM INT
-rank=$OMPI_COMM_WORLD_RANK
+trap 'stop=1' USR1
+# mpirun's names, or those of a rank that srun started.
+rank=${OMPI_COMM_WORLD_RANK:-${SLURM_PROCID:-0}}
+size=${OMPI_COMM_WORLD_SIZE:-${SLURM_NTASKS:-1}}
 if [ "$1" = resume ]; then dir=$2; else dir=${5#run.dir=}; fi
 step=0
 [ "$1" = resume ] && step=$(ls "$dir/checkpoints" | grep '^step-' | tail -1 | sed 's/^step-0*//')
@@ -13,7 +15,6 @@ if [ "$1" = train ] && [ "$rank" = 0 ]; then
     touch "$dir/resolved.toml"
 fi
 rm -f "$dir/stopped"
-echo $$ >>"$dir/pids"
 echo "$1 from $step"
 checkpoint() {
     mkdir -p "$dir/checkpoints/$(printf 'step-%08d' "$step")" && echo '{}' >"$dir/checkpoints/$(printf 'step-%08d' "$step")/manifest.json"
@@ -35,11 +36,12 @@ while [ "$step" -lt "$(cat "$dir/steps")" ]; do
         deaf) trap '' USR1 TERM; while :; do sleep 0.2; done ;;
         esac
     fi
-    # In lock step, as collectives keep them: no rank is two steps ahead of another.
-    echo "{\"step\":$step,\"step_ms\":50.0}" >>"$dir/log/rank-$rank.jsonl"
-    for peer in "$dir"/log/rank-*.jsonl; do
-        until grep -q "\"step\":$step," "$peer" || [ "$stop" = 1 ]; do sleep 0.05; done
+    # A step ends, and is logged, once every rank is there: a collective.
+    echo "$step" >"$dir/at-$PMIX_NAMESPACE-$rank"
+    for ((peer = 0; peer < size; peer++)); do
+        until [ "$(cat "$dir/at-$PMIX_NAMESPACE-$peer" 2>/dev/null || echo 0)" -ge "$step" ] 2>/dev/null || [ "$stop" = 1 ]; do sleep 0.05; done
     done
+    echo "{\"step\":$step,\"step_ms\":50.0}" >>"$dir/log/rank-$rank.jsonl"
     [ "$rank" = 0 ] && [ $((step % 4)) = 0 ] && checkpoint
     sleep 0.05
 done
