@@ -30,8 +30,8 @@ pub enum DataError {
     #[error("{}: not a manifest of this format: {reason}", path.display())]
     Manifest { path: PathBuf, reason: String },
 
-    #[error("{}: shard is missing", path.display())]
-    MissingShard { path: PathBuf },
+    #[error("{}: file is missing", path.display())]
+    MissingFile { path: PathBuf },
 
     #[error("{}: {found} bytes long where the manifest says {expected}: truncated or replaced", path.display())]
     WrongLength { path: PathBuf, found: u64, expected: u64 },
@@ -53,6 +53,9 @@ pub enum DataError {
 
     #[error("the sources do not share one tokenizer: {} has {found}, the first source {expected}", path.display())]
     TokenizersDiffer { path: PathBuf, found: String, expected: String },
+
+    #[error("{}: object stores are not built in; copy the corpus to a local or mounted folder", path.display())]
+    NoObjectStore { path: PathBuf },
 
     #[error("{}: {attempts} attempts failed, the last with: {reason}", path.display())]
     Store { path: PathBuf, attempts: u32, reason: String },

@@ -5,7 +5,7 @@
 //!     format     what lies on disk
 //!     order      sample index → (source, epoch, sample): a pure function, nothing read
 //!     loader     sample index → tokens: ranged reads, prefetched, checked
-//!     store      local folders and object stores, with retries
+//!     store      ranged reads with retries
 //!     tokenizer  Hugging Face tokenizer.json, encoded fast
 //!
 //! Invariant: what sample i holds depends on the sources' manifests and the order's spec only: not on

@@ -1,4 +1,5 @@
-//! Where a corpus lies: a local folder or an object store, read by ranges.
+//! Where a corpus lies, read by ranges. All reads go through the `object_store` crate, of which only
+//! local folders are built in.
 //!
 //! Invariant: a request is repeated, with growing pauses, after a failure or a stall; what is
 //! certain not to mend (a missing file, a file of another length) is not repeated.
@@ -44,11 +45,11 @@ pub struct Store {
 }
 
 impl Store {
-    /// `location`: a path, or a URL such as `s3://bucket/corpus`.
+    /// `location`: a folder. A URL is an error that says so.
     pub fn open(location: &Path, retry: Retry) -> Result<Store, DataError> {
         let shown = location.to_owned();
         match url_of(location) {
-            Some(url) => Err(DataError::BadInput { path: shown, reason: format!("no object store for {url}") }),
+            Some(_) => Err(DataError::NoObjectStore { path: shown }),
             None => {
                 let folder = location.canonicalize().map_err(DataError::io(location, "open"))?;
                 let inner = LocalFileSystem::new_with_prefix(&folder)
@@ -119,7 +120,7 @@ impl Store {
                 Ok((bytes, size))
             }
             Err(object_store::Error::NotFound { .. }) => {
-                Err(Failure::Final(DataError::MissingShard { path: self.display(file) }))
+                Err(Failure::Final(DataError::MissingFile { path: self.display(file) }))
             }
             Err(error) => Err(self.explain(file, &path, range, error).await),
         }

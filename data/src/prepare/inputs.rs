@@ -47,8 +47,8 @@ impl InputFile {
 pub(super) fn list(args: &PrepareArgs) -> Result<(Vec<InputFile>, u64), DataError> {
     let (mut files, mut passed) = (Vec::new(), 0);
     for input in &args.inputs {
-        if let Some(url) = url_of(input) {
-            return Err(DataError::BadInput { path: input.clone(), reason: format!("no object store for {url}") });
+        if url_of(input).is_some() {
+            return Err(DataError::NoObjectStore { path: input.clone() });
         }
         let meta = fs::metadata(input).map_err(DataError::io(input, "open"))?;
         if meta.is_dir() {

@@ -44,7 +44,7 @@ fn damaged_files_are_named() {
     for length in [0, 100, whole.len() / 2, whole.len() - 1] {
         check(Some(&whole[..length]), name, &|e| matches!(e, DataError::WrongLength { expected, .. } if *expected > 0));
     }
-    check(None, name, &|e| matches!(e, DataError::MissingShard { .. }));
+    check(None, name, &|e| matches!(e, DataError::MissingFile { .. }));
     let swapped = fs::read(other.join(name)).unwrap();
     check(Some(&swapped), name, &|e| matches!(e, DataError::WrongLength { .. } | DataError::Checksum { .. }));
     let mut same_length = swapped.clone();
@@ -70,6 +70,18 @@ fn a_token_outside_the_vocabulary_names_file_and_id() {
     let error = read_all(&path).unwrap_err();
     assert!(matches!(&error, DataError::TokenOutOfRange { id: 300.., vocab_size: 300, .. }), "{error}");
     assert!(error.to_string().contains("train-00000.parquet"), "{error}");
+}
+
+#[test]
+fn a_url_or_a_missing_folder_is_a_clear_error() {
+    let open = |path: &str| Loader::open(spec(&[(Path::new(path), 1.0)], 8, Split::Train), options()).map(|_| ());
+    let error = open("s3://bucket/corpus").unwrap_err();
+    assert!(matches!(error, DataError::NoObjectStore { .. }), "{error}");
+    let error = open("no/such/folder").unwrap_err();
+    assert!(matches!(error, DataError::Io { .. }) && error.to_string().contains("no/such/folder"), "{error}");
+    let folder = tempfile::tempdir().unwrap();
+    let error = open(folder.path().to_str().unwrap()).unwrap_err();
+    assert!(matches!(error, DataError::MissingFile { .. }) && error.to_string().contains("manifest.json"), "{error}");
 }
 
 #[test]
