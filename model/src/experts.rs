@@ -2,7 +2,6 @@
 //! here, to the activation before the down-projection, so that what goes back to the token's rank is a plain sum.
 //!
 //! Legend: R rows routed here, E local experts, D hidden size, I expert intermediate size.
-use crate::params::{Init, Role};
 use crate::{Grads, Layer, ModelConfig, ParamId, ParamTable, Weights};
 use kernels::ops::{linear, swiglu};
 use tch::Tensor;
@@ -38,10 +37,10 @@ pub struct ExpertsWork {
 }
 
 impl Experts {
-    pub fn new(table: &mut ParamTable, config: &ModelConfig, prefix: &str, local: i64) -> Self {
-        let (d, width, init) = (config.hidden_size, config.moe_intermediate_size, Init::Normal { std: config.initializer_range });
-        let gate_up = table.add(format!("{prefix}.gate_up_proj.weight"), &[local, 2 * width, d], init, Role::Experts);
-        let down = table.add(format!("{prefix}.down_proj.weight"), &[local, d, width], init, Role::Experts);
+    pub fn new(table: &mut ParamTable, config: &ModelConfig, prefix: &str) -> Self {
+        let (experts, d, width) = (config.n_routed_experts, config.hidden_size, config.moe_intermediate_size);
+        let gate_up = table.experts(format!("{prefix}.gate_up_proj.weight"), &[experts, 2 * width, d], config);
+        let down = table.experts(format!("{prefix}.down_proj.weight"), &[experts, d, width], config);
         Experts { gate_up, down }
     }
 }

@@ -19,5 +19,5 @@ pub mod stage;
 
 pub use config::ModelConfig;
 pub use layer::Layer;
-pub use params::{Grads, ParamId, ParamTable, Weights};
+pub use params::{ExpertShare, Grads, ParamId, ParamTable, Weights};
 pub use stage::{MicroBatch, Stage, StageStats, StepContext};

@@ -43,7 +43,7 @@ impl Moe {
         let shared = config.n_shared_experts * config.moe_intermediate_size;
         Moe {
             gate: Gate::new(table, config, &format!("{prefix}.gate")),
-            experts: Experts::new(table, config, &format!("{prefix}.experts"), config.n_routed_experts),
+            experts: Experts::new(table, config, &format!("{prefix}.experts")),
             shared: (shared > 0).then(|| Mlp::new(table, config, &format!("{prefix}.shared_experts"), shared)),
         }
     }
@@ -51,7 +51,7 @@ impl Moe {
     pub fn forward(&self, w: &Weights, x: Tensor, context: &BlockContext) -> Result<(Tensor, Load, MoeSaved), CommError> {
         let gate_in = GateIn { x: x.shallow_clone(), sequences: context.sequences, balance_scale: context.balance_scale };
         let (routing, gate) = self.gate.forward(w, gate_in);
-        let plan = Plan::new(&routing.routes, routing.counts.size()[0], &*context.experts)?;
+        let plan = Plan::new(&routing.routes, routing.counts.size()[0], &context.experts)?;
         let routed = Routed { rows: plan.dispatch(&x)?, counts: plan.counts().to_vec(), weights: plan.dispatch_weights(&routing.weights)? };
         let (rows, experts) = self.experts.forward(w, routed);
         let mut y = plan.combine(&rows)?; // [T, D]

@@ -36,9 +36,26 @@ pub enum Role {
 pub struct ParamSpec {
     /// The released names, experts packed: `model.layers.3.mlp.experts.gate_up_proj.weight`.
     pub name: String,
+    /// Of this rank's part.
     pub shape: Vec<i64>,
     pub init: Init,
     pub role: Role,
+    /// Where this rank's part starts in dim 0 of the whole tensor, and that dim's size.
+    pub start: i64,
+    pub total: i64,
+}
+
+/// Which of the experts a rank holds: the `rank`-th of `ranks` equal shares.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ExpertShare {
+    pub rank: i64,
+    pub ranks: i64,
+}
+
+impl Default for ExpertShare {
+    fn default() -> Self {
+        ExpertShare { rank: 0, ranks: 1 }
+    }
 }
 
 impl ParamSpec {
@@ -59,6 +76,13 @@ impl ParamSpec {
         }
     }
 
+    /// The shape of the whole, logical tensor.
+    pub fn whole_shape(&self) -> Vec<i64> {
+        let mut shape = self.shape.clone();
+        shape[0] = self.total;
+        shape
+    }
+
     /// The values of `seed`: a function of (seed, name, index) alone, so no layout and no order changes them.
     pub fn initial(&self, seed: u64, kind: Kind) -> Tensor {
         let options = (kind, Device::Cpu);
@@ -67,7 +91,8 @@ impl ParamSpec {
             Init::Zeros => Tensor::zeros(&self.shape, options),
             Init::Normal { std } => {
                 let key = name_key(seed, &self.name);
-                let values: Vec<f32> = (0..self.numel() as u64).map(|i| (normal(key, i) * std) as f32).collect();
+                let first = (self.start * self.shape[1..].iter().product::<i64>()) as u64;
+                let values: Vec<f32> = (first..first + self.numel() as u64).map(|i| (normal(key, i) * std) as f32).collect();
                 Tensor::from_slice(&values).reshape(&self.shape).to_kind(kind)
             }
         }
@@ -98,13 +123,27 @@ fn normal(key: u64, index: u64) -> f64 {
 #[derive(Debug, Default)]
 pub struct ParamTable {
     specs: Vec<ParamSpec>,
+    share: ExpertShare,
 }
 
 impl ParamTable {
+    /// A table for a rank with this share of every layer's experts.
+    pub fn new(share: ExpertShare) -> Self {
+        ParamTable { specs: Vec::new(), share }
+    }
+    /// This rank's part of a stack of all experts' matrices, `shape` [E, O, I].
+    pub fn experts(&mut self, name: impl Into<String>, shape: &[i64], config: &ModelConfig) -> ParamId {
+        let local = shape[0] / self.share.ranks;
+        assert_eq!(local * self.share.ranks, shape[0], "experts are shared out evenly");
+        let id = self.add(name, &[local, shape[1], shape[2]], Init::Normal { std: config.initializer_range }, Role::Experts);
+        let spec = &mut self.specs[id.0];
+        (spec.start, spec.total) = (local * self.share.rank, shape[0]);
+        id
+    }
     pub fn add(&mut self, name: impl Into<String>, shape: &[i64], init: Init, role: Role) -> ParamId {
         let name = name.into();
         assert!(self.specs.iter().all(|spec| spec.name != name), "parameter {name} was declared twice");
-        self.specs.push(ParamSpec { name, shape: shape.to_vec(), init, role });
+        self.specs.push(ParamSpec { name, shape: shape.to_vec(), init, role, start: 0, total: shape[0] });
         ParamId(self.specs.len() - 1)
     }
     pub fn matrix(&mut self, name: impl Into<String>, shape: &[i64], config: &ModelConfig) -> ParamId {
@@ -210,7 +249,7 @@ mod tests {
 
     #[test]
     fn initial_values_depend_on_seed_and_name_and_look_normal() {
-        let spec = |name: &str| ParamSpec { name: name.into(), shape: vec![100, 200], init: Init::Normal { std: 0.5 }, role: Role::Matrix };
+        let spec = |name: &str| ParamSpec { name: name.into(), shape: vec![100, 200], init: Init::Normal { std: 0.5 }, role: Role::Matrix, start: 0, total: 100 };
         let a = spec("a").initial(1, Kind::Double);
         assert!(a.equal(&spec("a").initial(1, Kind::Double)));
         assert!(!a.equal(&spec("a").initial(2, Kind::Double)));
@@ -219,5 +258,7 @@ mod tests {
         assert!(mean.abs() < 0.015 && (std - 0.5).abs() < 0.01, "mean {mean}, std {std}");
         let lag = (a.narrow(1, 0, 199) * a.narrow(1, 1, 199)).mean(Kind::Double).double_value(&[]);
         assert!(lag.abs() < 0.01, "neighbours correlate: {lag}");
+        let part = ParamSpec { shape: vec![30, 200], start: 60, ..spec("a") };
+        assert!(part.initial(1, Kind::Double).equal(&a.narrow(0, 60, 30)), "a part is a part of the whole");
     }
 }

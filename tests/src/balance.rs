@@ -73,6 +73,7 @@ fn a_skipped_step_moves_nothing() {
     use crate::support::Run;
     use model::{MicroBatch, Stage};
     use parallel::comm::local::solo;
+    use parallel::mesh::{Groups, Mesh};
     use trainer::optimizer::Optimizer;
     use trainer::phase::Plan;
     use trainer::step::Trainer;
@@ -81,25 +82,25 @@ fn a_skipped_step_moves_nothing() {
     let stage = Stage::whole(&mut table, &config.model);
     let weights = Weights::initial(Rc::new(table), Precision::F64, 1, Device::Cpu);
     let optimizer = Optimizer::new(&config.optimizer, &weights, 1);
-    let mut trainer = Trainer::new(&config.model, stage, weights, optimizer, (solo(), solo()));
+    let mut trainer = Trainer::new(&config.model, stage, weights, optimizer, Groups::new(solo(), &Mesh::single()).expect("groups of one"));
     let plan = Plan::new(&config.phase, &config.data.mixture);
     let moment = plan.at(500).expect("inside");
     let batch = |seed| vec![MicroBatch { tokens: crate::support::tokens(seed, &[moment.batch as i64, 33], config.model.vocab_size) }];
-    let before: Vec<Tensor> = trainer.state().iter().map(|(_, tensor)| tensor.copy()).collect();
+    let before: Vec<Tensor> = trainer.state().iter().map(|part| part.tensor.copy()).collect();
     let good = trainer.step(&moment, &batch(1), false).expect("a step");
-    assert!(good.applied && trainer.state().iter().zip(&before).all(|((name, now), before)| !now.equal(before) || name.starts_with("second/") || name.contains("bias") || name.contains("norm")));
+    assert!(good.applied && trainer.state().iter().zip(&before).all(|(part, before)| !part.tensor.equal(before) || part.name.starts_with("second/") || part.name.contains("bias") || part.name.contains("norm")));
 
     let head = trainer.weights.table.find("lm_head.weight").expect("a head");
     let poisoned = trainer.weights.get(head).copy() * f64::NAN;
     let healthy = trainer.weights.get(head).copy();
     trainer.weights.set(head, &poisoned);
-    let before: Vec<(String, Tensor)> = trainer.state().into_iter().map(|(name, tensor)| (name, tensor.copy())).collect();
+    let before: Vec<(String, Tensor)> = trainer.state().into_iter().map(|part| (part.name, part.tensor.copy())).collect();
     let bad = trainer.step(&moment, &batch(2), false).expect("a step");
     assert!(!bad.applied && !bad.loss.is_finite());
     assert_eq!(trainer.optimizer.updates, 1);
-    for ((name, now), (_, before)) in trainer.state().iter().zip(&before) {
+    for (part, (name, before)) in trainer.state().iter().zip(&before) {
         if name != "weight/lm_head.weight" {
-            assert!(now.equal(before), "{name} moved in a skipped step");
+            assert!(part.tensor.equal(before), "{name} moved in a skipped step");
         }
     }
     trainer.weights.set(head, &healthy);

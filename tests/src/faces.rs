@@ -39,13 +39,14 @@ fn an_unknown_key_is_named_with_the_nearest_right_one() {
 
 #[test]
 fn values_that_do_not_fit_together_are_refused_with_their_numbers() {
-    refused(&Run::new("dp", &["parallel.dp=3"]).train_args(), &["dp 3", "= 3 ranks", "the world has 1"]);
+    refused(&Run::new("dp", &["parallel.dp=3"]).train_args(), &["world size 1 ≠ pp 1 × dp 3 = 3"]);
     refused(&Run::new("micro", &["phase.0.micro_batch=3"]).train_args(), &["[[phase]] 1", "batch 4", "micro_batch 3 × dp 1 = 3"]);
     refused(&Run::new("length", &["phase.1.sequence_length=1000"]).train_args(), &["[[phase]] 2", "sequence_length = 1000", "max_position_embeddings = 256"]);
     refused(&Run::new("groups", &["model.n_group=3"]).train_args(), &["model.n_group = 3", "n_routed_experts = 8"]);
     refused(&Run::new("vocab", &["model.vocab_size=100"]).train_args(), &["512", "model.vocab_size is 100"]);
     let text = mpirun(2, &Run::new("dp-mpi", &["parallel.dp=3"]).train_args(), 1);
-    assert!(text.contains("dp 3") && text.contains("the world has 2"), "{text}");
+    assert!(text.contains("world size 2 ≠ pp 1 × dp 3 = 3"), "{text}");
+    refused(&Run::new("ep", &["parallel.ep=2"]).train_args(), &["dp 1 does not divide by ep 2"]);
 }
 
 #[test]

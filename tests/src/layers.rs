@@ -239,7 +239,7 @@ fn experts_with_empty_and_full_ones() {
     let config = small();
     for counts in [vec![3, 0, 5, 1], vec![0, 0, 9, 0]] {
         let mut table = ParamTable::default();
-        let layer = Experts::new(&mut table, &config, "e", 4);
+        let layer = Experts::new(&mut table, &ModelConfig { n_routed_experts: 4, ..config.clone() }, "e");
         // A matrix that no row meets has no gradient to check, so only the first case checks every matrix.
         let width = config.moe_intermediate_size;
         check_layer(Case {

@@ -17,6 +17,7 @@ use std::process::Command;
 use std::rc::Rc;
 use tch::{Device, Kind, Tensor};
 use trainer::checkpoint::{self, Manifest};
+use trainer::state::StatePart;
 
 /// Below this lead of a chosen expert over the next, rounding may choose another: such a seed tests nothing.
 const MARGIN: f64 = 1e-5;
@@ -65,7 +66,11 @@ impl Subject {
     /// Through the real path: a checkpoint, then export-hf.
     fn export(&self, name: &str) -> PathBuf {
         let table = &self.weights.table;
-        let tensors = table.ids().map(|id| (format!("weight/{}", table.spec(id).name), self.weights.get(id).shallow_clone())).collect();
+        let part = |id| {
+            let spec = table.spec(id);
+            StatePart { name: format!("weight/{}", spec.name), tensor: self.weights.get(id).shallow_clone(), start: 0, total: spec.total, holder: (0, 1) }
+        };
+        let tensors = table.ids().map(part).collect();
         let manifest = Manifest::imported(self.config.clone(), self.weights.precision);
         let path = checkpoint::save(&*solo(), &scratch().join("oracle").join(name), manifest, tensors, 1).expect("a checkpoint");
         let out = scratch().join("oracle").join(format!("{name}-hf"));

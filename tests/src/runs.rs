@@ -57,12 +57,35 @@ fn any_number_of_data_parallel_ranks_gives_the_same_run() {
 }
 
 #[test]
+fn experts_spread_over_ranks_give_the_same_run() {
+    let one = Run::new("ep-1", &[]);
+    over_threads(&one, 1, Start::Fresh, None);
+    for (ranks, ep) in [(2, 2), (4, 2), (4, 4)] {
+        let set = format!("parallel.ep={ep}");
+        let threads = Run::new(&format!("ep-{ranks}-{ep}"), &[&set]);
+        over_threads(&threads, ranks, Start::Fresh, None);
+        threads.assert_same(&one, 1e-9);
+    }
+    let processes = Run::new("ep-mpi", &["parallel.ep=2"]);
+    mpirun(4, &processes.train_args(), 0);
+    processes.assert_same(&one, 1e-9);
+    // One logical state, whoever wrote it.
+    let (a, b) = (processes.state(), one.state());
+    assert_eq!(a.keys().collect::<Vec<_>>(), b.keys().collect::<Vec<_>>());
+    for (name, tensor) in &a {
+        crate::support::assert_close(name, tensor, &b[name], 1e-6);
+    }
+}
+
+#[test]
 fn a_checkpoint_resumes_on_another_number_of_ranks() {
     let whole = Run::new("elastic-whole", &[]);
     over_threads(&whole, 1, Start::Fresh, None);
     let parts = Run::new("elastic-parts", &[]);
-    for (ranks, start, stop) in [(2, Start::Fresh, Some(8)), (4, Start::Resume, Some(21)), (1, Start::Resume, None)] {
-        over_threads(&parts, ranks, start, stop);
+    for (ranks, ep, start, stop) in [(2, 1, Start::Fresh, 8), (4, 2, Start::Resume, 15), (2, 2, Start::Resume, 21), (1, 1, Start::Resume, 30)] {
+        let mut config = parts.config();
+        (config.parallel.ep, config.run.stop_after) = (ep, Some(stop));
+        run_local(ranks, |world| train(&config, world, start, &StopSignal::default()).map(|_| ()).expect("the run"));
     }
     parts.assert_same(&whole, 1e-9);
 }

@@ -3,6 +3,7 @@ use anyhow::Result;
 use clap::Parser;
 use model::{MicroBatch, ParamTable, Stage, Weights};
 use parallel::comm::local::solo;
+use parallel::mesh::{Groups, Mesh};
 use std::path::PathBuf;
 use std::rc::Rc;
 use std::time::Instant;
@@ -32,7 +33,7 @@ pub fn run(args: &Args) -> Result<()> {
     let stage = Stage::whole(&mut table, &config.model);
     let weights = Weights::initial(Rc::new(table), config.run.precision, config.run.seed, Device::Cpu);
     let optimizer = Optimizer::new(&config.optimizer, &weights, config.run.seed);
-    let mut trainer = Trainer::new(&config.model, stage, weights, optimizer, (solo(), solo()));
+    let mut trainer = Trainer::new(&config.model, stage, weights, optimizer, Groups::new(solo(), &Mesh::single())?);
     let plan = Plan::new(&config.phase, &config.data.mixture);
     let moment = plan.at(0).expect("a config has a phase");
     let length = moment.phase.sequence_length as i64;

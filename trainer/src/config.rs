@@ -5,6 +5,7 @@ use anyhow::{Context, Result, bail, ensure};
 use data::Source;
 use kernels::Precision;
 use model::ModelConfig;
+use parallel::mesh::{Mesh, ParallelConfig};
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
 use toml::Value;
@@ -15,7 +16,7 @@ pub struct RunConfig {
     pub run: RunSection,
     pub data: DataSection,
     #[serde(default)]
-    pub parallel: ParallelSection,
+    pub parallel: ParallelConfig,
     #[serde(default)]
     pub optimizer: OptimizerSection,
     #[serde(default)]
@@ -61,21 +62,6 @@ pub enum DeviceChoice {
 pub struct DataSection {
     /// The corpora and their shares; a phase may name another mixture.
     pub mixture: Vec<Source>,
-}
-
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, default)]
-pub struct ParallelSection {
-    pub pp: usize,
-    pub ep: usize,
-    /// Data-parallel ranks; 0: what the world leaves.
-    pub dp: usize,
-}
-
-impl Default for ParallelSection {
-    fn default() -> Self {
-        ParallelSection { pp: 1, ep: 1, dp: 0 }
-    }
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -174,18 +160,16 @@ impl RunConfig {
         Ok(())
     }
 
-    /// The data-parallel degree in a world of so many ranks. Errors carry all the numbers.
-    pub fn data_parallel(&self, world: usize) -> Result<usize> {
-        let ParallelSection { pp, ep, dp } = self.parallel;
-        ensure!(pp == 1 && ep == 1, "parallel.pp = {pp}, parallel.ep = {ep}: this version runs data parallelism only (pp 1, ep 1)");
-        let derived = if dp == 0 { world / pp } else { dp };
-        if pp * derived != world {
-            bail!("parallel: pp {pp} × dp {derived} = {} ranks, but the world has {world}", pp * derived);
-        }
+    /// The layout in a world of so many ranks. Errors carry all the numbers.
+    pub fn mesh(&self, world: usize) -> Result<Mesh> {
+        let mesh = self.parallel.validate(&vec![0; world])?;
+        ensure!(mesh.pp == 1, "parallel.pp = {}: the trainer runs data and expert parallelism; pipelines are planned, not yet run", mesh.pp);
+        let experts = self.model.n_routed_experts;
+        ensure!(experts % mesh.ep as i64 == 0, "parallel.ep = {}: must divide model.n_routed_experts = {experts}", mesh.ep);
         for (index, phase) in self.phase.iter().enumerate() {
-            phase.check_ranks(derived).with_context(|| format!("[[phase]] {}", index + 1))?;
+            phase.check_ranks(mesh.dp).with_context(|| format!("[[phase]] {}", index + 1))?;
         }
-        Ok(derived)
+        Ok(mesh)
     }
 
     pub fn to_toml(&self) -> Result<String> {

@@ -1,7 +1,7 @@
 //! AdamW over the masters (report §4.2): FP32 masters, moments in the masters' kind or BF16; the weights the
 //! layers use are written in the same pass.
 use crate::config::{Moments, OptimizerSection};
-use kernels::ops::adamw::{AdamW, State, Step, sum_of_squares};
+use kernels::ops::adamw::{AdamW, State, Step};
 use model::{ParamId, Weights};
 use tch::{Kind, Tensor};
 
@@ -52,9 +52,4 @@ impl Optimizer {
             }
         }
     }
-}
-
-/// ‖g‖ over all parameters.
-pub fn grad_norm(gradients: &[(ParamId, Tensor)]) -> f64 {
-    gradients.iter().map(|(_, gradient)| sum_of_squares(gradient)).sum::<f64>().sqrt()
 }

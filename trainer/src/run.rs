@@ -11,8 +11,9 @@ use crate::summary::Summary;
 use crate::validate::held_out_loss;
 use anyhow::{Context, Result, bail, ensure};
 use data::{Loader, LoaderOptions, OrderSpec, Sample, Source, Split};
-use model::{MicroBatch, ParamTable, Stage, Weights};
+use model::{ExpertShare, MicroBatch, ParamTable, Stage, Weights};
 use parallel::comm::{Comm, barrier, broadcast_bytes};
+use parallel::mesh::Groups;
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
@@ -55,7 +56,7 @@ struct State {
 
 /// Runs to the end of the phases, a stop signal or `run.stop_after`. Collective over `world`.
 pub fn train(config: &RunConfig, world: Comm, start: Start, stop: &StopSignal) -> Result<Outcome> {
-    let dp = config.data_parallel(world.size())?;
+    let layout = config.mesh(world.size())?;
     let plan = Plan::new(&config.phase, &config.data.mixture);
     let free = if world.rank() == 0 && start == Start::Fresh { check_free(&config.run.dir) } else { Ok(()) };
     all_or_none(&*world, free)?;
@@ -63,13 +64,13 @@ pub fn train(config: &RunConfig, world: Comm, start: Start, stop: &StopSignal) -
     let facts = [("version", env!("CARGO_PKG_VERSION").to_string()), ("config", config.to_toml()?), ("corpus", corpus.fingerprint())];
     agree(&*world, &facts)?;
 
-    let mut trainer = build(config, &world)?;
+    let mut trainer = build(config, Groups::new(world.clone(), &layout)?)?;
     let (state, last_checkpoint, notes) = restore(config, &world, start, &mut trainer)?;
     // Only now, with everything checked, is anything written.
     let ready = if world.rank() == 0 && start == Start::Fresh { prepare_dir(config) } else { Ok(()) };
     all_or_none(&*world, ready)?;
     let metrics = all_or_none(&*world, Metrics::open(&config.run.dir, world.rank(), state.step, plan.num_steps()))?;
-    let mesh = Mesh { world: world.size(), pp: 1, dp, ep: 1 };
+    let mesh = Mesh { world: world.size(), pp: layout.pp, dp: layout.dp, ep: layout.ep };
     let mut run = Run { config, plan, world, mesh, trainer, corpus, metrics, state, last_checkpoint, validated: None };
     run.announce(start, &notes)?;
     let finished = run.steps(stop)?;
@@ -100,13 +101,13 @@ fn prepare_dir(config: &RunConfig) -> Result<()> {
     std::fs::write(&resolved, kept.to_toml()?).with_context(|| format!("cannot write {}", resolved.display()))
 }
 
-fn build(config: &RunConfig, world: &Comm) -> Result<Trainer> {
-    let mut table = ParamTable::default();
+fn build(config: &RunConfig, groups: Groups) -> Result<Trainer> {
+    let share = ExpertShare { rank: groups.expert.rank() as i64, ranks: groups.expert.size() as i64 };
+    let mut table = ParamTable::new(share);
     let stage = Stage::whole(&mut table, &config.model);
     let weights = Weights::initial(Rc::new(table), config.run.precision, config.run.seed, Device::Cpu);
     let optimizer = Optimizer::new(&config.optimizer, &weights, config.run.seed);
-    let experts = world.split(world.rank(), 0)?;
-    let mut trainer = Trainer::new(&config.model, stage, weights, optimizer, (world.clone(), experts));
+    let mut trainer = Trainer::new(&config.model, stage, weights, optimizer, groups);
     trainer.max_grad_norm = config.optimizer.max_grad_norm;
     Ok(trainer)
 }
@@ -141,7 +142,7 @@ impl Run<'_> {
         let count = self.config.model.count();
         let hosts: std::collections::BTreeSet<&str> = places.iter().map(|place| place.host.as_str()).collect();
         self.metrics.say(&format!(
-            "{} {} | {:.2}M parameters, {:.2}M active | {} ranks on {} host(s) (dp {}), {} thread(s) each | {:?} | {} steps, {} tokens",
+            "{} {} | {:.2}M parameters, {:.2}M active | {} ranks on {} host(s) (dp {}, ep {}), {} thread(s) each | {:?} | {} steps, {} tokens",
             if start == Start::Fresh { "starting" } else { "resuming" },
             self.config.run.dir.display(),
             (count.main + count.mtp) as f64 / 1e6,
@@ -149,6 +150,7 @@ impl Run<'_> {
             self.world.size(),
             hosts.len(),
             self.mesh.dp,
+            self.mesh.ep,
             places[0].threads,
             self.config.run.precision,
             self.plan.num_steps(),
@@ -223,7 +225,7 @@ impl Run<'_> {
     /// The samples of a global batch that this rank takes: the r-th of `dp` equal runs.
     fn share(&self, first: u64, batch: u64) -> Vec<u64> {
         let each = batch / self.mesh.dp as u64;
-        let start = first + each * self.trainer.data.rank() as u64;
+        let start = first + each * self.trainer.groups.data.rank() as u64;
         (start..start + each).collect()
     }
 

@@ -2,24 +2,41 @@
 use crate::checkpoint::{self, Manifest};
 use crate::step::Trainer;
 use anyhow::{Context, Result, ensure};
+use model::ParamId;
+use model::params::{ParamSpec, Role};
 use std::collections::HashMap;
 use std::path::Path;
 use tch::Tensor;
 
+/// One tensor of a rank's state: a part of a logical tensor that `holders` ranks hold alike.
+pub struct StatePart {
+    pub name: String,
+    pub tensor: Tensor,
+    /// Where the part starts in dim 0 of the whole, and that dim's size.
+    pub start: i64,
+    pub total: i64,
+    /// This rank's place among those that hold the same part, and their number: they share out the writing.
+    pub holder: (usize, usize),
+}
+
 impl Trainer {
     /// Everything the next step depends on.
-    pub fn state(&self) -> Vec<(String, Tensor)> {
+    pub fn state(&self) -> Vec<StatePart> {
         let table = &self.weights.table;
+        let part = |prefix: &str, id: ParamId, tensor: &Tensor| {
+            let spec = table.spec(id);
+            let group = if spec.role == Role::Experts { &self.groups.expert_data } else { &self.groups.data };
+            let (start, total, holder) = (spec.start, spec.total, (group.rank(), group.size()));
+            StatePart { name: format!("{prefix}/{}", spec.name), tensor: tensor.shallow_clone(), start, total, holder }
+        };
         let untrained = table.ids().filter(|&id| !table.spec(id).trained());
-        let mut tensors: Vec<(String, Tensor)> =
-            untrained.map(|id| (format!("weight/{}", table.spec(id).name), self.weights.get(id).shallow_clone())).collect();
+        let mut parts: Vec<StatePart> = untrained.map(|id| part("weight", id, self.weights.get(id))).collect();
         for slot in &self.optimizer.slots {
-            let name = &table.spec(slot.id).name;
-            for (part, tensor) in [("weight", &slot.master), ("first", &slot.first), ("second", &slot.second)] {
-                tensors.push((format!("{part}/{name}"), tensor.shallow_clone()));
+            for (prefix, tensor) in [("weight", &slot.master), ("first", &slot.first), ("second", &slot.second)] {
+                parts.push(part(prefix, slot.id, tensor));
             }
         }
-        tensors
+        parts
     }
 
     /// Weights, moments and the update count.
@@ -28,9 +45,8 @@ impl Trainer {
         self.set_weights(path, &tensors)?;
         let table = self.weights.table.clone();
         for slot in &mut self.optimizer.slots {
-            let name = &table.spec(slot.id).name;
-            slot.first.copy_(find(path, &tensors, &format!("first/{name}"), &table.spec(slot.id).shape)?);
-            slot.second.copy_(find(path, &tensors, &format!("second/{name}"), &table.spec(slot.id).shape)?);
+            slot.first.copy_(&find(path, &tensors, "first", table.spec(slot.id))?);
+            slot.second.copy_(&find(path, &tensors, "second", table.spec(slot.id))?);
         }
         self.optimizer.updates = manifest.updates;
         Ok(manifest)
@@ -46,20 +62,20 @@ impl Trainer {
     fn set_weights(&mut self, path: &Path, tensors: &HashMap<String, Tensor>) -> Result<()> {
         let table = self.weights.table.clone();
         for id in table.ids() {
-            let spec = table.spec(id);
-            let tensor = find(path, tensors, &format!("weight/{}", spec.name), &spec.shape)?;
-            self.weights.set(id, tensor);
+            self.weights.set(id, &find(path, tensors, "weight", table.spec(id))?);
         }
         for slot in &mut self.optimizer.slots {
             // Where master and weight are one tensor this writes the same values again.
-            slot.master.copy_(&tensors[&format!("weight/{}", table.spec(slot.id).name)]);
+            slot.master.copy_(&find(path, tensors, "weight", table.spec(slot.id))?);
         }
         Ok(())
     }
 }
 
-fn find<'a>(path: &Path, tensors: &'a HashMap<String, Tensor>, name: &str, shape: &[i64]) -> Result<&'a Tensor> {
-    let tensor = tensors.get(name).with_context(|| format!("{} holds no {name}", path.display()))?;
-    ensure!(tensor.size() == shape, "{}: {name} is {:?}, the model's is {shape:?}", path.display(), tensor.size());
-    Ok(tensor)
+/// This rank's part of a whole tensor.
+fn find(path: &Path, tensors: &HashMap<String, Tensor>, prefix: &str, spec: &ParamSpec) -> Result<Tensor> {
+    let (name, expected) = (format!("{prefix}/{}", spec.name), spec.whole_shape());
+    let tensor = tensors.get(&name).with_context(|| format!("{} holds no {name}", path.display()))?;
+    ensure!(tensor.size() == expected, "{}: {name} is {:?}, the model's is {expected:?}", path.display(), tensor.size());
+    Ok(tensor.narrow(0, spec.start, spec.shape[0]))
 }

@@ -3,14 +3,17 @@
 //! Legend: B sequences of a micro-batch, L positions, E experts.
 use crate::balance;
 use crate::guard::{Guard, Verdict};
-use crate::optimizer::{Optimizer, grad_norm};
+use crate::optimizer::Optimizer;
 use crate::phase::Moment;
 use kernels::ops::rope::RopeScaling;
 use model::mla::Positions;
 use model::stage::StageIn;
 use model::{Grads, MicroBatch, ModelConfig, ParamId, Stage, StepContext, Weights};
+use model::params::Role;
+use kernels::ops::adamw::sum_of_squares;
 use parallel::comm::{Comm, CommError, Reduce};
-use std::rc::Rc;
+use parallel::mesh::Groups;
+use std::collections::HashMap;
 use tch::{Kind, Tensor};
 
 /// The model and its optimizer on one rank.
@@ -21,10 +24,7 @@ pub struct Trainer {
     pub optimizer: Optimizer,
     pub guard: Guard,
     pub max_grad_norm: f64,
-    /// The data-parallel ranks.
-    pub data: Comm,
-    /// The ranks that share the experts: this one alone.
-    pub experts: Comm,
+    pub groups: Groups,
     biases: Vec<Option<ParamId>>,
     positions: Option<(PositionsKey, Positions)>,
 }
@@ -50,10 +50,9 @@ pub struct StepReport {
 }
 
 impl Trainer {
-    pub fn new(config: &ModelConfig, stage: Stage, weights: Weights, optimizer: Optimizer, groups: (Comm, Comm)) -> Self {
+    pub fn new(config: &ModelConfig, stage: Stage, weights: Weights, optimizer: Optimizer, groups: Groups) -> Self {
         let biases = stage.biases();
-        let (data, experts) = groups;
-        Trainer { config: config.clone(), stage, weights, optimizer, guard: Guard::default(), max_grad_norm: 1.0, data, experts, biases, positions: None }
+        Trainer { config: config.clone(), stage, weights, optimizer, guard: Guard::default(), max_grad_norm: 1.0, groups, biases, positions: None }
     }
 
     /// Counts of the global batch, and the phase's constants.
@@ -72,7 +71,7 @@ impl Trainer {
             mtp_weight: moment.phase.mtp_weight,
             balance_weight: moment.phase.balance_weight,
             positions,
-            experts: self.experts.clone(),
+            experts: self.groups.expert.clone(),
         }
     }
 
@@ -87,9 +86,9 @@ impl Trainer {
             let (_, work) = self.stage.backward_input(&self.weights, None, saved)?;
             self.stage.backward_weight(work, &mut grads);
         }
-        let (losses, counts) = sums.reduce(&self.data, stop)?;
+        let (losses, counts) = sums.reduce(&self.groups.data, stop)?;
         let gradients = self.reduce(grads.take())?;
-        let norm = grad_norm(&gradients);
+        let norm = self.grad_norm(&gradients)?;
 
         let loss = losses[0] / step.main_targets as f64;
         let verdict = self.guard.judge(losses.iter().sum(), norm);
@@ -111,11 +110,28 @@ impl Trainer {
         })
     }
 
-    /// Sums over the data-parallel ranks, in rank order.
+    /// Sums in rank order: experts over the ranks that hold the same ones, everything else over all.
     fn reduce(&self, gradients: Vec<(ParamId, Tensor)>) -> Result<Vec<(ParamId, Tensor)>, CommError> {
-        let (ids, tensors): (Vec<ParamId>, Vec<Tensor>) = gradients.into_iter().unzip();
-        let tensors = self.data.all_reduce(tensors, Reduce::Sum)?.wait()?;
-        Ok(ids.into_iter().zip(tensors).collect())
+        let order: Vec<ParamId> = gradients.iter().map(|(id, _)| *id).collect();
+        let (experts, dense): (Vec<_>, Vec<_>) = gradients.into_iter().partition(|(id, _)| self.is_expert(*id));
+        let mut reduced = HashMap::new();
+        for (group, part) in [(&self.groups.data, dense), (&self.groups.expert_data, experts)] {
+            let (ids, tensors): (Vec<ParamId>, Vec<Tensor>) = part.into_iter().unzip();
+            reduced.extend(ids.into_iter().zip(group.all_reduce(tensors, Reduce::Sum)?.wait()?));
+        }
+        Ok(order.into_iter().map(|id| (id, reduced.remove(&id).expect("every gradient was reduced"))).collect())
+    }
+
+    fn is_expert(&self, id: ParamId) -> bool {
+        self.weights.table.spec(id).role == Role::Experts
+    }
+
+    /// ‖g‖ over all parameters; the experts of other ranks counted once.
+    fn grad_norm(&self, gradients: &[(ParamId, Tensor)]) -> Result<f64, CommError> {
+        let sum = |experts| gradients.iter().filter(|(id, _)| self.is_expert(*id) == experts).map(|(_, gradient)| sum_of_squares(gradient)).sum::<f64>();
+        let mine = Tensor::from_slice(&[sum(true)]);
+        let experts = self.groups.expert.all_reduce(vec![mine], Reduce::Sum)?.wait()?;
+        Ok((sum(false) + experts[0].double_value(&[0])).sqrt())
     }
 
     /// Σ of the main loss over this rank's micro-batches, without a gradient.
@@ -151,7 +167,7 @@ impl Sums {
     }
 
     /// ([main, mtp, balance, stop], counts) over all ranks.
-    fn reduce(self, data: &Rc<dyn parallel::comm::Communicator>, stop: bool) -> Result<(Vec<f64>, Tensor), CommError> {
+    fn reduce(self, data: &Comm, stop: bool) -> Result<(Vec<f64>, Tensor), CommError> {
         let stop = Tensor::from_slice(&[stop as i64 as f64]).to_device(self.losses.device());
         let losses = Tensor::cat(&[self.losses, stop], 0);
         let mut reduced = data.all_reduce(vec![losses, self.counts], Reduce::Sum)?.wait()?;

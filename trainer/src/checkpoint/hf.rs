@@ -1,6 +1,7 @@
 //! To and from the released layout: a folder that Hugging Face transformers loads as it is.
 use super::{load, manifest::Manifest, save, shard};
 use crate::run::resolved;
+use crate::state::StatePart;
 use anyhow::{Context, Result, ensure};
 use kernels::Precision;
 use model::hf::{config_json, copies, parse_config, pieces};
@@ -104,7 +105,7 @@ pub fn import(folder: &Path, run_dir: &Path, world: &Comm) -> Result<PathBuf> {
     model.num_nextn_predict_layers = released.contains_key(&mtp) as i64;
     model.validate()?;
     let kind = if released.values().any(|tensor| tensor.kind() == Kind::Double) { Kind::Double } else { Kind::Float };
-    let mut tensors = Vec::new();
+    let mut parts = Vec::new();
     for spec in table(&model).specs() {
         let whole = Tensor::zeros(&spec.shape, (kind, tch::Device::Cpu));
         for piece in pieces(spec) {
@@ -114,10 +115,10 @@ pub fn import(folder: &Path, run_dir: &Path, world: &Comm) -> Result<PathBuf> {
             ensure!(tensor.size() == part.size(), "{}: {} is {:?}, config.json makes it {:?}", folder.display(), piece.name, tensor.size(), part.size());
             part.copy_(tensor);
         }
-        tensors.push((format!("weight/{}", spec.name), whole));
+        parts.push(StatePart { name: format!("weight/{}", spec.name), tensor: whole, start: 0, total: spec.total, holder: (0, 1) });
     }
     let precision = if kind == Kind::Double { Precision::F64 } else { Precision::F32 };
-    save(&**world, run_dir, Manifest::imported(model, precision), tensors, usize::MAX)
+    save(&**world, run_dir, Manifest::imported(model, precision), parts, usize::MAX)
 }
 
 fn read_folder(folder: &Path) -> Result<HashMap<String, Tensor>> {

@@ -1,11 +1,11 @@
 //! Writing: each rank its own shard, the coordinator (rank 0) the manifest once every shard's hash has arrived.
 use super::manifest::{FileEntry, Manifest, SliceEntry, TensorEntry};
 use super::{folder, list, shard, unfinished};
+use crate::state::StatePart;
 use anyhow::{Context, Result, bail};
 use parallel::comm::{Communicator, broadcast_bytes, gather_bytes};
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
-use tch::Tensor;
 
 /// What a rank tells the coordinator of its shard.
 #[derive(Serialize, Deserialize)]
@@ -14,9 +14,9 @@ struct Written {
     tensors: Vec<(String, TensorEntry)>,
 }
 
-/// Collective. `tensors` are the whole state, the same on every rank; each rank writes its share. On any rank's
+/// Collective. `parts` are this rank's state; what several ranks hold alike they share out and write once. On any rank's
 /// failure nothing is left, and every rank gets the error.
-pub fn save(world: &dyn Communicator, run_dir: &Path, head: Manifest, tensors: Vec<(String, Tensor)>, keep_last: usize) -> Result<PathBuf> {
+pub fn save(world: &dyn Communicator, run_dir: &Path, head: Manifest, parts: Vec<StatePart>, keep_last: usize) -> Result<PathBuf> {
     let name = format!("step-{:08}", head.step);
     let partial = folder(run_dir).join(format!(".{name}.partial"));
     let start = if world.rank() == 0 { begin(run_dir, &partial) } else { Ok(()) };
@@ -24,7 +24,7 @@ pub fn save(world: &dyn Communicator, run_dir: &Path, head: Manifest, tensors: V
     if let Err(error) = started {
         bail!(error);
     }
-    let written = write_share(world, &partial, tensors).map_err(|error| format!("rank {}: {error:#}", world.rank()));
+    let written = write_share(world, &partial, parts).map_err(|error| format!("rank {}: {error:#}", world.rank()));
     let all = gather_bytes(world, &serde_json::to_vec(&written)?)?;
     let target = folder(run_dir).join(&name);
     let outcome = if world.rank() == 0 { commit(&partial, &target, head, &all).map_err(|error| format!("{error:#}")) } else { Ok(()) };
@@ -49,25 +49,30 @@ fn begin(run_dir: &Path, partial: &Path) -> Result<()> {
     std::fs::create_dir_all(partial).with_context(|| format!("cannot make {}", partial.display()))
 }
 
-/// Splits the tensors by bytes, in order, and writes this rank's.
-fn write_share(world: &dyn Communicator, partial: &Path, tensors: Vec<(String, Tensor)>) -> Result<Written> {
-    let size = |tensor: &Tensor| (tensor.numel() * tensor.kind().elt_size_in_bytes()) as u64;
-    let total = tensors.iter().map(|(_, tensor)| size(tensor)).sum::<u64>().max(1);
-    let (mut before, mut mine) = (0, Vec::new());
-    for (name, tensor) in tensors {
-        let owner = (before as u128 * world.size() as u128 / total as u128) as usize;
-        before += size(&tensor);
-        if owner.min(world.size() - 1) == world.rank() {
-            mine.push((name, tensor));
+/// Writes this rank's share: parts held alike by the same number of ranks are split among them by bytes, in order.
+fn write_share(world: &dyn Communicator, partial: &Path, parts: Vec<StatePart>) -> Result<Written> {
+    let size = |part: &StatePart| (part.tensor.numel() * part.tensor.kind().elt_size_in_bytes()) as u128;
+    let is_split = |part: &StatePart| part.tensor.size().first().is_some_and(|&rows| rows < part.total);
+    let mut totals = [0u128; 2];
+    parts.iter().for_each(|part| totals[is_split(part) as usize] += size(part));
+    let (mut before, mut mine) = ([0u128; 2], Vec::new());
+    for part in parts {
+        let (class, (place, holders)) = (is_split(&part) as usize, part.holder);
+        let owner = before[class] * holders as u128 / totals[class].max(1);
+        before[class] += size(&part);
+        if owner as usize == place {
+            mine.push(part);
         }
     }
     let file = format!("shard-{:05}-of-{:05}.safetensors", world.rank(), world.size());
-    let entries = mine.iter().map(|(name, tensor)| {
-        let shape = tensor.size();
-        let slices = vec![SliceEntry { file: file.clone(), start: 0, rows: shape.first().copied().unwrap_or(1) }];
-        (name.clone(), TensorEntry { dtype: format!("{:?}", shard::dtype(tensor.kind())), shape, slices })
+    let entries = mine.iter().map(|part| {
+        let mut shape = part.tensor.size();
+        let slices = vec![SliceEntry { file: file.clone(), start: part.start, rows: shape[0] }];
+        shape[0] = part.total;
+        (part.name.clone(), TensorEntry { dtype: format!("{:?}", shard::dtype(part.tensor.kind())), shape, slices })
     });
     let entries = entries.collect();
+    let mine = mine.into_iter().map(|part| (part.name, part.tensor)).collect();
     let path = partial.join(&file);
     shard::write(&path, mine)?;
     Ok(Written { file: FileEntry { name: file, bytes: path.metadata()?.len(), blake3: hash(&path)? }, tensors: entries })
@@ -87,7 +92,12 @@ fn commit(partial: &Path, target: &Path, mut manifest: Manifest, all: &[Vec<u8>]
         match serde_json::from_slice::<Result<Written, String>>(bytes)? {
             Ok(written) => {
                 manifest.files.push(written.file);
-                manifest.tensors.extend(written.tensors);
+                for (name, entry) in written.tensors {
+                    match manifest.tensors.get_mut(&name) {
+                        Some(known) => known.slices.extend(entry.slices),
+                        None => drop(manifest.tensors.insert(name, entry)),
+                    }
+                }
             }
             Err(error) => failures.push(error),
         }
