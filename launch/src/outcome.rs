@@ -97,7 +97,7 @@ impl Evidence {
             self.aborted_rank = line.strip_prefix("MPI_ABORT was invoked on rank ").and_then(|rest| rest.split(' ').next()?.parse().ok());
         }
         self.out_of_memory |= holds(&["memory allocation of ", "out of memory", "Out of memory", "OutOfMemory", "oom-kill", "OOM Killed"]);
-        self.daemon_lost |= holds(&["ORTE has lost communication with", "lost connection to a remote daemon", "Node failure on", "NODE FAILURE"]);
+        self.daemon_lost |= holds(&["ORTE has lost communication with", "lost connection to a remote daemon", "Node failure on", "NODE FAILURE", " launch failed: "]);
         if self.cannot_start.is_none() && holds(&["There are not enough slots", "was unable to launch", "was unable to find the specified executable", "was unable to start the specified", "Unable to create step", "Unable to allocate resources", "tiefsee-launch: cannot start"]) {
             self.cannot_start = kept();
         }
