@@ -5,9 +5,10 @@ use std::fs::File;
 use std::io::{BufRead, BufReader, Read};
 use std::path::Path;
 
-use parquet::column::reader::{ColumnReader, ColumnReaderImpl};
-use parquet::data_type::ByteArrayType;
-use parquet::file::reader::{FileReader, SerializedFileReader};
+use arrow::array::{ArrayRef, AsArray};
+use arrow::datatypes::DataType;
+use parquet::arrow::ProjectionMask;
+use parquet::arrow::arrow_reader::ParquetRecordBatchReaderBuilder;
 
 use super::inputs::{InputFile, Kind, Packing};
 use crate::DataError;
@@ -81,36 +82,30 @@ fn read_jsonl(
 
 fn read_parquet(path: &Path, column: &str, take: &mut dyn FnMut(&str) -> bool) -> Result<(), DataError> {
     let bad = |reason: String| DataError::BadInput { path: path.to_owned(), reason };
-    let failed = |e: parquet::errors::ParquetError| bad(e.to_string());
-    let reader = SerializedFileReader::new(open(path)?).map_err(failed)?;
-    let schema = reader.metadata().file_metadata().schema_descr_ptr();
-    let columns = schema.columns().iter().map(|c| c.path().string());
-    let number = columns.clone().position(|name| name == column).ok_or_else(|| {
-        bad(format!("has no column {column:?}; it has {}", columns.clone().collect::<Vec<_>>().join(", ")))
-    })?;
-    let nullable = schema.column(number).max_def_level() > 0;
-    for group in 0..reader.num_row_groups() {
-        let group = reader.get_row_group(group).map_err(failed)?;
-        let ColumnReader::ByteArrayColumnReader(mut texts) = group.get_column_reader(number).map_err(failed)? else {
-            return Err(bad(format!("column {column:?} holds no text")));
-        };
-        while let Some(batch) = next_batch(&mut texts, nullable).map_err(failed)? {
-            for text in batch {
-                let text = std::str::from_utf8(text.data()).map_err(|e| bad(format!("column {column:?}: {e}")))?;
-                if !take(text) {
-                    return Ok(());
-                }
+    let builder = ParquetRecordBatchReaderBuilder::try_new(open(path)?).map_err(|e| bad(e.to_string()))?;
+    let names: Vec<&str> = builder.schema().fields().iter().map(|field| field.name().as_str()).collect();
+    let number = names.iter().position(|name| *name == column).ok_or_else(|| bad(format!("has no column {column:?}; it has {}", names.join(", "))))?;
+    // Only this column's pages are read.
+    let mask = ProjectionMask::roots(builder.parquet_schema(), [number]);
+    let reader = builder.with_projection(mask).with_batch_size(BATCH).build().map_err(|e| bad(e.to_string()))?;
+    for batch in reader {
+        let batch = batch.map_err(|e| bad(e.to_string()))?;
+        let texts = texts(batch.column(0)).ok_or_else(|| bad(format!("column {column:?} holds no text but {}", batch.column(0).data_type())))?;
+        for text in texts.into_iter().flatten() {
+            if !take(text) {
+                return Ok(());
             }
         }
     }
     Ok(())
 }
 
-type Texts = Vec<parquet::data_type::ByteArray>;
-
-fn next_batch(texts: &mut ColumnReaderImpl<ByteArrayType>, nullable: bool) -> parquet::errors::Result<Option<Texts>> {
-    let (mut levels, mut values) = (Vec::new(), Vec::with_capacity(BATCH));
-    let levels = nullable.then_some(&mut levels);
-    let (rows, _, _) = texts.read_records(BATCH, levels, None, &mut values)?;
-    Ok((rows > 0).then_some(values))
+/// The rows of a text column in any of arrow's layouts; None in place of a null.
+fn texts(column: &ArrayRef) -> Option<Vec<Option<&str>>> {
+    match column.data_type() {
+        DataType::Utf8 => Some(column.as_string::<i32>().iter().collect()),
+        DataType::LargeUtf8 => Some(column.as_string::<i64>().iter().collect()),
+        DataType::Utf8View => Some(column.as_string_view().iter().collect()),
+        _ => None,
+    }
 }

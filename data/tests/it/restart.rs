@@ -20,8 +20,8 @@ fn args(folder: &Path, out: &str) -> PrepareArgs {
     args
 }
 
+/// Not a check of its own: the process that `killed_again_and_again` starts, which sets `FOLDER`.
 #[test]
-#[ignore = "the process that `killed_again_and_again` starts"]
 fn victim() {
     let Some(folder) = std::env::var_os(FOLDER).map(PathBuf::from) else { return };
     match prepare(&args(&folder, "killed")) {
@@ -33,7 +33,7 @@ fn victim() {
 /// Starts the victim; kills it after `patience`. True if it ended by itself.
 fn run_victim(folder: &Path, patience: Option<Duration>) -> bool {
     let mut command = Command::new(std::env::current_exe().unwrap());
-    command.args(["--exact", "restart::victim", "--ignored"]).env(FOLDER, folder);
+    command.args(["--exact", "restart::victim"]).env(FOLDER, folder);
     let mut child = command.stdout(Stdio::null()).stderr(Stdio::inherit()).spawn().unwrap();
     if let Some(patience) = patience {
         std::thread::sleep(patience);
