@@ -45,6 +45,8 @@ fn reader(shared: Arc<Mutex<Shared>>, from: impl Read + Send + 'static, mut to: 
         while from.read_until(b'\n', &mut bytes).is_ok_and(|read| read > 0) {
             let text = String::from_utf8_lossy(&bytes);
             let (rank, line) = untagged(text.trim_end_matches(['\n', '\r']));
+            // mpirun tags every write, and a line on stderr may be many.
+            let line = &rank.map_or_else(|| line.to_string(), |rank| line.replace(&format!("[1,{rank}]<stderr>:"), ""));
             let mut shared = shared.lock().expect("a reader does not panic");
             shared.evidence.read(line);
             // Whoever reads us may have gone; the run goes on.
