@@ -42,7 +42,7 @@ pub struct BlockSaved {
 
 enum FfnSaved {
     Dense(MlpSaved),
-    Moe(MoeSaved),
+    Moe(Box<MoeSaved>),
 }
 
 pub struct BlockWork {
@@ -54,7 +54,7 @@ pub struct BlockWork {
 
 enum FfnWork {
     Dense([LinearWork; 2]),
-    Moe(MoeWork),
+    Moe(Box<MoeWork>),
 }
 
 impl Block {
@@ -82,7 +82,7 @@ impl Block {
             }
             Ffn::Moe(moe) => {
                 let (out, load, saved) = moe.forward(w, normed, context)?;
-                (out, Some(load), FfnSaved::Moe(saved))
+                (out, Some(load), FfnSaved::Moe(Box::new(saved)))
             }
         };
         Ok((h + out, load, BlockSaved { attention_norm, attention, ffn_norm, ffn }))
@@ -95,8 +95,8 @@ impl Block {
                 (dx, FfnWork::Dense(work))
             }
             (Ffn::Moe(moe), FfnSaved::Moe(saved)) => {
-                let (dx, work) = moe.backward_input(w, dy.shallow_clone(), saved)?;
-                (dx, FfnWork::Moe(work))
+                let (dx, work) = moe.backward_input(w, dy.shallow_clone(), *saved)?;
+                (dx, FfnWork::Moe(Box::new(work)))
             }
             _ => unreachable!("forward saved the other form"),
         };
@@ -110,7 +110,7 @@ impl Block {
     pub fn backward_weight(&self, work: BlockWork, grads: &mut Grads) {
         match (&self.ffn, work.ffn) {
             (Ffn::Dense(mlp), FfnWork::Dense(work)) => mlp.backward_weight(work, grads),
-            (Ffn::Moe(moe), FfnWork::Moe(work)) => moe.backward_weight(work, grads),
+            (Ffn::Moe(moe), FfnWork::Moe(work)) => moe.backward_weight(*work, grads),
             _ => unreachable!("backward_input made the other form"),
         }
         self.ffn_norm.backward_weight(work.ffn_norm, grads);
