@@ -8,12 +8,14 @@ cd "$(dirname "$0")/.."
 run=runs/quickstart
 corpus=corpus/quickstart
 max_bytes=32000000
+least=0.7 # nats that the held-out loss must end below the unigram entropy
 settings=(--set "run.dir=$run")
 folders=()
 for argument in "$@"; do
     case "$argument" in
     --short)
         max_bytes=8000000
+        least=0.2
         settings+=(--set phase.0.tokens=20480 --set phase.1.tokens=61440 --set validation.every=20)
         ;;
     -*) sed -n '2,5p' "$0" | sed 's/^# //' >&2 && exit 2 ;;
@@ -62,9 +64,9 @@ say "resuming it"
 mpirun -n 2 target/release/tiefsee resume "$run"
 target/release/tiefsee checkpoint verify "$(ls -d "$run"/checkpoints/step-* | tail -n 1)"
 
-python3 - "$run" "$((SECONDS - started))" <<'PY'
+python3 - "$run" "$((SECONDS - started))" "$least" <<'PY'
 import json, sys
-run, seconds = sys.argv[1:]
+run, seconds, least = sys.argv[1:]
 s = json.load(open(f"{run}/summary.json"))
 gain = s["unigram_entropy"] - s["val_loss_end"]
 print(f"""
@@ -77,6 +79,8 @@ quickstart: done in {seconds} s after the build
   log               {run}/log/rank-0.jsonl
   TensorBoard       tensorboard --logdir {run}/tensorboard
   corpus            corpus/quickstart""")
-if not s["finished"] or s["val_loss_end"] >= s["val_loss_start"]:
-    sys.exit("quickstart: error: the run did not finish, or learned nothing")
+if not s["finished"]:
+    sys.exit("quickstart: error: the run did not finish")
+if gain < float(least):
+    sys.exit(f"quickstart: error: the held-out loss is not {least} nats below the unigram entropy")
 PY

@@ -97,7 +97,10 @@ pub fn parse_config(value: &Value) -> Result<ModelConfig, serde_json::Error> {
     };
     let mut ours = pick(value, &KEYS);
     if let Some(scaling) = value.get("rope_scaling").filter(|scaling| scaling.get("factor").is_some()) {
-        ours.insert("rope_scaling".into(), Value::Object(pick(scaling, &YARN)));
+        let mut yarn = pick(scaling, &YARN);
+        // Released code takes an absent mscale_all_dim as 0; our own configs default to the report's 1.
+        yarn.entry("mscale_all_dim").or_insert(json!(0.0));
+        ours.insert("rope_scaling".into(), Value::Object(yarn));
     }
     serde_json::from_value(Value::Object(ours))
 }

@@ -177,6 +177,12 @@ fn deepseek_v3_of_transformers() {
 }
 
 #[test]
+fn one_expert_a_token() {
+    // Not renormalised: a weight of one would leave the gate without a gradient.
+    check_hf("v3-top-1", ModelConfig { num_experts_per_tok: 1, norm_topk_prob: false, ..v3() }, 41, 23);
+}
+
+#[test]
 fn deepseek_v2_of_transformers() {
     let greedy = ModelConfig { q_lora_rank: None, n_group: 1, topk_group: 1, rope_scaling: yarn(0.707), ..v2() };
     check_hf("v2-greedy-yarn", greedy, 15, 21);

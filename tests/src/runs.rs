@@ -91,6 +91,19 @@ fn a_checkpoint_resumes_on_another_number_of_ranks() {
 }
 
 #[test]
+fn a_checkpoint_remembers_its_phases_rope_scaling_and_its_corpus() {
+    let run = Run::new("remembers", &["phase.1.rope_scaling={factor=4.0,original_max_position_embeddings=32}"]);
+    over_threads(&run, 1, Start::Fresh, Some(10));
+    assert!(run.manifest()["model"].get("rope_scaling").is_none(), "phase 1 has none");
+    over_threads(&run, 1, Start::Resume, Some(21));
+    assert_eq!(run.manifest()["model"]["rope_scaling"]["factor"], 4.0);
+    let mut config = run.config();
+    config.run.seed += 1;
+    let error = train(&config, parallel::comm::local::solo(), Start::Resume, &StopSignal::default()).map(|_| ()).expect_err("another order of samples");
+    assert!(error.to_string().contains("another corpus") || error.to_string().contains("seed"), "{error:#}");
+}
+
+#[test]
 fn in_f32_the_number_of_ranks_shows_only_in_rounding() {
     // γ = 0: a bias that moves by sign would amplify one rounding into another route.
     let set = ["run.precision=f32", "phase.0.bias_speed=0.0", "phase.1.bias_speed=0.0"];
@@ -110,6 +123,9 @@ fn bf16_trains_with_bf16_moments_and_resumes_bit_for_bit() {
     over_threads(&parts, 1, Start::Fresh, Some(11));
     over_threads(&parts, 1, Start::Resume, None);
     assert_eq!(parts.series("loss"), whole.series("loss"));
+    let (a, b) = (parts.state(), whole.state());
+    assert!(a.iter().all(|(name, tensor)| tensor.equal(&b[name])), "masters or moments differ");
+    assert_eq!(a["second/lm_head.weight"].kind(), tch::Kind::BFloat16);
     let losses = whole.series("loss");
     assert!(losses[STEPS - 1] < losses[0] - 0.1, "{} is not below {}", losses[STEPS - 1], losses[0]);
 }

@@ -156,6 +156,8 @@ impl RunConfig {
         for (key, value) in [("eps", optimizer.eps), ("max_grad_norm", optimizer.max_grad_norm)] {
             ensure!(value > 0.0, "optimizer.{key} = {value}: must be positive");
         }
+        ensure!(optimizer.weight_decay >= 0.0, "optimizer.weight_decay = {}: must not be negative", optimizer.weight_decay);
+        ensure!(self.validation.sequences >= 1, "validation.sequences = 0: validation.every = 0 turns validation off");
         ensure!(self.checkpoint.keep_last >= 1, "checkpoint.keep_last = 0: the newest checkpoint is always kept");
         Ok(())
     }

@@ -14,6 +14,13 @@ pub enum Verdict {
 }
 
 impl Guard {
+    /// As a checkpoint remembers it.
+    pub fn resumed(in_a_row: u32) -> Self {
+        Guard { in_a_row }
+    }
+    pub fn in_a_row(&self) -> u32 {
+        self.in_a_row
+    }
     pub fn judge(&mut self, loss: f64, grad_norm: f64) -> Verdict {
         if loss.is_finite() && grad_norm.is_finite() {
             self.in_a_row = 0;

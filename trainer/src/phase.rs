@@ -116,6 +116,10 @@ impl Curve {
 impl Phase {
     pub fn validate(&self, model: &ModelConfig) -> Result<()> {
         let longest = model.max_position_embeddings as u64;
+        ensure!(self.mixture.as_ref().is_none_or(|mixture| !mixture.is_empty()), "mixture = []: must name a source");
+        for lr in [self.lr.at(0.0), self.lr.at(1.0)] {
+            ensure!(lr >= 0.0 && lr.is_finite(), "lr = {lr}: must not be negative");
+        }
         ensure!(self.tokens > 0, "tokens = 0: must be positive");
         ensure!((3..=longest).contains(&self.sequence_length), "sequence_length = {}: must be between 3 and model.max_position_embeddings = {longest}", self.sequence_length);
         ensure!(self.micro_batch > 0, "micro_batch = 0: must be positive");

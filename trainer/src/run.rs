@@ -2,16 +2,17 @@
 use crate::checkpoint::{self, Cursor, Manifest, Mesh, Progress};
 use crate::config::RunConfig;
 use crate::coordinator::{StopSignal, agree, all_or_none, gather_layout};
-use crate::guard::MAX_SKIPPED_IN_A_ROW;
+use crate::guard::{Guard, MAX_SKIPPED_IN_A_ROW};
 use crate::metrics::{Metrics, StepLine, ValidationLine};
 use crate::optimizer::Optimizer;
-use crate::phase::Plan;
+use crate::phase::{Moment, Phase, Plan};
 use crate::step::{StepReport, Trainer};
 use crate::summary::Summary;
 use crate::validate::held_out_loss;
 use anyhow::{Context, Result, bail, ensure};
 use data::{Loader, LoaderOptions, OrderSpec, Sample, Source, Split};
-use model::{ExpertShare, MicroBatch, ParamTable, Stage, Weights};
+use kernels::ops::rope::RopeScaling;
+use model::{ExpertShare, MicroBatch, ModelConfig, ParamTable, Stage, Weights};
 use parallel::comm::{Comm, barrier, broadcast_bytes};
 use parallel::mesh::Groups;
 use std::collections::HashMap;
@@ -43,6 +44,8 @@ struct Run<'a> {
     state: State,
     last_checkpoint: Option<(u64, PathBuf)>,
     validated: Option<u64>,
+    /// Of the newest step's phase: what an export must say.
+    rope_scaling: Option<RopeScaling>,
 }
 
 /// What a checkpoint remembers beside the tensors.
@@ -61,17 +64,22 @@ pub fn train(config: &RunConfig, world: Comm, start: Start, stop: &StopSignal) -
     let free = if world.rank() == 0 && start == Start::Fresh { check_free(&config.run.dir) } else { Ok(()) };
     all_or_none(&*world, free)?;
     let corpus = all_or_none(&*world, Corpus::open(config, &plan))?;
+    if let (Some(held_out), true) = (&corpus.held_out, layout.ep > 1) {
+        let sequences = config.validation.sequences.min(held_out.num_samples());
+        let dp = layout.dp as u64;
+        ensure!(sequences % dp == 0, "validation over {sequences} sequences on dp {dp} with experts shared by ep {} ranks: must be a multiple of dp", layout.ep);
+    }
     let facts = [("version", env!("CARGO_PKG_VERSION").to_string()), ("config", config.to_toml()?), ("corpus", corpus.fingerprint())];
     agree(&*world, &facts)?;
 
     let mut trainer = build(config, Groups::new(world.clone(), &layout)?)?;
-    let (state, last_checkpoint, notes) = restore(config, &world, start, &mut trainer)?;
+    let (state, last_checkpoint, notes) = restore(config, &world, start, &mut trainer, &corpus)?;
     // Only now, with everything checked, is anything written.
     let ready = if world.rank() == 0 && start == Start::Fresh { prepare_dir(config) } else { Ok(()) };
     all_or_none(&*world, ready)?;
     let metrics = all_or_none(&*world, Metrics::open(&config.run.dir, world.rank(), state.step, plan.num_steps()))?;
     let mesh = Mesh { world: world.size(), pp: layout.pp, dp: layout.dp, ep: layout.ep };
-    let mut run = Run { config, plan, world, mesh, trainer, corpus, metrics, state, last_checkpoint, validated: None };
+    let mut run = Run { config, plan, world, mesh, trainer, corpus, metrics, state, last_checkpoint, validated: None, rope_scaling: config.model.rope_scaling.clone() };
     run.announce(start, &notes)?;
     let finished = run.steps(stop)?;
     run.finish(finished)
@@ -86,9 +94,8 @@ fn check_free(dir: &Path) -> Result<()> {
 
 fn prepare_dir(config: &RunConfig) -> Result<()> {
     let dir = &config.run.dir;
-    for left in ["log", "tensorboard"].map(|name| dir.join(name)).into_iter().filter(|path| path.exists()) {
-        std::fs::remove_dir_all(&left).with_context(|| format!("cannot remove {}", left.display()))?;
-    }
+    remove_ours(&dir.join("log"), "rank-", ".jsonl")?;
+    remove_ours(&dir.join("tensorboard"), "events.out.tfevents.", "")?;
     std::fs::create_dir_all(dir).with_context(|| format!("cannot make the run directory {}", dir.display()))?;
     let mut kept = config.clone();
     kept.run.stop_after = None;
@@ -99,6 +106,18 @@ fn prepare_dir(config: &RunConfig) -> Result<()> {
     kept.run.init_from = kept.run.init_from.map(std::path::absolute).transpose()?;
     let resolved = resolved(dir);
     std::fs::write(&resolved, kept.to_toml()?).with_context(|| format!("cannot write {}", resolved.display()))
+}
+
+/// What an earlier try of this run wrote; nobody else's file.
+fn remove_ours(folder: &Path, start: &str, end: &str) -> Result<()> {
+    let Ok(entries) = std::fs::read_dir(folder) else { return Ok(()) };
+    for path in entries.filter_map(|entry| Some(entry.ok()?.path())) {
+        let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
+        if name.starts_with(start) && name.ends_with(end) {
+            std::fs::remove_file(&path).with_context(|| format!("cannot remove {}", path.display()))?;
+        }
+    }
+    Ok(())
 }
 
 fn build(config: &RunConfig, groups: Groups) -> Result<Trainer> {
@@ -114,7 +133,7 @@ fn build(config: &RunConfig, groups: Groups) -> Result<Trainer> {
 
 type Restored = (State, Option<(u64, PathBuf)>, Vec<String>);
 
-fn restore(config: &RunConfig, world: &Comm, start: Start, trainer: &mut Trainer) -> Result<Restored> {
+fn restore(config: &RunConfig, world: &Comm, start: Start, trainer: &mut Trainer, corpus: &Corpus) -> Result<Restored> {
     if start == Start::Fresh {
         if let Some(path) = &config.run.init_from {
             all_or_none(&**world, trainer.load_weights(path).map(|_| ()))?;
@@ -126,10 +145,12 @@ fn restore(config: &RunConfig, world: &Comm, start: Start, trainer: &mut Trainer
     let found = all_or_none(&**world, if world.rank() == 0 { checkpoint::newest_whole(dir) } else { Ok((None, Vec::new())) })?;
     let found: (Option<PathBuf>, Vec<String>) = serde_json::from_slice(&broadcast_bytes(&**world, &serde_json::to_vec(&found)?, 0)?)?;
     let (Some(path), mut notes) = found else {
-        bail!("{} holds no whole checkpoint to resume from; start it again with tiefsee train{}", dir.display(), found.1.iter().map(|note| format!("\n  {note}")).collect::<String>());
+        bail!("{} holds no whole checkpoint to resume from{}", dir.display(), found.1.iter().map(|note| format!("\n  {note}")).collect::<String>());
     };
     let manifest = all_or_none(&**world, trainer.load_all(&path))?;
     ensure!(manifest.seed == config.run.seed, "{} was written with seed {}, the run's is {}", path.display(), manifest.seed, config.run.seed);
+    ensure!(manifest.corpus == corpus.fingerprint(), "{} was written over another corpus than {} now is", path.display(), config.data.mixture[0].path.display());
+    trainer.guard = Guard::resumed(manifest.progress.skipped_in_a_row);
     notes.push(format!("resuming from {} (step {}, {} tokens)", path.display(), manifest.step, manifest.tokens));
     let state = State { step: manifest.step, tokens: manifest.tokens, cursor: manifest.cursor, progress: manifest.progress };
     Ok((state, Some((manifest.step, path)), notes))
@@ -176,6 +197,7 @@ impl Run<'_> {
             let first = self.state.cursor.next;
             let batches = self.read_batch(&plan, first)?;
             let report = self.trainer.step(&moment, &batches, stop.raised())?;
+            self.rope_scaling = moment.phase.rope_scaling.clone().or_else(|| self.config.model.rope_scaling.clone());
             let tokens = moment.batch * moment.phase.sequence_length;
             self.state.step += 1;
             self.state.tokens += tokens;
@@ -266,7 +288,9 @@ impl Run<'_> {
         let (Some(held_out), true) = (&self.corpus.held_out, self.config.validation.every > 0) else { return Ok(()) };
         // Always the first phase's sequence length, so that the numbers of one run compare.
         let plan = self.plan.clone();
-        let moment = plan.at(0).expect("a run has a first phase");
+        let first = plan.at(0).expect("a run has a first phase");
+        let phase = Phase { rope_scaling: self.rope_scaling.clone(), ..first.phase.clone() };
+        let moment = Moment { phase: &phase, ..first };
         let loss = held_out_loss(&mut self.trainer, held_out, &moment, self.config.validation.sequences)?;
         self.state.progress.val_loss_start.get_or_insert(loss);
         self.state.progress.val_loss = Some(loss);
@@ -278,7 +302,9 @@ impl Run<'_> {
     fn save(&mut self) -> Result<()> {
         let head = Manifest::head(self.config, self.mesh, self.trainer.optimizer.updates);
         let State { step, tokens, cursor, progress } = self.state.clone();
-        let head = Manifest { step, tokens, cursor, progress, ..head };
+        let model = ModelConfig { rope_scaling: self.rope_scaling.clone(), ..head.model.clone() };
+        let progress = Progress { skipped_in_a_row: self.trainer.guard.in_a_row(), ..progress };
+        let head = Manifest { step, tokens, cursor, progress, model, corpus: self.corpus.fingerprint(), ..head };
         let path = checkpoint::save(&*self.world, &self.config.run.dir, head, self.trainer.state(), self.config.checkpoint.keep_last)?;
         self.metrics.say(&format!("checkpoint {}", path.display()));
         self.last_checkpoint = Some((step, path));

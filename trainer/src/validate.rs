@@ -10,10 +10,7 @@ use tch::Tensor;
 /// Mean main loss a token over the first `sequences` held-out samples; collective.
 pub fn held_out_loss(trainer: &mut Trainer, loader: &Loader, moment: &Moment, sequences: u64) -> Result<f64> {
     let (rank, ranks) = (trainer.groups.data.rank() as u64, trainer.groups.data.size() as u64);
-    let mut sequences = sequences.min(loader.num_samples());
-    if trainer.groups.expert.size() > 1 {
-        sequences -= sequences % ranks; // ranks that share experts make the same micro-batches
-    }
+    let sequences = sequences.min(loader.num_samples());
     let mine: Vec<u64> = (sequences * rank / ranks..sequences * (rank + 1) / ranks).collect();
     let samples = loader.read(&mine)?;
     let batches = micro_batches(&samples, moment.phase.micro_batch as usize, trainer.weights.device());

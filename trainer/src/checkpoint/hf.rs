@@ -39,7 +39,10 @@ pub fn export(checkpoint: &Path, out: &Path, kind: Kind) -> Result<()> {
     for (name, ours) in copies(&manifest.model) {
         released.push((name, tensors[&format!("weight/{ours}")].to_kind(kind)));
     }
-    let partial = out.with_extension("partial");
+    let partial = PathBuf::from(format!("{}.partial", out.display()));
+    if partial.exists() {
+        std::fs::remove_dir_all(&partial).with_context(|| format!("cannot remove {}", partial.display()))?;
+    }
     std::fs::create_dir_all(&partial).with_context(|| format!("cannot make {}", partial.display()))?;
     write_files(&partial, released)?;
     let dtype = match kind {

@@ -21,6 +21,9 @@ pub struct Manifest {
     /// Of the writer; a reader's may differ.
     pub mesh: Mesh,
     pub model: ModelConfig,
+    /// Fingerprint of the corpora and their orders; the cursor means nothing over another.
+    #[serde(default)]
+    pub corpus: String,
     pub progress: Progress,
     pub files: Vec<FileEntry>,
     pub tensors: BTreeMap<String, TensorEntry>,
@@ -49,6 +52,8 @@ pub struct Progress {
     /// Spent in steps and validation so far.
     pub seconds: f64,
     pub skipped_steps: u64,
+    #[serde(default)]
+    pub skipped_in_a_row: u32,
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -92,6 +97,7 @@ impl Manifest {
             precision,
             mesh: Mesh { world: 1, pp: 1, dp: 1, ep: 1 },
             model,
+            corpus: String::new(),
             progress: Progress::default(),
             files: Vec::new(),
             tensors: BTreeMap::new(),

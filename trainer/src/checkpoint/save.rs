@@ -17,7 +17,8 @@ struct Written {
 /// Collective. `parts` are this rank's state; what several ranks hold alike they share out and write once. On any rank's
 /// failure nothing is left, and every rank gets the error.
 pub fn save(world: &dyn Communicator, run_dir: &Path, head: Manifest, parts: Vec<StatePart>, keep_last: usize) -> Result<PathBuf> {
-    let name = format!("step-{:08}", head.step);
+    let step = head.step;
+    let name = format!("step-{step:08}");
     let partial = folder(run_dir).join(format!(".{name}.partial"));
     let start = if world.rank() == 0 { begin(run_dir, &partial) } else { Ok(()) };
     let started = share(world, start.map_err(|error| format!("{error:#}")))?;
@@ -32,7 +33,10 @@ pub fn save(world: &dyn Communicator, run_dir: &Path, head: Manifest, parts: Vec
         bail!("checkpoint {name} was not written: {error}");
     }
     if world.rank() == 0 {
-        prune(run_dir, keep_last)?;
+        // The checkpoint is there; what is left too long is no reason to end a run.
+        if let Err(error) = prune(run_dir, step, keep_last) {
+            tracing::warn!("{error:#}");
+        }
     }
     Ok(target)
 }
@@ -122,8 +126,9 @@ fn commit(partial: &Path, target: &Path, mut manifest: Manifest, all: &[Vec<u8>]
     outcome
 }
 
-fn prune(run_dir: &Path, keep_last: usize) -> Result<()> {
-    let all = list(run_dir)?;
+/// Keeps the newest `keep_last` up to `step`. A later one was passed over as damaged: it counts for nothing.
+fn prune(run_dir: &Path, step: u64, keep_last: usize) -> Result<()> {
+    let all: Vec<_> = list(run_dir)?.into_iter().filter(|(at, _)| *at <= step).collect();
     for (_, path) in &all[..all.len().saturating_sub(keep_last)] {
         std::fs::remove_dir_all(path).with_context(|| format!("cannot remove {}", path.display()))?;
     }
