@@ -8,7 +8,7 @@ use std::rc::Rc;
 use tch::{Device, Kind, Tensor};
 use trainer::balance;
 
-const TOKENS: i64 = 8 * 256; // 256 tokens an expert at K = 1
+const TOKENS: i64 = 8 * 256; // 512 tokens an expert at K = 2
 
 fn gate(config: &ModelConfig) -> (Gate, Weights) {
     let mut table = ParamTable::default();

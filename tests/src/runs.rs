@@ -41,6 +41,18 @@ fn a_resumed_run_is_the_undisturbed_run_bit_for_bit() {
 }
 
 #[test]
+fn over_mpirun_too() {
+    let whole = Run::new("mpi-whole", &[]);
+    over_threads(&whole, 2, Start::Fresh, None);
+    let parts = Run::new("mpi-parts", &["run.stop_after=10"]);
+    mpirun(2, &parts.train_args(), 75);
+    mpirun(2, &["resume".into(), parts.dir().display().to_string()], 0);
+    assert_eq!(parts.series("loss"), whole.series("loss"));
+    let (a, b) = (parts.state(), whole.state());
+    assert!(a.iter().all(|(name, tensor)| tensor.equal(&b[name])), "weights or moments differ");
+}
+
+#[test]
 fn any_number_of_data_parallel_ranks_gives_the_same_run() {
     let one = Run::new("dp-1", &[]);
     over_threads(&one, 1, Start::Fresh, None);

@@ -69,7 +69,7 @@ pub fn train(config: &RunConfig, world: Comm, start: Start, stop: &StopSignal) -
         let dp = layout.dp as u64;
         ensure!(sequences % dp == 0, "validation over {sequences} sequences on dp {dp} with experts shared by ep {} ranks: must be a multiple of dp", layout.ep);
     }
-    let facts = [("version", env!("CARGO_PKG_VERSION").to_string()), ("config", config.to_toml()?), ("corpus", corpus.fingerprint())];
+    let facts = [("binary", binary()?), ("config", config.to_toml()?), ("corpus", corpus.fingerprint())];
     agree(&*world, &facts)?;
 
     let mut trainer = build(config, Groups::new(world.clone(), &layout)?)?;
@@ -83,6 +83,13 @@ pub fn train(config: &RunConfig, world: Comm, start: Start, stop: &StopSignal) -
     run.announce(start, &notes)?;
     let finished = run.steps(stop)?;
     run.finish(finished)
+}
+
+/// BLAKE3 of the program that runs: ranks of two builds must not meet.
+fn binary() -> Result<String> {
+    let path = std::env::current_exe()?;
+    let file = std::fs::File::open(&path).with_context(|| format!("cannot read {}", path.display()))?;
+    Ok(blake3::Hasher::new().update_reader(file)?.finalize().to_hex().to_string())
 }
 
 /// A directory with a checkpoint holds a run; one that a crash left before its first checkpoint may be used again.
