@@ -121,9 +121,11 @@ fn in_f32_the_number_of_ranks_shows_only_in_rounding() {
     let set = ["run.precision=f32", "phase.0.bias_speed=0.0", "phase.1.bias_speed=0.0"];
     let one = Run::new("f32-1", &set);
     over_threads(&one, 1, Start::Fresh, None);
-    let two = Run::new("f32-2", &set);
-    over_threads(&two, 2, Start::Fresh, None);
-    two.assert_same(&one, 1e-4);
+    for ranks in [2, 4] {
+        let several = Run::new(&format!("f32-{ranks}"), &set);
+        over_threads(&several, ranks, Start::Fresh, None);
+        several.assert_same(&one, 1e-4);
+    }
 }
 
 #[test]
