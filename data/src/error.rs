@@ -9,7 +9,9 @@ pub enum DataError {
     #[error("{}: cannot {doing}: {source}", path.display())]
     Io { path: PathBuf, doing: &'static str, source: std::io::Error },
 
-    #[error("no text found under {inputs}: {files} files looked at, none of the extensions {extensions} held a UTF-8 document")]
+    #[error(
+        "no text found under {inputs}: {files} files looked at, none of the extensions {extensions} held a UTF-8 document"
+    )]
     NoText { inputs: String, files: u64, extensions: String },
 
     #[error("{}: {reason}", path.display())]
@@ -54,8 +56,11 @@ pub enum DataError {
     #[error("the sources do not share one tokenizer: {} has {found}, the first source {expected}", path.display())]
     TokenizersDiffer { path: PathBuf, found: String, expected: String },
 
-    #[error("{}: object stores are not built in; copy the corpus to a local or mounted folder", path.display())]
-    NoObjectStore { path: PathBuf },
+    #[error("{}: not a usable location: {reason}", url.display())]
+    BadUrl { url: PathBuf, reason: String },
+
+    #[error("{}: the store refuses it: {reason}", path.display())]
+    Refused { path: PathBuf, reason: String },
 
     #[error("{}: {attempts} attempts failed, the last with: {reason}", path.display())]
     Store { path: PathBuf, attempts: u32, reason: String },

@@ -5,7 +5,7 @@
 //!     format     what lies on disk
 //!     order      sample index → (source, epoch, sample): a pure function, nothing read
 //!     loader     sample index → tokens: ranged reads, prefetched, checked
-//!     store      ranged reads with retries
+//!     store      local folders and object stores: ranged reads with retries
 //!     tokenizer  Hugging Face tokenizer.json, encoded fast
 //!
 //! Invariant: what sample i holds depends on the sources' manifests and the order's spec only: not on
@@ -23,5 +23,5 @@ pub use error::DataError;
 pub use format::Split;
 pub use loader::{Loader, LoaderOptions, OrderSpec, Sample, Source};
 pub use prepare::{PrepareArgs, PrepareSummary, decode_document, prepare};
-pub use store::{Retry, Store};
+pub use store::{Retry, Store, fetch, is_url};
 pub use tokenizer::{FimTokens, Tokenizer, open_tokenizer};

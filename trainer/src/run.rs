@@ -107,7 +107,8 @@ fn prepare_dir(config: &RunConfig) -> Result<()> {
     let mut kept = config.clone();
     kept.run.stop_after = None;
     kept.run.dir = std::path::absolute(dir)?;
-    let absolute = |sources: &mut Vec<Source>| sources.iter_mut().try_for_each(|source| std::path::absolute(&source.path).map(|path| source.path = path));
+    let local = |source: &&mut Source| !data::is_url(&source.path);
+    let absolute = |sources: &mut Vec<Source>| sources.iter_mut().filter(local).try_for_each(|source| std::path::absolute(&source.path).map(|path| source.path = path));
     absolute(&mut kept.data.mixture)?;
     kept.phase.iter_mut().filter_map(|phase| phase.mixture.as_mut()).try_for_each(absolute)?;
     kept.run.init_from = kept.run.init_from.map(std::path::absolute).transpose()?;

@@ -26,7 +26,7 @@ use source::OpenSource;
 #[derive(Serialize, Deserialize, Clone, PartialEq, Debug)]
 #[serde(deny_unknown_fields)]
 pub struct Source {
-    /// Folder that `prepare` wrote.
+    /// Folder that `prepare` wrote, or its URL in an object store.
     pub path: PathBuf,
     /// Relative to the other sources' weights.
     #[serde(default = "one")]

@@ -2,12 +2,13 @@
 
 use std::path::PathBuf;
 
-use crate::DataError;
+use crate::{DataError, is_url};
 
 /// Turn text into tokenised, shuffled parquet shards.
 #[derive(clap::Args, Clone, Debug, serde::Serialize)]
 pub struct PrepareArgs {
-    /// Files and folders of text, JSONL (.gz, .zst) or parquet; folders are walked.
+    /// Files and folders of text, JSONL (.gz, .zst) or parquet; folders are walked. s3://bucket/prefix
+    /// and gs://bucket/prefix too, with the credentials, region and endpoint of the environment.
     #[arg(required = true, value_name = "PATH")]
     pub inputs: Vec<PathBuf>,
 
@@ -110,6 +111,13 @@ impl PrepareArgs {
     }
 
     pub(super) fn validate(&self) -> Result<(), DataError> {
+        if is_url(&self.out) {
+            return Err(DataError::bad_option(
+                "--out",
+                self.out.display(),
+                "must be a local folder: its files are renamed into place; copy it to a store afterwards",
+            ));
+        }
         let rates = [("--held-out", self.held_out), ("--fim-rate", self.fim_rate), ("--split-rate", self.split_rate)];
         if let Some((option, rate)) = rates.into_iter().find(|(_, rate)| !(0.0..=1.0).contains(rate)) {
             return Err(DataError::bad_option(option, rate, "must lie in 0 to 1"));
@@ -118,7 +126,11 @@ impl PrepareArgs {
             return Err(DataError::bad_option("--held-out", self.held_out, "must not exceed 0.5"));
         }
         if self.vocab.is_some() == self.tokenizer.is_some() {
-            return Err(DataError::bad_option("--vocab", format!("{:?}", self.vocab), "give either --vocab or --tokenizer"));
+            return Err(DataError::bad_option(
+                "--vocab",
+                format!("{:?}", self.vocab),
+                "give either --vocab or --tokenizer",
+            ));
         }
         let smallest = super::bpe::smallest_vocab();
         if let Some(vocab) = self.vocab.filter(|vocab| *vocab < smallest) {

@@ -1,7 +1,7 @@
 //! Documents out of one input file, each handed to a callback. Invariant: memory is bounded by the
 //! longest document (and a parquet row group's pages), not by the file.
 
-use std::fs::File;
+use std::fs::{self, File};
 use std::io::{BufRead, BufReader, Read};
 use std::path::Path;
 
@@ -9,8 +9,10 @@ use arrow::array::{ArrayRef, AsArray};
 use arrow::datatypes::DataType;
 use parquet::arrow::ProjectionMask;
 use parquet::arrow::arrow_reader::ParquetRecordBatchReaderBuilder;
+use parquet::file::reader::ChunkReader;
 
 use super::inputs::{InputFile, Kind, Packing};
+use super::remote::{RemoteFile, RemoteReader};
 use crate::DataError;
 
 /// Documents of a parquet batch.
@@ -18,6 +20,15 @@ const BATCH: usize = 256;
 
 /// Calls `each` for every document. False if the file is not text and was passed over.
 pub(super) fn read(file: &InputFile, column: &str, each: &mut dyn FnMut(&str)) -> Result<bool, DataError> {
+    let result = read_kind(file, column, each);
+    // What the store said tells more than what a reader made of it.
+    match file.remote.as_ref().and_then(RemoteFile::failure) {
+        Some(failure) => Err(failure),
+        None => result,
+    }
+}
+
+fn read_kind(file: &InputFile, column: &str, each: &mut dyn FnMut(&str)) -> Result<bool, DataError> {
     let mut left = file.limit.unwrap_or(u64::MAX);
     // False once the limit is reached.
     let mut take = |text: &str| {
@@ -27,15 +38,25 @@ pub(super) fn read(file: &InputFile, column: &str, each: &mut dyn FnMut(&str)) -
         left = left.saturating_sub(text.len() as u64);
         left > 0
     };
-    match file.kind {
-        Kind::Text => return read_text(&file.path, &mut take),
-        Kind::Parquet => read_parquet(&file.path, column, &mut take)?,
-        Kind::Jsonl(packing) => {
-            let raw = BufReader::with_capacity(1 << 20, open(&file.path)?);
+    match (file.kind, &file.remote) {
+        (Kind::Text, None) => {
+            return Ok(take_text(&fs::read(&file.path).map_err(DataError::io(&file.path, "read"))?, &mut take));
+        }
+        (Kind::Text, Some(remote)) => return Ok(take_text(&remote.read_all()?, &mut take)),
+        (Kind::Parquet, None) => read_parquet(open(&file.path)?, &file.path, column, &mut take)?,
+        (Kind::Parquet, Some(remote)) => read_parquet(remote.clone(), &file.path, column, &mut take)?,
+        (Kind::Jsonl(packing), remote) => {
+            let raw: Box<dyn Read> = match remote {
+                Some(remote) => Box::new(RemoteReader::new(remote.clone())),
+                None => Box::new(open(&file.path)?),
+            };
+            let raw = BufReader::with_capacity(1 << 20, raw);
             let lines: Box<dyn Read> = match packing {
                 Packing::Plain => Box::new(raw),
                 Packing::Gzip => Box::new(flate2::bufread::MultiGzDecoder::new(raw)),
-                Packing::Zstd => Box::new(zstd::Decoder::with_buffer(raw).map_err(DataError::io(&file.path, "unpack"))?),
+                Packing::Zstd => {
+                    Box::new(zstd::Decoder::with_buffer(raw).map_err(DataError::io(&file.path, "unpack"))?)
+                }
             };
             read_jsonl(&file.path, BufReader::with_capacity(1 << 20, lines), column, &mut take)?;
         }
@@ -47,14 +68,14 @@ fn open(path: &Path) -> Result<File, DataError> {
     File::open(path).map_err(DataError::io(path, "open"))
 }
 
-fn read_text(path: &Path, take: &mut dyn FnMut(&str) -> bool) -> Result<bool, DataError> {
-    let bytes = std::fs::read(path).map_err(DataError::io(path, "read"))?;
-    match std::str::from_utf8(&bytes) {
+/// False if `bytes` are not text.
+fn take_text(bytes: &[u8], take: &mut dyn FnMut(&str) -> bool) -> bool {
+    match std::str::from_utf8(bytes) {
         Ok(text) if !bytes.contains(&0) => {
             take(text);
-            Ok(true)
+            true
         }
-        _ => Ok(false),
+        _ => false,
     }
 }
 
@@ -70,7 +91,8 @@ fn read_jsonl(
         if line.iter().all(u8::is_ascii_whitespace) {
             continue;
         }
-        let bad = |reason: String| DataError::BadInput { path: path.to_owned(), reason: format!("line {number}: {reason}") };
+        let bad =
+            |reason: String| DataError::BadInput { path: path.to_owned(), reason: format!("line {number}: {reason}") };
         let value: serde_json::Value = serde_json::from_slice(&line).map_err(|e| bad(e.to_string()))?;
         let text = value.get(key).and_then(|text| text.as_str());
         if !take(text.ok_or_else(|| bad(format!("has no string {key:?}")))?) {
@@ -80,17 +102,23 @@ fn read_jsonl(
     Ok(())
 }
 
-fn read_parquet(path: &Path, column: &str, take: &mut dyn FnMut(&str) -> bool) -> Result<(), DataError> {
+fn read_parquet(
+    file: impl ChunkReader + 'static, path: &Path, column: &str, take: &mut dyn FnMut(&str) -> bool,
+) -> Result<(), DataError> {
     let bad = |reason: String| DataError::BadInput { path: path.to_owned(), reason };
-    let builder = ParquetRecordBatchReaderBuilder::try_new(open(path)?).map_err(|e| bad(e.to_string()))?;
+    let builder = ParquetRecordBatchReaderBuilder::try_new(file).map_err(|e| bad(e.to_string()))?;
     let names: Vec<&str> = builder.schema().fields().iter().map(|field| field.name().as_str()).collect();
-    let number = names.iter().position(|name| *name == column).ok_or_else(|| bad(format!("has no column {column:?}; it has {}", names.join(", "))))?;
+    let number = names
+        .iter()
+        .position(|name| *name == column)
+        .ok_or_else(|| bad(format!("has no column {column:?}; it has {}", names.join(", "))))?;
     // Only this column's pages are read.
     let mask = ProjectionMask::roots(builder.parquet_schema(), [number]);
     let reader = builder.with_projection(mask).with_batch_size(BATCH).build().map_err(|e| bad(e.to_string()))?;
     for batch in reader {
         let batch = batch.map_err(|e| bad(e.to_string()))?;
-        let texts = texts(batch.column(0)).ok_or_else(|| bad(format!("column {column:?} holds no text but {}", batch.column(0).data_type())))?;
+        let texts = texts(batch.column(0))
+            .ok_or_else(|| bad(format!("column {column:?} holds no text but {}", batch.column(0).data_type())))?;
         for text in texts.into_iter().flatten() {
             if !take(text) {
                 return Ok(());

@@ -3,10 +3,12 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use super::args::PrepareArgs;
+use super::remote::{RemoteFile, RemoteFolder};
 use crate::DataError;
-use crate::store::url_of;
+use crate::store::Location;
 
 /// How a file is taken apart into documents.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
@@ -23,10 +25,14 @@ pub(super) enum Packing {
     Zstd,
 }
 
-#[derive(Clone, Debug, serde::Serialize)]
+#[derive(Clone, serde::Serialize)]
 pub(super) struct InputFile {
+    /// A local path or a URL, as messages have it.
     #[serde(skip)]
     pub path: PathBuf,
+    /// Where it is read if it is not local.
+    #[serde(skip)]
+    pub remote: Option<RemoteFile>,
     /// Relative to the input it was found under: the same wherever the corpus lies.
     pub name: PathBuf,
     pub bytes: u64,
@@ -38,28 +44,28 @@ pub(super) struct InputFile {
 impl InputFile {
     /// A guess at the text inside: packed files hold about four times their size.
     pub fn text_estimate(&self) -> u64 {
-        let text = if matches!(self.kind, Kind::Text | Kind::Jsonl(Packing::Plain)) { self.bytes } else { self.bytes * 4 };
+        let text =
+            if matches!(self.kind, Kind::Text | Kind::Jsonl(Packing::Plain)) { self.bytes } else { self.bytes * 4 };
         text.min(self.limit.unwrap_or(u64::MAX))
     }
 }
 
 /// All wanted files, and how many others were passed over.
 pub(super) fn list(args: &PrepareArgs) -> Result<(Vec<InputFile>, u64), DataError> {
-    let (mut files, mut passed) = (Vec::new(), 0);
+    let mut found = Found { args, files: Vec::new(), passed: 0 };
     for input in &args.inputs {
-        if url_of(input).is_some() {
-            return Err(DataError::NoObjectStore { path: input.clone() });
-        }
-        let meta = fs::metadata(input).map_err(DataError::io(input, "open"))?;
-        if meta.is_dir() {
-            walk(input, Path::new(""), args, &mut files, &mut passed)?;
-        } else {
-            let name = PathBuf::from(input.file_name().unwrap_or(input.as_os_str()));
-            // A file named outright is wanted whatever its extension and size.
-            let kind = kind_of(&name, None).unwrap_or(Kind::Text);
-            files.push(InputFile { path: input.clone(), name, bytes: meta.len(), kind, limit: None });
+        match Location::parse(input)? {
+            Location::Remote { .. } => list_remote(input, &mut found)?,
+            Location::Local(path) => {
+                let meta = fs::metadata(&path).map_err(DataError::io(&path, "open"))?;
+                match meta.is_dir() {
+                    true => walk(&path, Path::new(""), &mut found)?,
+                    false => found.named(&path, meta.len(), None),
+                }
+            }
         }
     }
+    let Found { mut files, passed, .. } = found;
     files.sort_by(|a, b| a.name.cmp(&b.name));
     if let Some(max_bytes) = args.max_bytes {
         take_about(&mut files, max_bytes, args.seed);
@@ -67,9 +73,43 @@ pub(super) fn list(args: &PrepareArgs) -> Result<(Vec<InputFile>, u64), DataErro
     Ok((files, passed))
 }
 
-fn walk(
-    root: &Path, under: &Path, args: &PrepareArgs, files: &mut Vec<InputFile>, passed: &mut u64,
-) -> Result<(), DataError> {
+struct Found<'a> {
+    args: &'a PrepareArgs,
+    files: Vec<InputFile>,
+    passed: u64,
+}
+
+impl Found<'_> {
+    /// A file named outright is wanted whatever its extension and size.
+    fn named(&mut self, path: &Path, bytes: u64, remote: Option<RemoteFile>) {
+        let name = PathBuf::from(path.file_name().unwrap_or(path.as_os_str()));
+        let kind = kind_of(&name, None).unwrap_or(Kind::Text);
+        self.files.push(InputFile { path: path.to_owned(), remote, name, bytes, kind, limit: None });
+    }
+
+    /// A file met in a folder.
+    fn met(&mut self, path: PathBuf, name: PathBuf, bytes: u64, remote: Option<RemoteFile>) {
+        match kind_of(&name, Some(&self.args.extensions)) {
+            Some(Kind::Text) if bytes > self.args.max_file_bytes => self.passed += 1,
+            Some(kind) if bytes > 0 => self.files.push(InputFile { path, remote, name, bytes, kind, limit: None }),
+            _ => self.passed += 1,
+        }
+    }
+}
+
+fn list_remote(input: &Path, found: &mut Found) -> Result<(), DataError> {
+    let folder = Arc::new(RemoteFolder::open(input)?);
+    for (name, bytes) in folder.list()? {
+        let remote = Some(RemoteFile::new(folder.clone(), &name, bytes));
+        match name.is_empty() {
+            true => found.named(input, bytes, remote),
+            false => found.met(input.join(&name), name.into(), bytes, remote),
+        }
+    }
+    Ok(())
+}
+
+fn walk(root: &Path, under: &Path, found: &mut Found) -> Result<(), DataError> {
     let folder = root.join(under);
     let unreadable = || DataError::io(&folder, "list");
     for entry in fs::read_dir(&folder).map_err(unreadable())? {
@@ -78,15 +118,11 @@ fn walk(
         // A link may lead in a circle; what it points to is found where it lies.
         let kind = entry.file_type().map_err(unreadable())?;
         if kind.is_dir() {
-            walk(root, &name, args, files, passed)?;
+            walk(root, &name, found)?;
         } else if kind.is_file() {
             let path = entry.path();
             let bytes = entry.metadata().map_err(DataError::io(&path, "look at"))?.len();
-            match kind_of(&name, Some(&args.extensions)) {
-                Some(Kind::Text) if bytes > args.max_file_bytes => *passed += 1,
-                Some(kind) if bytes > 0 => files.push(InputFile { path, name, bytes, kind, limit: None }),
-                _ => *passed += 1,
-            }
+            found.met(path, name, bytes, None);
         }
     }
     Ok(())

@@ -13,6 +13,7 @@ mod documents;
 mod durable;
 mod encode;
 mod inputs;
+mod remote;
 mod spill;
 mod summary;
 mod transform;
@@ -89,9 +90,11 @@ impl<'a> Prepare<'a> {
         if !self.args.out.join(MANIFEST_FILE).exists() {
             if !out.join(MANIFEST_FILE).exists() {
                 let made = self.make(&out);
-                // A full disk can be mended and the work continued; a bad input or option is another
-                // job once it is mended, so nothing of this one is left behind.
-                if made.as_ref().is_err_and(|error| !matches!(error, DataError::Io { .. })) {
+                // A full disk or a failing store can be mended and the work continued; a bad input or option
+                // is another job once it is mended, so nothing of this one is left behind.
+                if made.as_ref().is_err_and(|error| {
+                    !matches!(error, DataError::Io { .. } | DataError::Store { .. } | DataError::Refused { .. })
+                }) {
                     self.remove_work()?;
                 }
                 made?;

@@ -75,8 +75,10 @@ fn a_token_outside_the_vocabulary_names_file_and_id() {
 #[test]
 fn a_url_or_a_missing_folder_is_a_clear_error() {
     let open = |path: &str| Loader::open(spec(&[(Path::new(path), 1.0)], 8, Split::Train), options()).map(|_| ());
-    let error = open("s3://bucket/corpus").unwrap_err();
-    assert!(matches!(error, DataError::NoObjectStore { .. }), "{error}");
+    let error = open("ftp://host/corpus").unwrap_err();
+    assert!(matches!(error, DataError::BadUrl { .. }) && error.to_string().contains("s3://"), "{error}");
+    let error = data::prepare(&corpus::args(Path::new("s3://bucket/in"), Path::new("s3://bucket/out"))).unwrap_err();
+    assert!(matches!(error, DataError::BadOption { option: "--out", .. }), "{error}");
     let error = open("no/such/folder").unwrap_err();
     assert!(matches!(error, DataError::Io { .. }) && error.to_string().contains("no/such/folder"), "{error}");
     let folder = tempfile::tempdir().unwrap();

@@ -87,9 +87,8 @@ fn copy_tokenizer(checkpoint: &Path, out: &Path) -> Result<()> {
     let Some(run_dir) = checkpoint.parent().and_then(Path::parent) else { return Ok(()) };
     let Ok(text) = std::fs::read_to_string(resolved(run_dir)) else { return Ok(()) };
     let config: crate::RunConfig = toml::from_str(&text).with_context(|| format!("{}", resolved(run_dir).display()))?;
-    let tokenizer = config.data.mixture[0].path.join("tokenizer.json");
-    if tokenizer.exists() {
-        std::fs::copy(&tokenizer, out.join("tokenizer.json")).with_context(|| format!("cannot copy {}", tokenizer.display()))?;
+    if let Some(tokenizer) = data::fetch(&config.data.mixture[0].path, "tokenizer.json")? {
+        std::fs::write(out.join("tokenizer.json"), tokenizer).with_context(|| format!("cannot write {}", out.display()))?;
         let about = json!({"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": false});
         std::fs::write(out.join("tokenizer_config.json"), serde_json::to_vec_pretty(&about)?)?;
     }

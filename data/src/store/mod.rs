@@ -1,0 +1,235 @@
+//! Where a corpus or an input lies, read by ranges: a local folder or an object store, all through
+//! the `object_store` crate.
+//!
+//! Invariant: a request is repeated, with growing pauses, after a failure or a stall; what is
+//! certain not to mend (a missing file, a file of another length, no permission) is not repeated.
+
+mod location;
+
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use futures::TryStreamExt;
+use object_store::local::LocalFileSystem;
+use object_store::path::Path as StorePath;
+use object_store::{GetOptions, GetRange, ObjectMeta, ObjectStore, ObjectStoreExt};
+
+use crate::DataError;
+pub(crate) use location::Location;
+pub use location::is_url;
+
+/// How often and how patiently a request is repeated.
+#[derive(Clone, Copy, Debug)]
+pub struct Retry {
+    /// Attempts in all, at least one.
+    pub attempts: u32,
+    /// Pause after the first failure; doubles each time, up to 30 s.
+    pub first_pause: Duration,
+    /// A request that has not answered by then counts as failed.
+    pub timeout: Duration,
+}
+
+impl Default for Retry {
+    fn default() -> Retry {
+        Retry { attempts: 8, first_pause: Duration::from_millis(100), timeout: Duration::from_secs(30) }
+    }
+}
+
+const LONGEST_PAUSE: Duration = Duration::from_secs(30);
+
+/// A folder of a store.
+#[derive(Clone)]
+pub struct Store {
+    inner: Arc<dyn ObjectStore>,
+    prefix: StorePath,
+    shown: PathBuf,
+    retry: Retry,
+}
+
+impl Store {
+    /// `location`: a folder, or the URL of one (see `location`). Of an object store nothing is asked yet.
+    pub fn open(location: &Path, retry: Retry) -> Result<Store, DataError> {
+        let shown = location.to_owned();
+        match Location::parse(location)? {
+            Location::Remote { store, prefix } => Ok(Store { inner: store, prefix, shown, retry }),
+            Location::Local(path) => {
+                let folder = path.canonicalize().map_err(DataError::io(location, "open"))?;
+                let inner = LocalFileSystem::new_with_prefix(&folder)
+                    .map_err(|e| DataError::BadInput { path: shown.clone(), reason: e.to_string() })?;
+                Ok(Store { inner: Arc::new(inner), prefix: StorePath::default(), shown, retry })
+            }
+        }
+    }
+
+    /// Any store, as `shown` in messages: for tests, whose stores fail on purpose.
+    #[doc(hidden)]
+    pub fn from_parts(inner: Arc<dyn ObjectStore>, prefix: &str, shown: PathBuf, retry: Retry) -> Store {
+        Store { inner, prefix: StorePath::from(prefix), shown, retry }
+    }
+
+    /// A file of this folder, for messages; "" is the location itself.
+    pub fn display(&self, file: &str) -> PathBuf {
+        if file.is_empty() { self.shown.clone() } else { self.shown.join(file) }
+    }
+
+    /// The length of a file in bytes.
+    pub async fn size(&self, file: &str) -> Result<u64, DataError> {
+        Ok(self.get(file, Some(0..0)).await?.1)
+    }
+
+    /// A whole, small file.
+    pub async fn read_all(&self, file: &str) -> Result<Bytes, DataError> {
+        Ok(self.get(file, None).await?.0)
+    }
+
+    /// Exactly the bytes of `range`.
+    pub async fn read(&self, file: &str, range: Range<u64>) -> Result<Bytes, DataError> {
+        Ok(self.read_sized(file, range).await?.0)
+    }
+
+    /// The bytes of `range` and the length of the whole file, which costs nothing more to know.
+    pub async fn read_sized(&self, file: &str, range: Range<u64>) -> Result<(Bytes, u64), DataError> {
+        let wanted = range.end - range.start;
+        let (bytes, size) = self.get(file, Some(range.clone())).await?;
+        if bytes.len() as u64 != wanted {
+            return Err(DataError::WrongLength { path: self.display(file), found: size, expected: range.end });
+        }
+        Ok((bytes, size))
+    }
+
+    /// The files below this folder, at any depth, as (name relative to the folder, length in bytes).
+    /// If the location is itself an object, that one alone, under the name "".
+    pub async fn list(&self) -> Result<Vec<(String, u64)>, DataError> {
+        let mut found: Vec<ObjectMeta> = Vec::new();
+        let mut failures = 0;
+        loop {
+            let before = found.len();
+            match self.list_on(&mut found).await {
+                Ok(()) => break,
+                Err(Failure::Final(error)) => return Err(error),
+                // A failure in a long listing costs a page, not the listing.
+                Err(Failure::Passing(reason)) => {
+                    failures = if found.len() > before { 1 } else { failures + 1 };
+                    self.pause("", failures, reason).await?;
+                }
+            }
+        }
+        let name = |meta: &ObjectMeta| {
+            let parts = meta.location.prefix_match(&self.prefix)?;
+            Some(parts.map(|part| part.as_ref().to_owned()).collect::<Vec<_>>().join("/"))
+        };
+        let files: Vec<_> = found.iter().filter_map(|meta| Some((name(meta)?, meta.size))).collect();
+        if files.is_empty() { Ok(vec![(String::new(), self.size("").await?)]) } else { Ok(files) }
+    }
+
+    /// Appends what the store lists after the last of `found`.
+    async fn list_on(&self, found: &mut Vec<ObjectMeta>) -> Result<(), Failure> {
+        let mut listing = match found.last() {
+            Some(last) => self.inner.list_with_offset(Some(&self.prefix), &last.location),
+            None => self.inner.list(Some(&self.prefix)),
+        };
+        loop {
+            match tokio::time::timeout(self.retry.timeout, listing.try_next()).await {
+                Ok(Ok(Some(meta))) => found.push(meta),
+                Ok(Ok(None)) => return Ok(()),
+                Ok(Err(error)) => return Err(self.judge("", error)),
+                Err(_) => return Err(self.stalled()),
+            }
+        }
+    }
+
+    async fn get(&self, file: &str, range: Option<Range<u64>>) -> Result<(Bytes, u64), DataError> {
+        let mut failures = 0;
+        loop {
+            let answer = tokio::time::timeout(self.retry.timeout, self.attempt(file, range.clone())).await;
+            match answer.unwrap_or_else(|_| Err(self.stalled())) {
+                Ok(answer) => return Ok(answer),
+                Err(Failure::Final(error)) => return Err(error),
+                Err(Failure::Passing(reason)) => {
+                    failures += 1;
+                    self.pause(file, failures, reason).await?;
+                }
+            }
+        }
+    }
+
+    /// Waits before the next attempt, or gives up after the last.
+    async fn pause(&self, file: &str, failures: u32, reason: String) -> Result<(), DataError> {
+        if failures >= self.retry.attempts {
+            return Err(DataError::Store { path: self.display(file), attempts: failures, reason });
+        }
+        tracing::warn!(file = %self.display(file).display(), failures, %reason, "repeating a request");
+        let doubled = self.retry.first_pause.saturating_mul(1 << (failures - 1).min(16));
+        tokio::time::sleep(doubled.min(LONGEST_PAUSE)).await;
+        Ok(())
+    }
+
+    async fn attempt(&self, file: &str, range: Option<Range<u64>>) -> Result<(Bytes, u64), Failure> {
+        // Stores answer no empty range; of one, only the file's length is wanted.
+        let head = range.as_ref().is_some_and(Range::is_empty);
+        let bounds = range.clone().filter(|_| !head).map(GetRange::Bounded);
+        let options = GetOptions { range: bounds, head, ..GetOptions::default() };
+        match self.inner.get_opts(&self.path(file), options).await {
+            Ok(answer) => {
+                let size = answer.meta.size;
+                let bytes = if head { Ok(Bytes::new()) } else { answer.bytes().await };
+                Ok((bytes.map_err(|e| self.judge(file, e))?, size))
+            }
+            Err(error) => Err(self.explain(file, range, error).await),
+        }
+    }
+
+    /// A range past the end is answered with an error of no particular kind: look at the length.
+    async fn explain(&self, file: &str, range: Option<Range<u64>>, error: object_store::Error) -> Failure {
+        let failure = self.judge(file, error);
+        if let (Failure::Passing(_), Some(range)) = (&failure, range)
+            && let Ok(meta) = self.inner.head(&self.path(file)).await
+            && meta.size < range.end
+        {
+            let path = self.display(file);
+            return Failure::Final(DataError::WrongLength { path, found: meta.size, expected: range.end });
+        }
+        failure
+    }
+
+    /// Whether asking again may help.
+    fn judge(&self, file: &str, error: object_store::Error) -> Failure {
+        use object_store::Error;
+        let path = self.display(file);
+        match error {
+            Error::NotFound { .. } => Failure::Final(DataError::MissingFile { path }),
+            Error::PermissionDenied { .. } | Error::Unauthenticated { .. } | Error::InvalidPath { .. } => {
+                Failure::Final(DataError::Refused { path, reason: error.to_string() })
+            }
+            _ => Failure::Passing(error.to_string()),
+        }
+    }
+
+    fn stalled(&self) -> Failure {
+        Failure::Passing(format!("no answer within {:?}", self.retry.timeout))
+    }
+
+    fn path(&self, file: &str) -> StorePath {
+        self.prefix.parts().chain(StorePath::from(file).parts()).collect()
+    }
+}
+
+/// A small file of a location, for callers who may wait; None if there is no such file or folder.
+pub fn fetch(location: &Path, file: &str) -> Result<Option<Bytes>, DataError> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    let runtime = runtime.map_err(DataError::io("tokio", "start"))?;
+    match runtime.block_on(async { Store::open(location, Retry::default())?.read_all(file).await }) {
+        Ok(bytes) => Ok(Some(bytes)),
+        Err(DataError::MissingFile { .. }) => Ok(None),
+        Err(DataError::Io { source, .. }) if source.kind() == std::io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+enum Failure {
+    Final(DataError),
+    Passing(String),
+}
