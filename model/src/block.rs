@@ -1,13 +1,16 @@
-//! One transformer block: h = x + attention(norm(x)); y = h + feed-forward(norm(h)).
+//! One transformer block: h = x + attention(norm(x)); y = h + feed-forward(norm(h)). A block with experts runs in
+//! three segments a direction, with a transfer under way between them (`moe.rs`).
 //!
 //! Legend: T tokens, D hidden size.
+use crate::experts::ExpertsWork;
 use crate::linear::LinearWork;
 use crate::mla::{Mla, MlaIn, MlaSaved, MlaWork, Positions};
 use crate::mlp::{Mlp, MlpSaved};
-use crate::moe::{Load, Moe, MoeSaved, MoeWork};
+use crate::moe::{Load, Moe, MoeBackCombining, MoeBackDispatched, MoeCombining, MoeDispatched, MoeSaved, MoeWork};
 use crate::norm::{NormSaved, RmsNorm};
 use crate::{Grads, Layer, ModelConfig, ParamTable, Weights};
 use parallel::comm::{Comm, CommError};
+use std::ops::Range;
 use tch::Tensor;
 
 #[derive(Debug)]
@@ -16,6 +19,8 @@ pub struct Block {
     attention: Mla,
     ffn_norm: RmsNorm,
     pub ffn: Ffn,
+    /// Its parameters' ids.
+    pub params: Range<usize>,
 }
 
 #[derive(Debug)]
@@ -34,15 +39,32 @@ pub struct BlockContext {
 }
 
 pub struct BlockSaved {
+    before: BeforeFfn,
+    ffn: FfnSaved,
+}
+
+/// What the block keeps of its way to the feed-forward.
+struct BeforeFfn {
     attention_norm: NormSaved,
     attention: MlaSaved,
     ffn_norm: NormSaved,
-    ffn: FfnSaved,
 }
 
 enum FfnSaved {
     Dense(MlpSaved),
     Moe(Box<MoeSaved>),
+}
+
+/// A direction of a block up to its first transfer: a dense block is over then.
+pub enum Started<Done, Sent> {
+    Done(Done),
+    Sent(Sent),
+}
+
+pub struct BlockSent<S> {
+    h: Tensor, // forward: the residual stream; backward: its gradient
+    before: BeforeFfn,
+    moe: Box<S>,
 }
 
 pub struct BlockWork {
@@ -57,54 +79,86 @@ enum FfnWork {
     Moe(Box<MoeWork>),
 }
 
+pub type BlockOut = (Tensor, Option<Load>, BlockSaved);
+
 impl Block {
     pub fn new(table: &mut ParamTable, config: &ModelConfig, prefix: &str, moe: bool) -> Self {
-        let eps = config.rms_norm_eps;
+        let (eps, first) = (config.rms_norm_eps, table.specs().len());
         let attention_norm = RmsNorm { weight: table.norm(format!("{prefix}.input_layernorm.weight"), config.hidden_size), eps };
         let attention = Mla::new(table, config, &format!("{prefix}.self_attn"));
         let ffn_norm = RmsNorm { weight: table.norm(format!("{prefix}.post_attention_layernorm.weight"), config.hidden_size), eps };
         let prefix = format!("{prefix}.mlp");
         let ffn = if moe { Ffn::Moe(Moe::new(table, config, &prefix)) } else { Ffn::Dense(Mlp::new(table, config, &prefix, config.intermediate_size)) };
-        Block { attention_norm, attention, ffn_norm, ffn }
+        Block { attention_norm, attention, ffn_norm, ffn, params: first..table.specs().len() }
     }
 
-    /// x [T, D] → y [T, D]; the load where the block has a router.
-    pub fn forward(&self, w: &Weights, x: Tensor, context: &BlockContext) -> Result<(Tensor, Option<Load>, BlockSaved), CommError> {
+    fn moe(&self) -> &Moe {
+        let Ffn::Moe(moe) = &self.ffn else { panic!("a dense block sends nothing") };
+        moe
+    }
+
+    /// x [T, D] → y [T, D], or rows on their way to the experts.
+    pub fn forward(&self, w: &Weights, x: Tensor, context: &BlockContext) -> Result<Started<BlockOut, BlockSent<MoeDispatched>>, CommError> {
         let (normed, attention_norm) = self.attention_norm.forward(w, x.shallow_clone());
         let attention_in = MlaIn { x: normed, sequences: context.sequences, positions: context.positions.clone() };
         let (attended, attention) = self.attention.forward(w, attention_in);
         let h = x + attended;
         let (normed, ffn_norm) = self.ffn_norm.forward(w, h.shallow_clone());
-        let (out, load, ffn) = match &self.ffn {
+        let before = BeforeFfn { attention_norm, attention, ffn_norm };
+        Ok(match &self.ffn {
             Ffn::Dense(mlp) => {
                 let (out, saved) = mlp.forward(w, normed);
-                (out, None, FfnSaved::Dense(saved))
+                Started::Done((h + out, None, BlockSaved { before, ffn: FfnSaved::Dense(saved) }))
             }
-            Ffn::Moe(moe) => {
-                let (out, load, saved) = moe.forward(w, normed, context)?;
-                (out, Some(load), FfnSaved::Moe(Box::new(saved)))
-            }
-        };
-        Ok((h + out, load, BlockSaved { attention_norm, attention, ffn_norm, ffn }))
+            Ffn::Moe(moe) => Started::Sent(BlockSent { h, before, moe: Box::new(moe.dispatch(w, normed, context)?) }),
+        })
     }
 
-    pub fn backward_input(&self, w: &Weights, dy: Tensor, saved: BlockSaved) -> Result<(Tensor, BlockWork), CommError> {
-        let (dnormed, ffn) = match (&self.ffn, saved.ffn) {
-            (Ffn::Dense(mlp), FfnSaved::Dense(saved)) => {
-                let (dx, work) = mlp.backward_input(w, dy.shallow_clone(), saved);
-                (dx, FfnWork::Dense(work))
+    pub fn forward_experts(&self, w: &Weights, sent: BlockSent<MoeDispatched>) -> Result<BlockSent<MoeCombining>, CommError> {
+        Ok(BlockSent { h: sent.h, before: sent.before, moe: Box::new(self.moe().compute(w, *sent.moe)?) })
+    }
+
+    pub fn forward_end(&self, sent: BlockSent<MoeCombining>) -> Result<BlockOut, CommError> {
+        let (out, load, saved) = self.moe().combine(*sent.moe)?;
+        Ok((sent.h + out, Some(load), BlockSaved { before: sent.before, ffn: FfnSaved::Moe(Box::new(saved)) }))
+    }
+
+    /// dy [T, D] → dx [T, D], or gradients on their way to the experts.
+    pub fn backward_input(&self, w: &Weights, dy: Tensor, saved: BlockSaved) -> Result<Started<(Tensor, BlockWork), BlockSent<MoeBackDispatched>>, CommError> {
+        Ok(match (&self.ffn, saved.ffn) {
+            (Ffn::Dense(mlp), FfnSaved::Dense(ffn)) => {
+                let (dnormed, work) = mlp.backward_input(w, dy.shallow_clone(), ffn);
+                Started::Done(self.backward_attention(w, dy, dnormed, saved.before, FfnWork::Dense(work)))
             }
-            (Ffn::Moe(moe), FfnSaved::Moe(saved)) => {
-                let (dx, work) = moe.backward_input(w, dy.shallow_clone(), *saved)?;
-                (dx, FfnWork::Moe(Box::new(work)))
+            (Ffn::Moe(moe), FfnSaved::Moe(ffn)) => {
+                let moe = Box::new(moe.backward_dispatch(dy.shallow_clone(), *ffn)?);
+                Started::Sent(BlockSent { h: dy, before: saved.before, moe })
             }
             _ => unreachable!("forward saved the other form"),
-        };
+        })
+    }
+
+    pub fn backward_experts(&self, w: &Weights, sent: BlockSent<MoeBackDispatched>) -> Result<(BlockSent<MoeBackCombining>, ExpertsWork), CommError> {
+        let (moe, work) = self.moe().backward_compute(w, *sent.moe)?;
+        Ok((BlockSent { h: sent.h, before: sent.before, moe: Box::new(moe) }, work))
+    }
+
+    pub fn backward_end(&self, w: &Weights, sent: BlockSent<MoeBackCombining>) -> Result<(Tensor, BlockWork), CommError> {
+        let (dnormed, work) = self.moe().backward_combine(w, *sent.moe)?;
+        Ok(self.backward_attention(w, sent.h, dnormed, sent.before, FfnWork::Moe(Box::new(work))))
+    }
+
+    /// From the feed-forward's input gradient to the block's.
+    fn backward_attention(&self, w: &Weights, dy: Tensor, dnormed: Tensor, saved: BeforeFfn, ffn: FfnWork) -> (Tensor, BlockWork) {
         let (dh, ffn_norm) = self.ffn_norm.backward_input(w, dnormed, saved.ffn_norm);
         let dh = dy + dh;
         let (dnormed, attention) = self.attention.backward_input(w, dh.shallow_clone(), saved.attention);
         let (dx, attention_norm) = self.attention_norm.backward_input(w, dnormed, saved.attention_norm);
-        Ok((dh + dx, BlockWork { attention_norm, attention, ffn_norm, ffn }))
+        (dh + dx, BlockWork { attention_norm, attention, ffn_norm, ffn })
+    }
+
+    pub fn backward_experts_weight(&self, work: ExpertsWork, grads: &mut Grads) {
+        self.moe().backward_experts(work, grads);
     }
 
     pub fn backward_weight(&self, work: BlockWork, grads: &mut Grads) {

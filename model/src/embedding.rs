@@ -27,8 +27,12 @@ impl Layer for Embedding {
         ((), EmbeddingWork { tokens, dy })
     }
     fn backward_weight(&self, work: EmbeddingWork, grads: &mut Grads) {
-        let gradient = grads.at(self.weight);
-        let dy = work.dy.to_kind(gradient.kind());
-        let _ = gradient.index_add_(0, &work.tokens, &dy);
+        grads.accumulate(self.weight, |gradient, fresh| {
+            if fresh {
+                let _ = gradient.zero_();
+            }
+            let dy = work.dy.to_kind(gradient.kind());
+            let _ = gradient.index_add_(0, &work.tokens, &dy);
+        });
     }
 }

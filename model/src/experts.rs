@@ -94,19 +94,18 @@ impl Layer for Experts {
 
     fn backward_weight(&self, work: ExpertsWork, grads: &mut Grads) {
         for (id, dy, x) in [(self.gate_up, &work.dgate_up, &work.rows), (self.down, &work.dout, &work.activation)] {
-            let (gradient, fresh) = grads.stack(id);
-            if fresh {
-                for (expert, _) in work.counts.iter().enumerate().filter(|(_, count)| **count == 0) {
+            grads.accumulate(id, |gradient, fresh| {
+                for (expert, _) in work.counts.iter().enumerate().filter(|(_, count)| fresh && **count == 0) {
                     let _ = gradient.select(0, expert as i64).zero_();
                 }
-            }
-            for (expert, start, count) in groups(&work.counts) {
-                let (dy, x, mut matrix) = (dy.narrow(0, start, count), x.narrow(0, start, count), gradient.select(0, expert));
-                match fresh {
-                    true => matrix.copy_(&linear::weight_gradient(&dy, &x)),
-                    false => linear::backward_weight(&dy, &x, &mut matrix),
+                for (expert, start, count) in groups(&work.counts) {
+                    let (dy, x, mut matrix) = (dy.narrow(0, start, count), x.narrow(0, start, count), gradient.select(0, expert));
+                    match fresh {
+                        true => matrix.copy_(&linear::weight_gradient(&dy, &x)),
+                        false => linear::backward_weight(&dy, &x, &mut matrix),
+                    }
                 }
-            }
+            });
         }
     }
 }

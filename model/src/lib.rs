@@ -4,6 +4,7 @@ pub mod block;
 pub mod config;
 pub mod embedding;
 pub mod experts;
+pub mod flow;
 pub mod gate;
 pub mod head;
 pub mod hf;
@@ -19,5 +20,5 @@ pub mod stage;
 
 pub use config::ModelConfig;
 pub use layer::Layer;
-pub use params::{ExpertShare, Grads, ParamId, ParamTable, Weights};
-pub use stage::{MicroBatch, Stage, StageStats, StepContext};
+pub use params::{ExpertShare, GradSink, Grads, ParamId, ParamTable, Weights};
+pub use stage::{MicroBatch, Stage, StagePart, StageStats, StepContext};

@@ -3,14 +3,12 @@
 //! [enorm(embedding); hnorm(hidden)], the order of the released weights.
 //!
 //! Legend: B sequences, L positions of the main model, T' = B·(L − 1), D hidden size.
-use crate::block::{Block, BlockContext, BlockSaved, BlockWork};
+use crate::block::Block;
 use crate::embedding::{Embedding, EmbeddingWork};
 use crate::head::{HeadIn, HeadSaved, LmHead};
 use crate::linear::{Linear, LinearWork};
-use crate::moe::Load;
 use crate::norm::{NormSaved, RmsNorm};
 use crate::{Grads, Layer, ModelConfig, ParamId, ParamTable, Weights};
-use parallel::comm::CommError;
 use tch::Tensor;
 
 #[derive(Debug)]
@@ -24,81 +22,87 @@ pub struct Mtp {
     head: LmHead,
 }
 
-pub struct MtpIn {
-    /// The main model's hidden state after its final norm (what the released weights were trained on), the first
-    /// L − 1 positions of every sequence, [T', D].
-    pub hidden: Tensor,
-    pub next: Tensor,    // [T'] i64, token t + 1
-    pub targets: Tensor, // [T'] i64, token t + 2
-    /// λ / (MTP targets of the global batch).
-    pub scale: f64,
-}
-
-pub struct MtpSaved {
+/// What the module keeps of the way into its block, and out of it to the loss.
+pub struct MtpInSaved {
     tokens: Tensor,
     embedding_norm: NormSaved,
     hidden_norm: NormSaved,
     joined: Tensor,
-    block: BlockSaved,
+}
+
+pub struct MtpOutSaved {
     norm: NormSaved,
     head: HeadSaved,
 }
 
-pub struct MtpWork {
+pub struct MtpInWork {
     embedding: EmbeddingWork,
     embedding_norm: Tensor,
     hidden_norm: Tensor,
     projection: LinearWork,
-    block: BlockWork,
+}
+
+pub struct MtpOutWork {
     norm: Tensor,
     head: HeadSaved,
 }
 
 impl Mtp {
-    pub fn new(table: &mut ParamTable, config: &ModelConfig, embedding: ParamId, head: ParamId) -> Self {
+    pub fn new(table: &mut ParamTable, config: &ModelConfig, head: ParamId) -> Self {
         let (d, eps) = (config.hidden_size, config.rms_norm_eps);
         let prefix = format!("model.layers.{}", config.num_hidden_layers);
         let norm = |table: &mut ParamTable, name: &str| RmsNorm { weight: table.norm(format!("{prefix}.{name}.weight"), d), eps };
         Mtp {
-            embedding: Embedding { weight: embedding },
+            embedding: Embedding { weight: table.embedding(config) },
             embedding_norm: norm(table, "enorm"),
             hidden_norm: norm(table, "hnorm"),
             projection: Linear { weight: table.matrix(format!("{prefix}.eh_proj.weight"), &[d, 2 * d], config) },
             block: Block::new(table, config, &prefix, true),
             norm: norm(table, "shared_head.norm"),
-            head: LmHead { weight: head },
+            head: LmHead { weight: table.share(head) },
         }
     }
 
-    /// Σ of the losses, and the router's load.
-    pub fn forward(&self, w: &Weights, x: MtpIn, context: &BlockContext) -> Result<(Tensor, Option<Load>, MtpSaved), CommError> {
-        let (embedded, tokens) = self.embedding.forward(w, x.next);
+    /// hidden: the main model's after its final norm (what the released weights were trained on), the first L − 1
+    /// positions of every sequence [T', D]; next: token t + 1 [T'] → the block's input [T', D].
+    pub fn forward_in(&self, w: &Weights, hidden: Tensor, next: Tensor) -> (Tensor, MtpInSaved) {
+        let (embedded, tokens) = self.embedding.forward(w, next);
         let (embedded, embedding_norm) = self.embedding_norm.forward(w, embedded);
-        let (hidden, hidden_norm) = self.hidden_norm.forward(w, x.hidden);
+        let (hidden, hidden_norm) = self.hidden_norm.forward(w, hidden);
         let (h, joined) = self.projection.forward(w, Tensor::cat(&[embedded, hidden], 1)); // [T', D]
-        let (h, load, block) = self.block.forward(w, h, context)?;
-        let (h, norm) = self.norm.forward(w, h);
-        let (loss, head) = self.head.forward(w, HeadIn { hidden: h, targets: x.targets, scale: x.scale });
-        Ok((loss, load, MtpSaved { tokens, embedding_norm, hidden_norm, joined, block, norm, head }))
+        (h, MtpInSaved { tokens, embedding_norm, hidden_norm, joined })
     }
 
-    /// The gradient of `hidden`, [T', D].
-    pub fn backward_input(&self, w: &Weights, s: MtpSaved) -> Result<(Tensor, MtpWork), CommError> {
-        let (dh, head) = self.head.backward_input(w, (), s.head);
-        let (dh, norm) = self.norm.backward_input(w, dh, s.norm);
-        let (dh, block) = self.block.backward_input(w, dh, s.block)?;
-        let (djoined, projection) = self.projection.backward_input(w, dh, s.joined);
+    /// The block's output, token t + 2 [T'] and λ / (MTP targets of the global batch) → Σ of the losses.
+    pub fn forward_out(&self, w: &Weights, h: Tensor, targets: Tensor, scale: f64) -> (Tensor, MtpOutSaved) {
+        let (hidden, norm) = self.norm.forward(w, h);
+        let (loss, head) = self.head.forward(w, HeadIn { hidden, targets, scale });
+        (loss, MtpOutSaved { norm, head })
+    }
+
+    /// The gradient of the block's output.
+    pub fn backward_out(&self, w: &Weights, saved: MtpOutSaved) -> (Tensor, MtpOutWork) {
+        let (dh, head) = self.head.backward_input(w, (), saved.head);
+        let (dh, norm) = self.norm.backward_input(w, dh, saved.norm);
+        (dh, MtpOutWork { norm, head })
+    }
+
+    /// The gradient of the block's input → that of `hidden`.
+    pub fn backward_in(&self, w: &Weights, dh: Tensor, saved: MtpInSaved) -> (Tensor, MtpInWork) {
+        let (djoined, projection) = self.projection.backward_input(w, dh, saved.joined);
         let halves = djoined.chunk(2, 1);
-        let (dhidden, hidden_norm) = self.hidden_norm.backward_input(w, halves[1].contiguous(), s.hidden_norm);
-        let (dembedded, embedding_norm) = self.embedding_norm.backward_input(w, halves[0].contiguous(), s.embedding_norm);
-        let ((), embedding) = self.embedding.backward_input(w, dembedded, s.tokens);
-        Ok((dhidden, MtpWork { embedding, embedding_norm, hidden_norm, projection, block, norm, head }))
+        let (dhidden, hidden_norm) = self.hidden_norm.backward_input(w, halves[1].contiguous(), saved.hidden_norm);
+        let (dembedded, embedding_norm) = self.embedding_norm.backward_input(w, halves[0].contiguous(), saved.embedding_norm);
+        let ((), embedding) = self.embedding.backward_input(w, dembedded, saved.tokens);
+        (dhidden, MtpInWork { embedding, embedding_norm, hidden_norm, projection })
     }
 
-    pub fn backward_weight(&self, work: MtpWork, grads: &mut Grads) {
+    pub fn backward_out_weight(&self, work: MtpOutWork, grads: &mut Grads) {
         self.head.backward_weight(work.head, grads);
         self.norm.backward_weight(work.norm, grads);
-        self.block.backward_weight(work.block, grads);
+    }
+
+    pub fn backward_in_weight(&self, work: MtpInWork, grads: &mut Grads) {
         self.projection.backward_weight(work.projection, grads);
         self.hidden_norm.backward_weight(work.hidden_norm, grads);
         self.embedding_norm.backward_weight(work.embedding_norm, grads);

@@ -31,6 +31,6 @@ impl Layer for RmsNorm {
         rms_norm::backward(&dy, &saved.x, &saved.rstd, w.get(self.weight))
     }
     fn backward_weight(&self, dweight: Tensor, grads: &mut Grads) {
-        grads.add(self.weight, &dweight);
+        grads.add(self.weight, dweight);
     }
 }

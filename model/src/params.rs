@@ -5,6 +5,7 @@
 use crate::config::ModelConfig;
 use kernels::Precision;
 use kernels::ops::linear;
+use parallel::comm::CommError;
 use std::rc::Rc;
 use tch::{Device, Kind, Tensor};
 
@@ -24,6 +25,8 @@ pub enum Role {
     Matrix,
     /// A stack of local experts' matrices, [E, O, I].
     Experts,
+    /// The token embedding: a matrix that the first and the last stage (for MTP) may both hold.
+    Embedding,
     /// A norm's vector: not decayed.
     Norm,
     /// The gate's matrix: never below FP32.
@@ -63,7 +66,7 @@ impl ParamSpec {
         self.role != Role::Bias
     }
     pub fn decayed(&self) -> bool {
-        matches!(self.role, Role::Matrix | Role::Experts | Role::Gate)
+        matches!(self.role, Role::Matrix | Role::Experts | Role::Embedding | Role::Gate)
     }
     pub fn numel(&self) -> i64 {
         self.shape.iter().product()
@@ -124,12 +127,14 @@ fn normal(key: u64, index: u64) -> f64 {
 pub struct ParamTable {
     specs: Vec<ParamSpec>,
     share: ExpertShare,
+    /// The parameter of every layer declared since `take_uses`, shared ones once a layer.
+    uses: Vec<ParamId>,
 }
 
 impl ParamTable {
     /// A table for a rank with this share of every layer's experts.
     pub fn new(share: ExpertShare) -> Self {
-        ParamTable { specs: Vec::new(), share }
+        ParamTable { share, ..Default::default() }
     }
     /// This rank's part of a stack of all experts' matrices, `shape` [E, O, I].
     pub fn experts(&mut self, name: impl Into<String>, shape: &[i64], config: &ModelConfig) -> ParamId {
@@ -144,7 +149,25 @@ impl ParamTable {
         let name = name.into();
         assert!(self.specs.iter().all(|spec| spec.name != name), "parameter {name} was declared twice");
         self.specs.push(ParamSpec { name, shape: shape.to_vec(), init, role, start: 0, total: shape[0] });
-        ParamId(self.specs.len() - 1)
+        self.share(ParamId(self.specs.len() - 1))
+    }
+    /// One more layer computes with this parameter.
+    pub fn share(&mut self, id: ParamId) -> ParamId {
+        self.uses.push(id);
+        id
+    }
+    /// [V, D], declared once a rank whichever stage asks first.
+    pub fn embedding(&mut self, config: &ModelConfig) -> ParamId {
+        let name = "model.embed_tokens.weight";
+        match self.find(name) {
+            Some(id) => self.share(id),
+            None => self.add(name, &[config.vocab_size, config.hidden_size], Init::Normal { std: config.initializer_range }, Role::Embedding),
+        }
+    }
+    /// The parameters that the layers declared since the last call compute with; a micro-batch's backward contributes to
+    /// each as often as it is listed.
+    pub fn take_uses(&mut self) -> Vec<ParamId> {
+        std::mem::take(&mut self.uses)
     }
     pub fn matrix(&mut self, name: impl Into<String>, shape: &[i64], config: &ModelConfig) -> ParamId {
         self.add(name, shape, Init::Normal { std: config.initializer_range }, Role::Matrix)
@@ -174,15 +197,33 @@ pub struct Weights {
     pub table: Rc<ParamTable>,
     pub precision: Precision,
     tensors: Vec<Tensor>,
+    arrivals: Vec<Arrival>,
+}
+
+/// New values on their way into some weights.
+struct Arrival {
+    ids: Vec<ParamId>,
+    land: Box<dyn FnOnce(&mut Weights) -> Result<(), CommError>>,
 }
 
 impl Weights {
     pub fn initial(table: Rc<ParamTable>, precision: Precision, seed: u64, device: Device) -> Self {
         let tensors = table.specs().iter().map(|spec| spec.initial(seed, spec.kind(precision)).to_device(device)).collect();
-        Weights { table, precision, tensors }
+        Weights { table, precision, tensors, arrivals: Vec::new() }
     }
     pub fn get(&self, id: ParamId) -> &Tensor {
         &self.tensors[id.0]
+    }
+    /// New values of `ids` are on their way; `land` waits for them and writes them.
+    pub fn expect(&mut self, ids: Vec<ParamId>, land: impl FnOnce(&mut Weights) -> Result<(), CommError> + 'static) {
+        self.arrivals.push(Arrival { ids, land: Box::new(land) });
+    }
+    /// Before the wanted weights are read: what is on its way to them has landed.
+    pub fn ready(&mut self, wanted: impl Fn(ParamId) -> bool) -> Result<(), CommError> {
+        while let Some(index) = self.arrivals.iter().position(|arrival| arrival.ids.iter().any(|&id| wanted(id))) {
+            (self.arrivals.remove(index).land)(self)?;
+        }
+        Ok(())
     }
     /// Writes `value` (any kind, the spec's shape) over the weight.
     pub fn set(&mut self, id: ParamId, value: &Tensor) {
@@ -194,29 +235,52 @@ impl Weights {
     }
 }
 
-/// The gradients of one step, in the masters' kind. `None`: nothing has contributed yet.
-pub struct Grads {
+/// Takes a parameter's gradient when its last contribution is in: to reduce it under the rest of the backward.
+pub trait GradSink {
+    fn complete(&mut self, id: ParamId, gradient: Tensor);
+}
+
+/// Collects them as they come.
+impl GradSink for Vec<(ParamId, Tensor)> {
+    fn complete(&mut self, id: ParamId, gradient: Tensor) {
+        self.push((id, gradient));
+    }
+}
+
+/// The gradients of one step under way, in the masters' kind. A layer's `backward_weight` contributes exactly once to
+/// each of its parameters; the last contribution hands the gradient to the sink.
+pub struct Grads<'a> {
     kind: Kind,
     device: Device,
     table: Rc<ParamTable>,
+    /// `None`: nothing has contributed yet.
     tensors: Vec<Option<Tensor>>,
+    /// Contributions still to come.
+    missing: Vec<usize>,
+    sink: &'a mut dyn GradSink,
 }
 
-impl Grads {
-    pub fn new(weights: &Weights) -> Self {
-        let tensors = weights.table.specs().iter().map(|_| None).collect();
-        Grads { kind: weights.precision.master(), device: weights.device(), table: weights.table.clone(), tensors }
+impl<'a> Grads<'a> {
+    /// `uses`: every contribution that this step will make, in any order. A trained parameter without any is zero, and
+    /// complete at once.
+    pub fn new(weights: &Weights, uses: impl IntoIterator<Item = ParamId>, sink: &'a mut dyn GradSink) -> Self {
+        let table = weights.table.clone();
+        let mut missing = vec![0; table.specs().len()];
+        uses.into_iter().for_each(|id| missing[id.0] += 1);
+        let grads = Grads { kind: weights.precision.master(), device: weights.device(), tensors: missing.iter().map(|_| None).collect(), table, missing, sink };
+        for id in grads.table.ids().filter(|&id| grads.missing[id.0] == 0 && grads.table.spec(id).trained()).collect::<Vec<_>>() {
+            let zeros = Tensor::zeros(&grads.table.spec(id).shape, (grads.kind, grads.device));
+            grads.sink.complete(id, zeros);
+        }
+        grads
     }
-    /// The accumulator of a parameter, zeros before the first contribution.
-    pub fn at(&mut self, id: ParamId) -> &mut Tensor {
-        let (kind, device, table) = (self.kind, self.device, &self.table);
-        self.tensors[id.0].get_or_insert_with(|| Tensor::zeros(&table.spec(id).shape, (kind, device)))
-    }
-    /// The accumulator of a stack of matrices, and whether the caller must assign every one (nothing is in it yet).
-    pub fn stack(&mut self, id: ParamId) -> (&mut Tensor, bool) {
-        let (kind, device, table) = (self.kind, self.device, &self.table);
+
+    /// `contribute(gradient, fresh)` adds to the gradient, or where nothing is in it yet (`fresh`) assigns every value.
+    pub fn accumulate(&mut self, id: ParamId, contribute: impl FnOnce(&mut Tensor, bool)) {
+        let (kind, device, shape) = (self.kind, self.device, &self.table.spec(id).shape);
         let fresh = self.tensors[id.0].is_none();
-        (self.tensors[id.0].get_or_insert_with(|| Tensor::empty(&table.spec(id).shape, (kind, device))), fresh)
+        contribute(self.tensors[id.0].get_or_insert_with(|| Tensor::empty(shape, (kind, device))), fresh);
+        self.contributed(id);
     }
     /// gradient += dyᵀ · x. The first contribution assigns: no zeros are written to be read again.
     pub fn add_product(&mut self, id: ParamId, dy: &Tensor, x: &Tensor) {
@@ -224,22 +288,33 @@ impl Grads {
             Some(gradient) => linear::backward_weight(dy, x, gradient),
             empty => *empty = Some(linear::weight_gradient(dy, x).to_kind(self.kind)),
         }
+        self.contributed(id);
     }
-    /// gradient += contribution.
-    pub fn add(&mut self, id: ParamId, contribution: &Tensor) {
+    /// gradient += contribution, which is moved in where it is the first.
+    pub fn add(&mut self, id: ParamId, contribution: Tensor) {
         let contribution = contribution.to_kind(self.kind);
-        let _ = self.at(id).g_add_(&contribution);
+        match &mut self.tensors[id.0] {
+            Some(gradient) => drop(gradient.g_add_(&contribution)),
+            empty => *empty = Some(contribution),
+        }
+        self.contributed(id);
     }
-    /// Every trained parameter's gradient, in table order; zeros where nothing contributed.
-    pub fn take(mut self) -> Vec<(ParamId, Tensor)> {
-        let trained: Vec<ParamId> = self.table.ids().filter(|&id| self.table.spec(id).trained()).collect();
-        trained
-            .into_iter()
-            .map(|id| {
-                self.at(id);
-                (id, self.tensors[id.0].take().expect("made above"))
-            })
-            .collect()
+
+    fn contributed(&mut self, id: ParamId) {
+        let missing = &mut self.missing[id.0];
+        assert!(*missing > 0, "{} got a contribution that the step did not announce", self.table.spec(id).name);
+        *missing -= 1;
+        if *missing == 0 {
+            let gradient = self.tensors[id.0].take().expect("something contributed");
+            self.sink.complete(id, gradient);
+        }
+    }
+
+    /// Ends the step: every announced contribution is in.
+    pub fn finish(self) {
+        for id in self.table.ids() {
+            assert_eq!(self.missing[id.0], 0, "{} misses contributions", self.table.spec(id).name);
+        }
     }
 }
 

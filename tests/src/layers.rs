@@ -13,7 +13,7 @@ use model::mla::{Mla, MlaIn, Positions};
 use model::mlp::Mlp;
 use model::norm::RmsNorm;
 use model::params::{Init, Role};
-use model::{Grads, Layer, ParamTable, Weights};
+use model::{Grads, Layer, ParamId, ParamTable, Weights};
 use std::collections::HashMap;
 use std::rc::Rc;
 use tch::{Device, Kind, Tensor};
@@ -57,7 +57,8 @@ fn check_layer<L: Layer>(case: Case<L>) {
     }
     total.backward();
 
-    let mut grads = Grads::new(&weights);
+    let mut complete: Vec<(ParamId, Tensor)> = Vec::new();
+    let mut grads = Grads::new(&weights, table.ids(), &mut complete);
     let (dins, work) = case.layer.backward_input(&weights, (case.doutputs)(douts), saved);
     case.layer.backward_weight(work, &mut grads);
     let float_inputs = inputs.iter().filter(|input| input.kind() == Kind::Double);
@@ -66,7 +67,8 @@ fn check_layer<L: Layer>(case: Case<L>) {
     for (i, (din, input)) in dins.iter().zip(float_inputs).enumerate() {
         assert_close(&format!("gradient of input {i}"), din, &input.grad(), 1e-9);
     }
-    for (id, gradient) in grads.take() {
+    grads.finish();
+    for (id, gradient) in complete {
         let name = &table.spec(id).name;
         let expected = &named[name].grad();
         assert!(expected.defined(), "{name} has no reference gradient");

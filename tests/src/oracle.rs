@@ -8,7 +8,7 @@ use model::hf::pieces;
 use model::mla::Positions;
 use model::params::Role;
 use model::stage::StageIn;
-use model::{Grads, MicroBatch, ParamTable, Stage, StepContext, Weights};
+use model::{Grads, MicroBatch, ParamId, ParamTable, Stage, StepContext, Weights};
 use parallel::comm::local::solo;
 use safetensors::SafeTensors;
 use std::collections::HashMap;
@@ -79,16 +79,17 @@ impl Subject {
     }
 
     /// main, mtp, balance (means, unweighted) and every gradient under its released name.
-    fn run(&self, step: &StepContext) -> ([f64; 3], HashMap<String, Tensor>) {
+    fn run(&mut self, step: &StepContext) -> ([f64; 3], HashMap<String, Tensor>) {
         let micro_batch = MicroBatch { tokens: self.tokens.shallow_clone() };
-        let (_, stats, saved) = self.stage.forward(step, &self.weights, &micro_batch, StageIn::Tokens).expect("forward");
-        let (_, work) = self.stage.backward_input(&self.weights, None, saved).expect("backward");
-        let mut grads = Grads::new(&self.weights);
-        self.stage.backward_weight(work, &mut grads);
+        let (_, stats, saved) = self.stage.forward(step, &mut self.weights, &micro_batch, StageIn::Tokens).expect("forward");
+        let mut complete: Vec<(ParamId, Tensor)> = Vec::new();
+        let mut grads = Grads::new(&self.weights, self.stage.uses.iter().copied(), &mut complete);
+        self.stage.backward(&self.weights, None, saved, &mut |work| self.stage.backward_weight(work, &mut grads)).expect("backward");
+        grads.finish();
         let mean = |sum: &Tensor, count: i64| sum.double_value(&[]) / count as f64;
         let losses = [mean(&stats.main, step.main_targets), mean(&stats.mtp, step.mtp_targets), mean(&stats.balance, step.sequences)];
         let mut named = HashMap::new();
-        for (id, gradient) in grads.take() {
+        for (id, gradient) in complete {
             for piece in pieces(self.weights.table.spec(id)) {
                 let part = piece.expert.map_or_else(|| gradient.shallow_clone(), |expert| gradient.select(0, expert));
                 named.insert(piece.name, piece.rows.map_or_else(|| part.shallow_clone(), |(start, rows)| part.narrow(0, start, rows)));
@@ -155,11 +156,11 @@ fn v2() -> ModelConfig {
 }
 
 fn check_hf(name: &str, config: ModelConfig, seed: u64, length: i64) {
-    let subject = Subject::new(&config, Precision::F32, seed, length);
+    let mut subject = Subject::new(&config, Precision::F32, seed, length);
     let theirs = oracle("hf.py", &subject.export(name), &subject.tokens, &[]);
     check_margin(name, &theirs);
     let step = subject.context(0.0, 0.0);
-    let logits = subject.stage.logits(&step, &subject.weights, &MicroBatch { tokens: subject.tokens.shallow_clone() }).expect("logits");
+    let logits = subject.stage.logits(&step, &mut subject.weights, &MicroBatch { tokens: subject.tokens.shallow_clone() }).expect("logits");
     assert_close(&format!("{name}: logits"), &logits, &theirs["logits"].view([-1, config.vocab_size]), 1e-5);
     let ([main, _, _], gradients) = subject.run(&step);
     let expected = theirs["loss"].double_value(&[]);
@@ -192,7 +193,7 @@ fn deepseek_v2_of_transformers() {
 #[test]
 fn mtp_and_the_sequence_wise_balance_loss() {
     for (name, config, seed) in [("mtp", small(), 21), ("mtp-direct", ModelConfig { q_lora_rank: None, rope_scaling: yarn(1.0), ..small() }, 22)] {
-        let subject = Subject::new(&config, Precision::F64, seed, 15);
+        let mut subject = Subject::new(&config, Precision::F64, seed, 15);
         let theirs = oracle("mtp.py", &subject.export(name), &subject.tokens, &["--lambda", "0.3", "--alpha", "0.05"]);
         check_margin(name, &theirs);
         let (losses, gradients) = subject.run(&subject.context(0.3, 0.05));

@@ -78,16 +78,19 @@ impl Trainer {
     /// Forward, backward, reduce, judge, update. `micro_batches` are this rank's; `stop` is its own wish.
     pub fn step(&mut self, moment: &Moment, micro_batches: &[MicroBatch], stop: bool) -> Result<StepReport, CommError> {
         let step = self.context(moment, moment.batch);
-        let mut grads = Grads::new(&self.weights);
+        let mut complete: Vec<(ParamId, Tensor)> = Vec::new();
+        let uses = micro_batches.iter().flat_map(|_| self.stage.uses.iter().copied());
+        let mut grads = Grads::new(&self.weights, uses, &mut complete);
         let mut sums = Sums::new(&self.weights, self.biases.len(), self.config.n_routed_experts);
         for micro_batch in micro_batches {
-            let (_, stats, saved) = self.stage.forward(&step, &self.weights, micro_batch, StageIn::Tokens)?;
+            let (_, stats, saved) = self.stage.forward(&step, &mut self.weights, micro_batch, StageIn::Tokens)?;
             sums.add(&stats);
-            let (_, work) = self.stage.backward_input(&self.weights, None, saved)?;
-            self.stage.backward_weight(work, &mut grads);
+            self.stage.backward(&self.weights, None, saved, &mut |work| self.stage.backward_weight(work, &mut grads))?;
         }
+        grads.finish();
+        complete.sort_by_key(|(id, _)| *id);
         let (losses, counts) = sums.reduce(&self.groups.data, stop)?;
-        let gradients = self.reduce(grads.take())?;
+        let gradients = self.reduce(complete)?;
         let norm = self.grad_norm(&gradients)?;
 
         let loss = losses[0] / step.main_targets as f64;
@@ -139,7 +142,7 @@ impl Trainer {
         let step = self.context(moment, micro_batches.len().max(1) as u64);
         let mut total = 0.0;
         for micro_batch in micro_batches {
-            let (_, stats, _) = self.stage.forward(&step, &self.weights, micro_batch, StageIn::Tokens)?;
+            let (_, stats, _) = self.stage.forward(&step, &mut self.weights, micro_batch, StageIn::Tokens)?;
             total += stats.main.double_value(&[]);
         }
         Ok(total)

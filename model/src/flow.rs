@@ -1,0 +1,356 @@
+//! One micro-batch on its way through a stage, forward or backward, in segments: each waits for its own transfer,
+//! computes, and ends with the next transfer under way. So two micro-batches that take turns hide each other's
+//! transfers (report §3.2.1, fig. 4), and one alone runs its segments in a row.
+//!
+//!     backward  [head, send dy]            [wait, experts' dgrad, send, wgrad]       [wait, attention, …
+//!     forward               [attention, gate, send]              [wait, experts, send]          [wait, …
+//!
+//! The two lists may differ in length: dense blocks join the segment before them.
+use crate::block::{Block, BlockContext, BlockOut, BlockSaved, BlockSent, BlockWork, Started};
+use crate::embedding::EmbeddingWork;
+use crate::experts::ExpertsWork;
+use crate::head::{HeadIn, HeadSaved};
+use crate::moe::{MoeBackCombining, MoeBackDispatched, MoeCombining, MoeDispatched};
+use crate::mtp::{MtpInSaved, MtpInWork, MtpOutSaved, MtpOutWork};
+use crate::norm::NormSaved;
+use crate::stage::{Last, MicroBatch, Stage, StageIn, StageOut, StageStats, StepContext, Sums};
+use crate::{Grads, Layer, Weights};
+use parallel::comm::CommError;
+use tch::Tensor;
+
+/// What a forward keeps for the backward.
+#[derive(Default)]
+pub struct StageSaved {
+    tokens: Option<Tensor>,
+    /// MTP's block is the last.
+    blocks: Vec<BlockSaved>,
+    turn: Option<TurnSaved>,
+    losses: Option<LossesSaved>,
+}
+
+/// Between the trunk and MTP's block.
+struct TurnSaved {
+    norm: NormSaved,
+    mtp: Option<MtpInSaved>,
+    sequences: i64,
+}
+
+struct LossesSaved {
+    head: HeadSaved,
+    mtp: Option<MtpOutSaved>,
+}
+
+/// A piece of a micro-batch's weight gradients, still to be made; blocks by index.
+pub enum Work {
+    Head(HeadSaved),
+    Norm(Tensor),
+    MtpOut(MtpOutWork),
+    MtpIn(MtpInWork),
+    Experts(usize, ExpertsWork),
+    Block(usize, Box<BlockWork>),
+    Embedding(EmbeddingWork),
+}
+
+/// A micro-batch's weight gradients, in the order in which they could be made.
+pub type StageWork = Vec<Work>;
+
+impl Stage {
+    /// The trunk's blocks, then MTP's.
+    fn block(&self, index: usize) -> &Block {
+        self.blocks.get(index).unwrap_or_else(|| &self.last.as_ref().and_then(|last| last.mtp.as_ref()).expect("a block of this stage").block)
+    }
+
+    pub fn backward_weight(&self, work: Work, grads: &mut Grads) {
+        let last = || self.last.as_ref().expect("the last stage's work");
+        let mtp = || last().mtp.as_ref().expect("MTP's work");
+        match work {
+            Work::Head(work) => last().head.backward_weight(work, grads),
+            Work::Norm(work) => last().norm.backward_weight(work, grads),
+            Work::MtpOut(work) => mtp().backward_out_weight(work, grads),
+            Work::MtpIn(work) => mtp().backward_in_weight(work, grads),
+            Work::Experts(index, work) => self.block(index).backward_experts_weight(work, grads),
+            Work::Block(index, work) => self.block(index).backward_weight(*work, grads),
+            Work::Embedding(work) => self.embedding.as_ref().expect("the first stage's work").backward_weight(work, grads),
+        }
+    }
+}
+
+/// A forward under way.
+pub struct Forward<'a> {
+    stage: &'a Stage,
+    step: &'a StepContext,
+    micro_batch: &'a MicroBatch,
+    context: BlockContext,
+    at: ForwardAt,
+    saved: StageSaved,
+    /// After the final norm, while MTP's block runs.
+    hidden: Option<Tensor>,
+    sums: Sums,
+}
+
+enum ForwardAt {
+    Start(StageIn),
+    Sent(BlockSent<MoeDispatched>),
+    Combining(BlockSent<MoeCombining>),
+    Over(StageOut),
+    Moving,
+}
+
+impl<'a> Forward<'a> {
+    pub fn new(stage: &'a Stage, step: &'a StepContext, w: &Weights, micro_batch: &'a MicroBatch, x: StageIn) -> Self {
+        let context = step.block_context(micro_batch);
+        Forward { stage, step, micro_batch, context, at: ForwardAt::Start(x), saved: StageSaved::default(), hidden: None, sums: Sums::new(w) }
+    }
+
+    /// The next segment. False: it was the last.
+    pub fn advance(&mut self, w: &mut Weights) -> Result<bool, CommError> {
+        let h = match std::mem::replace(&mut self.at, ForwardAt::Moving) {
+            ForwardAt::Start(x) => self.enter(w, x)?,
+            ForwardAt::Sent(sent) => {
+                event("forward", "wait");
+                self.at = ForwardAt::Combining(self.stage.block(self.saved.blocks.len()).forward_experts(w, sent)?);
+                event("forward", "send");
+                return Ok(true);
+            }
+            ForwardAt::Combining(sent) => {
+                event("forward", "wait");
+                let out = self.stage.block(self.saved.blocks.len()).forward_end(sent)?;
+                self.leave(out)
+            }
+            ForwardAt::Over(_) | ForwardAt::Moving => panic!("a forward was advanced past its end"),
+        };
+        self.run(w, h)
+    }
+
+    pub fn finish(self) -> (StageOut, StageStats, StageSaved) {
+        let ForwardAt::Over(out) = self.at else { panic!("a forward was taken before its end") };
+        (out, self.sums.done(), self.saved)
+    }
+
+    fn enter(&self, w: &mut Weights, x: StageIn) -> Result<Tensor, CommError> {
+        Ok(match (&self.stage.embedding, x) {
+            (Some(embedding), StageIn::Tokens) => {
+                w.ready(|id| id == embedding.weight)?;
+                embedding.forward(w, self.micro_batch.inputs()).0
+            }
+            (None, StageIn::Hidden(hidden)) => hidden,
+            _ => panic!("the first stage takes tokens, every other one a hidden state"),
+        })
+    }
+
+    fn leave(&mut self, (y, load, saved): BlockOut) -> Tensor {
+        self.sums.add(load);
+        self.saved.blocks.push(saved);
+        y
+    }
+
+    /// From one block's output to the next transfer, or the end.
+    fn run(&mut self, w: &mut Weights, mut h: Tensor) -> Result<bool, CommError> {
+        loop {
+            let (index, trunk) = (self.saved.blocks.len(), self.stage.blocks.len());
+            if index >= trunk {
+                let Some(last) = &self.stage.last else { return Ok(self.over(StageOut::Hidden(h))) };
+                if self.hidden.is_none() {
+                    h = self.turn(w, last, h)?;
+                }
+                if index == trunk + last.mtp.iter().len() {
+                    self.losses(w, last, h);
+                    return Ok(self.over(StageOut::Loss));
+                }
+            }
+            let block = self.stage.block(index);
+            w.ready(|id| block.params.contains(&id.0))?;
+            match block.forward(w, h, &self.context)? {
+                Started::Done(out) => h = self.leave(out),
+                Started::Sent(sent) => {
+                    event("forward", "send");
+                    self.at = ForwardAt::Sent(sent);
+                    return Ok(true);
+                }
+            }
+        }
+    }
+
+    /// The final norm and, where there is MTP, its block's input.
+    fn turn(&mut self, w: &mut Weights, last: &Last, h: Tensor) -> Result<Tensor, CommError> {
+        w.ready(|id| self.stage.uses.contains(&id))?;
+        let (hidden, norm) = last.norm.forward(w, h);
+        let (next, mtp) = match &last.mtp {
+            Some(mtp) => {
+                let (h, saved) = mtp.forward_in(w, self.micro_batch.inner(&hidden), self.micro_batch.shifted(1));
+                (h, Some(saved))
+            }
+            None => (hidden.shallow_clone(), None),
+        };
+        self.saved.turn = Some(TurnSaved { norm, mtp, sequences: self.micro_batch.sequences() });
+        self.hidden = Some(hidden);
+        Ok(next)
+    }
+
+    fn losses(&mut self, w: &Weights, last: &Last, h: Tensor) {
+        let mtp = last.mtp.as_ref().map(|mtp| {
+            let (loss, saved) = mtp.forward_out(w, h, self.micro_batch.shifted(2), self.step.mtp_weight / self.step.mtp_targets as f64);
+            self.sums.mtp = loss;
+            saved
+        });
+        let hidden = self.hidden.take().expect("the turn came before");
+        let head_in = HeadIn { hidden, targets: self.micro_batch.targets(), scale: 1.0 / self.step.main_targets as f64 };
+        let (loss, head) = last.head.forward(w, head_in);
+        self.sums.main = loss;
+        self.saved.losses = Some(LossesSaved { head, mtp });
+    }
+
+    fn over(&mut self, out: StageOut) -> bool {
+        if self.stage.embedding.is_some() {
+            self.saved.tokens = Some(self.micro_batch.inputs());
+        }
+        self.at = ForwardAt::Over(out);
+        false
+    }
+}
+
+/// A backward under way.
+pub struct Backward<'a> {
+    stage: &'a Stage,
+    saved: StageSaved,
+    at: BackwardAt,
+    /// The main head's gradient, while MTP's block runs.
+    dmain: Option<Tensor>,
+}
+
+enum BackwardAt {
+    Start(Option<Tensor>),
+    Sent(BlockSent<MoeBackDispatched>),
+    Combining(BlockSent<MoeBackCombining>),
+    Over(Option<Tensor>),
+    Moving,
+}
+
+impl<'a> Backward<'a> {
+    /// `dy` is the gradient of `StageOut::Hidden`, none on the last stage.
+    pub fn new(stage: &'a Stage, dy: Option<Tensor>, saved: StageSaved) -> Self {
+        assert_eq!(dy.is_none(), stage.last.is_some(), "every stage but the last gets a gradient");
+        Backward { stage, saved, at: BackwardAt::Start(dy), dmain: None }
+    }
+
+    /// The next segment; `work` takes what the weights' gradients need. False: it was the last.
+    pub fn advance(&mut self, w: &Weights, work: &mut dyn FnMut(Work)) -> Result<bool, CommError> {
+        let index = self.saved.blocks.len(); // of the block under way
+        let dh = match std::mem::replace(&mut self.at, BackwardAt::Moving) {
+            BackwardAt::Start(dy) => self.enter(w, dy, work),
+            BackwardAt::Sent(sent) => {
+                event("backward", "wait");
+                let (sent, experts) = self.stage.block(index).backward_experts(w, sent)?;
+                event("backward", "send");
+                self.at = BackwardAt::Combining(sent);
+                work(Work::Experts(index, experts));
+                return Ok(true);
+            }
+            BackwardAt::Combining(sent) => {
+                event("backward", "wait");
+                let (dx, block) = self.stage.block(index).backward_end(w, sent)?;
+                work(Work::Block(index, Box::new(block)));
+                dx
+            }
+            BackwardAt::Over(_) | BackwardAt::Moving => panic!("a backward was advanced past its end"),
+        };
+        self.run(w, dh, work)
+    }
+
+    /// The gradient of `StageIn::Hidden`, none on the first stage.
+    pub fn finish(self) -> Option<Tensor> {
+        let BackwardAt::Over(dx) = self.at else { panic!("a backward was taken before its end") };
+        dx
+    }
+
+    /// The losses' gradient, or the one that came from the next stage.
+    fn enter(&mut self, w: &Weights, dy: Option<Tensor>, work: &mut dyn FnMut(Work)) -> Tensor {
+        let Some(last) = &self.stage.last else { return dy.expect("checked in new") };
+        let LossesSaved { head, mtp } = self.saved.losses.take().expect("forward ran to its end");
+        let (dmain, head) = last.head.backward_input(w, (), head);
+        work(Work::Head(head));
+        let Some((mtp, saved)) = last.mtp.as_ref().zip(mtp) else { return dmain };
+        let (dh, out) = mtp.backward_out(w, saved);
+        work(Work::MtpOut(out));
+        self.dmain = Some(dmain);
+        dh
+    }
+
+    /// From one block's input to the next transfer, or the end.
+    fn run(&mut self, w: &Weights, mut dh: Tensor, work: &mut dyn FnMut(Work)) -> Result<bool, CommError> {
+        loop {
+            if self.saved.blocks.len() == self.stage.blocks.len()
+                && let Some((last, saved)) = self.stage.last.as_ref().zip(self.saved.turn.take())
+            {
+                dh = self.turn(w, last, dh, saved, work);
+            }
+            let Some(saved) = self.saved.blocks.pop() else { return Ok(self.leave(w, dh, work)) };
+            let index = self.saved.blocks.len();
+            match self.stage.block(index).backward_input(w, dh, saved)? {
+                Started::Done((dx, block)) => {
+                    work(Work::Block(index, Box::new(block)));
+                    dh = dx;
+                }
+                Started::Sent(sent) => {
+                    event("backward", "send");
+                    self.at = BackwardAt::Sent(sent);
+                    return Ok(true);
+                }
+            }
+        }
+    }
+
+    /// Through MTP's way in, where there is one, and the final norm.
+    fn turn(&mut self, w: &Weights, last: &Last, dh: Tensor, saved: TurnSaved, work: &mut dyn FnMut(Work)) -> Tensor {
+        let dh = match last.mtp.as_ref().zip(saved.mtp) {
+            Some((mtp, mtp_saved)) => {
+                let (dinner, mtp_in) = mtp.backward_in(w, dh, mtp_saved);
+                work(Work::MtpIn(mtp_in));
+                let dmain = self.dmain.take().expect("made in enter");
+                let width = dmain.size()[1];
+                let per_sequence = dmain.view([saved.sequences, -1, width]);
+                let mut inner = per_sequence.narrow(1, 0, per_sequence.size()[1] - 1);
+                // dmain is this function's own; nothing else holds it.
+                let _ = inner.g_add_(&dinner.view([saved.sequences, -1, width]));
+                per_sequence.view([-1, width])
+            }
+            None => dh,
+        };
+        let (dh, norm) = last.norm.backward_input(w, dh, saved.norm);
+        work(Work::Norm(norm));
+        dh
+    }
+
+    fn leave(&mut self, w: &Weights, dh: Tensor, work: &mut dyn FnMut(Work)) -> bool {
+        self.at = BackwardAt::Over(match self.stage.embedding.as_ref().zip(self.saved.tokens.take()) {
+            Some((embedding, tokens)) => {
+                let ((), embedding) = embedding.backward_input(w, dh, tokens);
+                work(Work::Embedding(embedding));
+                None
+            }
+            None => Some(dh),
+        });
+        false
+    }
+}
+
+/// A forward and another micro-batch's whole backward, in turns, the backward first: while one computes, the other's
+/// transfer is under way. Every rank of an expert group must pair the same stages.
+pub fn forward_backward(mut forward: Forward, mut backward: Backward, w: &mut Weights, grads: &mut Grads) -> Result<((StageOut, StageStats, StageSaved), Option<Tensor>), CommError> {
+    let stage = backward.stage;
+    let (mut forward_runs, mut backward_runs) = (true, true);
+    while forward_runs || backward_runs {
+        if backward_runs {
+            backward_runs = backward.advance(w, &mut |work| stage.backward_weight(work, grads))?;
+        }
+        if forward_runs {
+            forward_runs = forward.advance(w)?;
+        }
+    }
+    Ok((forward.finish(), backward.finish()))
+}
+
+/// For the log of what overlaps: a transfer was posted, or is waited on, by this direction.
+fn event(direction: &'static str, what: &'static str) {
+    tracing::trace!(target: "overlap", direction, what);
+}
