@@ -3,11 +3,13 @@
 //! rank and comes back as one row. The backward of dispatch is combine, the backward of combine is dispatch, over
 //! the same plan.
 //!
+//! Every transfer is posted at once and unpacked by its `wait`; the caller computes something else in between.
+//!
 //! Invariant: sums are gathers over fixed places, never scattered additions, so they have one order.
 //!
 //! Legend: T tokens, K experts a token, N ranks, E experts, S rows sent, V rows received, R rows at the local experts,
 //! D width.
-use crate::comm::{Comm, CommError};
+use crate::comm::{Comm, CommError, Pending};
 use tch::{Kind, Tensor};
 
 /// Where every (token, choice) goes; made once a MoE layer and micro-batch.
@@ -29,6 +31,18 @@ pub struct Plan {
     local_row: Tensor,
     counts: Vec<i64>,
     top_k: i64,
+}
+
+/// What arrives at the local experts.
+pub struct Dispatched {
+    pub rows: Tensor,    // [R, D], sorted by expert
+    pub weights: Tensor, // [R]
+}
+
+/// The gradients of what was dispatched.
+pub struct DispatchGrad {
+    pub x: Tensor,       // [T, D]
+    pub weights: Tensor, // [T, K]
 }
 
 impl Plan {
@@ -54,7 +68,8 @@ impl Plan {
         let send = Vec::<i64>::try_from(wanted.sum_dim_intlist(&[0i64][..], false, Kind::Int64)).expect("i64 counts");
         let told: Vec<Vec<i64>> = send.iter().map(|&count| vec![count]).collect();
         let recv: Vec<i64> = experts.exchange_counts(&told)?.into_iter().map(|counts| counts[0]).collect();
-        let slots = exchange(experts, slots, &send, &recv)?.flatten(0, -1); // [V · K]
+        let [slots] = arrived(experts.all_to_all(vec![slots], &send, &recv)?)?;
+        let slots = slots.flatten(0, -1); // [V · K]
 
         let here = slots.ge(0).nonzero().squeeze_dim(1); // flat (row, slot) pairs of local experts
         let expert = slots.index_select(0, &here);
@@ -72,47 +87,62 @@ impl Plan {
         &self.counts
     }
 
-    /// x [T, D] → rows at the local experts [R, D].
-    pub fn dispatch(&self, x: &Tensor) -> Result<Tensor, CommError> {
-        let received = exchange(&self.experts, x.index_select(0, &self.sent_token), &self.send, &self.recv)?;
-        Ok(received.index_select(0, &self.received_row))
+    /// Forward: x [T, D] and weights [T, K] → the rows and weights at the local experts, in one transfer.
+    pub fn dispatch(&self, x: &Tensor, weights: &Tensor) -> Result<Pending<Dispatched>, CommError> {
+        let parts = vec![x.index_select(0, &self.sent_token), weights.index_select(0, &self.sent_token)];
+        let sent = self.experts.all_to_all(parts, &self.send, &self.recv)?;
+        let (received_row, pair) = (self.received_row.shallow_clone(), self.pair.shallow_clone());
+        Ok(Pending::running(move || {
+            let [rows, weights] = arrived(sent)?;
+            Ok(Dispatched { rows: rows.index_select(0, &received_row), weights: weights.flatten(0, -1).index_select(0, &pair) })
+        }))
     }
 
-    /// weights [T, K] → [R].
-    pub fn dispatch_weights(&self, weights: &Tensor) -> Result<Tensor, CommError> {
-        let received = exchange(&self.experts, weights.index_select(0, &self.sent_token), &self.send, &self.recv)?;
-        Ok(received.flatten(0, -1).index_select(0, &self.pair))
+    /// Forward: rows [R, D] → the sum of each token's rows, [T, D]; each sum is taken in at least FP32.
+    pub fn combine(&self, rows: &Tensor) -> Result<Pending<Tensor>, CommError> {
+        let back = self.experts.all_to_all(vec![self.sum_received(rows)], &self.recv, &self.send)?;
+        let sent_row = self.sent_row.shallow_clone();
+        Ok(Pending::running(move || {
+            let [back] = arrived(back)?; // [S, D]
+            Ok(sum_places(&back, &sent_row))
+        }))
     }
 
-    /// rows [R, D] → the sum of each token's rows, [T, D]; each sum is taken in at least FP32.
-    pub fn combine(&self, rows: &Tensor) -> Result<Tensor, CommError> {
-        let received: i64 = self.recv.iter().sum();
-        let summed = sum_places(rows, &self.local_row.view([received, self.top_k])); // [V, D]
-        if self.experts.size() == 1 {
-            return Ok(summed); // every token was sent once, in order
-        }
-        let back = exchange(&self.experts, summed, &self.recv, &self.send)?; // [S, D]
-        Ok(sum_places(&back, &self.sent_row))
+    /// The backward of `combine`: dy [T, D] → the gradient of its rows, [R, D].
+    pub fn combine_backward(&self, dy: &Tensor) -> Result<Pending<Tensor>, CommError> {
+        let sent = self.experts.all_to_all(vec![dy.index_select(0, &self.sent_token)], &self.send, &self.recv)?;
+        let received_row = self.received_row.shallow_clone();
+        Ok(Pending::running(move || {
+            let [rows] = arrived(sent)?;
+            Ok(rows.index_select(0, &received_row))
+        }))
     }
 
-    /// [R] → [T, K].
-    pub fn combine_weights(&self, rows: &Tensor) -> Result<Tensor, CommError> {
-        let received: i64 = self.recv.iter().sum();
-        let slots = with_zero(rows).index_select(0, &self.local_row).view([received, self.top_k]);
-        let back = exchange(&self.experts, slots, &self.recv, &self.send)?; // [S, K]
-        Ok(back.flatten(0, -1).index_select(0, &self.choice_place).view([-1, self.top_k]))
+    /// The backward of `dispatch`: the gradients of its rows [R, D] and weights [R] → those of x and weights.
+    pub fn dispatch_backward(&self, drows: &Tensor, dweights: &Tensor) -> Result<Pending<DispatchGrad>, CommError> {
+        let slots = with_zero(dweights).index_select(0, &self.local_row).view([-1, self.top_k]); // [V, K]
+        let back = self.experts.all_to_all(vec![self.sum_received(drows), slots], &self.recv, &self.send)?;
+        let (sent_row, choice_place, top_k) = (self.sent_row.shallow_clone(), self.choice_place.shallow_clone(), self.top_k);
+        Ok(Pending::running(move || {
+            let [back, slots] = arrived(back)?; // [S, D], [S, K]
+            let weights = slots.flatten(0, -1).index_select(0, &choice_place).view([-1, top_k]);
+            Ok(DispatchGrad { x: sum_places(&back, &sent_row), weights })
+        }))
     }
+
+    /// rows [R, D] → one a received row, [V, D].
+    fn sum_received(&self, rows: &Tensor) -> Tensor {
+        sum_places(rows, &self.local_row.view([-1, self.top_k]))
+    }
+}
+
+/// Waits for a transfer of `N` tensors.
+fn arrived<const N: usize>(sent: Pending<Vec<Tensor>>) -> Result<[Tensor; N], CommError> {
+    Ok(sent.wait()?.try_into().expect("as many tensors come as went"))
 }
 
 fn arange(count: i64, like: &Tensor) -> Tensor {
     Tensor::arange(count, (Kind::Int64, like.device()))
-}
-
-fn exchange(experts: &Comm, rows: Tensor, send: &[i64], recv: &[i64]) -> Result<Tensor, CommError> {
-    if experts.size() == 1 {
-        return Ok(rows);
-    }
-    Ok(experts.all_to_all(vec![rows], send, recv)?.wait()?.pop().expect("one tensor went in"))
 }
 
 /// One more row, of zeros: what an index of "nowhere" finds.
@@ -151,18 +181,22 @@ mod tests {
                 let plan = Plan::new(&routes, 8, &experts).unwrap();
                 let x = Tensor::arange(tokens * 2, (Kind::Double, Device::Cpu)).view([tokens, 2]) + experts.rank() as f64 * 100.0;
                 let weights = routes.to_kind(Kind::Double) * 0.5 + 1.0;
-                let rows = plan.dispatch(&x).unwrap();
-                let row_weights = plan.dispatch_weights(&weights).unwrap();
+                let Dispatched { rows, weights: row_weights } = plan.dispatch(&x, &weights).unwrap().wait().unwrap();
                 assert_eq!(rows.size()[0], plan.counts().iter().sum::<i64>());
                 // Expert e multiplies by e + 1; which expert a row is at follows from the counts alone.
                 let first = experts.rank() as i64 * 8 / ranks as i64;
-                let factors: Vec<f64> = plan.counts().iter().enumerate().flat_map(|(e, &n)| vec![(first + e as i64 + 1) as f64; n as usize]).collect();
+                let factors: Vec<f64> =
+                    plan.counts().iter().enumerate().flat_map(|(e, &n)| vec![(first + e as i64 + 1) as f64; n as usize]).collect();
                 let factors = Tensor::from_slice(&factors);
-                let y = plan.combine(&(&rows * (&factors * &row_weights).unsqueeze(1))).unwrap();
+                let weighted = &rows * (&factors * &row_weights).unsqueeze(1);
+                let y = plan.combine(&weighted).unwrap().wait().unwrap();
                 let expected = &x * ((routes.to_kind(Kind::Double) + 1.0) * &weights).sum_dim_intlist(&[1i64][..], true, Kind::Double);
                 assert!(y.equal(&expected), "{y:?} {expected:?}");
                 // What rides back with a row arrives at the choice it was made for.
-                assert!(plan.combine_weights(&factors).unwrap().equal(&(routes.to_kind(Kind::Double) + 1.0)));
+                let back = plan.dispatch_backward(&weighted, &factors).unwrap().wait().unwrap();
+                assert!(back.weights.equal(&(routes.to_kind(Kind::Double) + 1.0)));
+                // The backward of a sum is a copy; its backward is the sum again.
+                assert!(back.x.equal(&y) && plan.combine_backward(&x).unwrap().wait().unwrap().equal(&rows));
             });
         }
     }
