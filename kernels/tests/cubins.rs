@@ -2,7 +2,7 @@
 //! NVRTC is `pip install nvidia-cuda-nvrtc==13.0.88`, found in .deps/nvrtc or through TIEFSEE_NVRTC (its lib folder);
 //! `nvidia-cuda-cuobjdump` and `nvidia-cuda-nvdisasm` beside it let the test look into the cubins.
 use kernels::jit::{Jit, JitError, Source};
-use kernels::ops::{gemm_fp8, quantise};
+use kernels::ops::{adamw, cross_entropy, gemm_fp8, gradient_norm, quantise, rms_norm, swiglu, unpermute};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -39,10 +39,14 @@ fn check(folder: &Path, jit: &Jit, cache: &Path, (source, entry): &(Source, &str
     assert!(cubin.starts_with(b"\x7fELF"), "{variant}: not a cubin");
     let file = cache.join("one.cubin");
     std::fs::write(&file, &cubin).expect("the cache is writable");
-    let Some(resources) = cuobjdump(folder, &file, "-res-usage") else { return false };
+    let Some(resources) = cuobjdump(folder, &file, "-res-usage") else {
+        return false;
+    };
     assert!(resources.contains(entry), "{variant}: no {entry} in {resources}");
     assert_eq!(usage(&resources, "STACK") + usage(&resources, "LOCAL"), 0, "{variant} spills: {resources}");
-    let Some(sass) = cuobjdump(folder, &file, "-sass") else { return false };
+    let Some(sass) = cuobjdump(folder, &file, "-sass") else {
+        return false;
+    };
     let multiplies = source.name.starts_with("gemm");
     assert_eq!(sass.contains("QGMMA"), multiplies, "{variant}: FP8 matrix instructions");
     assert!(!multiplies || sass.contains("UTMALDG"), "{variant}: no bulk copies");
@@ -51,10 +55,15 @@ fn check(folder: &Path, jit: &Jit, cache: &Path, (source, entry): &(Source, &str
 
 #[test]
 fn every_kernel_compiles_without_spills() {
-    let Some(folder) = folder() else { return println!("SKIPPED every_kernel_compiles_without_spills: no NVRTC") };
+    let Some(folder) = folder() else {
+        return println!("SKIPPED every_kernel_compiles_without_spills: no NVRTC");
+    };
     let cache = scratch("cubins");
     let jit = Jit::load(Some(&folder), &cache).expect("NVRTC is there");
-    let sources: Vec<_> = gemm_fp8::sources().into_iter().chain(quantise::sources()).collect();
+    let fused =
+        [quantise::sources(), rms_norm::sources(), swiglu::sources(), adamw::sources(), gradient_norm::sources()];
+    let others = [unpermute::sources(), cross_entropy::sources(), gemm_fp8::sources()];
+    let sources: Vec<_> = fused.into_iter().chain(others).flatten().collect();
     let num_seen = sources.iter().filter(|source| check(&folder, &jit, &cache, source)).count();
     println!("{} kernels compiled, {num_seen} disassembled", sources.len());
     assert_eq!(std::fs::read_dir(&cache).expect("the cache is there").count(), sources.len() + 1, "one file a variant");
@@ -63,7 +72,9 @@ fn every_kernel_compiles_without_spills() {
 
 #[test]
 fn the_cache_is_whole_or_absent() {
-    let Some(folder) = folder() else { return println!("SKIPPED the_cache_is_whole_or_absent: no NVRTC") };
+    let Some(folder) = folder() else {
+        return println!("SKIPPED the_cache_is_whole_or_absent: no NVRTC");
+    };
     let cache = scratch("cache");
     let text = "extern \"C\" __global__ void k(float* x) { x[threadIdx.x] = N; }";
     let source = |n: &str| Source { name: "k", text: text.into(), defines: vec![("N", n.into())] };

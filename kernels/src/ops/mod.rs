@@ -4,11 +4,13 @@ pub mod attention;
 pub mod cross_entropy;
 pub mod gemm_fp8;
 pub mod gemm_grouped;
+pub mod gradient_norm;
 pub mod linear;
 pub mod quantise;
 pub mod rms_norm;
 pub mod rope;
 pub mod swiglu;
+pub mod unpermute;
 
 use tch::Kind;
 

@@ -1,5 +1,6 @@
 //! The reference: the layouts of `fp8`, with counts read from their tensor.
-use crate::fp8::{self, Blocks, Columns, ScaleRule};
+use super::{Quantised, Want};
+use crate::fp8::{self, Blocks, ScaleRule};
 use tch::Tensor;
 
 /// The rows of each group; one group with all of them where there are no counts.
@@ -10,8 +11,18 @@ pub fn group_sizes(counts: Option<&Tensor>, rows: i64) -> Vec<i64> {
     }
 }
 
-pub fn columns(x: &Tensor, counts: Option<&Tensor>, rule: ScaleRule) -> Columns {
-    fp8::quantise_columns(x, &group_sizes(counts, x.size()[0]), rule)
+pub fn activation(x: &Tensor, counts: Option<&Tensor>, want: Want, rule: ScaleRule) -> Quantised {
+    Quantised {
+        rows: want.rows.then(|| fp8::quantise_rows(x, rule)),
+        columns: want.columns.then(|| fp8::quantise_columns(x, &group_sizes(counts, x.size()[0]), rule)),
+    }
+}
+
+/// Rows of x [T, C] as `source` [R] names them, zeros for −1.
+pub fn gather(x: &Tensor, source: &Tensor) -> Tensor {
+    let there = source.ge(0).unsqueeze(1);
+    let rows = x.index_select(0, &source.clamp_min(0).to_kind(tch::Kind::Int64));
+    rows.where_self(&there, &x.zeros_like().narrow(0, 0, 1))
 }
 
 pub fn weights(w: &Tensor, rule: ScaleRule) -> (Blocks, Blocks) {

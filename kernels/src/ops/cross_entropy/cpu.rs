@@ -1,13 +1,7 @@
-//! Softmax cross-entropy: the loss and its gradient in one pass over the logits, so that neither the logits nor
-//! a second copy of them live until backward.
-//!
-//! Legend: T tokens, V vocabulary.
-use super::wide;
+//! In torch ops, for any kind.
+use crate::ops::wide;
 use tch::Tensor;
 
-/// logits [T, V], targets [T] i64 → Σ over tokens of the loss, in at least FP32; d(Σ loss)/dlogits is written to
-/// `dlogits` [T, V], of the logits' kind. What the loss is scaled by is the caller's: a product with the hidden
-/// state is narrower than the logits.
 pub fn forward(logits: Tensor, targets: &Tensor, dlogits: &mut Tensor) -> Tensor {
     let kind = logits.kind();
     let targets = targets.unsqueeze(1);

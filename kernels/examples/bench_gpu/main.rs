@@ -1,11 +1,13 @@
 //! FP8 GEMMs at V3's shapes beside cuBLASLt's block-scaled FP8 (through torch) in the same run; correctness first.
 //!
-//! `bench_gpu [forward] [wgrad] [grouped] [quantise] [sweep]`: which tables; `sweep` times every tile.
+//! `bench_gpu [forward] [wgrad] [grouped] [passes] [sweep]`: which tables; `sweep` times every tile.
 use kernels::device::{self, Found, Gpu};
 use kernels::fp8::{ScaleRule, relative_error};
-use kernels::ops::gemm_fp8::{self, Options, FORWARD_PLANS, Plan, WGRAD_PLANS, Write};
+use kernels::ops::gemm_fp8::{self, FORWARD_PLANS, Options, Plan, WGRAD_PLANS, Write};
 use kernels::ops::{gemm_grouped, quantise};
 use tch::{Kind, Tensor};
+
+mod passes;
 
 const M: i64 = 4096;
 const SHAPES: [(i64, i64); 6] = [(2176, 7168), (24576, 1536), (32768, 512), (7168, 16384), (4096, 7168), (7168, 2048)];
@@ -16,6 +18,8 @@ struct Bench {
     gpu: &'static Gpu,
     /// Larger than the L2 cache: cleared before each call, so that no operand is found there.
     flush: Tensor,
+    /// 1 GiB to read while the host runs ahead.
+    large: Tensor,
     sweep: bool,
 }
 
@@ -60,12 +64,16 @@ impl Bench {
             let (bt, sa, sb) = (b.values.tr(), a.scales.tr(), b.scales.tr());
             let none = None::<&Tensor>;
             let rival = || drop(a.values.internal_scaled_mm(&bt, &sa, &sb, none, none, Kind::BFloat16, false));
-            let [ours, rival] = self.race([&|| drop(gemm_fp8::forward(&a, &b, Options::default())), &rival]).map(|t| tera / t);
+            let [ours, rival] =
+                self.race([&|| drop(gemm_fp8::forward(&a, &b, Options::default())), &rival]).map(|t| tera / t);
             println!("{n:>6} x {k:<6} {ours:>6.0} | {rival:>6.0} | {:.3} | {error:.3}", ours / rival);
             ratios.push(ours / rival);
             if self.sweep {
                 let run = |plan: Plan, turns| {
-                    let options = Options { plan: Some(Plan { turns: turns && plan.warpgroups == 2, ..plan }), ..Options::default() };
+                    let options = Options {
+                        plan: Some(Plan { turns: turns && plan.warpgroups == 2, ..plan }),
+                        ..Options::default()
+                    };
                     drop(gemm_fp8::forward(&a, &b, options));
                 };
                 for plan in FORWARD_PLANS {
@@ -98,7 +106,15 @@ impl Bench {
             println!("{n:>6} x {k:<6} {ours:>6.0} (assigned {assigned:.0}) | {error:.2e}");
             all.push(ours);
             for plan in WGRAD_PLANS.into_iter().filter(|_| self.sweep) {
-                let of = |turns| run(Options { plan: Some(Plan { turns: turns && plan.warpgroups == 2, ..plan }), ..Options::default() }, Write::Accumulate);
+                let of = |turns| {
+                    run(
+                        Options {
+                            plan: Some(Plan { turns: turns && plan.warpgroups == 2, ..plan }),
+                            ..Options::default()
+                        },
+                        Write::Accumulate,
+                    )
+                };
                 print!("  {}x{}x{}: {:.0}/{:.0}", plan.warpgroups, plan.subtiles, plan.width, of(true), of(false));
             }
             if self.sweep {
@@ -136,20 +152,8 @@ impl Bench {
         }
     }
 
-    fn quantise(&self) {
-        let (from, to) = (self.random(&[1 << 30]), Tensor::empty([1 << 30], (Kind::BFloat16, self.gpu.device())));
-        let copy = 4.0 * f64::from(1 << 30) / self.time(|| to.shallow_clone().copy_(&from)) / 1e9;
-        println!("\nquantise {M} x C from BF16: share of the copy bandwidth, {copy:.2} TB/s");
-        drop((from, to));
-        for c in [2048, 7168, 16384] {
-            let x = self.random(&[M, c]);
-            let share = |bytes: f64, time: f64| bytes * (M * c) as f64 / time / 1e9 / copy;
-            let rows = share(3.0, self.time(|| drop(quantise::rows(&x, ScaleRule::Amax))));
-            let columns = share(3.0, self.time(|| drop(quantise::columns(&x, None, ScaleRule::Amax))));
-            let both = share(4.0, self.time(|| drop(quantise::rows_and_columns(&x, None, ScaleRule::Amax))));
-            let weights = share(4.0, self.time(|| drop(quantise::weights(&x, ScaleRule::Amax))));
-            println!("{c:>6}: rows {rows:.2}, columns {columns:.2}, both {both:.2}, weights and transpose {weights:.2}");
-        }
+    fn counts(&self, counts: &[i64]) -> Tensor {
+        Tensor::from_slice(counts).to_kind(Kind::Int).to_device(self.gpu.device())
     }
 }
 
@@ -163,9 +167,10 @@ fn main() {
     println!("{}, {} multiprocessors, {:?}", gpu.name(), gpu.num_sms(), gpu.memory().expect("the device works"));
     let wanted: Vec<String> = std::env::args().skip(1).collect();
     let has = |name: &str| wanted.iter().any(|w| w == name);
-    let all = !["forward", "wgrad", "grouped", "quantise"].into_iter().any(has);
+    let all = !["forward", "wgrad", "grouped", "passes"].into_iter().any(has);
     let flush = Tensor::zeros([256 << 20], (Kind::Uint8, gpu.device()));
-    let bench = Bench { gpu, flush, sweep: has("sweep") };
+    let large = Tensor::rand([1 << 28], (Kind::Float, gpu.device()));
+    let bench = Bench { gpu, flush, large, sweep: has("sweep") };
     let run = |name: &str, table: fn(&Bench)| {
         if all || has(name) {
             table(&bench);
@@ -174,5 +179,5 @@ fn main() {
     run("forward", Bench::forward);
     run("wgrad", Bench::wgrad);
     run("grouped", Bench::grouped);
-    run("quantise", Bench::quantise);
+    run("passes", Bench::passes);
 }

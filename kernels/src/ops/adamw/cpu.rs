@@ -1,35 +1,10 @@
-//! AdamW with decoupled weight decay (report §4.2), in place. Done in pieces that stay in a core's cache, so that
-//! every state is read from memory once and written once.
+//! AdamW done in pieces that stay in a core's cache, so that every state is read from memory once and written once.
+use super::{AdamW, Fp8, Outputs, State, Step};
+use crate::ops::quantise;
 use tch::Tensor;
 
 /// Elements of a piece: large enough for two threads to share, small enough for a core's caches.
 const PIECE: i64 = 64 * 1024;
-
-#[derive(Clone, Debug, PartialEq)]
-pub struct AdamW {
-    pub beta1: f64,
-    pub beta2: f64,
-    pub eps: f64,
-    pub weight_decay: f64,
-}
-
-/// What one tensor's update reads and writes; all of one shape. Moments may be BF16, the maths is the master's.
-pub struct State<'a> {
-    pub master: &'a mut Tensor,
-    pub first: &'a mut Tensor,
-    pub second: &'a mut Tensor,
-}
-
-#[derive(Clone, Copy, Debug)]
-pub struct Step {
-    pub lr: f64,
-    /// Counts from 1.
-    pub step: u64,
-    /// Multiplies the gradient.
-    pub clip: f64,
-    /// False for norms and biases.
-    pub decay: bool,
-}
 
 /// The flat pieces of a contiguous tensor.
 fn pieces(tensor: &Tensor) -> Vec<Tensor> {
@@ -45,7 +20,14 @@ impl AdamW {
     }
 
     /// m ← β₁m + (1−β₁)g;  v ← β₂v + (1−β₂)g²;  w ← w(1 − lr·wd) − lr·m̂ / (√v̂ + eps)
-    fn update_piece(&self, master: &mut Tensor, stored_first: &mut Tensor, stored_second: &mut Tensor, gradient: Tensor, at: Step) {
+    fn update_piece(
+        &self,
+        master: &mut Tensor,
+        stored_first: &mut Tensor,
+        stored_second: &mut Tensor,
+        gradient: Tensor,
+        at: Step,
+    ) {
         let kind = master.kind();
         let gradient = gradient.to_kind(kind);
         let gradient = if at.clip == 1.0 { gradient } else { gradient * at.clip };
@@ -77,6 +59,26 @@ impl AdamW {
 /// Σ x², pieces summed in f64 in order.
 pub fn sum_of_squares(gradient: &Tensor) -> f64 {
     pieces(&gradient.contiguous()).iter().map(|piece| piece.dot(piece).double_value(&[])).sum()
+}
+
+/// The reference of the fused pass.
+pub(super) fn update_fused(adamw: &AdamW, state: State, gradient: &Tensor, clip: &Tensor, out: Outputs, at: Step) {
+    let clip = clip.double_value(&[0]);
+    if !clip.is_finite() {
+        return;
+    }
+    let State { master, first, second } = state;
+    adamw.update(State { master: &mut *master, first, second }, gradient, Step { clip: at.clip * clip, ..at });
+    if let Some(weight) = out.weight {
+        weight.shallow_clone().copy_(master);
+    }
+    if let Some(Fp8 { plain, transposed, rule }) = out.fp8 {
+        let (new, new_transposed) = quantise::weights(master, rule);
+        for (to, from) in [(plain, new), (transposed, new_transposed)] {
+            to.values.shallow_clone().copy_(&from.values);
+            to.scales.shallow_clone().copy_(&from.scales);
+        }
+    }
 }
 
 #[cfg(test)]

@@ -1,8 +1,8 @@
-//! RMSNorm over the last dim: y = w · x / sqrt(mean(x²) + eps). Statistics in at least FP32.
-//!
-//! Legend: T tokens, D width.
-use super::wide;
-use tch::Tensor;
+//! RMSNorm in torch ops. Statistics in at least FP32.
+use super::{Make, Normed};
+use crate::ops::quantise::activation;
+use crate::ops::wide;
+use tch::{Kind, Tensor};
 
 /// x [T, D], weight [D] → y [T, D] and rstd [T, 1], which backward needs beside x.
 pub fn forward(x: &Tensor, weight: &Tensor, eps: f64) -> (Tensor, Tensor) {
@@ -24,4 +24,20 @@ pub fn backward(dy: &Tensor, x: &Tensor, rstd: &Tensor, weight: &Tensor) -> (Ten
     let projection = dy_normed.matmul(&weight.unsqueeze(1)) / x.size()[x.dim() - 1] as f64; // [T, 1]
     let dx = (dy * weight - normed * projection) * rstd;
     (dx.to_kind(kind), dy_normed.sum_dim_intlist(&[0i64][..], false, None))
+}
+
+pub(super) fn rstd(x: &Tensor, eps: f64) -> Tensor {
+    (x.to_kind(Kind::Float).square().mean_dim(&[-1i64][..], true, None) + eps).rsqrt()
+}
+
+pub(super) fn add(x: &Tensor, y: &Tensor, eps: f64) -> (Tensor, Tensor) {
+    let sum = x + y;
+    let rstd = rstd(&sum, eps);
+    (sum, rstd)
+}
+
+/// The reference of the fused pass.
+pub(super) fn quantised(x: &Tensor, rstd: &Tensor, weight: &Tensor, make: Make) -> Normed {
+    let y = (x.to_kind(Kind::Float) * rstd * weight.to_kind(Kind::Float)).to_kind(Kind::BFloat16);
+    Normed { quantised: activation(&y, None, make.want, make.rule), y: make.bf16.then_some(y) }
 }

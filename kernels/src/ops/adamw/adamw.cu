@@ -1,0 +1,81 @@
+// AdamW with decoupled weight decay on an FP32 master and BF16 moments; the BF16 weight, and for the matrices of FP8
+// linears their blocks, are written in the same pass. Follows tile.cuh.
+struct Rule {
+  float beta1, beta2, eps, decay, step_size, correction;  // w·decay − step_size · m / (√v · correction + eps)
+};
+
+static __device__ __forceinline__ void update(const Rule& rule, float& w, float& m, float& v, float g) {
+  m = rule.beta1 * m + (1.0f - rule.beta1) * g;
+  v = rule.beta2 * v + (1.0f - rule.beta2) * g * g;
+  w = w * rule.decay - rule.step_size * m / (sqrtf(v) * rule.correction + rule.eps);
+}
+
+// Eight elements at `at`: read, updated, written; the new masters in `w`.
+static __device__ __forceinline__ void update_eight(const Rule& rule, float (&w)[8], float* master, u16* first, u16* second,
+                                                    const float* gradient, u16* weight, float clip, long long at) {
+  const float4 w0 = __ldcs((const float4*)(master + at)), w1 = __ldcs((const float4*)(master + at) + 1);
+  const float4 g0 = __ldcs((const float4*)(gradient + at)), g1 = __ldcs((const float4*)(gradient + at) + 1);
+  float m[8], v[8];
+  unpack_bf16(m, __ldcs((const uint4*)(first + at))), unpack_bf16(v, __ldcs((const uint4*)(second + at)));
+  const float g[8] = {g0.x, g0.y, g0.z, g0.w, g1.x, g1.y, g1.z, g1.w};
+  w[0] = w0.x, w[1] = w0.y, w[2] = w0.z, w[3] = w0.w, w[4] = w1.x, w[5] = w1.y, w[6] = w1.z, w[7] = w1.w;
+#pragma unroll
+  for (int i = 0; i < 8; i++) update(rule, w[i], m[i], v[i], g[i] * clip);
+  __stcs((float4*)(master + at), make_float4(w[0], w[1], w[2], w[3]));
+  __stcs((float4*)(master + at) + 1, make_float4(w[4], w[5], w[6], w[7]));
+  __stcs((uint4*)(first + at), bf16_eight(m));
+  __stcs((uint4*)(second + at), bf16_eight(v));
+  if (weight) *(uint4*)(weight + at) = bf16_eight(w);
+}
+
+// A clip factor that is no number: the gradient was not finite, nothing changes.
+static __device__ __forceinline__ bool skipped(float clip) { return !(clip <= 1e30f); }
+
+extern "C" __global__ void __launch_bounds__(THREADS)
+    adamw(float* master, u16* first, u16* second, const float* gradient, u16* weight, const float* clip_at, float beta1,
+          float beta2, float eps, float decay, float step_size, float correction, int count) {
+  const Rule rule = {beta1, beta2, eps, decay, step_size, correction};
+  const float clip = __ldg(clip_at);
+  if (skipped(clip)) return;
+  const long long stride = (long long)gridDim.x * THREADS * 8;
+  long long at = ((long long)blockIdx.x * THREADS + threadIdx.x) * 8;
+  for (; at + 8 <= count; at += stride) {
+    float w[8];
+    update_eight(rule, w, master, first, second, gradient, weight, clip, at);
+  }
+  if (at < count) {  // one thread has the rest
+    for (; at < count; at++) {
+      float w = master[at], m = __uint_as_float((u32)first[at] << 16), v = __uint_as_float((u32)second[at] << 16);
+      update(rule, w, m, v, gradient[at] * clip);
+      master[at] = w, first[at] = (u16)bf16_pair(m, 0), second[at] = (u16)bf16_pair(v, 0);
+      if (weight) weight[at] = (u16)bf16_pair(w, 0);
+    }
+  }
+}
+
+// The same for [matrices, R, C], with blocks of the new master and of its transpose.
+extern "C" __global__ void __launch_bounds__(THREADS, 2)
+    adamw_blocks(float* master, u16* first, u16* second, const float* gradient, u16* weight, const float* clip_at,
+                 float beta1, float beta2, float eps, float decay, float step_size, float correction, u8* values,
+                 float* scales, u8* transposed, float* scales_transposed, int R, int C) {
+  __shared__ Scratch scratch;
+  const Rule rule = {beta1, beta2, eps, decay, step_size, correction};
+  const float clip = __ldg(clip_at);
+  if (skipped(clip)) return;
+  const int row_tiles = (R + TILE - 1) / TILE, column_tiles = (C + TILE - 1) / TILE;
+  const int column_tile = blockIdx.x, row_tile = blockIdx.y % row_tiles, matrix = blockIdx.y / row_tiles;
+  const long long start = (long long)matrix * R * C, first_scale = (long long)matrix * row_tiles * column_tiles;
+  const Out out = {values + start, scales + first_scale, transposed + start, scales_transposed + first_scale, C, R, 0, 0};
+  WideTile t = empty_tile<WideTile>();
+  const int row = row_tile * TILE + t.row, column = column_tile * TILE + t.column;
+#pragma unroll
+  for (int r = 0; r < 8; r++) {
+    if (column < C && row + r < R) {
+      update_eight(rule, t.v[r], master, first, second, gradient, weight, clip, start + (long long)(row + r) * C + column);
+    } else {
+#pragma unroll
+      for (int c = 0; c < 8; c++) t.v[r][c] = 0;
+    }
+  }
+  emit_block(t, out, row_tile, column_tile, scratch);
+}

@@ -1,0 +1,19 @@
+//! The reference, one k after another.
+use crate::ops::quantise::gather;
+use tch::{Kind, Tensor};
+
+pub fn forward(rows: &Tensor, index: &Tensor, weights: Option<&Tensor>, add: Option<&Tensor>) -> Tensor {
+    let (t, k) = index.size2().expect("index is [T, K]");
+    let mut sum = match add {
+        Some(add) => add.to_kind(Kind::Float).copy(),
+        None => Tensor::zeros([t, rows.size()[1]], (Kind::Float, rows.device())),
+    };
+    for k in 0..k {
+        let part = gather(&rows.to_kind(Kind::Float), &index.select(1, k));
+        sum += match weights {
+            Some(weights) => part * weights.select(1, k).unsqueeze(1),
+            None => part,
+        };
+    }
+    sum.to_kind(rows.kind())
+}

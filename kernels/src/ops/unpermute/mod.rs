@@ -1,0 +1,44 @@
+//! Rows of experts back to their tokens, summed: the end of a mixture of experts, and the backward of a gathered
+//! quantisation.
+//!
+//! Legend: R rows, T tokens, K rows a token, D width.
+use crate::device;
+use crate::jit::Source;
+use crate::launch::{Launch, Shape};
+use tch::{Device, Kind, Tensor};
+
+mod cpu;
+
+const TEXT: &str = include_str!("unpermute.cu");
+
+fn source() -> Source {
+    Source { name: "unpermute", text: TEXT.to_string(), defines: Vec::new() }
+}
+
+/// Every variant, for a test that compiles them all.
+pub fn sources() -> Vec<(Source, &'static str)> {
+    vec![(source(), "unpermute")]
+}
+
+/// rows [R, D] BF16, index [T, K] i32 (−1: none), weights [T, K] FP32, add [T, D] BF16 →
+/// add[t] + Σ over k of weights[t, k] · rows[index[t, k]], [T, D] BF16, summed in FP32 in the order of k.
+pub fn forward(rows: &Tensor, index: &Tensor, weights: Option<&Tensor>, add: Option<&Tensor>) -> Tensor {
+    let Device::Cuda(_) = rows.device() else {
+        return cpu::forward(rows, index, weights, add);
+    };
+    let ((_, d), (t, k)) = (rows.size2().expect("rows are [R, D]"), index.size2().expect("index is [T, K]"));
+    assert!(d % 8 == 0, "{d} columns: a thread moves eight");
+    let out = Tensor::empty([t, d], (Kind::BFloat16, rows.device()));
+    let gpu = device::gpu(rows.device());
+    let kernel = gpu.kernel("unpermute", "unpermute", source).expect("our own kernels compile and load");
+    Launch::new(gpu, &kernel)
+        .tensor(rows, Kind::BFloat16)
+        .tensor(index, Kind::Int)
+        .tensor_or_null(weights, Kind::Float)
+        .tensor_or_null(add, Kind::BFloat16)
+        .tensor(&out, Kind::BFloat16)
+        .int(k)
+        .int(d)
+        .run(Shape { grid: [t as usize, 1], block: 128, shared_bytes: 0 });
+    out
+}

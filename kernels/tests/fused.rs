@@ -1,0 +1,278 @@
+//! The fused passes against their CPU references. Without a GPU each test says that it was skipped.
+//!
+//! Where a pass takes an exponential or a long sum, GPU and CPU differ in the last bits of FP32, and a value beside a
+//! rounding boundary of BF16 or E4M3 goes to the other side: a few values may differ by one step, no more.
+use kernels::device::Gpu;
+use kernels::fp8::{Columns, Rows, ScaleRule, TILE, relative_error};
+use kernels::ops::adamw::{AdamW, Fp8, Outputs, State, Step};
+use kernels::ops::quantise::{self, Want};
+use kernels::ops::{cross_entropy, gradient_norm, rms_norm, swiglu, unpermute};
+use support::{counts_tensor, gpu, poison, random, same};
+use tch::{Device, Kind, Tensor};
+
+mod support;
+
+const RULES: [ScaleRule; 2] = [ScaleRule::Amax, ScaleRule::PowerOfTwo];
+
+fn cpu(x: &Tensor) -> Tensor {
+    x.to_device(Device::Cpu)
+}
+
+/// Values [A, B] and scales [tiles, ≥ A] of which `real` are used.
+fn assert_close(what: &str, [got, got_scales]: [&Tensor; 2], [want, want_scales]: [&Tensor; 2], real: i64) {
+    assert_eq!(got.size(), want.size(), "{what}");
+    let scales = [got_scales, want_scales].map(|scales| cpu(scales).narrow(1, 0, real));
+    assert!(relative_error(&scales[0], &scales[1]) < 2e-3, "{what}: scales");
+    let (got, want) = (cpu(got).narrow(0, 0, real), want.narrow(0, 0, real));
+    let (got, want) = (got.to_kind(Kind::Float), want.to_kind(Kind::Float));
+    let differ = got.ne_tensor(&want).to_kind(Kind::Double);
+    let share = if differ.numel() == 0 { 0.0 } else { differ.mean(Kind::Double).double_value(&[]) };
+    let error = relative_error(&got, &want);
+    assert!(share < 5e-3 && error < 4e-3, "{what}: {share} of the values differ, error {error}");
+}
+
+fn assert_rows(what: &str, got: &Option<Rows>, want: &Option<Rows>, real: i64) {
+    match (got, want) {
+        (Some(got), Some(want)) => assert_close(what, [&got.values, &got.scales], [&want.values, &want.scales], real),
+        (None, None) => {}
+        _ => panic!("{what}: only one side wrote rows"),
+    }
+}
+
+/// The tiles of experts that have rows: the rest of the room is nobody's.
+fn assert_columns(what: &str, got: &Option<Columns>, want: &Option<Columns>, counts: &[i64]) {
+    let (Some(got), Some(want)) = (got, want) else {
+        return assert!(got.is_none() && want.is_none(), "{what}: only one side wrote columns");
+    };
+    assert_eq!(got.values.size(), want.values.size(), "{what}: room");
+    let tiles = counts.iter().map(|count| (count + TILE - 1) / TILE).sum::<i64>();
+    let owned = |columns: &Columns| (columns.values.narrow(1, 0, tiles * TILE), columns.scales.narrow(0, 0, tiles));
+    let ((got, got_scales), (want, want_scales)) = (owned(got), owned(want));
+    assert_close(what, [&got, &got_scales], [&want, &want_scales], want.size()[0]);
+}
+
+fn random_order(gpu: &Gpu, rows: i64, of: i64) -> Tensor {
+    Tensor::randint_low(-1, of, [rows], (Kind::Int, gpu.device()))
+}
+
+#[test]
+fn gathered_rows_are_the_cpus() {
+    let Some(gpu) = gpu("gathered_rows_are_the_cpus") else {
+        return;
+    };
+    for (tokens, d, counts) in [(1, 16, vec![1i64]), (77, 272, vec![0, 200, 3, 129, 0]), (300, 1024, vec![0, 0])] {
+        let rows = counts.iter().sum::<i64>();
+        let (x, source) = (random(gpu, &[tokens, d], 0.2), random_order(gpu, rows, tokens));
+        let (sizes, counts) = (counts.clone(), counts_tensor(gpu, &counts));
+        poison(gpu);
+        let got = quantise::gathered(&x, &source, Some(&counts), Want::BOTH, ScaleRule::Amax);
+        let want = quantise::gathered(&cpu(&x), &cpu(&source), Some(&cpu(&counts)), Want::BOTH, ScaleRule::Amax);
+        let (got_rows, want_rows) = (got.rows.expect("wanted"), want.rows.expect("wanted"));
+        assert!(same(&got_rows.values, &want_rows.values), "{tokens}x{d}");
+        let real = |scales: &Tensor| scales.narrow(1, 0, rows).contiguous();
+        assert!(same(&real(&got_rows.scales), &real(&want_rows.scales)), "{tokens}x{d}: scales");
+        assert_columns(&format!("{tokens}x{d} by columns"), &got.columns, &want.columns, &sizes);
+    }
+}
+
+#[test]
+fn rms_norm_is_the_cpus() {
+    let Some(gpu) = gpu("rms_norm_is_the_cpus") else {
+        return;
+    };
+    for (t, d, want) in [
+        (1, 16, Want::BOTH),
+        (130, 208, Want::ROWS),
+        (517, 7168, Want::BOTH),
+        (4096, 1536, Want::COLUMNS),
+        (3, 16384, Want::BOTH),
+    ] {
+        for (rule, kind) in [(RULES[0], Kind::BFloat16), (RULES[1], Kind::Float)] {
+            let (x, weight) = (random(gpu, &[t, d], 0.3) * 2.0, random(gpu, &[d], 1.0).to_kind(kind));
+            let make = rms_norm::Make { want, bf16: want == Want::BOTH, rule };
+            poison(gpu);
+            let (sum, rstd) = rms_norm::add(&x, &x, 1e-6);
+            let (cpu_sum, cpu_rstd) = rms_norm::add(&cpu(&x), &cpu(&x), 1e-6);
+            let what = format!("{t}x{d} {want:?} {rule:?}");
+            assert!(same(&sum, &cpu_sum), "{what}: sum");
+            assert!(relative_error(&cpu(&rstd), &cpu_rstd) < 1e-6, "{what}: rstd of the sum");
+            let rstd = rms_norm::statistics(&x, 1e-6);
+            let cpu_rstd = rms_norm::statistics(&cpu(&x), 1e-6);
+            assert!(relative_error(&cpu(&rstd), &cpu_rstd) < 1e-6, "{what}: rstd");
+            assert!(same(&rstd, &rms_norm::statistics(&x, 1e-6)), "{what}: the order of the sum is fixed");
+            let got = rms_norm::quantised(&x, &rstd, &weight, make);
+            let wanted = rms_norm::quantised(&cpu(&x), &cpu_rstd, &cpu(&weight), make);
+            assert_rows(&what, &got.quantised.rows, &wanted.quantised.rows, t);
+            assert_columns(&what, &got.quantised.columns, &wanted.quantised.columns, &[t]);
+            if let (Some(got), Some(wanted)) = (&got.y, &wanted.y) {
+                assert!(relative_error(&cpu(got), wanted) < 1e-3, "{what}: bf16");
+            }
+        }
+    }
+}
+
+#[test]
+fn swiglu_is_the_cpus() {
+    let Some(gpu) = gpu("swiglu_is_the_cpus") else {
+        return;
+    };
+    for (i, counts, weighted, save) in [
+        (128, vec![5i64], false, true),
+        (256, vec![0, 300, 1, 128, 0], true, true),
+        (512, vec![700], false, false),
+        (384, vec![0, 0], true, true),
+    ] {
+        let r = counts.iter().sum::<i64>();
+        let (sizes, counts) = (counts.clone(), counts_tensor(gpu, &counts));
+        let gate_up = random(gpu, &[r, 2 * i], 0.0) * 2.0;
+        let weight = weighted.then(|| Tensor::rand([r], (Kind::Float, gpu.device())));
+        let cpu_weight = weight.as_ref().map(cpu);
+        for rule in RULES {
+            let make = swiglu::Make { want: Want::BOTH, save, rule };
+            let what = format!("{r} rows of {i}, {rule:?}");
+            poison(gpu);
+            let got = swiglu::quantised(&gate_up, weight.as_ref(), Some(&counts), make);
+            let want = swiglu::quantised(&cpu(&gate_up), cpu_weight.as_ref(), Some(&cpu(&counts)), make);
+            assert_rows(&what, &got.act.rows, &want.act.rows, r);
+            assert_columns(&what, &got.act.columns, &want.act.columns, &sizes);
+            let dact = random(gpu, &[r, i], 0.1);
+            let (saved, want_saved) = match (got.saved, want.saved) {
+                (Some(swiglu::GateUp::Fp8(got)), Some(swiglu::GateUp::Fp8(want))) => {
+                    for (got, want) in got.iter().zip(&want) {
+                        assert!(same(&got.values, &want.values), "{what}: saved");
+                    }
+                    (swiglu::GateUp::Fp8(got), swiglu::GateUp::Fp8(want))
+                }
+                _ => (swiglu::GateUp::Bf16(gate_up.shallow_clone()), swiglu::GateUp::Bf16(cpu(&gate_up))),
+            };
+            poison(gpu);
+            let got = swiglu::backward_quantised(&dact, &saved, weight.as_ref(), Some(&counts), make);
+            let want =
+                swiglu::backward_quantised(&cpu(&dact), &want_saved, cpu_weight.as_ref(), Some(&cpu(&counts)), make);
+            assert_rows(&format!("backward {what}"), &got.dgate_up.rows, &want.dgate_up.rows, r);
+            assert_columns(&format!("backward {what}"), &got.dgate_up.columns, &want.dgate_up.columns, &sizes);
+            assert_columns(&format!("activation {what}"), &got.act, &want.act, &sizes);
+            if let (Some(got), Some(want)) = (got.drow_weight, want.drow_weight) {
+                assert!(relative_error(&cpu(&got), &want) < 1e-4, "{what}: d(row weight)");
+            }
+        }
+    }
+}
+
+#[test]
+fn unpermuted_rows_are_summed() {
+    let Some(gpu) = gpu("unpermuted_rows_are_summed") else {
+        return;
+    };
+    for (t, k, d, rows) in [(1, 1, 8, 1), (77, 8, 1032, 300), (33, 6, 7168, 5)] {
+        let (x, add) = (random(gpu, &[rows, d], 0.1), random(gpu, &[t, d], 0.0));
+        let index = random_order(gpu, t * k, rows).view([t, k]);
+        let weights = Tensor::rand([t, k], (Kind::Float, gpu.device()));
+        for (weights, add) in [(None, None), (Some(&weights), Some(&add))] {
+            poison(gpu);
+            let got = unpermute::forward(&x, &index, weights, add);
+            let (cpu_weights, cpu_add) = (weights.map(cpu), add.map(cpu));
+            let want = unpermute::forward(&cpu(&x), &cpu(&index), cpu_weights.as_ref(), cpu_add.as_ref());
+            assert!(relative_error(&cpu(&got), &want) < 1e-3, "{t}x{k}x{d}");
+        }
+    }
+}
+
+#[test]
+fn cross_entropy_is_the_cpus() {
+    let Some(gpu) = gpu("cross_entropy_is_the_cpus") else {
+        return;
+    };
+    for (t, v) in [(1, 8), (5, 1000), (3, 129280), (0, 64)] {
+        let logits = random(gpu, &[t, v], 0.0) * 5.0;
+        let targets = Tensor::randint_low(0, v, [t], (Kind::Int64, gpu.device()));
+        let mut dlogits = Tensor::full([t, v], f64::NAN, (Kind::BFloat16, gpu.device()));
+        let loss = cross_entropy::forward(logits.shallow_clone(), &targets, &mut dlogits);
+        let exact = cpu(&logits).to_kind(Kind::Double);
+        let mut want = exact.zeros_like();
+        let exact_loss = cross_entropy::forward(exact, &cpu(&targets), &mut want);
+        assert!(relative_error(&cpu(&loss), &exact_loss) < 1e-5, "{t}x{v}: loss");
+        assert!(relative_error(&cpu(&dlogits), &want) < 3e-3, "{t}x{v}: gradient");
+        let mut in_place = logits.shallow_clone();
+        let again = cross_entropy::forward(logits, &targets, &mut in_place);
+        assert!(same(&again, &loss) && same(&in_place, &dlogits), "{t}x{v}: in place");
+    }
+}
+
+#[test]
+fn the_gradient_norm_is_exact_and_repeats() {
+    let Some(gpu) = gpu("the_gradient_norm_is_exact_and_repeats") else {
+        return;
+    };
+    let gradients = [1, 3, 4096, 1_000_003].map(|n| Tensor::randn([n], (Kind::Float, gpu.device())) + 0.1);
+    let all: Vec<&Tensor> = gradients.iter().collect();
+    let on_cpu = gradients.each_ref().map(cpu);
+    let want = gradient_norm::sum_of_squares(&on_cpu.iter().collect::<Vec<_>>());
+    let got = gradient_norm::sum_of_squares(&all);
+    assert!(relative_error(&cpu(&got), &want) < 1e-6);
+    assert!(same(&got, &gradient_norm::sum_of_squares(&all)), "one order of the sum");
+    let norm = want.double_value(&[]).sqrt();
+    let factor = |sum: &Tensor| gradient_norm::clip_factor(sum, 1.0).double_value(&[0]);
+    assert!((factor(&got) * norm - 1.0).abs() < 1e-5);
+    assert_eq!(factor(&(got.zeros_like() + 0.25)), 1.0);
+    assert!(factor(&(got.zeros_like() + f64::INFINITY)).is_nan());
+}
+
+#[test]
+fn adamw_is_the_cpus() {
+    let Some(gpu) = gpu("adamw_is_the_cpus") else {
+        return;
+    };
+    let rule = AdamW { beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1 };
+    for (size, fp8) in [(vec![7i64], false), (vec![100_001], false), (vec![144, 272], true), (vec![3, 256, 144], true)]
+    {
+        let options = (Kind::Float, gpu.device());
+        let mut master = Tensor::randn(&size, options);
+        let moment = || Tensor::zeros(&size, (Kind::BFloat16, gpu.device()));
+        let (mut first, mut second) = (moment(), moment());
+        let (mut cpu_master, mut cpu_first, mut cpu_second) = (cpu(&master), cpu(&first), cpu(&second));
+        for (step, clip) in [(1, 0.5), (2, 1.0), (3, f64::NAN)] {
+            let gradient = Tensor::randn(&size, options);
+            let at = Step { lr: 0.01, step, clip: 1.0, decay: step == 1 };
+            let matrix = if fp8 { size.clone() } else { vec![16, 16] };
+            let (got, want) = [gpu.device(), Device::Cpu]
+                .map(|device| {
+                    (quantise::empty_weights(&matrix, device), Tensor::full(&size, 9.0, (Kind::BFloat16, device)))
+                })
+                .into();
+            for (device, blocks, weight, state) in [
+                (gpu.device(), &got.0, &got.1, State { master: &mut master, first: &mut first, second: &mut second }),
+                (
+                    Device::Cpu,
+                    &want.0,
+                    &want.1,
+                    State { master: &mut cpu_master, first: &mut cpu_first, second: &mut cpu_second },
+                ),
+            ] {
+                let fp8 = fp8.then_some(Fp8 { plain: &blocks.0, transposed: &blocks.1, rule: ScaleRule::Amax });
+                let clip = Tensor::full([1], clip, (Kind::Float, device));
+                let outputs = Outputs { weight: Some(weight), fp8 };
+                rule.update_fused(state, &gradient.to_device(device), &clip, outputs, at);
+            }
+            assert!(relative_error(&cpu(&master), &cpu_master) < 1e-6, "{size:?} step {step}: master");
+            assert!(relative_error(&cpu(&first), &cpu_first) < 1e-3, "{size:?} step {step}: first moment");
+            assert!(relative_error(&cpu(&second), &cpu_second) < 1e-3, "{size:?} step {step}: second moment");
+            assert!(relative_error(&cpu(&got.1), &want.1) < 1e-3, "{size:?} step {step}: weight");
+            if fp8 && clip.is_finite() {
+                for (got, want) in [(&got.0.0, &want.0.0), (&got.0.1, &want.0.1)] {
+                    let dequantised = |blocks: &kernels::fp8::Blocks, matrix: i64| {
+                        let of = |t: &Tensor| {
+                            if t.dim() == 3 { t.get(matrix) } else { t.shallow_clone() }
+                        };
+                        kernels::fp8::Blocks { values: of(&cpu(&blocks.values)), scales: of(&cpu(&blocks.scales)) }
+                            .dequantise(Kind::Float)
+                    };
+                    for matrix in 0..if size.len() == 3 { size[0] } else { 1 } {
+                        let error = relative_error(&dequantised(got, matrix), &dequantised(want, matrix));
+                        assert!(error < 4e-3, "{size:?} step {step}: blocks {error}");
+                    }
+                }
+            }
+        }
+    }
+}
