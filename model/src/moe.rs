@@ -1,5 +1,6 @@
 //! DeepSeekMoE (report §2.1.2): shared experts for every token, routed experts for those the gate sends. No token
-//! is ever dropped.
+//! is ever dropped. Each direction is three segments with a transfer under way between them; whoever calls may run
+//! another micro-batch's segment meanwhile.
 //!
 //! Legend: T tokens, D hidden size, K experts a token, R rows routed here.
 use crate::block::BlockContext;
@@ -8,7 +9,7 @@ use crate::gate::{Gate, GateIn, GateSaved, GateWork};
 use crate::linear::LinearWork;
 use crate::mlp::{Mlp, MlpSaved};
 use crate::{Grads, Layer, ModelConfig, ParamTable, Weights};
-use parallel::comm::CommError;
+use parallel::comm::{CommError, Pending};
 use parallel::dispatch::{DispatchGrad, Dispatched, Plan};
 use tch::Tensor;
 
@@ -26,9 +27,40 @@ pub struct MoeSaved {
     shared: Option<MlpSaved>,
 }
 
+/// Forward, rows on their way to the experts.
+pub struct MoeDispatched {
+    x: Tensor,
+    gate: GateSaved,
+    plan: Plan,
+    load: Load,
+    rows: Pending<Dispatched>,
+}
+
+/// Forward, what the experts made on its way back.
+pub struct MoeCombining {
+    rows: Pending<Tensor>,
+    shared: Option<Tensor>,
+    load: Load,
+    saved: MoeSaved,
+}
+
+/// Backward, the output's gradient on its way to the experts.
+pub struct MoeBackDispatched {
+    dy: Tensor,
+    drows: Pending<Tensor>,
+    saved: MoeSaved,
+}
+
+/// Backward, the input's gradient on its way back.
+pub struct MoeBackCombining {
+    dx: Pending<DispatchGrad>,
+    shared: Option<(Tensor, [LinearWork; 2])>,
+    gate: GateSaved,
+}
+
+/// All but the routed experts', which come a segment earlier.
 pub struct MoeWork {
     gate: GateWork,
-    experts: ExpertsWork,
     shared: Option<[LinearWork; 2]>,
 }
 
@@ -48,40 +80,59 @@ impl Moe {
         }
     }
 
-    pub fn forward(&self, w: &Weights, x: Tensor, context: &BlockContext) -> Result<(Tensor, Load, MoeSaved), CommError> {
+    pub fn dispatch(&self, w: &Weights, x: Tensor, context: &BlockContext) -> Result<MoeDispatched, CommError> {
         let gate_in = GateIn { x: x.shallow_clone(), sequences: context.sequences, balance_scale: context.balance_scale };
         let (routing, gate) = self.gate.forward(w, gate_in);
         let plan = Plan::new(&routing.routes, routing.counts.size()[0], &context.experts)?;
-        let Dispatched { rows, weights } = plan.dispatch(&x, &routing.weights)?.wait()?;
-        let routed = Routed { rows, counts: plan.counts().to_vec(), weights };
-        let (rows, experts) = self.experts.forward(w, routed);
-        let mut y = plan.combine(&rows)?.wait()?; // [T, D]
-        let shared = self.shared.as_ref().map(|shared| {
-            let (out, saved) = shared.forward(w, x);
-            y = &y + out;
-            saved
-        });
-        Ok((y, Load { counts: routing.counts, balance: routing.balance }, MoeSaved { gate, plan, experts, shared }))
+        let rows = plan.dispatch(&x, &routing.weights)?;
+        let load = Load { counts: routing.counts, balance: routing.balance };
+        Ok(MoeDispatched { x, gate, plan, load, rows })
     }
 
-    pub fn backward_input(&self, w: &Weights, dy: Tensor, saved: MoeSaved) -> Result<(Tensor, MoeWork), CommError> {
-        let plan = saved.plan;
-        let drows = plan.combine_backward(&dy)?.wait()?;
-        let (droutes, experts) = self.experts.backward_input(w, drows, saved.experts);
-        let DispatchGrad { x: mut dx, weights: dweights } = plan.dispatch_backward(&droutes.rows, &droutes.weights)?.wait()?;
-        let (dx_gate, gate) = self.gate.backward_input(w, dweights, saved.gate);
+    pub fn compute(&self, w: &Weights, state: MoeDispatched) -> Result<MoeCombining, CommError> {
+        let MoeDispatched { x, gate, plan, load, rows } = state;
+        let Dispatched { rows, weights } = rows.wait()?;
+        let routed = Routed { rows, counts: plan.counts().to_vec(), weights };
+        let (rows, experts) = self.experts.forward(w, routed);
+        let rows = plan.combine(&rows)?;
+        let (out, shared) = self.shared.as_ref().map(|shared| shared.forward(w, x)).unzip();
+        Ok(MoeCombining { rows, shared: out, load, saved: MoeSaved { gate, plan, experts, shared } })
+    }
+
+    pub fn combine(&self, state: MoeCombining) -> Result<(Tensor, Load, MoeSaved), CommError> {
+        let rows = state.rows.wait()?; // [T, D]
+        let y = state.shared.map_or_else(|| rows.shallow_clone(), |shared| &rows + shared);
+        Ok((y, state.load, state.saved))
+    }
+
+    /// The backward of combine is a dispatch.
+    pub fn backward_dispatch(&self, dy: Tensor, saved: MoeSaved) -> Result<MoeBackDispatched, CommError> {
+        Ok(MoeBackDispatched { drows: saved.plan.combine_backward(&dy)?, dy, saved })
+    }
+
+    pub fn backward_compute(&self, w: &Weights, state: MoeBackDispatched) -> Result<(MoeBackCombining, ExpertsWork), CommError> {
+        let MoeBackDispatched { dy, drows, saved: MoeSaved { gate, plan, experts, shared } } = state;
+        let (droutes, work) = self.experts.backward_input(w, drows.wait()?, experts);
+        // The backward of dispatch is a combine.
+        let dx = plan.dispatch_backward(&droutes.rows, &droutes.weights)?;
+        let shared = self.shared.as_ref().zip(shared).map(|(shared, saved)| shared.backward_input(w, dy, saved));
+        Ok((MoeBackCombining { dx, shared, gate }, work))
+    }
+
+    pub fn backward_combine(&self, w: &Weights, state: MoeBackCombining) -> Result<(Tensor, MoeWork), CommError> {
+        let DispatchGrad { x: mut dx, weights: dweights } = state.dx.wait()?;
+        let (dx_gate, gate) = self.gate.backward_input(w, dweights, state.gate);
         dx += dx_gate; // combine made dx: nothing else holds it
-        let shared = self.shared.as_ref().zip(saved.shared).map(|(shared, saved)| {
-            let (dx_shared, work) = shared.backward_input(w, dy, saved);
-            dx = &dx + dx_shared;
-            work
-        });
-        Ok((dx, MoeWork { gate, experts, shared }))
+        let (dx_shared, shared) = state.shared.unzip();
+        Ok((dx_shared.map_or_else(|| dx.shallow_clone(), |dx_shared| &dx + dx_shared), MoeWork { gate, shared }))
+    }
+
+    pub fn backward_experts(&self, work: ExpertsWork, grads: &mut Grads) {
+        self.experts.backward_weight(work, grads);
     }
 
     pub fn backward_weight(&self, work: MoeWork, grads: &mut Grads) {
         self.gate.backward_weight(work.gate, grads);
-        self.experts.backward_weight(work.experts, grads);
         if let Some((shared, work)) = self.shared.as_ref().zip(work.shared) {
             shared.backward_weight(work, grads);
         }
