@@ -1,9 +1,11 @@
 //! All tests that need more than one crate, in one binary.
 #![cfg(test)]
 mod balance;
+mod corpus;
 mod faces;
 mod layers;
 mod oracle;
 mod runs;
+mod s3;
 mod support;
 mod tidy;
