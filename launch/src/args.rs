@@ -6,9 +6,10 @@ use std::path::PathBuf;
 #[derive(Clone, Debug, Parser)]
 #[command(name = "tiefsee-launch", version, after_help = AFTER_HELP)]
 pub struct Args {
-    /// Hosts to run on (default: SLURM's allocation, the hosts given, or this one).
-    #[arg(long)]
-    pub nnodes: Option<usize>,
+    /// Hosts to run on (default: SLURM's allocation, the hosts given, or this one). MIN:MAX also goes on with fewer, where
+    /// the run's batches divide. Hosts beyond it are spare: one takes the place of a host that failed twice.
+    #[arg(long, value_parser = parse_nodes)]
+    pub nnodes: Option<Nodes>,
     /// Ranks on each host: a number, `gpu` (one each), `cpu` (one a core) or `auto` (gpu if there are any, else 1).
     #[arg(long, default_value = "auto", value_parser = parse_ranks)]
     pub nproc_per_node: Ranks,
@@ -30,6 +31,15 @@ pub struct Args {
     /// What mpirun starts its remote daemons with, in place of ssh.
     #[arg(long)]
     pub rsh_agent: Option<String>,
+    /// Without ssh: the same command is run on every node, with its number here; 0 is the one that supervises.
+    #[arg(long, requires = "rdzv", conflicts_with_all = ["hosts", "hostfile", "standalone", "rsh_agent"])]
+    pub node_rank: Option<usize>,
+    /// Where node 0 listens and the others register.
+    #[arg(long, requires = "node_rank", value_name = "HOST:PORT")]
+    pub rdzv: Option<String>,
+    /// A file with the secret that nodes must share; without it, the variable TIEFSEE_SECRET.
+    #[arg(long, requires = "rdzv", value_name = "FILE")]
+    pub secret_file: Option<PathBuf>,
     /// One more option for mpirun or srun; may be repeated.
     #[arg(long = "pass", allow_hyphen_values = true, value_name = "OPTION")]
     pub passed: Vec<String>,
@@ -56,6 +66,9 @@ pub struct Args {
     /// Seconds until the first step of a start. 0: no limit.
     #[arg(long, default_value_t = 1800.0, value_parser = seconds)]
     pub start_limit: f64,
+    /// Seconds of silence after which a host, or the link to it, is lost. 0: only mpirun's own word counts.
+    #[arg(long, default_value_t = 10.0, value_parser = seconds)]
+    pub heartbeat: f64,
     /// Seconds that ranks have to checkpoint after Ctrl-C, TERM, USR1 or HUP, before they are ended.
     #[arg(long, default_value_t = 100.0, value_parser = seconds)]
     pub grace: f64,
@@ -66,7 +79,7 @@ pub struct Args {
     /// Where rank-N.log (what each rank printed) goes; default RUN_DIR/log.
     #[arg(long)]
     pub log_dir: Option<PathBuf>,
-    /// Print the command and stop.
+    /// Print the command, where each rank runs and its GPU, and stop.
     #[arg(long)]
     pub dry_run: bool,
     /// The program that ranks run, in place of the `tiefsee` beside this one.
@@ -76,6 +89,13 @@ pub struct Args {
     /// train --config FILE [--set section.key=value] | resume RUN_DIR | any other tiefsee command, unsupervised
     #[arg(last = true, required = true)]
     pub command: Vec<String>,
+}
+
+/// A world of at least and at most so many hosts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Nodes {
+    pub least: usize,
+    pub most: usize,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -113,7 +133,18 @@ For 10 to 15, --max-restarts were used up, or a restart could not help.
 
 Examples:
   tiefsee-launch --standalone --nproc-per-node 2 -- train --config configs/run/quickstart.toml
-  tiefsee-launch --hosts node1,node2 --nproc-per-node 8 -- resume runs/a";
+  tiefsee-launch --hosts node1,node2 --nproc-per-node 8 -- resume runs/a
+  tiefsee-launch --hosts n1,n2,n3 --nnodes 2 -- resume runs/a          # n3 is spare
+  tiefsee-launch --nnodes 2 --node-rank 0 --rdzv n1:29400 --secret-file ~/.tiefsee-secret -- resume runs/a    # on n1
+  tiefsee-launch --nnodes 2 --node-rank 1 --rdzv n1:29400 --secret-file ~/.tiefsee-secret -- resume runs/a    # on n2";
+
+fn parse_nodes(text: &str) -> Result<Nodes, String> {
+    let (least, most) = text.split_once(':').unwrap_or((text, text));
+    match (least.parse(), most.parse()) {
+        (Ok(least), Ok(most)) if 1 <= least && least <= most => Ok(Nodes { least, most }),
+        _ => Err("a number from 1, or MIN:MAX".to_string()),
+    }
+}
 
 fn parse_ranks(text: &str) -> Result<Ranks, String> {
     match text {

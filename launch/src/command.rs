@@ -1,90 +1,62 @@
-//! The mpirun or srun command line of a run. A pure function of the arguments and the environment.
-use crate::args::{Args, Launcher, Ranks};
+//! The mpirun or srun command line of a run. A pure function of the arguments, the environment and the layout.
+use crate::args::Args;
+use crate::binding::visible_devices;
 use crate::environment::Environment;
-use crate::guard::TIED;
-use anyhow::{Result, bail, ensure};
+use crate::heartbeat::VARIABLE;
+use crate::layout::{Layout, Starter};
+use crate::rank::{RANK, Word};
+use crate::remote::{REACH, REMOTE};
 use std::path::Path;
-
-/// How many ranks, where, and started by what.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Layout {
-    pub nodes: usize,
-    pub ranks_per_node: usize,
-    pub starter: Starter,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Starter {
-    Mpirun,
-    Srun,
-}
-
-impl Layout {
-    pub fn new(args: &Args, environment: &Environment) -> Result<Self> {
-        let slurm = environment.slurm.as_ref().filter(|_| !args.standalone);
-        let listed = match &args.hostfile {
-            Some(path) => hosts_of(&std::fs::read_to_string(path).map_err(|error| anyhow::anyhow!("{}: {error}", path.display()))?),
-            None => args.hosts.clone(),
-        };
-        let most = match (slurm, listed.len()) {
-            _ if args.standalone => 1,
-            (Some(slurm), 0) => slurm.nodes,
-            (_, hosts) => hosts.max(1),
-        };
-        let nodes = args.nnodes.unwrap_or(most);
-        ensure!(nodes >= 1, "--nnodes must be 1 or more");
-        ensure!(nodes <= most, "--nnodes {nodes}, but there are {most} host(s): name them with --hosts or --hostfile, or start inside a SLURM allocation");
-        let ranks_per_node = match args.nproc_per_node {
-            Ranks::Number(number) => number,
-            Ranks::Cpu => environment.cores,
-            Ranks::Gpu if environment.gpus == 0 => bail!("--nproc-per-node gpu, but this host has no GPU"),
-            Ranks::Gpu => environment.gpus,
-            Ranks::Auto => slurm.and_then(|slurm| slurm.tasks_per_node).unwrap_or(environment.gpus.max(1)),
-        };
-        let starter = match args.launcher {
-            Launcher::Mpirun => Starter::Mpirun,
-            Launcher::Srun => Starter::Srun,
-            Launcher::Auto if listed.is_empty() && slurm.is_some_and(|slurm| slurm.pmix) => Starter::Srun,
-            Launcher::Auto => Starter::Mpirun,
-        };
-        ensure!(starter == Starter::Mpirun || environment.slurm.is_some(), "--launcher srun works only inside a SLURM allocation");
-        Ok(Layout { nodes, ranks_per_node, starter })
-    }
-
-    pub fn ranks(&self) -> usize {
-        self.nodes * self.ranks_per_node
-    }
-}
-
-/// Names of a hostfile, without comments and options.
-fn hosts_of(text: &str) -> Vec<String> {
-    text.lines().filter_map(|line| line.split('#').next()?.split_whitespace().next().map(str::to_string)).collect()
-}
 
 /// What the ranks run: `tiefsee` by its full path, and this executable, which ties it to its parent.
 pub struct Ranked<'a> {
     pub own: &'a Path,
     pub program: &'a Path,
     pub command: &'a [String],
+    /// A rendezvous' socket, where hosts are reached over it.
+    pub socket: Option<&'a Path>,
 }
 
 pub fn command_line(args: &Args, environment: &Environment, layout: &Layout, ranked: &Ranked) -> Vec<String> {
     let mut line = match layout.starter {
-        Starter::Mpirun => mpirun(args, environment, layout),
-        Starter::Srun => srun(args, environment, layout),
+        Starter::Mpirun => mpirun(args, environment, layout, ranked),
+        Starter::Srun => srun(environment, layout),
     };
     line.extend(args.passed.iter().cloned());
-    if layout.starter == Starter::Mpirun {
-        // A rank whose mpirun or orted is killed would wait in a collective for ever. SLURM's own daemon tends its tasks.
-        line.extend([ranked.own.display().to_string(), TIED.to_string(), "KILL".to_string()]);
+    let words = rank_words(args, environment, layout, ranked);
+    if !words.is_empty() {
+        let words: Vec<&str> = words.iter().map(|word| word.text()).collect();
+        line.extend([ranked.own.display().to_string(), RANK.to_string(), words.join(",")]);
     }
     line.push(ranked.program.display().to_string());
     line.extend(ranked.command.iter().cloned());
     line
 }
 
+fn rank_words(args: &Args, environment: &Environment, layout: &Layout, ranked: &Ranked) -> Vec<Word> {
+    let mpirun = layout.starter == Starter::Mpirun;
+    let mut words = Vec::new();
+    // SLURM's own daemon tends its tasks.
+    if mpirun {
+        words.push(Word::Tied);
+    }
+    if environment.gpus > 0 {
+        words.push(Word::Gpu);
+    }
+    // At a rendezvous the launchers themselves give signs of life.
+    if mpirun && beats(args, layout) && ranked.socket.is_none() {
+        words.push(Word::Beat);
+    }
+    words
+}
+
+/// Between hosts that are known by name.
+pub fn beats(args: &Args, layout: &Layout) -> bool {
+    args.heartbeat > 0.0 && layout.hosts.len() > 1
+}
+
 /// Open MPI 4.1 as it was proven: what is not said here is its default.
-fn mpirun(args: &Args, environment: &Environment, layout: &Layout) -> Vec<String> {
+fn mpirun(args: &Args, environment: &Environment, layout: &Layout, ranked: &Ranked) -> Vec<String> {
     let mut line = words(&["mpirun"]);
     let mut add = |more: &[&str]| line.extend(words(more));
     if environment.root {
@@ -92,20 +64,18 @@ fn mpirun(args: &Args, environment: &Environment, layout: &Layout) -> Vec<String
     }
     add(&["-np", &layout.ranks().to_string(), "--tag-output"]);
     let slurm = environment.slurm.is_some() && !args.standalone;
-    let alone = args.hosts.is_empty() && args.hostfile.is_none() && !slurm;
+    let alone = layout.hosts.is_empty() && !slurm;
     let many = layout.ranks_per_node > environment.cores || layout.ranks_per_node == environment.cores && alone;
     let ranks = layout.ranks_per_node;
     if alone {
         // Nor look for an allocation, nor for another network than the loopback.
         add(&["--host", &format!("localhost:{ranks}"), "--mca", "ras", "^slurm", "--mca", "plm", "^slurm"]);
         add(&["--mca", "oob_tcp_if_include", "lo", "--mca", "btl_tcp_if_include", "lo"]);
-    } else if !args.hosts.is_empty() {
-        let hosts: Vec<String> = args.hosts.iter().take(layout.nodes).map(|host| format!("{host}:{ranks}")).collect();
+    } else if !layout.hosts.is_empty() {
+        let hosts: Vec<String> = layout.hosts.iter().map(|host| format!("{host}:{ranks}")).collect();
         add(&["--host", &hosts.join(",")]);
-    } else if let Some(hostfile) = &args.hostfile {
-        add(&["--hostfile", &hostfile.display().to_string()]);
     }
-    let (map, bind) = placement(ranks, environment.numa_nodes, many);
+    let (map, bind) = placement(ranks, environment, many);
     add(&["--map-by", &map, "--bind-to", bind]);
     if many {
         // A rank that spins for a message keeps its peer from sending it: 10 to 1000 times slower without this.
@@ -118,19 +88,41 @@ fn mpirun(args: &Args, environment: &Environment, layout: &Layout) -> Vec<String
     if let Some(interface) = &args.interface {
         add(&["--mca", "oob_tcp_if_include", interface, "--mca", "btl_tcp_if_include", interface]);
     }
-    if let Some(agent) = &args.rsh_agent {
-        add(&["--mca", "plm_rsh_agent", agent]);
+    if !layout.hosts.is_empty() {
+        line.extend(agent(args, ranked));
     }
+    let heartbeat = (beats(args, layout) && ranked.socket.is_none()).then(|| VARIABLE.to_string());
     if !alone {
-        environment.exported.iter().for_each(|name| add(&["-x", name]));
+        environment.exported.iter().chain(&heartbeat).for_each(|name| line.extend(["-x".to_string(), name.clone()]));
     }
     line
 }
 
+/// What mpirun starts its daemons on other hosts with.
+fn agent(args: &Args, ranked: &Ranked) -> Vec<String> {
+    let own = ranked.own.display();
+    match (ranked.socket, &args.rsh_agent) {
+        // Each daemon by node 0 alone, and attached: the nodes end what loses its agent.
+        (Some(socket), _) => {
+            let mut line = words(&["--leave-session-attached", "--mca", "ras", "^slurm", "--mca", "plm", "rsh", "--mca", "plm_rsh_no_tree_spawn", "1", "--mca", "plm_rsh_agent"]);
+            line.push(format!("{own} {REMOTE} {}", socket.display()));
+            line
+        }
+        (None, given) => {
+            // ssh must not ask, nor wait for minutes for a host that is gone.
+            let given = given.as_deref().unwrap_or("ssh -x -o BatchMode=yes -o ConnectTimeout=10");
+            vec!["--mca".to_string(), "plm_rsh_agent".to_string(), format!("{own} {REACH} {} {given}", given.split_whitespace().count())]
+        }
+    }
+}
+
 /// Ranks that share a host evenly between its NUMA nodes stay on theirs (and near its GPUs); others are not bound, for a
-/// rank has many threads.
-fn placement(ranks: usize, numa_nodes: usize, many: bool) -> (String, &'static str) {
-    if many {
+/// rank has many threads. A rank with a GPU binds itself to the cores beside it.
+fn placement(ranks: usize, environment: &Environment, many: bool) -> (String, &'static str) {
+    let numa_nodes = environment.numa_nodes;
+    if environment.gpus > 0 {
+        (format!("ppr:{ranks}:node{}", if many { ":OVERSUBSCRIBE" } else { "" }), "none")
+    } else if many {
         (format!("ppr:{ranks}:node:OVERSUBSCRIBE"), "none")
     } else if numa_nodes > 1 && ranks.is_multiple_of(numa_nodes) {
         (format!("ppr:{}:numa", ranks / numa_nodes), "numa")
@@ -139,7 +131,7 @@ fn placement(ranks: usize, numa_nodes: usize, many: bool) -> (String, &'static s
     }
 }
 
-fn srun(args: &Args, environment: &Environment, layout: &Layout) -> Vec<String> {
+fn srun(environment: &Environment, layout: &Layout) -> Vec<String> {
     let mut line = words(&["srun", "--mpi=pmix", "--label", "--unbuffered"]);
     // Without it a dead rank leaves its peers hanging.
     line.push("--kill-on-bad-exit=1".to_string());
@@ -149,18 +141,32 @@ fn srun(args: &Args, environment: &Environment, layout: &Layout) -> Vec<String> 
     if layout.ranks_per_node > environment.cores {
         line.extend(words(&["--overcommit", "--cpu-bind=none"]));
     }
-    if !args.hosts.is_empty() {
-        line.push(format!("--nodelist={}", args.hosts.join(",")));
+    if !layout.hosts.is_empty() {
+        line.push(format!("--nodelist={}", layout.hosts.join(",")));
     }
     line
 }
 
 /// Settings that mpirun has no option for but srun's ranks need, as variables.
-pub fn variables(environment: &Environment, layout: &Layout) -> Vec<(&'static str, &'static str)> {
+pub fn variables(environment: &Environment, layout: &Layout) -> Vec<(String, String)> {
     match layout.starter {
-        Starter::Srun if layout.ranks_per_node >= environment.cores => vec![("OMPI_MCA_mpi_yield_when_idle", "1")],
+        Starter::Srun if layout.ranks_per_node >= environment.cores => {
+            vec![("OMPI_MCA_mpi_yield_when_idle".to_string(), "1".to_string())]
+        }
         _ => Vec::new(),
     }
+}
+
+/// For people, a line a rank: where it runs and which GPU is its own, as far as this host can tell.
+pub fn places(environment: &Environment, layout: &Layout) -> Vec<String> {
+    let place = |rank: usize| {
+        let local = rank % layout.ranks_per_node;
+        let host = layout.host_of(rank).map_or_else(|| format!("host {}", rank / layout.ranks_per_node), str::to_string);
+        let gpu = visible_devices(environment.visible_devices.as_deref(), environment.gpus, local);
+        let gpu = gpu.map(|devices| format!(", CUDA_VISIBLE_DEVICES={devices}, on the cores beside its GPU")).unwrap_or_default();
+        format!("# rank {rank}: {host}, local rank {local}{gpu}")
+    };
+    (0..layout.ranks()).map(place).collect()
 }
 
 fn words(words: &[&str]) -> Vec<String> {
@@ -170,7 +176,9 @@ fn words(words: &[&str]) -> Vec<String> {
 /// For a shell.
 pub fn quoted(line: &[String]) -> String {
     let plain = |word: &str| !word.is_empty() && word.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"-_=./:,@+%".contains(&byte));
-    let quote = |word: &String| if plain(word) { word.clone() } else { format!("'{}'", word.replace('\'', r"'\''")) };
+    let quote = |word: &String| {
+        if plain(word) { word.clone() } else { format!("'{}'", word.replace('\'', r"'\''")) }
+    };
     line.iter().map(quote).collect::<Vec<_>>().join(" ")
 }
 
@@ -178,13 +186,14 @@ pub fn quoted(line: &[String]) -> String {
 mod tests {
     use super::*;
     use crate::environment::Slurm;
+    use anyhow::Result;
     use clap::Parser;
 
     fn line(options: &str, environment: &Environment) -> Result<String> {
         let args = Args::parse_from(format!("tiefsee-launch {options} -- resume a").split_whitespace());
-        let layout = Layout::new(&args, environment)?;
+        let layout = Layout::new(&args, environment, &args.hosts)?;
         let command = ["resume".to_string(), "a".to_string()];
-        Ok(quoted(&command_line(&args, environment, &layout, &Ranked { own: Path::new("L"), program: Path::new("tiefsee"), command: &command })))
+        Ok(quoted(&command_line(&args, environment, &layout, &Ranked { own: Path::new("L"), program: Path::new("tiefsee"), command: &command, socket: None })))
     }
 
     fn machine(cores: usize) -> Environment {
@@ -195,7 +204,7 @@ mod tests {
     fn few_cores_yield_and_bind_nobody() {
         let crowded = line("--standalone --nproc-per-node 4", &machine(2)).expect("a line");
         assert!(crowded.contains("mpi_yield_when_idle 1") && crowded.contains("--map-by ppr:4:node:OVERSUBSCRIBE --bind-to none"), "{crowded}");
-        assert!(crowded.contains("--host localhost:4") && crowded.ends_with("L @tied KILL tiefsee resume a"), "{crowded}");
+        assert!(crowded.contains("--host localhost:4") && crowded.ends_with("L @rank tied tiefsee resume a"), "{crowded}");
         let roomy = line("--standalone --nproc-per-node 4", &machine(64)).expect("a line");
         assert!(!roomy.contains("yield") && !roomy.contains("OVERSUBSCRIBE"), "{roomy}");
         let numa = line("--nproc-per-node 8", &Environment { numa_nodes: 2, ..machine(64) }).expect("a line");
@@ -203,13 +212,21 @@ mod tests {
     }
 
     #[test]
-    fn hosts_are_counted() {
+    fn hosts_are_reached_and_heard() {
         let two = line("--hosts a,b --nproc-per-node 2 --interface eth1", &machine(8)).expect("a line");
         assert!(two.contains("-np 4") && two.contains("--host a:2,b:2") && two.contains("oob_tcp_keepalive_time 3") && two.contains("btl_tcp_if_include eth1"), "{two}");
-        let refused = line("--nnodes 3 --hosts a,b", &machine(8)).expect_err("too many").to_string();
-        assert!(refused.contains("--nnodes 3") && refused.contains("2 host(s)"), "{refused}");
-        assert!(line("--nproc-per-node gpu", &machine(8)).is_err());
-        assert_eq!(hosts_of("# all\nn1 slots=8\n\nn2 # spare\n"), ["n1", "n2"]);
+        assert!(two.contains("'L @reach 6 ssh -x -o BatchMode=yes") && two.ends_with("L @rank tied,beat tiefsee resume a"), "{two}");
+        assert!(two.contains("-x TIEFSEE_HEARTBEAT") && !line("--hosts a,b --heartbeat 0", &machine(8)).expect("a line").contains("beat"));
+    }
+
+    #[test]
+    fn each_rank_has_its_gpu() {
+        let gpus = Environment { gpus: 2, numa_nodes: 2, ..machine(64) };
+        let shown = line("--nproc-per-node gpu --hosts a,b", &gpus).expect("a line");
+        assert!(shown.contains("--map-by ppr:2:node --bind-to none") && shown.contains("L @rank tied,gpu,beat tiefsee"), "{shown}");
+        let args = Args::parse_from("tiefsee-launch --hosts a,b -- resume a".split(' '));
+        let layout = Layout::new(&args, &gpus, &args.hosts).expect("a layout");
+        assert_eq!(places(&gpus, &layout)[3], "# rank 3: b, local rank 1, CUDA_VISIBLE_DEVICES=1,0, on the cores beside its GPU");
     }
 
     #[test]

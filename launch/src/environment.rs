@@ -12,6 +12,8 @@ pub struct Environment {
     /// Variables that ranks on other hosts need and that are set here.
     pub exported: Vec<String>,
     pub slurm: Option<Slurm>,
+    /// GPUs that the ranks of this host may use, by number: CUDA_VISIBLE_DEVICES.
+    pub visible_devices: Option<String>,
 }
 
 /// The allocation that this process was started in.
@@ -33,12 +35,42 @@ impl Environment {
         Environment {
             root: nix::unistd::Uid::effective().is_root(),
             cores: std::thread::available_parallelism().map_or(1, |cores| cores.get()),
-            gpus: numbered("/dev", "nvidia"),
+            gpus: gpus(),
             numa_nodes: numbered("/sys/devices/system/node", "node").max(1),
             exported: EXPORTED.iter().filter(|name| var(name).is_ok()).map(|name| name.to_string()).collect(),
             slurm: slurm(),
+            visible_devices: var("CUDA_VISIBLE_DEVICES").ok(),
         }
     }
+}
+
+fn gpus() -> usize {
+    let here = numbered("/dev", "nvidia");
+    var("CUDA_VISIBLE_DEVICES").map_or(here, |visible| visible.split(',').filter(|device| !device.trim().is_empty()).count().min(here))
+}
+
+/// What a rank's own process is told of its place, by Open MPI or SLURM.
+pub struct RankPlace {
+    pub rank: usize,
+    /// On its host.
+    pub local: usize,
+}
+
+impl RankPlace {
+    pub fn read() -> Self {
+        let first = |names: [&str; 3]| names.iter().find_map(|name| var(name).ok()?.parse().ok()).unwrap_or(0);
+        RankPlace { rank: first(["OMPI_COMM_WORLD_RANK", "PMIX_RANK", "SLURM_PROCID"]), local: first(["OMPI_COMM_WORLD_LOCAL_RANK", "SLURM_LOCALID", "MPI_LOCALRANKID"]) }
+    }
+}
+
+/// What nodes at a rendezvous share.
+pub fn secret() -> Option<String> {
+    var("TIEFSEE_SECRET").ok()
+}
+
+/// This machine's own name.
+pub fn host_name() -> String {
+    nix::unistd::gethostname().map_or_else(|_| "localhost".to_string(), |name| name.to_string_lossy().into_owned())
 }
 
 fn slurm() -> Option<Slurm> {

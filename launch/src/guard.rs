@@ -16,7 +16,7 @@ use std::process::{Child, ChildStdin, Command, ExitStatus, Stdio};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::time::{Duration, Instant};
 
-/// First arguments that make this executable a guard, or tie what follows to its parent's life.
+/// First arguments that make this executable a guard, or tie mpirun to its guard's life.
 pub const GUARD: &str = "@guard";
 pub const TIED: &str = "@tied";
 /// The guard could not start its command.
@@ -43,12 +43,12 @@ pub struct Guarded {
 
 impl Guarded {
     /// `lock` is held as long as any rank may live.
-    pub fn spawn(lock: Option<&Path>, command: &[String], set: &[(&str, &str)]) -> std::io::Result<(Self, std::process::ChildStdout, std::process::ChildStderr)> {
+    pub fn spawn(lock: Option<&Path>, command: &[String], set: &[(String, String)]) -> std::io::Result<(Self, std::process::ChildStdout, std::process::ChildStderr)> {
         let mut child = Command::new(std::env::current_exe()?)
             .arg(GUARD)
             .arg(lock.unwrap_or(Path::new("")))
             .args(command)
-            .envs(set.iter().copied())
+            .envs(set.iter().map(|(name, value)| (name, value)))
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
@@ -92,7 +92,7 @@ pub fn guard(args: &[String]) -> u8 {
             return CANNOT_START;
         }
     };
-    let started = std::env::current_exe().and_then(|own| Command::new(own).arg(TIED).arg("TERM").args(command).stdin(Stdio::null()).spawn());
+    let started = std::env::current_exe().and_then(|own| Command::new(own).arg(TIED).args(command).stdin(Stdio::null()).spawn());
     let child = match started {
         Ok(child) => child,
         Err(error) => {
@@ -174,19 +174,27 @@ fn end_descendants() {
     }
 }
 
-/// Becomes `command`, which gets `signal` when its parent dies. Returns only if it cannot.
-pub fn tied(args: &[String]) -> u8 {
-    let signal = if args[0] == "TERM" { Signal::SIGTERM } else { Signal::SIGKILL };
+/// Becomes `command`, which gets TERM when its parent dies. Returns only if it cannot.
+pub fn tied(command: &[String]) -> u8 {
+    tie(Signal::SIGTERM).map_or_else(
+        |error| {
+            eprintln!("tiefsee-launch: cannot tie {} to its parent: {error}", command[0]);
+            CANNOT_START
+        },
+        |()| become_program(command),
+    )
+}
+
+/// This process, also after an exec, gets `signal` when the thread that started it ends.
+pub fn tie(signal: Signal) -> std::io::Result<()> {
     let parent = getppid();
-    // The setting outlives exec.
-    if let Err(error) = set_pdeathsig(signal) {
-        eprintln!("tiefsee-launch: cannot tie {} to its parent: {error}", args[1]);
-        return CANNOT_START;
-    }
-    if getppid() != parent {
-        return CANNOT_START;
-    }
-    let error = Command::new(&args[1]).args(&args[2..]).exec();
-    eprintln!("tiefsee-launch: cannot start {}: {error}", args[1]);
+    set_pdeathsig(signal)?;
+    if getppid() == parent { Ok(()) } else { Err(std::io::Error::other("it has already ended")) }
+}
+
+/// Returns only if it cannot.
+pub fn become_program(command: &[String]) -> u8 {
+    let error = Command::new(&command[0]).args(&command[1..]).exec();
+    eprintln!("tiefsee-launch: cannot start {}: {error}", command[0]);
     CANNOT_START
 }

@@ -34,7 +34,7 @@ impl Incidents {
     /// Written, and said at once.
     pub fn add(&mut self, event: &'static str, step: Option<u64>, words: impl Into<String>) {
         let incident = Incident { time: now(), event, attempt: self.attempt, step, words: words.into() };
-        say(&incident.words);
+        say(&format!("{}{}", at(step), incident.words));
         if let Some(file) = &mut self.file {
             let mut line = serde_json::to_string(&incident).expect("plain fields");
             line.push('\n');
@@ -47,12 +47,13 @@ impl Incidents {
     }
 
     pub fn summary(&self) -> String {
-        let line = |incident: &Incident| {
-            let step = incident.step.map(|step| format!(" (step {step})")).unwrap_or_default();
-            format!("\n  {} {}{step}", &incident.time[11..19], incident.words)
-        };
+        let line = |incident: &Incident| format!("\n  {} {}{}", &incident.time[11..19], at(incident.step), incident.words);
         format!("what happened, UTC:{}", self.told.iter().map(line).collect::<String>())
     }
+}
+
+fn at(step: Option<u64>) -> String {
+    step.map(|step| format!("step {step}: ")).unwrap_or_default()
 }
 
 /// For people, beside the ranks' own output. A closed stderr is no reason to end.
@@ -100,7 +101,7 @@ mod tests {
             let mut incidents = Incidents::open(Some(folder.path())).expect("a log");
             incidents.attempt = attempt;
             incidents.add("hung", Some(4), "rank 1 stopped");
-            assert!(incidents.summary().ends_with("rank 1 stopped (step 4)"));
+            assert!(incidents.summary().ends_with("step 4: rank 1 stopped"));
         }
         let text = std::fs::read_to_string(folder.path().join("incidents.jsonl")).expect("a log");
         let attempts: Vec<u64> = text.lines().map(|line| serde_json::from_str::<serde_json::Value>(line).expect("JSON")["attempt"].as_u64().expect("a number")).collect();

@@ -34,11 +34,18 @@ pub struct Outcome {
     pub class: Class,
     /// For people: what ended, and the first reason that a rank gave.
     pub words: String,
+    /// Where it began, if that is known.
+    pub host: Option<String>,
 }
 
 impl Outcome {
     pub fn new(class: Class, words: impl Into<String>) -> Self {
-        Outcome { class, words: words.into() }
+        Outcome { class, words: words.into(), host: None }
+    }
+
+    pub fn at(mut self, host: Option<String>) -> Self {
+        self.host = host;
+        self
     }
 
     pub fn exit_code(&self) -> u8 {
@@ -75,11 +82,15 @@ impl Outcome {
 pub struct Evidence {
     /// "error (rank 1): …", a panic.
     pub reason: Option<String>,
-    /// "rank 1 … exited on signal 9 (Killed)": mpirun's word.
-    pub signalled: Option<String>,
+    /// The rank and host of mpirun's "process rank 1 with PID 7 on node a exited on signal 9 (Killed)".
+    pub signalled: Option<(usize, String)>,
     pub aborted_rank: Option<usize>,
+    /// The rank that mpirun says ended first, with a code.
+    pub exited_rank: Option<usize>,
     pub out_of_memory: bool,
     pub daemon_lost: bool,
+    /// Whose daemon.
+    pub lost_host: Option<String>,
     pub cannot_start: Option<String>,
 }
 
@@ -90,48 +101,82 @@ impl Evidence {
         if self.reason.is_none() && (line.starts_with("error: ") || line.starts_with("error (rank ") || line.contains(" panicked")) {
             self.reason = kept();
         }
+        let behind = |mark: &str| line.split_once(mark).map(|(_, rest)| rest);
         if self.signalled.is_none() && line.contains(" exited on signal ") {
-            self.signalled = kept();
+            let rank = behind("process rank ").and_then(number);
+            self.signalled = rank.zip(behind(" on node ").and_then(word));
+        }
+        if self.exited_rank.is_none() {
+            self.exited_rank = behind("Process name: [[").and_then(|rest| number(rest.split_once("],")?.1));
+        }
+        if self.lost_host.is_none() {
+            self.lost_host = behind("tiefsee-launch: cannot reach host ").or_else(|| behind("Remote daemon: ")?.split_once(" on node ").map(|(_, rest)| rest)).and_then(word);
+            self.daemon_lost |= self.lost_host.is_some();
         }
         if self.aborted_rank.is_none() {
-            self.aborted_rank = line.strip_prefix("MPI_ABORT was invoked on rank ").and_then(|rest| rest.split(' ').next()?.parse().ok());
+            self.aborted_rank = behind("MPI_ABORT was invoked on rank ").and_then(number);
         }
         self.out_of_memory |= holds(&["memory allocation of ", "out of memory", "Out of memory", "OutOfMemory", "oom-kill", "OOM Killed"]);
         self.daemon_lost |= holds(&["ORTE has lost communication with", "lost connection to a remote daemon", "Node failure on", "NODE FAILURE", " launch failed: "]);
-        if self.cannot_start.is_none() && holds(&["There are not enough slots", "was unable to launch", "was unable to find the specified executable", "was unable to start the specified", "Unable to create step", "Unable to allocate resources", "tiefsee-launch: cannot start"]) {
+        if self.cannot_start.is_none()
+            && holds(&[
+                "There are not enough slots",
+                "was unable to launch",
+                "was unable to find the specified executable",
+                "was unable to start the specified",
+                "Unable to create step",
+                "Unable to allocate resources",
+                "tiefsee-launch: cannot start",
+            ])
+        {
             self.cannot_start = kept();
         }
     }
 }
 
+fn number(text: &str) -> Option<usize> {
+    text.split(|letter: char| !letter.is_ascii_digit()).next()?.parse().ok()
+}
+
+fn word(text: &str) -> Option<String> {
+    Some(text.split_whitespace().next()?.trim_end_matches(':').to_string())
+}
+
 /// `code`: mpirun's or srun's. `asked`: we had forwarded a request to stop. `oom_kills`: the control group's count rose.
-pub fn classify(code: i32, evidence: &Evidence, asked: bool, oom_kills: bool) -> Outcome {
+/// `host_of`: where a rank ran.
+pub fn classify(code: i32, evidence: &Evidence, (asked, oom_kills): (bool, bool), host_of: impl Fn(usize) -> Option<String>) -> Outcome {
     let because = evidence.reason.as_ref().map(|reason| format!(": {reason}")).unwrap_or_default();
     let killed = (129..=192).contains(&code).then(|| code - 128);
-    let mut outcome = match (code, killed) {
+    let (rank, host) = match &evidence.signalled {
+        Some((rank, host)) if killed.is_some() => (Some(*rank), Some(host.clone())),
+        _ => {
+            let rank = evidence.aborted_rank.or(evidence.exited_rank);
+            (rank, rank.and_then(host_of))
+        }
+    };
+    let at = host.as_ref().map(|host| format!(" on host {host}")).unwrap_or_default();
+    let who = rank.map_or_else(|| "a rank".to_string(), |rank| format!("rank {rank}{at}"));
+    let lost = || {
+        let name = evidence.lost_host.as_ref().map_or_else(|| "a host".to_string(), |host| format!("host {host}"));
+        Outcome::new(Class::LinkLost, format!("{name}, or the link to it, was lost{because}")).at(evidence.lost_host.clone())
+    };
+    match (code, killed) {
         (0, _) => Outcome::new(Class::Finished, "finished"),
         (75, _) => Outcome::new(Class::Stopped, "stopped on request, with a checkpoint"),
         (_, Some(SIGUSR1)) if asked => Outcome::new(Class::Stopped, "stopped on request, before the ranks had begun"),
-        (DAEMON_LOST, _) => Outcome::new(Class::LinkLost, "a host, or the link to it, was lost"),
-        _ if evidence.daemon_lost => Outcome::new(Class::LinkLost, "a host, or the link to it, was lost"),
-        (_, Some(SIGKILL)) if oom_kills => Outcome::new(Class::OutOfMemory, "the kernel killed a rank for its memory"),
+        (DAEMON_LOST, _) => lost(),
+        _ if evidence.daemon_lost => lost(),
+        (_, Some(SIGKILL)) if oom_kills => Outcome::new(Class::OutOfMemory, format!("the kernel killed {who} for its memory{because}")).at(host),
         (_, Some(signal)) if signal != SIGABRT || !evidence.out_of_memory => {
             let hint = if signal == SIGKILL { "; where nobody did that, the host was short of memory" } else { "" };
-            Outcome::new(Class::Killed, format!("a rank was killed by signal {signal} ({}){hint}", signal_name(signal)))
+            Outcome::new(Class::Killed, format!("{who} was killed by signal {signal} ({}){hint}{because}", signal_name(signal))).at(host)
         }
-        _ if evidence.out_of_memory => Outcome::new(Class::OutOfMemory, "a rank ran out of memory"),
+        _ if evidence.out_of_memory => Outcome::new(Class::OutOfMemory, format!("{who} ran out of memory{because}")).at(host),
         _ if evidence.cannot_start.is_some() => Outcome::new(Class::CannotStart, evidence.cannot_start.clone().unwrap_or_default()),
         (126 | 127, _) => Outcome::new(Class::CannotStart, "the ranks could not be started"),
-        _ => match evidence.aborted_rank {
-            Some(rank) => Outcome::new(Class::Abort, format!("rank {rank} aborted with code {code}{because}")),
-            None => Outcome::new(Class::Error, format!("a rank ended with code {code}{because}")),
-        },
-    };
-    if matches!(outcome.class, Class::Killed | Class::LinkLost | Class::OutOfMemory) {
-        let told = evidence.signalled.as_ref().map(|told| format!(" ({told})")).unwrap_or_default();
-        outcome.words = format!("{}{told}{because}", outcome.words);
+        _ if evidence.aborted_rank.is_some() => Outcome::new(Class::Abort, format!("{who} aborted with code {code}{because}")).at(host),
+        _ => Outcome::new(Class::Error, format!("{who} ended with code {code}{because}")).at(host),
     }
-    outcome
 }
 
 fn signal_name(signal: i32) -> &'static str {
@@ -145,7 +190,7 @@ mod tests {
     fn class(code: i32, lines: &[&str], asked: bool, oom_kills: bool) -> Class {
         let mut evidence = Evidence::default();
         lines.iter().for_each(|line| evidence.read(line));
-        classify(code, &evidence, asked, oom_kills).class
+        classify(code, &evidence, (asked, oom_kills), |_| None).class
     }
 
     #[test]
@@ -173,13 +218,33 @@ mod tests {
     }
 
     #[test]
+    fn hosts_are_named() {
+        for (code, line, words, host) in [
+            (
+                137,
+                "mpirun noticed that process rank 3 with PID 71 on node b exited on signal 9 (Killed).",
+                "rank 3 on host b was killed by signal 9 (SIGKILL); where nobody did that, the host was short of memory",
+                "b",
+            ),
+            (205, "  Remote daemon: [[45829,0],1] on node h2", "host h2, or the link to it, was lost", "h2"),
+            (255, "tiefsee-launch: cannot reach host h3: ssh ended with code 255", "host h3, or the link to it, was lost", "h3"),
+            (5, "  Process name: [[45229,1],2]", "rank 2 on host c ended with code 5", "c"),
+        ] {
+            let mut evidence = Evidence::default();
+            evidence.read(line);
+            let outcome = classify(code, &evidence, (false, false), |_| Some("c".to_string()));
+            assert_eq!((outcome.words.as_str(), outcome.host.as_deref()), (words, Some(host)));
+        }
+    }
+
+    #[test]
     fn words_carry_the_ranks_reason() {
         let mut evidence = Evidence::default();
         for line in ["error (rank 1): no such corpus", "error (rank 2): later", "MPI_ABORT was invoked on rank 1 in communicator"] {
             evidence.read(line);
         }
-        let outcome = classify(1, &evidence, false, false);
-        assert_eq!(outcome.words, "rank 1 aborted with code 1: error (rank 1): no such corpus");
+        let outcome = classify(1, &evidence, (false, false), |rank| Some(format!("h{rank}")));
+        assert_eq!(outcome.words, "rank 1 on host h1 aborted with code 1: error (rank 1): no such corpus");
         assert!(!outcome.worth_a_restart(false) && outcome.worth_a_restart(true));
     }
 }

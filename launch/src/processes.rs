@@ -13,7 +13,9 @@ pub fn descendants(ancestor: u32) -> Vec<u32> {
 }
 
 fn children(parent: u32) -> Vec<u32> {
-    let Ok(tasks) = fs::read_dir(format!("/proc/{parent}/task")) else { return Vec::new() };
+    let Ok(tasks) = fs::read_dir(format!("/proc/{parent}/task")) else {
+        return Vec::new();
+    };
     let of_task = |task: fs::DirEntry| fs::read_to_string(task.path().join("children")).unwrap_or_default();
     tasks.flatten().flat_map(|task| of_task(task).split_whitespace().filter_map(|pid| pid.parse().ok()).collect::<Vec<u32>>()).collect()
 }
@@ -23,6 +25,15 @@ pub fn rank(pid: u32) -> Option<usize> {
     let environ = fs::read(format!("/proc/{pid}/environ")).ok()?;
     let value = |name: &str| environ.split(|&byte| byte == 0).find_map(|pair| std::str::from_utf8(pair).ok()?.strip_prefix(name)?.strip_prefix('=')?.parse().ok());
     value("OMPI_COMM_WORLD_RANK").or_else(|| value("PMIX_RANK"))
+}
+
+pub fn name(pid: u32) -> Option<String> {
+    Some(fs::read_to_string(format!("/proc/{pid}/comm")).ok()?.trim().to_string())
+}
+
+pub fn parent(pid: u32) -> Option<u32> {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+    status.lines().find_map(|line| line.strip_prefix("PPid:")?.trim().parse().ok())
 }
 
 /// State letter and CPU ticks of a process.

@@ -11,8 +11,13 @@ pub struct Program {
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Kind {
-    Train { run_dir: PathBuf, stop_after: Option<String> },
-    Resume { run_dir: PathBuf },
+    Train {
+        run_dir: PathBuf,
+        stop_after: Option<String>,
+    },
+    Resume {
+        run_dir: PathBuf,
+    },
     /// Nothing to watch and nothing to resume.
     Other,
 }

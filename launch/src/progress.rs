@@ -55,7 +55,9 @@ impl Progress {
 
     fn files(&self) -> Vec<(usize, PathBuf, u64)> {
         let rank = |name: &str| name.strip_prefix("rank-")?.strip_suffix(".jsonl")?.parse().ok();
-        let Ok(entries) = fs::read_dir(&self.log) else { return Vec::new() };
+        let Ok(entries) = fs::read_dir(&self.log) else {
+            return Vec::new();
+        };
         entries.flatten().filter_map(|entry| Some((rank(&entry.file_name().to_string_lossy())?, entry.path(), entry.metadata().ok()?.len()))).collect()
     }
 
@@ -71,9 +73,13 @@ impl Progress {
             if length == followed.read {
                 continue;
             }
-            let Ok(text) = read_from(&path, followed.read) else { continue };
+            let Ok(text) = read_from(&path, followed.read) else {
+                continue;
+            };
             // A line that is still being written waits for the next look.
-            let Some(end) = text.rfind('\n') else { continue };
+            let Some(end) = text.rfind('\n') else {
+                continue;
+            };
             followed.read += end as u64 + 1;
             self.last_change = now;
             for line in text[..end].lines().filter_map(|line| serde_json::from_str::<Line>(line).ok()) {
@@ -109,6 +115,13 @@ impl Progress {
         let mut sorted: Vec<f64> = self.step_seconds.iter().copied().collect();
         sorted.sort_by(f64::total_cmp);
         sorted.get(sorted.len() / 2).copied().unwrap_or(0.0)
+    }
+
+    /// The one rank whose log ends before the others', if there is one.
+    pub fn last_rank(&self) -> Option<usize> {
+        let least = self.step()?;
+        let mut late = self.ranks.iter().filter(|(_, followed)| followed.step == Some(least)).map(|(rank, _)| *rank);
+        late.next().filter(|_| late.next().is_none())
     }
 
     /// Who is behind by the logs, or that none is.

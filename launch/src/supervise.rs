@@ -1,20 +1,24 @@
 //! One run over all its starts: watch, classify, restart from the newest checkpoint, and say what happened.
 use crate::args::Args;
-use crate::command::{Layout, Ranked, command_line, quoted, variables};
-use crate::environment::{Environment, oom_kills, sibling};
-use crate::guard::{Guarded, Order};
+use crate::command::{Ranked, command_line, places, quoted, variables};
+use crate::ending::Ending;
+use crate::environment::{Environment, host_name, oom_kills, sibling};
+use crate::guard::Guarded;
+use crate::hosts::{Hosts, shared_secret, silence};
 use crate::incidents::{Incidents, say};
+use crate::layout::{Layout, listed};
 use crate::outcome::{Class, Outcome, STOPPED, STOPPED_LATE, TAKEN, USAGE, classify};
 use crate::output::Output;
 use crate::program::{Kind, Program};
 use crate::progress::{Limits, Progress, idle_ranks};
 use crate::run_dir::{self, Holds};
+use crate::serve::{Node, serve};
 use anyhow::{Context, Result};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGUSR1};
 use signal_hook::iterator::Signals;
 use std::collections::VecDeque;
 use std::fs::File;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 const TICK: Duration = Duration::from_millis(100);
@@ -25,7 +29,7 @@ const LONGEST_BACK_OFF: f64 = 60.0;
 pub struct Supervisor {
     args: Args,
     environment: Environment,
-    layout: Layout,
+    hosts: Hosts,
     program: Program,
     signals: Signals,
     incidents: Incidents,
@@ -47,14 +51,20 @@ struct Ended {
 /// The launcher's exit code.
 pub fn run(args: Args) -> Result<u8> {
     let environment = Environment::read();
-    let layout = Layout::new(&args, &environment)?;
-    let program = Program::parse(&args.command)?;
     if args.dry_run {
-        println!("{}", quoted(&line(&args, &environment, &layout, &program.command)?));
-        return Ok(0);
+        return dry_run(&args, &environment);
     }
     // Before any process is started: a signal in between must not be lost.
     let signals = Signals::new([SIGINT, SIGTERM, SIGUSR1, SIGHUP])?;
+    if let (Some(number @ 1..), Some(rdzv)) = (args.node_rank, &args.rdzv) {
+        let search = if args.start_limit > 0.0 { Duration::from_secs_f64(args.start_limit) } else { Duration::MAX };
+        return serve(&Node { number, host: host_name(), rdzv, secret: shared_secret(&args)?, silence: silence(&args), search }, signals);
+    }
+    let program = Program::parse(&args.command)?;
+    if args.rdzv.is_none() {
+        // A wrong command line is said before anything is made.
+        Layout::new(&args, &environment, &listed(&args)?)?;
+    }
     let mut lock = None;
     if let Some(run_dir) = program.run_dir() {
         if matches!(program.kind, Kind::Train { .. }) && !args.auto_resume && run_dir::holds(run_dir) != Holds::Nothing {
@@ -75,35 +85,67 @@ pub fn run(args: Args) -> Result<u8> {
         std::fs::create_dir_all(log_dir).with_context(|| format!("cannot make {}", log_dir.display()))?;
     }
     let incidents = Incidents::open(program.run_dir().map(run_dir::log).as_deref()).context("cannot open incidents.jsonl")?;
-    Supervisor { args, environment, layout, program, signals, incidents, restarts: VecDeque::new(), requests: 0, stopped_between: false, _lock: lock }.run()
+    let hosts = Hosts::open(&args)?;
+    Supervisor { args, environment, hosts, program, signals, incidents, restarts: VecDeque::new(), requests: 0, stopped_between: false, _lock: lock }.run()
 }
 
-fn line(args: &Args, environment: &Environment, layout: &Layout, command: &[String]) -> Result<Vec<String>> {
+/// At a rendezvous the other nodes' names are not known yet.
+fn dry_run(args: &Args, environment: &Environment) -> Result<u8> {
+    let program = Program::parse(&args.command)?;
+    let hosts = match args.nnodes.filter(|_| args.rdzv.is_some()) {
+        Some(nodes) => (0..nodes.most).map(|node| format!("NODE{node}")).collect(),
+        None => listed(args)?,
+    };
+    let layout = Layout::new(args, environment, &hosts)?;
+    let socket = args.rdzv.is_some().then(|| PathBuf::from("SOCKET"));
+    println!("{}", quoted(&line(args, environment, &layout, &program.command, socket.as_deref())?));
+    places(environment, &layout).iter().for_each(|place| println!("{place}"));
+    Ok(0)
+}
+
+fn line(args: &Args, environment: &Environment, layout: &Layout, command: &[String], socket: Option<&Path>) -> Result<Vec<String>> {
     let (own, beside) = (std::env::current_exe()?, sibling("tiefsee")?);
     let program = args.program.as_deref().unwrap_or(&beside);
-    Ok(command_line(args, environment, layout, &Ranked { own: &own, program, command }))
+    Ok(command_line(args, environment, layout, &Ranked { own: &own, program, command, socket }))
 }
 
 impl Supervisor {
     fn run(mut self) -> Result<u8> {
-        loop {
+        let code = loop {
             self.incidents.attempt += 1;
             let command = self.next_command()?;
-            let ended = self.attempt(&command)?;
+            let Some(layout) = self.layout()? else {
+                self.incidents.add("stop_requested", None, "asked to stop while no rank was running");
+                break STOPPED;
+            };
+            let ended = self.attempt(&command, &layout)?;
             let event = if ended.outcome.failed() { "failed" } else { "ended" };
             self.incidents.add(event, ended.step, ended.outcome.words.clone());
             if !ended.outcome.failed() || !self.restarts_after(&ended) {
                 if self.incidents.attempt > 1 || ended.outcome.failed() {
                     say(&self.incidents.summary());
                 }
-                return Ok(self.exit_code(&ended.outcome));
+                break self.exit_code(&ended.outcome);
             }
-        }
+        };
+        self.hosts.over(code);
+        Ok(code)
+    }
+
+    /// None: asked to stop while nodes were waited for.
+    fn layout(&mut self) -> Result<Option<Layout>> {
+        let signals = &mut self.signals;
+        let Some(hosts) = self.hosts.gather(&self.args, || signals.pending().count() > 0)? else {
+            return Ok(None);
+        };
+        Layout::new(&self.args, &self.environment, &hosts).map(Some)
     }
 
     /// The first start is as asked for; a later one, or any with --auto-resume, goes on with what is there.
     fn next_command(&mut self) -> Result<Vec<String>> {
-        let Kind::Train { run_dir, .. } = &self.program.kind else { return Ok(self.program.command.clone()) };
+        let Kind::Train { run_dir, .. } = &self.program.kind else {
+            return Ok(self.program.command.clone());
+        };
         match run_dir::holds(run_dir) {
             Holds::Nothing => Ok(self.program.command.clone()),
             Holds::Checkpoint => Ok(self.program.resume_command()),
@@ -115,28 +157,33 @@ impl Supervisor {
         }
     }
 
-    fn attempt(&mut self, command: &[String]) -> Result<Ended> {
-        let line = line(&self.args, &self.environment, &self.layout, command)?;
-        self.incidents.add("started", None, format!("{} rank(s) on {} host(s): {}", self.layout.ranks(), self.layout.nodes, quoted(command)));
+    fn attempt(&mut self, command: &[String], layout: &Layout) -> Result<Ended> {
+        let line = line(&self.args, &self.environment, layout, command, self.hosts.socket().as_deref())?;
+        let named = if layout.hosts.len() > 1 { format!(" ({})", layout.hosts.join(", ")) } else { String::new() };
+        self.incidents.add("started", None, format!("{} rank(s) on {} host(s){named}: {}", layout.ranks(), layout.nodes, quoted(command)));
         let kills_before = oom_kills();
         let guard_lock = self.program.run_dir().map(run_dir::guard_lock);
         let log = self.program.run_dir().map(run_dir::log);
         let limits = Limits { steps: self.args.hang_steps, floor: self.args.hang_floor, start: self.args.start_limit };
         let mut progress = log.as_ref().map(|log| Progress::follow(log, limits, Instant::now()));
-        let (mut guarded, stdout, stderr) = Guarded::spawn(guard_lock.as_deref(), &line, &variables(&self.environment, &self.layout)).context("cannot start the guard")?;
+        let mut set = variables(&self.environment, layout);
+        set.extend(self.hosts.begin(self.incidents.attempt));
+        let (mut guarded, stdout, stderr) = Guarded::spawn(guard_lock.as_deref(), &line, &set).context("cannot start the guard")?;
         let log_dir: Option<PathBuf> = self.args.log_dir.clone().or(log);
         let output = Output::read(log_dir, stdout, stderr);
-        let (code, verdict) = self.watch(&mut guarded, &mut progress)?;
+        let (code, verdict) = self.watch(&mut guarded, &mut progress, layout)?;
         let evidence = output.finish();
         if let Some(progress) = &mut progress {
             progress.poll(Instant::now());
         }
-        let outcome = verdict.unwrap_or_else(|| classify(code, &evidence, self.requests > 0, oom_kills() > kills_before));
+        let host_of = |rank| layout.host_of(rank).map(str::to_string).or_else(|| (layout.nodes == 1).then(host_name));
+        let mut outcome = verdict.unwrap_or_else(|| classify(code, &evidence, (self.requests > 0, oom_kills() > kills_before), host_of));
+        outcome.host = outcome.host.map(|host| layout.known(&host));
         Ok(Ended { outcome, made_a_step: progress.as_ref().is_some_and(Progress::made_a_step), step: progress.as_ref().and_then(Progress::step) })
     }
 
     /// Until the guard ends: its code, and what we ended it for.
-    fn watch(&mut self, guarded: &mut Guarded, progress: &mut Option<Progress>) -> Result<(i32, Option<Outcome>)> {
+    fn watch(&mut self, guarded: &mut Guarded, progress: &mut Option<Progress>, layout: &Layout) -> Result<(i32, Option<Outcome>)> {
         let mut ending = Ending::default();
         if self.requests > 0 {
             ending.ask(guarded, self.args.grace);
@@ -152,18 +199,26 @@ impl Supervisor {
                 if self.requests == 1 {
                     self.incidents.add("stop_requested", step, "asked to stop: the ranks checkpoint");
                     ending.ask(guarded, self.args.grace);
-                } else if ending.kill_at.is_none() {
+                } else if !ending.begun() {
                     self.incidents.add("stop_requested", step, "asked again: the ranks are ended");
                     ending.end(guarded, self.args.kill_after, Outcome::new(Class::StoppedLate, "ended on request, without a checkpoint of the last steps"));
                 }
             }
+            if !ending.begun()
+                && let Some((host, words)) = self.hosts.lost(layout, now)
+            {
+                say(&words);
+                // mpirun does not listen to a TERM now.
+                ending.end(guarded, self.args.kill_after.min(1.0), Outcome::new(Class::LinkLost, words).at(Some(host)));
+            }
             if let Some(progress) = progress {
                 progress.poll(now);
-                if let Some(quiet) = progress.hung(now).filter(|_| ending.kill_at.is_none() && ending.late_at.is_none()) {
+                if let Some(quiet) = progress.hung(now).filter(|_| !ending.begun() && !ending.asked()) {
                     let idle = idle_ranks(guarded.pid(), LOOK).map(|idle| format!("; {idle}")).unwrap_or_default();
                     let words = format!("hung: no step for {:.0} s; {}{idle}", quiet.as_secs_f64(), progress.behind());
                     self.incidents.add("hung", progress.step(), words.clone());
-                    ending.end(guarded, self.args.kill_after, Outcome::new(Class::Hung, words));
+                    let host = progress.last_rank().and_then(|rank| layout.host_of(rank)).map(str::to_string);
+                    ending.end(guarded, self.args.kill_after, Outcome::new(Class::Hung, words).at(host));
                 }
             }
             ending.tick(guarded, self.args.kill_after, now);
@@ -172,7 +227,7 @@ impl Supervisor {
     }
 
     fn new_requests(&mut self) -> bool {
-        let new = self.signals.pending().count();
+        let new = self.signals.pending().count() + self.hosts.stops();
         self.requests += new;
         new > 0
     }
@@ -180,6 +235,10 @@ impl Supervisor {
     /// After the back-off: true, go on.
     fn restarts_after(&mut self, ended: &Ended) -> bool {
         let now = Instant::now();
+        let least = self.args.nnodes.map(|nodes| nodes.least);
+        if let Some(words) = ended.outcome.host.as_ref().and_then(|host| self.hosts.blame(host, least)) {
+            self.incidents.add("host_failed", ended.step, words);
+        }
         while self.restarts.front().is_some_and(|&then| (now - then).as_secs_f64() > self.args.restart_window) {
             self.restarts.pop_front();
         }
@@ -219,36 +278,6 @@ impl Supervisor {
             // A rank that died while the others checkpointed: an older checkpoint may be there.
             Class::Killed | Class::OutOfMemory | Class::LinkLost | Class::Hung if self.requests > 0 => STOPPED_LATE,
             _ => outcome.exit_code(),
-        }
-    }
-}
-
-/// USR1 → grace → TERM → KILL.
-#[derive(Default)]
-struct Ending {
-    late_at: Option<Instant>,
-    kill_at: Option<Instant>,
-    verdict: Option<Outcome>,
-}
-
-impl Ending {
-    fn ask(&mut self, guarded: &mut Guarded, grace: f64) {
-        guarded.order(Order::User1);
-        self.late_at = Some(Instant::now() + Duration::from_secs_f64(grace));
-    }
-
-    fn end(&mut self, guarded: &mut Guarded, kill_after: f64, verdict: Outcome) {
-        guarded.order(Order::Term);
-        self.kill_at = Some(Instant::now() + Duration::from_secs_f64(kill_after));
-        self.verdict.get_or_insert(verdict);
-    }
-
-    fn tick(&mut self, guarded: &mut Guarded, kill_after: f64, now: Instant) {
-        if self.kill_at.is_none() && self.late_at.is_some_and(|late_at| now >= late_at) {
-            self.end(guarded, kill_after, Outcome::new(Class::StoppedLate, "the ranks did not checkpoint in time and were ended"));
-        }
-        if self.kill_at.is_some_and(|kill_at| now >= kill_at) {
-            guarded.order(Order::Kill);
         }
     }
 }

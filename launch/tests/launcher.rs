@@ -119,7 +119,7 @@ fn a_killed_rank_is_restarted_from_its_checkpoint() {
     let output = run.launch("");
     assert_eq!(output.status.code(), Some(0), "{}", text(&output));
     assert!(text(&output).contains("[0] resume from 4"), "{}", text(&output));
-    assert!(text(&output).contains("killed by signal 9"), "{}", text(&output));
+    assert!(text(&output).contains(": rank 1 on host ") && text(&output).contains("was killed by signal 9 (SIGKILL)"), "{}", text(&output));
     assert_eq!(run.events(), ["started", "failed", "restarting", "started", "ended"]);
 }
 
@@ -140,7 +140,8 @@ fn restarts_are_counted_and_errors_before_a_step_are_final() {
     let run = Run::new(7, "1 6 exit5");
     let output = run.launch("--max-restarts 0");
     assert_eq!(output.status.code(), Some(10), "{}", text(&output));
-    assert!(text(&output).contains("a rank ended with code 5: error (rank 1): out of ideas"), "{}", text(&output));
+    assert!(text(&output).contains("step 5: rank 1 on host "), "{}", text(&output));
+    assert!(text(&output).contains(" ended with code 5: error (rank 1): out of ideas"), "{}", text(&output));
     let run = Run::new(7, "0 1 exit5");
     let output = run.launch("");
     assert_eq!(output.status.code(), Some(10), "{}", text(&output));

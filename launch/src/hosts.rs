@@ -1,0 +1,182 @@
+//! Which hosts there are for the next start, which are left out of it, and which are out of reach now.
+use crate::args::Args;
+use crate::environment::{host_name, secret};
+use crate::heartbeat::{Heartbeats, VARIABLE};
+use crate::layout::{Layout, listed};
+use crate::rendezvous::Rendezvous;
+use crate::wire::Secret;
+use anyhow::{Context, Result};
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+/// Failures after which a host is left out.
+const TOO_MANY: usize = 2;
+/// With enough nodes at the rendezvous but not all: how long the rest is waited for.
+const LAST_CALL: Duration = Duration::from_secs(30);
+const TICK: Duration = Duration::from_millis(100);
+
+pub struct Hosts {
+    source: Source,
+    failures: BTreeMap<String, usize>,
+    left_out: Vec<String>,
+    heartbeats: Option<Heartbeats>,
+}
+
+enum Source {
+    /// Empty: this one, or SLURM's.
+    Listed(Vec<String>),
+    Rendezvous {
+        own: String,
+        others: Rendezvous,
+    },
+}
+
+/// The silence that counts as a loss.
+pub fn silence(args: &Args) -> Duration {
+    if args.heartbeat > 0.0 { Duration::from_secs_f64(args.heartbeat) } else { Duration::MAX }
+}
+
+/// The file's, or the environment's.
+pub fn shared_secret(args: &Args) -> Result<Secret> {
+    match &args.secret_file {
+        Some(path) => Secret::read(path),
+        None => Secret::new(secret().context("a rendezvous needs a secret: --secret-file FILE, or the variable TIEFSEE_SECRET")?.as_bytes()).context("TIEFSEE_SECRET"),
+    }
+}
+
+impl Hosts {
+    pub fn open(args: &Args) -> Result<Self> {
+        let source = match &args.rdzv {
+            Some(address) => {
+                let (own, nodes) = (host_name(), args.nnodes.context("--rdzv needs --nnodes")?.most);
+                let others = Rendezvous::listen(address, shared_secret(args)?, &own, nodes, silence(args))?;
+                Source::Rendezvous { own, others }
+            }
+            None => Source::Listed(listed(args)?),
+        };
+        let beats = args.heartbeat > 0.0 && matches!(&source, Source::Listed(hosts) if hosts.len() > 1);
+        let heartbeats = beats.then(|| Heartbeats::listen(args.interface.as_deref(), silence(args))).transpose()?;
+        Ok(Hosts { source, failures: BTreeMap::new(), left_out: Vec::new(), heartbeats })
+    }
+
+    /// The hosts for a start, in order. At a rendezvous it waits for them; None: `stop` said so meanwhile.
+    pub fn gather(&self, args: &Args, mut stop: impl FnMut() -> bool) -> Result<Option<Vec<String>>> {
+        let usable = |hosts: Vec<String>| -> Vec<String> { hosts.into_iter().filter(|host| !self.left_out.contains(host)).collect() };
+        let (own, others) = match &self.source {
+            Source::Listed(hosts) => return Ok(Some(usable(hosts.clone()))),
+            Source::Rendezvous { own, others } => (own, others),
+        };
+        let nodes = args.nnodes.context("--rdzv needs --nnodes")?;
+        let (start, mut enough_since) = (Instant::now(), None);
+        loop {
+            let here = usable([vec![own.clone()], others.names()].concat());
+            enough_since = enough_since.or(Some(Instant::now())).filter(|_| here.len() >= nodes.least);
+            let all = here.len() >= nodes.most - self.left_out.len().min(nodes.most - nodes.least);
+            if all || enough_since.is_some_and(|since: Instant| since.elapsed() > LAST_CALL) {
+                others.forget_lost();
+                return Ok(Some(here));
+            }
+            if stop() || others.stops() > 0 {
+                return Ok(None);
+            }
+            let waited = start.elapsed().as_secs_f64();
+            anyhow::ensure!(args.start_limit == 0.0 || waited < args.start_limit, "only {} of {} node(s) came to the rendezvous within {waited:.0} s", here.len(), nodes.least);
+            std::thread::sleep(TICK);
+        }
+    }
+
+    /// A start begins: earlier signs of life no longer count. Variables for mpirun.
+    pub fn begin(&self, attempt: usize) -> Option<(String, String)> {
+        let heartbeats = self.heartbeats.as_ref()?;
+        heartbeats.begin(attempt);
+        Some((VARIABLE.to_string(), heartbeats.told(attempt)))
+    }
+
+    /// A host of this start that is out of reach: its name, and what is known.
+    pub fn lost(&self, layout: &Layout, now: Instant) -> Option<(String, String)> {
+        if let Source::Rendezvous { others, .. } = &self.source {
+            let host = others.lost().filter(|host| layout.hosts.contains(host))?;
+            let words = format!("host {host} is lost: its launcher is gone or out of reach");
+            return Some((host, words));
+        }
+        let (rank, quiet) = self.heartbeats.as_ref()?.silent(now)?;
+        let host = layout.host_of(rank)?.to_string();
+        let words = format!("host {host} (ranks {rank} to {}) is lost: no sign of life for {:.0} s", rank + layout.ranks_per_node - 1, quiet.as_secs_f64());
+        Some((host, words))
+    }
+
+    /// One more failure of a host. What follows from it, in words. `least`: hosts asked for; None: all.
+    pub fn blame(&mut self, host: &str, least: Option<usize>) -> Option<String> {
+        let failures = self.failures.entry(host.to_string()).or_default();
+        *failures += 1;
+        let Source::Listed(listed) = &self.source else {
+            let Source::Rendezvous { own, .. } = &self.source else {
+                return None;
+            };
+            // Node 0 cannot leave itself out; who is gone is not there anyway.
+            if *failures < TOO_MANY || host == own {
+                return None;
+            }
+            self.left_out.push(host.to_string());
+            return Some(format!("host {host} failed {TOO_MANY} times and is left out from here on"));
+        };
+        let known = listed.iter().any(|name| name == host) && !self.left_out.iter().any(|name| name == host);
+        if *failures < TOO_MANY || !known {
+            return None;
+        }
+        let left = listed.len() - self.left_out.len() - 1;
+        let least = least.unwrap_or(listed.len());
+        if left < least {
+            return Some(format!("host {host} failed {failures} times, but is kept: {least} host(s) are asked for, and {left} would be left"));
+        }
+        self.left_out.push(host.to_string());
+        Some(format!("host {host} failed {TOO_MANY} times and is left out from here on; {left} host(s) are left"))
+    }
+
+    /// Where mpirun's agents find us.
+    pub fn socket(&self) -> Option<PathBuf> {
+        match &self.source {
+            Source::Rendezvous { others, .. } => Some(others.socket()),
+            Source::Listed(_) => None,
+        }
+    }
+
+    /// Requests to stop from other nodes.
+    pub fn stops(&self) -> usize {
+        match &self.source {
+            Source::Rendezvous { others, .. } => others.stops(),
+            Source::Listed(_) => 0,
+        }
+    }
+
+    pub fn over(&self, code: u8) {
+        if let Source::Rendezvous { others, .. } = &self.source {
+            others.over(code);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::Parser;
+
+    fn hosts(options: &str) -> (Args, Hosts) {
+        let args = Args::parse_from(format!("tiefsee-launch --heartbeat 0 {options} -- resume a").split_whitespace());
+        let hosts = Hosts::open(&args).expect("hosts");
+        (args, hosts)
+    }
+
+    #[test]
+    fn a_host_that_failed_twice_is_left_out_as_long_as_enough_remain() {
+        let (args, mut hosts) = hosts("--hosts a,b,c");
+        assert_eq!(hosts.blame("b", Some(2)), None);
+        assert!(hosts.blame("b", Some(2)).expect("words").contains("left out"));
+        assert_eq!(hosts.gather(&args, || false).expect("hosts").expect("not stopped"), ["a", "c"]);
+        assert_eq!(hosts.blame("c", Some(2)), None);
+        assert!(hosts.blame("c", Some(2)).expect("words").contains("is kept: 2 host(s)"));
+        assert_eq!(hosts.gather(&args, || false).expect("hosts").expect("not stopped"), ["a", "c"]);
+        assert_eq!((hosts.blame("elsewhere", Some(1)), hosts.blame("elsewhere", Some(1))), (None, None), "a name that nobody gave");
+    }
+}

@@ -1,0 +1,111 @@
+//! How many ranks there are, on which hosts, and what starts them. A pure function of arguments, environment and the hosts
+//! that are left out.
+use crate::args::{Args, Launcher, Ranks};
+use crate::environment::Environment;
+use anyhow::{Context, Result, bail, ensure};
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Layout {
+    /// In rank order; empty where mpirun or SLURM knows them by itself.
+    pub hosts: Vec<String>,
+    pub nodes: usize,
+    pub ranks_per_node: usize,
+    pub starter: Starter,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Starter {
+    Mpirun,
+    Srun,
+}
+
+/// Hosts named on the command line, in order.
+pub fn listed(args: &Args) -> Result<Vec<String>> {
+    match &args.hostfile {
+        Some(path) => Ok(hosts_of(&std::fs::read_to_string(path).with_context(|| path.display().to_string())?)),
+        None => Ok(args.hosts.clone()),
+    }
+}
+
+/// Names of a hostfile, without comments and options.
+fn hosts_of(text: &str) -> Vec<String> {
+    text.lines().filter_map(|line| line.split('#').next()?.split_whitespace().next().map(str::to_string)).collect()
+}
+
+impl Layout {
+    /// Over the first of `hosts`; empty: this host, or SLURM's allocation.
+    pub fn new(args: &Args, environment: &Environment, hosts: &[String]) -> Result<Self> {
+        let slurm = environment.slurm.as_ref().filter(|_| !args.standalone);
+        let most = match (slurm, hosts.len()) {
+            _ if args.standalone => 1,
+            (Some(slurm), 0) => slurm.nodes,
+            (_, hosts) => hosts.max(1),
+        };
+        let nodes = args.nnodes.map_or(most, |nodes| nodes.most.min(most));
+        let least = args.nnodes.map_or(1, |nodes| nodes.least);
+        ensure!(nodes >= least, "--nnodes {least}, but there are {most} host(s): name them with --hosts or --hostfile, or start inside a SLURM allocation");
+        let ranks_per_node = match args.nproc_per_node {
+            Ranks::Number(number) => number,
+            Ranks::Cpu => environment.cores,
+            Ranks::Gpu if environment.gpus == 0 => {
+                bail!("--nproc-per-node gpu, but this host has no GPU")
+            }
+            Ranks::Gpu => environment.gpus,
+            Ranks::Auto => slurm.and_then(|slurm| slurm.tasks_per_node).unwrap_or(environment.gpus.max(1)),
+        };
+        let starter = match args.launcher {
+            Launcher::Mpirun => Starter::Mpirun,
+            Launcher::Srun => Starter::Srun,
+            Launcher::Auto if hosts.is_empty() && slurm.is_some_and(|slurm| slurm.pmix) => Starter::Srun,
+            Launcher::Auto => Starter::Mpirun,
+        };
+        ensure!(starter == Starter::Mpirun || environment.slurm.is_some(), "--launcher srun works only inside a SLURM allocation");
+        Ok(Layout { hosts: hosts.iter().take(nodes).cloned().collect(), nodes, ranks_per_node, starter })
+    }
+
+    pub fn ranks(&self) -> usize {
+        self.nodes * self.ranks_per_node
+    }
+
+    /// Where a rank runs, if the hosts are known by name.
+    pub fn host_of(&self, rank: usize) -> Option<&str> {
+        self.hosts.get(rank / self.ranks_per_node).map(String::as_str)
+    }
+
+    /// The name that we have for a host which calls itself `name`: with or without its domain.
+    pub fn known(&self, name: &str) -> String {
+        let short = |name: &str| name.split('.').next().unwrap_or_default().to_string();
+        let same = |host: &&String| *host == name || short(host) == short(name);
+        self.hosts.iter().find(same).map_or_else(|| name.to_string(), String::clone)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::Parser;
+
+    fn layout(options: &str, hosts: &[&str]) -> Result<Layout> {
+        let args = Args::parse_from(format!("tiefsee-launch {options} -- resume a").split_whitespace());
+        let hosts: Vec<String> = hosts.iter().map(|host| host.to_string()).collect();
+        Layout::new(&args, &Environment { cores: 8, numa_nodes: 1, ..Environment::default() }, &hosts)
+    }
+
+    #[test]
+    fn hosts_are_counted() {
+        let refused = layout("--nnodes 3", &["a", "b"]).expect_err("too few").to_string();
+        assert!(refused.contains("--nnodes 3") && refused.contains("2 host(s)"), "{refused}");
+        assert!(layout("--nproc-per-node gpu", &[]).is_err());
+        assert_eq!(hosts_of("# all\nn1 slots=8\n\nn2 # spare\n"), ["n1", "n2"]);
+        let spare = layout("--nnodes 2 --nproc-per-node 2", &["a", "b", "c"]).expect("one is spare");
+        assert_eq!((spare.ranks(), spare.host_of(3)), (4, Some("b")));
+        assert_eq!(layout("--nnodes 1:4", &["a", "b"]).expect("enough").nodes, 2);
+        assert!(layout("--nnodes 3:4", &["a", "b"]).is_err());
+    }
+
+    #[test]
+    fn a_host_is_known_by_its_short_name() {
+        let layout = layout("", &["a.site", "b"]).expect("a layout");
+        assert_eq!([layout.known("a"), layout.known("b.site"), layout.known("c")], ["a.site", "b", "c"]);
+    }
+}
