@@ -9,7 +9,8 @@ use crate::mlp::{Mlp, MlpSaved};
 use crate::moe::{Load, Moe, MoeBackCombining, MoeBackDispatched, MoeCombining, MoeDispatched, MoeSaved, MoeWork};
 use crate::norm::{NormSaved, RmsNorm};
 use crate::{Grads, Layer, ModelConfig, ParamTable, Weights};
-use parallel::comm::{Comm, CommError};
+use parallel::comm::CommError;
+use parallel::dispatch::ExpertGroup;
 use std::ops::Range;
 use tch::Tensor;
 
@@ -35,7 +36,7 @@ pub struct BlockContext {
     pub positions: Positions,
     pub balance_scale: f64,
     /// The ranks that share the experts.
-    pub experts: Comm,
+    pub experts: ExpertGroup,
 }
 
 pub struct BlockSaved {

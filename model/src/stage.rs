@@ -13,7 +13,8 @@ use crate::norm::RmsNorm;
 use crate::{Layer, ModelConfig, ParamId, ParamTable, Weights};
 use kernels::ops::linear;
 use kernels::ops::rope::{RopeScaling, RopeTable};
-use parallel::comm::{Comm, CommError};
+use parallel::comm::CommError;
+use parallel::dispatch::ExpertGroup;
 use std::ops::Range;
 use std::rc::Rc;
 use tch::{Device, Kind, Tensor};
@@ -62,7 +63,7 @@ pub struct StepContext {
     /// α
     pub balance_weight: f64,
     pub positions: Positions,
-    pub experts: Comm,
+    pub experts: ExpertGroup,
 }
 
 impl StepContext {
@@ -156,6 +157,10 @@ impl Stage {
 
     pub fn whole(table: &mut ParamTable, config: &ModelConfig) -> Self {
         Stage::new(table, config, &StagePart::whole(config))
+    }
+
+    pub fn is_first(&self) -> bool {
+        self.embedding.is_some()
     }
 
     pub fn is_last(&self) -> bool {

@@ -5,6 +5,7 @@
 //! Legend: pp ranks of a pipe, dp pipes, ep ranks that share out the experts of a stage (ep divides dp).
 
 use crate::comm::{Comm, CommError};
+use crate::dispatch::ExpertGroup;
 use crate::schedule::{Schedule, ScheduleError};
 use serde::{Deserialize, Serialize};
 
@@ -21,13 +22,13 @@ pub struct ParallelConfig {
     /// Ranks that count as one node; 0: as the hosts really are.
     pub ranks_per_node: usize,
     pub schedule: Schedule,
-    /// Micro-batches of one step of one pipe.
-    pub micro_batches: usize,
+    /// Layers of each stage, first to last; empty: as even as can be.
+    pub layers: Vec<i64>,
 }
 
 impl Default for ParallelConfig {
     fn default() -> Self {
-        ParallelConfig { pp: 1, dp: 0, ep: 1, ranks_per_node: 0, schedule: Schedule::OneFOneB, micro_batches: 1 }
+        ParallelConfig { pp: 1, dp: 0, ep: 1, ranks_per_node: 0, schedule: Schedule::OneFOneB, layers: Vec::new() }
     }
 }
 
@@ -73,9 +74,9 @@ impl ParallelConfig {
     /// `nodes`: the node of every rank as the hosts are (`MpiWorld::nodes`; all 0 for threads); its length is the
     /// world's size. `ranks_per_node` overrides it, so that one host can stand for several.
     pub fn validate(&self, nodes: &[usize]) -> Result<Mesh, MeshError> {
-        let ParallelConfig { pp, ep, ranks_per_node, schedule, micro_batches, .. } = *self;
+        let ParallelConfig { pp, ep, ranks_per_node, schedule, .. } = *self;
         let world = nodes.len();
-        for (name, value) in [("pp", pp), ("ep", ep), ("micro_batches", micro_batches)] {
+        for (name, value) in [("pp", pp), ("ep", ep)] {
             if value == 0 {
                 return Err(MeshError::Zero(name));
             }
@@ -94,7 +95,8 @@ impl ParallelConfig {
         if ranks_per_node > 0 && !world.is_multiple_of(ranks_per_node) {
             return Err(MeshError::Nodes { world, ranks_per_node });
         }
-        schedule.validate(pp, micro_batches)?;
+        // What the number of micro-batches may be, each step of the run must see to (`Schedule::for_step`).
+        schedule.validate(pp, 2 * pp)?;
         let nodes = match ranks_per_node {
             0 => nodes.to_vec(),
             per_node => (0..world).map(|rank| rank / per_node).collect(),
@@ -152,8 +154,10 @@ pub struct Groups {
     pub data: Comm,
     /// The ranks at this place of every pipe: they see different samples. Equals `data` unless DualPipe.
     pub samples: Comm,
+    /// Everyone with the embedding: the first stage and, for MTP, the last. Meaningless on the stages between.
+    pub embedding: Comm,
     /// The ranks among which this stage's experts are shared out; tokens travel here.
-    pub expert: Comm,
+    pub expert: ExpertGroup,
     /// Everyone with this rank's experts. Under DualPipe 2 × dp / ep.
     pub expert_data: Comm,
     /// The ranks of this node.
@@ -161,8 +165,8 @@ pub struct Groups {
 }
 
 impl Groups {
-    /// Collective over `world`, whose size must be the mesh's.
-    pub fn new(world: Comm, mesh: &Mesh) -> Result<Self, CommError> {
+    /// Collective over `world`, whose size must be the mesh's. `mtp`: the last stage holds the embedding, too.
+    pub fn new(world: Comm, mesh: &Mesh, mtp: bool) -> Result<Self, CommError> {
         assert_eq!(world.size(), mesh.world_size(), "the mesh is made for another world");
         let rank = world.rank();
         let place = mesh.place(rank);
@@ -170,8 +174,9 @@ impl Groups {
         Ok(Groups {
             pipe: world.split(place.dp, place.pp)?,
             data: world.split(stages, rank)?,
+            embedding: world.split(if mtp && place.pp + 1 == mesh.pp { 0 } else { stages }, rank)?,
             samples: world.split(place.pp, rank)?,
-            expert: world.split(rank / mesh.ep, rank)?,
+            expert: ExpertGroup::new(world.split(rank / mesh.ep, rank)?, &mesh.expert_nodes(rank))?,
             expert_data: world.split(stages * mesh.ep + place.ep, rank)?,
             node: world.split(mesh.nodes[rank], rank)?,
             world,
@@ -203,17 +208,17 @@ mod tests {
         assert_eq!(message(config(2, 3, 2), 6), "dp 3 does not divide by ep 2 (world size 6, pp 2)");
         assert_eq!(message(config(0, 3, 2), 6), "parallel.pp is 0, it must be at least 1");
         assert_eq!(message(ParallelConfig { ranks_per_node: 4, ..config(1, 6, 1) }, 6), "world size 6 does not divide by ranks_per_node 4");
-        let dual = ParallelConfig { schedule: Schedule::DualPipe, micro_batches: 6, ..config(4, 1, 1) };
+        let dual = ParallelConfig { schedule: Schedule::DualPipe, ..config(3, 1, 1) };
         assert_eq!(
-            message(dual, 4),
-            "schedule dualpipe cannot run 6 micro-batches on 4 pipeline ranks: it needs at least two micro-batches a rank"
+            message(dual, 3),
+            "schedule dualpipe cannot run 6 micro-batches on 3 pipeline ranks: the number of ranks must be even"
         );
     }
 
     #[test]
     fn the_config_reads_toml_names_and_refuses_unknown_ones() {
-        let read: ParallelConfig = serde_json::from_str(r#"{"pp": 2, "ep": 2, "schedule": "zb1p", "micro_batches": 4}"#).unwrap();
-        assert_eq!(read, ParallelConfig { schedule: Schedule::Zb1p, micro_batches: 4, ..config(2, 0, 2) });
+        let read: ParallelConfig = serde_json::from_str(r#"{"pp": 2, "ep": 2, "schedule": "zb1p", "layers": [1, 2]}"#).unwrap();
+        assert_eq!(read, ParallelConfig { schedule: Schedule::Zb1p, layers: vec![1, 2], ..config(2, 0, 2) });
         assert_eq!(serde_json::from_str::<ParallelConfig>("{}").unwrap(), ParallelConfig::default());
         assert!(serde_json::from_str::<ParallelConfig>(r#"{"tp": 2}"#).unwrap_err().to_string().contains("tp"));
     }
@@ -235,13 +240,13 @@ mod tests {
         let mesh = ParallelConfig { ranks_per_node: 2, ..config(2, 0, 2) }.validate(&[0; 8]).unwrap();
         assert_eq!((mesh.dp, &mesh.nodes[..]), (4, &[0, 0, 1, 1, 2, 2, 3, 3][..]));
         run_local(8, |world| {
-            let groups = Groups::new(world.clone(), &mesh).unwrap();
+            let groups = Groups::new(world.clone(), &mesh, true).unwrap();
             let of = |group| members(&world, group);
             let (rank, stage, pair) = (world.rank() as i64, world.rank() as i64 / 4 * 4, world.rank() as i64 / 2 * 2);
             assert_eq!(of(&groups.pipe), [rank % 4, rank % 4 + 4]);
             assert_eq!(of(&groups.data), (stage..stage + 4).collect::<Vec<_>>());
             assert_eq!(of(&groups.samples), of(&groups.data));
-            assert_eq!(of(&groups.expert), [pair, pair + 1]);
+            assert_eq!(of(&groups.expert.all), [pair, pair + 1]);
             assert_eq!(of(&groups.expert_data), [stage + rank % 2, stage + rank % 2 + 2]);
             assert_eq!(of(&groups.node), [pair, pair + 1]);
             assert_eq!(mesh.expert_nodes(world.rank()), [pair as usize / 2; 2]);
@@ -250,15 +255,15 @@ mod tests {
 
     #[test]
     fn under_dualpipe_the_mirror_rank_shares_parameters() {
-        let mesh = ParallelConfig { schedule: Schedule::DualPipe, micro_batches: 8, ..config(4, 2, 2) }.validate(&[0; 8]).unwrap();
+        let mesh = ParallelConfig { schedule: Schedule::DualPipe, ..config(4, 2, 2) }.validate(&[0; 8]).unwrap();
         run_local(8, |world| {
-            let groups = Groups::new(world.clone(), &mesh).unwrap();
+            let groups = Groups::new(world.clone(), &mesh, true).unwrap();
             let place = mesh.place(world.rank());
             let (low, high) = (place.pp.min(3 - place.pp) as i64 * 2, place.pp.max(3 - place.pp) as i64 * 2);
             assert_eq!(members(&world, &groups.data), [low, low + 1, high, high + 1]);
             assert_eq!(members(&world, &groups.expert_data), [low + place.ep as i64, high + place.ep as i64]);
             assert_eq!(members(&world, &groups.samples), [place.pp as i64 * 2, place.pp as i64 * 2 + 1]);
-            assert_eq!(members(&world, &groups.expert), members(&world, &groups.samples));
+            assert_eq!(members(&world, &groups.expert.all), members(&world, &groups.samples));
         });
     }
 }

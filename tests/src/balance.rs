@@ -71,18 +71,13 @@ fn the_update_is_the_sign_of_the_integer_difference() {
 #[test]
 fn a_skipped_step_moves_nothing() {
     use crate::support::Run;
-    use model::{MicroBatch, Stage};
+    use model::MicroBatch;
     use parallel::comm::local::solo;
-    use parallel::mesh::{Groups, Mesh};
-    use trainer::optimizer::Optimizer;
+    use parallel::mesh::Mesh;
     use trainer::phase::Plan;
     use trainer::step::Trainer;
     let config = Run::new("skipped", &[]).config();
-    let mut table = ParamTable::default();
-    let stage = Stage::whole(&mut table, &config.model);
-    let weights = Weights::initial(Rc::new(table), Precision::F64, 1, Device::Cpu);
-    let optimizer = Optimizer::new(&config.optimizer, &weights, 1);
-    let mut trainer = Trainer::new(&config.model, stage, weights, optimizer, Groups::new(solo(), &Mesh::single()).expect("groups of one"));
+    let mut trainer = Trainer::new(&config, &Mesh::single(), solo()).expect("a trainer");
     let plan = Plan::new(&config.phase, &config.data.mixture);
     let moment = plan.at(500).expect("inside");
     let batch = |seed| vec![MicroBatch { tokens: crate::support::tokens(seed, &[moment.batch as i64, 33], config.model.vocab_size) }];

@@ -10,6 +10,8 @@ use model::params::Role;
 use model::stage::StageIn;
 use model::{Grads, MicroBatch, ParamId, ParamTable, Stage, StepContext, Weights};
 use parallel::comm::local::solo;
+use parallel::dispatch::ExpertGroup;
+use parallel::dispatch::ExpertGroup;
 use safetensors::SafeTensors;
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -59,7 +61,7 @@ impl Subject {
             mtp_weight,
             balance_weight,
             positions: Positions::new(&self.config, self.config.rope_scaling.as_ref(), length, options),
-            experts: solo(),
+            experts: ExpertGroup::flat(solo()),
         }
     }
 

@@ -21,7 +21,7 @@ pub fn update(weights: &mut Weights, biases: &[Option<ParamId>], counts: &Tensor
 /// Largest and smallest expert load as a share of the mean, over all layers.
 pub fn extremes(counts: &Tensor) -> (f64, f64) {
     if counts.numel() == 0 {
-        return (1.0, 1.0);
+        return (0.0, f64::INFINITY); // no router here: another rank's will say
     }
     let counts = counts.to_kind(tch::Kind::Double);
     let share = &counts / counts.mean_dim(&[1i64][..], true, None);

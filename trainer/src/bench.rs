@@ -1,15 +1,13 @@
 //! `tiefsee bench`: training steps on random tokens, timed, without a corpus or a run directory.
 use anyhow::Result;
 use clap::Parser;
-use model::{MicroBatch, ParamTable, Stage, Weights};
+use model::MicroBatch;
 use parallel::comm::local::solo;
-use parallel::mesh::{Groups, Mesh};
+use parallel::mesh::Mesh;
 use std::path::PathBuf;
-use std::rc::Rc;
 use std::time::Instant;
-use tch::{Device, Tensor};
+use tch::Tensor;
 use trainer::RunConfig;
-use trainer::optimizer::Optimizer;
 use trainer::phase::Plan;
 use trainer::step::Trainer;
 
@@ -29,11 +27,7 @@ pub fn run(args: &Args) -> Result<()> {
     if config.run.threads > 0 {
         tch::set_num_threads(config.run.threads as i32);
     }
-    let mut table = ParamTable::default();
-    let stage = Stage::whole(&mut table, &config.model);
-    let weights = Weights::initial(Rc::new(table), config.run.precision, config.run.seed, Device::Cpu);
-    let optimizer = Optimizer::new(&config.optimizer, &weights, config.run.seed);
-    let mut trainer = Trainer::new(&config.model, stage, weights, optimizer, Groups::new(solo(), &Mesh::single())?);
+    let mut trainer = Trainer::new(&config, &Mesh::single(), solo())?;
     let plan = Plan::new(&config.phase, &config.data.mixture);
     let moment = plan.at(0).expect("a config has a phase");
     let length = moment.phase.sequence_length as i64;

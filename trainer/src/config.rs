@@ -162,10 +162,10 @@ impl RunConfig {
         Ok(())
     }
 
-    /// The layout in a world of so many ranks. Errors carry all the numbers.
-    pub fn mesh(&self, world: usize) -> Result<Mesh> {
-        let mesh = self.parallel.validate(&vec![0; world])?;
-        ensure!(mesh.pp == 1, "parallel.pp = {}: the trainer runs data and expert parallelism; pipelines are planned, not yet run", mesh.pp);
+    /// The layout over ranks on these nodes. Errors carry all the numbers.
+    pub fn mesh(&self, nodes: &[usize]) -> Result<Mesh> {
+        let mesh = self.parallel.validate(nodes)?;
+        crate::pipeline::parts(&self.model, mesh.pp, &self.parallel.layers)?;
         let experts = self.model.n_routed_experts;
         ensure!(experts % mesh.ep as i64 == 0, "parallel.ep = {}: must divide model.n_routed_experts = {experts}", mesh.ep);
         for (index, phase) in self.phase.iter().enumerate() {

@@ -15,10 +15,21 @@ pub struct Place {
     pub threads: usize,
 }
 
+fn host() -> String {
+    std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default().trim().to_string()
+}
+
+/// The node of every rank: hosts, numbered in the order of their first rank.
+pub fn nodes(world: &dyn Communicator) -> Result<Vec<usize>> {
+    let hosts = gather_bytes(world, host().as_bytes())?;
+    let mut seen: Vec<&Vec<u8>> = Vec::new();
+    hosts.iter().for_each(|host| if !seen.contains(&host) { seen.push(host) });
+    Ok(hosts.iter().map(|host| seen.iter().position(|known| *known == host).expect("seen above")).collect())
+}
+
 /// The layout in one line: ranks by host.
 pub fn gather_layout(world: &dyn Communicator, device: &str, threads: usize) -> Result<Vec<Place>> {
-    let host = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default().trim().to_string();
-    let mine = Place { rank: world.rank(), host, device: device.to_string(), threads };
+    let mine = Place { rank: world.rank(), host: host(), device: device.to_string(), threads };
     gather_bytes(world, &serde_json::to_vec(&mine)?)?.iter().map(|bytes| Ok(serde_json::from_slice(bytes)?)).collect()
 }
 

@@ -7,6 +7,7 @@ pub mod guard;
 pub mod metrics;
 pub mod optimizer;
 pub mod phase;
+pub mod pipeline;
 pub mod run;
 pub mod state;
 pub mod step;

@@ -190,14 +190,18 @@ impl Plan {
         None
     }
 
-    /// Steps of the whole run.
-    pub fn num_steps(&self) -> u64 {
-        let (mut steps, mut tokens) = (0, 0);
-        while let Some(moment) = self.at(tokens) {
+    /// Every step of the whole run.
+    pub fn moments(&self) -> impl Iterator<Item = Moment<'_>> {
+        let mut tokens = 0;
+        std::iter::from_fn(move || {
+            let moment = self.at(tokens)?;
             tokens += moment.batch * moment.phase.sequence_length;
-            steps += 1;
-        }
-        steps
+            Some(moment)
+        })
+    }
+
+    pub fn num_steps(&self) -> u64 {
+        self.moments().count() as u64
     }
 }
 

@@ -1,10 +1,9 @@
 //! A run from its first step (or its newest checkpoint) to its last.
-use crate::checkpoint::{self, Cursor, Manifest, Mesh, Progress};
+use crate::checkpoint::{self, Cursor, Manifest, Progress};
 use crate::config::RunConfig;
-use crate::coordinator::{StopSignal, agree, all_or_none, gather_layout};
+use crate::coordinator::{StopSignal, agree, all_or_none, gather_layout, nodes};
 use crate::guard::{Guard, MAX_SKIPPED_IN_A_ROW};
 use crate::metrics::{Metrics, StepLine, ValidationLine};
-use crate::optimizer::Optimizer;
 use crate::phase::{Moment, Phase, Plan};
 use crate::step::{StepReport, Trainer};
 use crate::summary::Summary;
@@ -12,12 +11,11 @@ use crate::validate::held_out_loss;
 use anyhow::{Context, Result, bail, ensure};
 use data::{Loader, LoaderOptions, OrderSpec, Sample, Source, Split};
 use kernels::ops::rope::RopeScaling;
-use model::{ExpertShare, MicroBatch, ModelConfig, ParamTable, Stage, Weights};
+use model::{MicroBatch, ModelConfig};
 use parallel::comm::{Comm, barrier, broadcast_bytes};
-use parallel::mesh::Groups;
-use std::collections::HashMap;
+use parallel::mesh::Mesh;
+use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
-use std::rc::Rc;
 use std::time::Instant;
 use tch::{Device, Tensor};
 
@@ -37,7 +35,6 @@ struct Run<'a> {
     config: &'a RunConfig,
     plan: Plan,
     world: Comm,
-    mesh: Mesh,
     trainer: Trainer,
     corpus: Corpus,
     metrics: Metrics,
@@ -59,8 +56,9 @@ struct State {
 
 /// Runs to the end of the phases, a stop signal or `run.stop_after`. Collective over `world`.
 pub fn train(config: &RunConfig, world: Comm, start: Start, stop: &StopSignal) -> Result<Outcome> {
-    let layout = config.mesh(world.size())?;
+    let layout = config.mesh(&nodes(&*world)?)?;
     let plan = Plan::new(&config.phase, &config.data.mixture);
+    let schedules = prove_schedules(&plan, &layout)?;
     let free = if world.rank() == 0 && start == Start::Fresh { check_free(&config.run.dir) } else { Ok(()) };
     all_or_none(&*world, free)?;
     let corpus = all_or_none(&*world, Corpus::open(config, &plan))?;
@@ -72,15 +70,14 @@ pub fn train(config: &RunConfig, world: Comm, start: Start, stop: &StopSignal) -
     let facts = [("binary", binary()?), ("config", config.to_toml()?), ("corpus", corpus.fingerprint())];
     agree(&*world, &facts)?;
 
-    let mut trainer = build(config, Groups::new(world.clone(), &layout)?)?;
+    let mut trainer = Trainer::new(config, &layout, world.clone())?;
     let (state, last_checkpoint, notes) = restore(config, &world, start, &mut trainer, &corpus)?;
     // Only now, with everything checked, is anything written.
     let ready = if world.rank() == 0 && start == Start::Fresh { prepare_dir(config) } else { Ok(()) };
     all_or_none(&*world, ready)?;
     let metrics = all_or_none(&*world, Metrics::open(&config.run.dir, world.rank(), state.step, plan.num_steps()))?;
-    let mesh = Mesh { world: world.size(), pp: layout.pp, dp: layout.dp, ep: layout.ep };
-    let mut run = Run { config, plan, world, mesh, trainer, corpus, metrics, state, last_checkpoint, validated: None, rope_scaling: config.model.rope_scaling.clone() };
-    run.announce(start, &notes)?;
+    let mut run = Run { config, plan, world, trainer, corpus, metrics, state, last_checkpoint, validated: None, rope_scaling: config.model.rope_scaling.clone() };
+    run.announce(start, &[notes, schedules].concat())?;
     let finished = run.steps(stop)?;
     run.finish(finished)
 }
@@ -128,15 +125,19 @@ fn remove_ours(folder: &Path, start: &str, end: &str) -> Result<()> {
     Ok(())
 }
 
-fn build(config: &RunConfig, groups: Groups) -> Result<Trainer> {
-    let share = ExpertShare { rank: groups.expert.rank() as i64, ranks: groups.expert.size() as i64 };
-    let mut table = ParamTable::new(share);
-    let stage = Stage::whole(&mut table, &config.model);
-    let weights = Weights::initial(Rc::new(table), config.run.precision, config.run.seed, Device::Cpu);
-    let optimizer = Optimizer::new(&config.optimizer, &weights, config.run.seed);
-    let mut trainer = Trainer::new(&config.model, stage, weights, optimizer, groups);
-    trainer.max_grad_norm = config.optimizer.max_grad_norm;
-    Ok(trainer)
+/// Proves the schedule of every step of the run, and says where it is not the one asked for.
+fn prove_schedules(plan: &Plan, mesh: &Mesh) -> Result<Vec<String>> {
+    let mut proven = BTreeMap::new();
+    for moment in plan.moments() {
+        let micro_batches = (moment.batch / (moment.phase.micro_batch * mesh.dp as u64)) as usize;
+        if let std::collections::btree_map::Entry::Vacant(entry) = proven.entry(micro_batches) {
+            let schedule = mesh.schedule.for_step(mesh.pp, micro_batches);
+            schedule.proven(mesh.pp, micro_batches)?;
+            entry.insert(schedule);
+        }
+    }
+    let note = |(count, schedule)| format!("steps of {count} micro-batches a pipe run {schedule}, {} needs an even number of at least {}", mesh.schedule, 2 * mesh.pp);
+    Ok(proven.into_iter().filter(|(_, schedule)| *schedule != mesh.schedule).map(note).collect())
 }
 
 type Restored = (State, Option<(u64, PathBuf)>, Vec<String>);
@@ -171,15 +172,17 @@ impl Run<'_> {
         let count = self.config.model.count();
         let hosts: std::collections::BTreeSet<&str> = places.iter().map(|place| place.host.as_str()).collect();
         self.metrics.say(&format!(
-            "{} {} | {:.2}M parameters, {:.2}M active | {} ranks on {} host(s) (dp {}, ep {}), {} thread(s) each | {:?} | {} steps, {} tokens",
+            "{} {} | {:.2}M parameters, {:.2}M active | {} ranks on {} host(s) (pp {}, dp {}, ep {}, {}), {} thread(s) each | {:?} | {} steps, {} tokens",
             if start == Start::Fresh { "starting" } else { "resuming" },
             self.config.run.dir.display(),
             (count.main + count.mtp) as f64 / 1e6,
             count.active as f64 / 1e6,
             self.world.size(),
             hosts.len(),
-            self.mesh.dp,
-            self.mesh.ep,
+            self.trainer.mesh.pp,
+            self.trainer.mesh.dp,
+            self.trainer.mesh.ep,
+            self.trainer.mesh.schedule,
             places[0].threads,
             self.config.run.precision,
             self.plan.num_steps(),
@@ -243,6 +246,9 @@ impl Run<'_> {
     /// This rank's micro-batches of the step that starts at sample `first`; the next step's are asked for.
     fn read_batch(&self, plan: &Plan, first: u64) -> Result<Vec<MicroBatch>> {
         let moment = plan.at(self.state.tokens).expect("the caller is inside a phase");
+        if !self.trainer.stages.reads_tokens() {
+            return Ok(self.blank_batch(&moment));
+        }
         let loader = self.corpus.loader(moment.order);
         let samples = loader.read(&self.share(first, moment.batch))?;
         let after = self.state.tokens + moment.batch * moment.phase.sequence_length;
@@ -252,10 +258,19 @@ impl Run<'_> {
         Ok(micro_batches(&samples, moment.phase.micro_batch as usize, self.trainer.weights.device()))
     }
 
-    /// The samples of a global batch that this rank takes: the r-th of `dp` equal runs.
+    /// For the stages between the ends of the pipe, which look at no token: the shapes of the step's micro-batches.
+    fn blank_batch(&self, moment: &Moment) -> Vec<MicroBatch> {
+        let (size, length) = (moment.phase.micro_batch as i64, moment.phase.sequence_length as i64);
+        let count = moment.batch / moment.phase.micro_batch / self.trainer.mesh.dp as u64;
+        let blank = Tensor::zeros([1, 1], (tch::Kind::Int64, self.trainer.weights.device())).expand([size, length + 1], false);
+        (0..count).map(|_| MicroBatch { tokens: blank.shallow_clone() }).collect()
+    }
+
+    /// The samples of a global batch that this rank's pipe takes: the r-th of `dp` equal runs.
     fn share(&self, first: u64, batch: u64) -> Vec<u64> {
-        let each = batch / self.mesh.dp as u64;
-        let start = first + each * self.trainer.groups.data.rank() as u64;
+        let mesh = &self.trainer.mesh;
+        let each = batch / mesh.dp as u64;
+        let start = first + each * mesh.place(self.world.rank()).dp as u64;
         (start..start + each).collect()
     }
 
@@ -308,7 +323,7 @@ impl Run<'_> {
     }
 
     fn save(&mut self) -> Result<()> {
-        let head = Manifest::head(self.config, self.mesh, self.trainer.optimizer.updates);
+        let head = Manifest::head(self.config, &self.trainer.mesh, self.trainer.optimizer.updates);
         let State { step, tokens, cursor, progress } = self.state.clone();
         let model = ModelConfig { rope_scaling: self.rope_scaling.clone(), ..head.model.clone() };
         let progress = Progress { skipped_in_a_row: self.trainer.guard.in_a_row(), ..progress };

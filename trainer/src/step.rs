@@ -2,24 +2,30 @@
 //!
 //! Legend: B sequences of a micro-batch, L positions, E experts.
 use crate::balance;
+use crate::config::RunConfig;
 use crate::guard::{Guard, Verdict};
 use crate::optimizer::Optimizer;
 use crate::phase::Moment;
+use crate::pipeline::{LocalStages, Pipeline, parts};
+use anyhow::Result;
+use kernels::ops::adamw::sum_of_squares;
 use kernels::ops::rope::RopeScaling;
 use model::mla::Positions;
-use model::stage::StageIn;
-use model::{Grads, MicroBatch, ModelConfig, ParamId, Stage, StepContext, Weights};
 use model::params::Role;
-use kernels::ops::adamw::sum_of_squares;
+use model::{ExpertShare, Grads, MicroBatch, ModelConfig, ParamId, ParamTable, StepContext, Weights};
 use parallel::comm::{Comm, CommError, Reduce};
-use parallel::mesh::Groups;
+use parallel::mesh::{Groups, Mesh};
+use parallel::schedule::run::run as run_schedule;
+use parallel::schedule::{Action, Schedule};
 use std::collections::HashMap;
-use tch::{Kind, Tensor};
+use std::rc::Rc;
+use tch::{Device, Tensor};
 
 /// The model and its optimizer on one rank.
 pub struct Trainer {
     pub config: ModelConfig,
-    pub stage: Stage,
+    pub mesh: Mesh,
+    pub stages: LocalStages,
     pub weights: Weights,
     pub optimizer: Optimizer,
     pub guard: Guard,
@@ -42,7 +48,6 @@ pub struct StepReport {
     pub grad_norm: f64,
     /// Largest and smallest expert load ÷ mean.
     pub load: (f64, f64),
-    pub expert_counts: Vec<Vec<i64>>,
     pub applied: bool,
     pub skipped_in_a_row: u32,
     /// Some rank was asked to stop.
@@ -50,9 +55,26 @@ pub struct StepReport {
 }
 
 impl Trainer {
-    pub fn new(config: &ModelConfig, stage: Stage, weights: Weights, optimizer: Optimizer, groups: Groups) -> Self {
-        let biases = stage.biases();
-        Trainer { config: config.clone(), stage, weights, optimizer, guard: Guard::default(), max_grad_norm: 1.0, groups, biases, positions: None }
+    /// This rank's part of the model, with the seed's weights. Collective over `world`.
+    pub fn new(config: &RunConfig, mesh: &Mesh, world: Comm) -> Result<Self> {
+        let parts = parts(&config.model, mesh.pp, &config.parallel.layers)?;
+        let groups = Groups::new(world, mesh, config.model.num_nextn_predict_layers == 1)?;
+        let mut table = ParamTable::new(ExpertShare { rank: groups.expert.all.rank() as i64, ranks: groups.expert.all.size() as i64 });
+        let stages = LocalStages::new(&mut table, &config.model, &parts, mesh, groups.world.rank());
+        let weights = Weights::initial(Rc::new(table), config.run.precision, config.run.seed, Device::Cpu);
+        let optimizer = Optimizer::new(&config.optimizer, &weights, config.run.seed);
+        Ok(Trainer {
+            config: config.model.clone(),
+            mesh: mesh.clone(),
+            biases: stages.biases(),
+            stages,
+            weights,
+            optimizer,
+            guard: Guard::default(),
+            max_grad_norm: config.optimizer.max_grad_norm,
+            groups,
+            positions: None,
+        })
     }
 
     /// Counts of the global batch, and the phase's constants.
@@ -75,25 +97,14 @@ impl Trainer {
         }
     }
 
-    /// Forward, backward, reduce, judge, update. `micro_batches` are this rank's; `stop` is its own wish.
-    pub fn step(&mut self, moment: &Moment, micro_batches: &[MicroBatch], stop: bool) -> Result<StepReport, CommError> {
+    /// Forward, backward, reduce, judge, update. `batch`: this pipe's micro-batches; `stop` is this rank's own wish.
+    pub fn step(&mut self, moment: &Moment, batch: &[MicroBatch], stop: bool) -> Result<StepReport, CommError> {
         let step = self.context(moment, moment.batch);
-        let mut complete: Vec<(ParamId, Tensor)> = Vec::new();
-        let uses = micro_batches.iter().flat_map(|_| self.stage.uses.iter().copied());
-        let mut grads = Grads::new(&self.weights, uses, &mut complete);
-        let mut sums = Sums::new(&self.weights, self.biases.len(), self.config.n_routed_experts);
-        for micro_batch in micro_batches {
-            let (_, stats, saved) = self.stage.forward(&step, &mut self.weights, micro_batch, StageIn::Tokens)?;
-            sums.add(&stats);
-            self.stage.backward(&self.weights, None, saved, &mut |work| self.stage.backward_weight(work, &mut grads))?;
-        }
-        grads.finish();
-        complete.sort_by_key(|(id, _)| *id);
-        let (losses, counts) = sums.reduce(&self.groups.data, stop)?;
-        let gradients = self.reduce(complete)?;
+        let (losses, counts, gradients) = self.gradients(&step, batch, stop)?;
         let norm = self.grad_norm(&gradients)?;
 
         let loss = losses[0] / step.main_targets as f64;
+        let load = self.load(&counts)?;
         let verdict = self.guard.judge(losses.iter().sum(), norm);
         if verdict == Verdict::Apply {
             let clip = if norm > self.max_grad_norm { self.max_grad_norm / norm } else { 1.0 };
@@ -105,12 +116,45 @@ impl Trainer {
             mtp: (self.config.num_nextn_predict_layers == 1).then(|| losses[1] / step.mtp_targets as f64),
             balance: losses[2] * step.balance_weight / step.sequences as f64,
             grad_norm: norm,
-            load: balance::extremes(&counts),
-            expert_counts: Vec::<Vec<i64>>::try_from(&counts).unwrap_or_default(),
+            load,
             applied: verdict == Verdict::Apply,
             skipped_in_a_row: if let Verdict::Skip { in_a_row } = verdict { in_a_row } else { 0 },
             stop: losses[3] > 0.0,
         })
+    }
+
+    /// ([main, mtp, balance, stop] over the world, expert counts of this rank's layers over all that hold them,
+    /// gradients over all that hold them).
+    pub fn gradients(&mut self, step: &StepContext, batch: &[MicroBatch], stop: bool) -> Result<(Vec<f64>, Tensor, Vec<(ParamId, Tensor)>), CommError> {
+        let actions = self.actions(batch.len());
+        let mut complete: Vec<(ParamId, Tensor)> = Vec::new();
+        let mut grads = Grads::new(&self.weights, self.stages.uses(&actions), &mut complete);
+        let mut pipeline = Pipeline::new(step, &self.stages, &mut self.weights, Some(&mut grads), batch, &self.config);
+        run_schedule(&actions, &*self.groups.pipe, &mut pipeline)?;
+        let sums = pipeline.sums;
+        grads.finish();
+        complete.sort_by_key(|(id, _)| *id);
+        let gradients = self.reduce(complete)?;
+
+        let counts = self.groups.data.all_reduce(vec![sums.counts()], Reduce::Sum)?;
+        let stop = Tensor::from_slice(&[stop as i64 as f64]).to_device(sums.losses.device());
+        let losses = self.groups.world.all_reduce(vec![Tensor::cat(&[sums.losses, stop], 0)], Reduce::Sum)?.wait()?;
+        let losses = Vec::<f64>::try_from(&losses[0]).expect("f64 sums");
+        Ok((losses, counts.wait()?.pop().expect("one went in"), gradients))
+    }
+
+    /// This rank's list for a step of so many micro-batches.
+    fn actions(&self, micro_batches: usize) -> Vec<Action> {
+        let schedule = self.mesh.schedule.for_step(self.mesh.pp, micro_batches);
+        schedule.actions(self.groups.pipe.rank(), self.mesh.pp, micro_batches).expect("every step's schedule was checked at the start")
+    }
+
+    /// Largest and smallest load of an expert ÷ its layer's mean, over all layers of the model.
+    fn load(&self, counts: &Tensor) -> Result<(f64, f64), CommError> {
+        let (max, min) = balance::extremes(counts);
+        let both = self.groups.world.all_reduce(vec![Tensor::from_slice(&[max, -min])], Reduce::Max)?.wait()?;
+        let (max, min) = (both[0].double_value(&[0]), -both[0].double_value(&[1]));
+        Ok(if min.is_finite() { (max, min) } else { (1.0, 1.0) }) // a model without a router
     }
 
     /// Sums in rank order: experts over the ranks that hold the same ones, everything else over all.
@@ -133,48 +177,16 @@ impl Trainer {
     fn grad_norm(&self, gradients: &[(ParamId, Tensor)]) -> Result<f64, CommError> {
         let sum = |experts| gradients.iter().filter(|(id, _)| self.is_expert(*id) == experts).map(|(_, gradient)| sum_of_squares(gradient)).sum::<f64>();
         let mine = Tensor::from_slice(&[sum(true)]);
-        let experts = self.groups.expert.all_reduce(vec![mine], Reduce::Sum)?.wait()?;
+        let experts = self.groups.expert.all.all_reduce(vec![mine], Reduce::Sum)?.wait()?;
         Ok((sum(false) + experts[0].double_value(&[0])).sqrt())
     }
 
-    /// Σ of the main loss over this rank's micro-batches, without a gradient.
-    pub fn loss_only(&mut self, moment: &Moment, micro_batches: &[MicroBatch]) -> Result<f64, CommError> {
-        let step = self.context(moment, micro_batches.len().max(1) as u64);
-        let mut total = 0.0;
-        for micro_batch in micro_batches {
-            let (_, stats, _) = self.stage.forward(&step, &mut self.weights, micro_batch, StageIn::Tokens)?;
-            total += stats.main.double_value(&[]);
-        }
-        Ok(total)
-    }
-}
-
-/// Sums over micro-batches: [main, mtp, balance] in f64, expert counts in i64.
-struct Sums {
-    losses: Tensor,
-    counts: Tensor,
-}
-
-impl Sums {
-    fn new(weights: &Weights, layers: usize, experts: i64) -> Self {
-        let device = weights.device();
-        Sums { losses: Tensor::zeros([3], (Kind::Double, device)), counts: Tensor::zeros([layers as i64, experts], (Kind::Int64, device)) }
-    }
-
-    fn add(&mut self, stats: &model::StageStats) {
-        let losses = Tensor::stack(&[&stats.main, &stats.mtp, &stats.balance], 0).to_kind(Kind::Double);
-        let _ = self.losses.g_add_(&losses);
-        if self.counts.numel() > 0 {
-            let _ = self.counts.g_add_(&stats.expert_counts);
-        }
-    }
-
-    /// ([main, mtp, balance, stop], counts) over all ranks.
-    fn reduce(self, data: &Comm, stop: bool) -> Result<(Vec<f64>, Tensor), CommError> {
-        let stop = Tensor::from_slice(&[stop as i64 as f64]).to_device(self.losses.device());
-        let losses = Tensor::cat(&[self.losses, stop], 0);
-        let mut reduced = data.all_reduce(vec![losses, self.counts], Reduce::Sum)?.wait()?;
-        let counts = reduced.pop().expect("two went in");
-        Ok((Vec::<f64>::try_from(&reduced[0]).expect("f64 sums"), counts))
+    /// Σ of the main loss over this pipe's micro-batches, without a gradient; 0 on every rank but the last stage's.
+    pub fn loss_only(&mut self, moment: &Moment, batch: &[MicroBatch]) -> Result<f64, CommError> {
+        let step = self.context(moment, batch.len().max(1) as u64);
+        let actions = Schedule::forwards(self.groups.pipe.rank(), self.mesh.pp, batch.len());
+        let mut pipeline = Pipeline::new(&step, &self.stages, &mut self.weights, None, batch, &self.config);
+        run_schedule(&actions, &*self.groups.pipe, &mut pipeline)?;
+        Ok(pipeline.sums.losses.double_value(&[0]))
     }
 }

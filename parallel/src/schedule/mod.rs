@@ -121,6 +121,20 @@ impl Schedule {
         })
     }
 
+    /// What a step of so many micro-batches runs: too few for DualPipe (a ramp's first steps) go through one copy of the
+    /// stages, as ZB1P.
+    pub fn for_step(self, num_ranks: usize, num_micro_batches: usize) -> Schedule {
+        match self {
+            Self::DualPipe if self.validate(num_ranks, num_micro_batches).is_err() => Self::Zb1p,
+            schedule => schedule,
+        }
+    }
+
+    /// What `rank` does to find a loss without gradients; every micro-batch goes up (direction 0).
+    pub fn forwards(rank: usize, num_ranks: usize, num_micro_batches: usize) -> Vec<Action> {
+        one_way::forwards(rank, num_ranks, num_micro_batches)
+    }
+
     /// All ranks' lists, proven by the checker at unit times.
     pub fn proven(self, num_ranks: usize, num_micro_batches: usize) -> Result<(Vec<Vec<Action>>, Report), Violation> {
         let lists: Result<Vec<_>, _> = (0..num_ranks).map(|rank| self.actions(rank, num_ranks, num_micro_batches)).collect();

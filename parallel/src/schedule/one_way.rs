@@ -18,6 +18,15 @@ pub(super) fn gpipe(rank: usize, num_ranks: usize, num_micro_batches: usize) -> 
     list.finish()
 }
 
+/// The way up alone, for a loss without gradients.
+pub(super) fn forwards(rank: usize, num_ranks: usize, num_micro_batches: usize) -> Vec<Action> {
+    let mut list = Builder::new(rank, num_ranks, 0);
+    for _ in 0..num_micro_batches {
+        forward(&mut list);
+    }
+    list.finish()
+}
+
 /// rank 0  F0 F1 . . B0 F2 B1 . B2       at most P − rank in flight
 /// rank 1     F0 B0 F1 B1 F2 B2
 pub(super) fn one_f_one_b(rank: usize, num_ranks: usize, num_micro_batches: usize) -> Vec<Action> {

@@ -81,7 +81,8 @@ pub struct SliceEntry {
 
 impl Manifest {
     /// A run's manifest before its first step; the caller fills in where the run is.
-    pub fn head(config: &crate::RunConfig, mesh: Mesh, updates: u64) -> Self {
+    pub fn head(config: &crate::RunConfig, mesh: &parallel::mesh::Mesh, updates: u64) -> Self {
+        let mesh = Mesh { world: mesh.world_size(), pp: mesh.pp, dp: mesh.dp, ep: mesh.ep };
         Manifest { updates, seed: config.run.seed, mesh, ..Self::imported(config.model.clone(), config.run.precision) }
     }
 
