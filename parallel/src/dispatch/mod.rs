@@ -1,0 +1,192 @@
+//! MoE dispatch and combine over the ranks that share the experts (report §3.2.2). A token travels once to each node
+//! that holds an expert of its, to the rank there with the sender's index, and from it once to each rank that holds one;
+//! there its rows are sorted by expert. What the experts make of it is summed on their rank, then on their node, and
+//! comes back as one row a node. The backward of dispatch is combine, the backward of combine is dispatch, over the same
+//! plan. On one node (or nodes of uneven size) rows go straight to the ranks.
+//!
+//! Every transfer is posted at once and unpacked by its `wait`; the caller computes something else in between. The second
+//! hop starts in that wait, when the first is through; so the ranks of a group wait for their transfers in one order.
+//!
+//! Legend: T tokens, K experts a token, E experts, R rows at the local experts, D width.
+use crate::comm::{CommError, Pending};
+use hop::{Hop, Local, Places};
+use std::cell::OnceCell;
+use std::rc::Rc;
+use tch::Tensor;
+
+mod group;
+mod hop;
+
+pub use group::ExpertGroup;
+
+/// Where every (token, choice) goes; made once a MoE layer and micro-batch.
+pub struct Plan(Rc<Route>);
+
+struct Route {
+    routes: Tensor,
+    hops: Vec<Hop>,
+    counts: Vec<i64>,
+    /// Known when the first dispatch is through: slots travel with its rows.
+    arrival: OnceCell<Arrival>,
+}
+
+struct Arrival {
+    places: Vec<Places>,
+    local: Local,
+}
+
+/// What arrives at the local experts.
+pub struct Dispatched {
+    pub rows: Tensor,    // [R, D], sorted by expert
+    pub weights: Tensor, // [R]
+}
+
+/// The gradients of what was dispatched.
+pub struct DispatchGrad {
+    pub x: Tensor,       // [T, D]
+    pub weights: Tensor, // [T, K]
+}
+
+impl Plan {
+    /// routes [T, K] i64, the expert of each choice. Collective over `group`; the one host wait of a layer and
+    /// micro-batch, for all counts of all hops.
+    pub fn new(routes: &Tensor, num_experts: i64, group: &ExpertGroup) -> Result<Self, CommError> {
+        assert_eq!(num_experts % group.all.size() as i64, 0, "experts are shared out evenly");
+        let counts = group::Counts::exchange(routes, num_experts, group)?;
+        let mut share = num_experts;
+        let hops = group.hops().iter().zip(counts.send.into_iter().zip(counts.recv)).map(|(comm, (send, recv))| {
+            share /= comm.size() as i64;
+            Hop { comm: comm.clone(), send, recv, share }
+        });
+        Ok(Plan(Rc::new(Route { routes: routes.shallow_clone(), hops: hops.collect(), counts: counts.experts, arrival: OnceCell::new() })))
+    }
+
+    /// Rows of each local expert.
+    pub fn counts(&self) -> &[i64] {
+        &self.0.counts
+    }
+
+    /// Forward: x [T, D] and weights [T, K] → the rows and weights at the local experts, in one transfer. Once a plan,
+    /// and before all others.
+    pub fn dispatch(&self, x: &Tensor, weights: &Tensor) -> Result<Pending<Dispatched>, CommError> {
+        let route = self.0.clone();
+        let parts = vec![x.shallow_clone(), weights.shallow_clone()];
+        let sent = route.find_way(parts)?;
+        Ok(Pending::running(move || {
+            let parts = sent.wait()?;
+            let local = &route.arrival().local;
+            let weights = parts[1].flatten(0, -1).index_select(0, &local.pair);
+            Ok(Dispatched { rows: parts[0].index_select(0, &local.row), weights })
+        }))
+    }
+
+    /// Forward: rows [R, D] → the sum of each token's rows, [T, D]; each sum is taken in at least FP32.
+    pub fn combine(&self, rows: &Tensor) -> Result<Pending<Tensor>, CommError> {
+        let back = self.0.inward(vec![self.0.sum_local(rows)])?;
+        Ok(Pending::running(move || {
+            let [y] = all(back.wait()?);
+            Ok(y)
+        }))
+    }
+
+    /// The backward of `combine`: dy [T, D] → the gradient of its rows, [R, D].
+    pub fn combine_backward(&self, dy: &Tensor) -> Result<Pending<Tensor>, CommError> {
+        let route = self.0.clone();
+        let sent = route.clone().outward(vec![dy.shallow_clone()])?;
+        Ok(Pending::running(move || {
+            let [rows] = all(sent.wait()?);
+            Ok(rows.index_select(0, &route.arrival().local.row))
+        }))
+    }
+
+    /// The backward of `dispatch`: the gradients of its rows [R, D] and weights [R] → those of x and weights.
+    pub fn dispatch_backward(&self, drows: &Tensor, dweights: &Tensor) -> Result<Pending<DispatchGrad>, CommError> {
+        let place = &self.0.arrival().local.place;
+        let slots = hop::with_zero(dweights).index_select(0, &place.flatten(0, -1)).view_as(place); // [V, K]
+        let back = self.0.inward(vec![self.0.sum_local(drows), slots])?;
+        Ok(Pending::running(move || {
+            // A slot came back from one rank, zeros from the others: their sum is exact.
+            let [x, weights] = all(back.wait()?);
+            Ok(DispatchGrad { x, weights })
+        }))
+    }
+}
+
+fn all<const N: usize>(parts: Vec<Tensor>) -> [Tensor; N] {
+    parts.try_into().expect("as many tensors come as went")
+}
+
+impl Route {
+    fn arrival(&self) -> &Arrival {
+        self.arrival.get().expect("dispatch is waited for first")
+    }
+
+    /// rows [R, D] → one for each row that came, [V, D].
+    fn sum_local(&self, rows: &Tensor) -> Tensor {
+        hop::sum_places(rows, &self.arrival().local.place)
+    }
+
+    /// The first time outward: finds the places of each hop on the way.
+    fn find_way(self: &Rc<Self>, parts: Vec<Tensor>) -> Result<Pending<Vec<Tensor>>, CommError> {
+        let route = self.clone();
+        let mut places = Vec::with_capacity(route.hops.len());
+        let mut slots = route.routes.shallow_clone();
+        let mut sent = Pending::ready(parts);
+        if let Some(hop) = route.hops.first() {
+            places.push(hop.places(&slots));
+            sent = hop.out(&sent.wait()?, &places[0], true)?;
+        }
+        Ok(Pending::running(move || {
+            let mut parts = sent.wait()?;
+            for hop in route.hops.iter().skip(1) {
+                slots = parts.pop().expect("slots come last");
+                let found = hop.places(&slots);
+                parts = hop.out(&parts, &found, true)?.wait()?;
+                places.push(found);
+            }
+            if !route.hops.is_empty() {
+                slots = parts.pop().expect("slots come last");
+            }
+            let local = Local::new(&slots, route.counts.len() as i64, route.counts.iter().sum());
+            assert!(route.arrival.set(Arrival { places, local }).is_ok(), "a plan dispatches once");
+            Ok(parts)
+        }))
+    }
+
+    /// Rows of each part [T, …] → the rows that arrive, [V, …].
+    fn outward(self: Rc<Self>, parts: Vec<Tensor>) -> Result<Pending<Vec<Tensor>>, CommError> {
+        let sent = match self.hops.first() {
+            Some(hop) => hop.out(&parts, &self.arrival().places[0], false)?,
+            None => return Ok(Pending::ready(parts)),
+        };
+        Ok(Pending::running(move || {
+            let mut parts = sent.wait()?;
+            for (hop, places) in self.hops.iter().zip(&self.arrival().places).skip(1) {
+                parts = hop.out(&parts, places, false)?.wait()?;
+            }
+            Ok(parts)
+        }))
+    }
+
+    /// One row of each part for each that came, [V, …] → their sums, [T, …].
+    fn inward(self: &Rc<Self>, parts: Vec<Tensor>) -> Result<Pending<Vec<Tensor>>, CommError> {
+        let route = self.clone();
+        let sent = match route.hops.last() {
+            Some(hop) => hop.back(parts)?,
+            None => return Ok(Pending::ready(parts)),
+        };
+        Ok(Pending::running(move || {
+            let mut parts = sent.wait()?;
+            for (level, places) in route.arrival().places.iter().enumerate().rev() {
+                parts = parts.iter().map(|part| places.sum(part)).collect();
+                if level > 0 {
+                    parts = route.hops[level - 1].back(parts)?.wait()?;
+                }
+            }
+            Ok(parts)
+        }))
+    }
+}
+
+#[cfg(test)]
+mod tests;
