@@ -8,7 +8,7 @@ use std::time::Instant;
 use data::{DataError, Loader, LoaderOptions, OrderSpec, Source, Split};
 
 const LENGTH: usize = 4096;
-const BATCH: u64 = 64;
+const BATCH: u64 = 8;
 
 fn main() -> Result<(), DataError> {
     let mut args = std::env::args().skip(1);

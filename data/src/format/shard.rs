@@ -7,6 +7,7 @@
 //! length and BLAKE3 of each row group are in the index, so a read is one ranged request.
 
 use std::io::{Read, Write};
+use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -40,11 +41,30 @@ pub struct RowGroupInfo {
     pub hash: [u8; 32],
 }
 
-/// Documents of one row group: their ids end to end, and where each begins.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+/// Documents of one row group, as they lie in the bytes that were read: a token is copied once, into the sample.
+#[derive(Clone, Debug, Default)]
 pub struct RowGroup {
-    pub tokens: Vec<u32>,
+    /// A document's ids as little-endian u32.
+    documents: Vec<ByteArray>,
+    /// Where each document begins among the group's tokens.
     pub starts: Vec<u32>,
+    /// The largest id of all.
+    pub largest: u32,
+}
+
+impl RowGroup {
+    /// Appends the tokens of `range`.
+    pub fn copy(&self, range: Range<usize>, tokens: &mut Vec<u32>) {
+        let first = self.starts.partition_point(|start| *start as usize <= range.start).saturating_sub(1);
+        for (document, start) in self.documents[first..].iter().zip(&self.starts[first..]) {
+            let (words, start) = (document.data().as_chunks::<4>().0, *start as usize);
+            if start >= range.end {
+                break;
+            }
+            let inside = &words[range.start.saturating_sub(start)..words.len().min(range.end - start)];
+            tokens.extend(inside.iter().map(|word| u32::from_le_bytes(*word)));
+        }
+    }
 }
 
 /// Writes one shard. The bytes go to `sink`; naming, fsync and rename are the caller's.
@@ -106,21 +126,21 @@ impl<W: Write + Send> ShardWriter<W> {
 /// `path` and `part` are only for messages.
 pub fn decode_row_group(bytes: Bytes, info: &RowGroupInfo, path: &Path, part: &str) -> Result<RowGroup, DataError> {
     let corrupt = |reason: String| DataError::Corrupt { path: path.to_owned(), part: part.to_owned(), reason };
-    let rows = read_rows(bytes, info).map_err(|e| corrupt(e.to_string()))?;
-    let mut tokens = Vec::with_capacity(info.tokens as usize);
-    let mut starts = Vec::with_capacity(rows.len());
-    for row in &rows {
-        starts.push(tokens.len() as u32);
-        let (words, rest) = row.data().as_chunks::<4>();
+    let documents = read_rows(bytes, info).map_err(|e| corrupt(e.to_string()))?;
+    let (mut starts, mut num_tokens, mut largest) = (Vec::with_capacity(documents.len()), 0u64, 0);
+    for document in &documents {
+        starts.push(num_tokens as u32);
+        let (words, rest) = document.data().as_chunks::<4>();
         if !rest.is_empty() || words.is_empty() {
-            return Err(corrupt(format!("a document of {} bytes", row.len())));
+            return Err(corrupt(format!("a document of {} bytes", document.len())));
         }
-        tokens.extend(words.iter().map(|word| u32::from_le_bytes(*word)));
+        largest = words.iter().map(|word| u32::from_le_bytes(*word)).fold(largest, u32::max);
+        num_tokens += words.len() as u64;
     }
-    if tokens.len() as u64 != info.tokens {
-        return Err(corrupt(format!("{} tokens where the index says {}", tokens.len(), info.tokens)));
+    if num_tokens != info.tokens {
+        return Err(corrupt(format!("{num_tokens} tokens where the index says {}", info.tokens)));
     }
-    Ok(RowGroup { tokens, starts })
+    Ok(RowGroup { documents, starts, largest })
 }
 
 fn read_rows(bytes: Bytes, info: &RowGroupInfo) -> ParquetResult<Vec<ByteArray>> {

@@ -1,4 +1,4 @@
-//! Decoded row groups, the recent ones kept. Each is read once however many ask for it at the
+//! Checked row groups, the recent ones kept. Each is read once however many ask for it at the
 //! same time. Invariant: what is kept stays within the byte limit, or is a single row group.
 
 use std::collections::HashMap;
@@ -58,7 +58,7 @@ impl Cache {
             let first = group.starts.partition_point(|start| (*start as usize) < from);
             let inside = group.starts[first..].iter().take_while(|start| (**start as usize) < to);
             starts.extend(inside.map(|start| (*start as usize - from + base) as u32));
-            tokens.extend_from_slice(&group.tokens[from..to]);
+            group.copy(from..to, &mut tokens);
             if range.end <= end {
                 return Ok((tokens, starts));
             }

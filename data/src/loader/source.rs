@@ -80,12 +80,8 @@ impl OpenSource {
             check(&path, &part, &bytes, &blake3::Hash::from(info.hash).to_hex())?;
         }
         let group = decode_row_group(bytes, info, &path, &part)?;
-        // Two passes: the maximum is one vector instruction a token, a search with an exit is not.
-        let vocab_size = self.manifest.vocab_size;
-        match group.tokens.iter().copied().max() {
-            Some(id) if id >= vocab_size => Err(DataError::TokenOutOfRange { path, part, id, vocab_size }),
-            _ => Ok(group),
-        }
+        let (id, vocab_size) = (group.largest, self.manifest.vocab_size);
+        if id < vocab_size { Ok(group) } else { Err(DataError::TokenOutOfRange { path, part, id, vocab_size }) }
     }
 }
 

@@ -4,6 +4,7 @@
 //! Invariant: a request is repeated, with growing pauses, after a failure or a stall; what is
 //! certain not to mend (a missing file, a file of another length, no permission) is not repeated.
 
+mod local;
 mod location;
 
 use std::ops::Range;
@@ -15,7 +16,7 @@ use bytes::Bytes;
 use futures::TryStreamExt;
 use object_store::local::LocalFileSystem;
 use object_store::path::Path as StorePath;
-use object_store::{GetOptions, GetRange, ObjectMeta, ObjectStore, ObjectStoreExt};
+use object_store::{GetOptions, GetRange, GetResult, GetResultPayload, ObjectMeta, ObjectStore, ObjectStoreExt};
 
 use crate::DataError;
 pub(crate) use location::Location;
@@ -47,6 +48,7 @@ pub struct Store {
     prefix: StorePath,
     shown: PathBuf,
     retry: Retry,
+    buffers: local::Buffers,
 }
 
 impl Store {
@@ -54,20 +56,24 @@ impl Store {
     pub fn open(location: &Path, retry: Retry) -> Result<Store, DataError> {
         let shown = location.to_owned();
         match Location::parse(location)? {
-            Location::Remote { store, prefix } => Ok(Store { inner: store, prefix, shown, retry }),
+            Location::Remote { store, prefix } => Ok(Store::new(store, prefix, shown, retry)),
             Location::Local(path) => {
                 let folder = path.canonicalize().map_err(DataError::io(location, "open"))?;
                 let inner = LocalFileSystem::new_with_prefix(&folder)
                     .map_err(|e| DataError::BadInput { path: shown.clone(), reason: e.to_string() })?;
-                Ok(Store { inner: Arc::new(inner), prefix: StorePath::default(), shown, retry })
+                Ok(Store::new(Arc::new(inner), StorePath::default(), shown, retry))
             }
         }
+    }
+
+    fn new(inner: Arc<dyn ObjectStore>, prefix: StorePath, shown: PathBuf, retry: Retry) -> Store {
+        Store { inner, prefix, shown, retry, buffers: local::Buffers::default() }
     }
 
     /// Any store, as `shown` in messages: for tests, whose stores fail on purpose.
     #[doc(hidden)]
     pub fn from_parts(inner: Arc<dyn ObjectStore>, prefix: &str, shown: PathBuf, retry: Retry) -> Store {
-        Store { inner, prefix: StorePath::from(prefix), shown, retry }
+        Store::new(inner, StorePath::from(prefix), shown, retry)
     }
 
     /// A file of this folder, for messages; "" is the location itself.
@@ -175,11 +181,20 @@ impl Store {
         match self.inner.get_opts(&self.path(file), options).await {
             Ok(answer) => {
                 let size = answer.meta.size;
-                let bytes = if head { Ok(Bytes::new()) } else { answer.bytes().await };
+                let bytes = if head { Ok(Bytes::new()) } else { self.payload(answer).await };
                 Ok((bytes.map_err(|e| self.judge(file, e))?, size))
             }
             Err(error) => Err(self.explain(file, range, error).await),
         }
+    }
+
+    async fn payload(&self, answer: GetResult) -> object_store::Result<Bytes> {
+        let GetResult { payload: GetResultPayload::File(mut file, path), range, .. } = answer else {
+            return answer.bytes().await;
+        };
+        let buffers = self.buffers.clone();
+        let failed = |source| object_store::Error::Generic { store: "local", source: format!("{}: {source}", path.display()).into() };
+        tokio::task::spawn_blocking(move || buffers.read(&mut file, range)).await?.map_err(failed)
     }
 
     /// A range past the end is answered with an error of no particular kind: look at the length.
