@@ -1,21 +1,29 @@
 #!/usr/bin/env bash
-# train.sbatch under a real slurmctld and slurmd, with a stand-in for `tiefsee`: scripts/slurm-test.sh [--long]
-#   short: a 2-node job over mpirun is signalled as at its time limit, checkpoints, is requeued and finishes;
+# train.sbatch under a real slurmctld and slurmd, training for real: scripts/slurm-test.sh [--long]
+#   short: a job on 2 nodes, over mpirun, is signalled as at its time limit, checkpoints, is requeued, resumes and finishes;
 #          one over srun and PMIx (where that is) is cancelled and leaves no process
-#   --long: the signal is the time limit's own
-# Needs root; installs slurm-wlm and munge with apt where they are missing.
+#   --long: the signal is the time limit's own, as often as it takes
+# Needs root. Installs slurm-wlm and munge with apt where they are missing. Ends with 0 and SKIPPED where it cannot run.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-if [ "$(id -u)" != 0 ]; then echo "SKIPPED: needs root for munged and slurmd" && exit 0; fi
-if ! command -v slurmctld munged slurmd >/dev/null; then
-    { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends slurm-wlm munge; } >/dev/null ||
-        { echo "SKIPPED: slurm-wlm and munge cannot be installed" && exit 0; }
-fi
-cargo build --release --quiet -p launch
+skip() { echo "SKIPPED: $*" && exit 0; }
+[ "$(id -u)" = 0 ] || skip "needs root for munged and slurmd"
+for program in slurmctld slurmd munged; do
+    command -v $program >/dev/null && continue
+    { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends slurm-wlm munge; } >/dev/null </dev/null ||
+        skip "slurm-wlm and munge cannot be installed"
+    break
+done
+cargo build --release --quiet -p launch -p trainer
+. scripts/env.sh 4
+# Two nodes of one host name: Open MPI must not take them for one host and share memory.
+export OMPI_MCA_btl=self,tcp OMPI_MCA_btl_tcp_if_include=lo OMPI_MCA_oob_tcp_if_include=lo
 state=$(mktemp -d)
 trap 'scripts/fixtures/slurm.sh stop "$state"; rm -rf "$state"' EXIT
+"${CARGO_TARGET_DIR:-target}/release/tiefsee" prepare configs trainer --out "$state/corpus" --vocab 512 --held-out 0.2 --extensions rs,toml 2>"$state/prepare.out" >&2
 scripts/fixtures/slurm.sh start "$state" 2
 eval "$(scripts/fixtures/slurm.sh env "$state")"
+if [ "${1:-}" = --long ]; then limit=(--time=1 --signal=B:USR1@50) steps=3000; else limit=() steps=400; fi
 
 fail() {
     echo "FAILED: $*" >&2
@@ -23,11 +31,11 @@ fail() {
     tail -n 40 "$state"/*.out "$state/log/slurmctld.log" >&2 || true
     exit 1
 }
-# until WHAT SECONDS COMMAND: the command is tried until it succeeds.
+# until_true WHAT SECONDS COMMAND: the command is tried until it succeeds.
 until_true() {
-    local what=$1 tries=$(($2 * 5))
+    local what=$1 end=$((SECONDS + $2))
     shift 2
-    for ((i = 0; i < tries; i++)); do
+    while [ $SECONDS -lt $end ]; do
         if "$@" >/dev/null 2>&1; then return 0; fi
         sleep 0.2
     done
@@ -37,39 +45,42 @@ until_true() {
 submit() {
     local run=$1 launcher=$2
     shift 2
-    mkdir -p "$state/$run"
-    echo 1000000 >"$state/$run/steps"
-    LAUNCH_OPTIONS="--launcher $launcher --program $PWD/launch/tests/stand_in.sh" \
-        sbatch --parsable --nodes=2 --ntasks-per-node=1 --output="$state/$run.out" "$@" \
-        scripts/train.sbatch train --config none.toml --set "run.dir=$state/$run"
+    # 128 tokens a step: 4 sequences of 32.
+    LAUNCH_OPTIONS="--launcher $launcher" sbatch --parsable --nodes=2 --ntasks-per-node=1 --output="$state/$run.out" "$@" \
+        scripts/train.sbatch train --config configs/run/tiny.toml --set "run.dir=$state/$run" --set "data.mixture.0.path=$state/corpus" \
+        --set phase.0.batch=4 --set "phase.0.tokens=$((steps * 128 - 4096))" --set phase.1.batch=4 --set phase.1.sequence_length=32 \
+        --set phase.1.tokens=4096 --set validation.every=0 --set checkpoint.every=50
 }
 stepped() { [ -s "$state/$1/log/rank-0.jsonl" ] && [ -s "$state/$1/log/rank-1.jsonl" ]; }
-# SLURM lets a requeued job wait for two minutes; it can be told otherwise once the job has left its nodes.
-resumed() { if shows "$1" JobState=PENDING; then scontrol update JobId="$1" StartTime=now && sleep 3; fi; grep -q "resume from" "$state/requeued.out"; }
 # Not through a pipe: grep -q would end scontrol early, and pipefail call that a failure.
 shows() { [[ $(scontrol show job "$1") == *"$2"* ]]; }
 no_process() { ! grep -lqs "$state/$1" /proc/[0-9]*/cmdline; }
+# SLURM lets a requeued job wait for two minutes; it can be told otherwise once the job has left its nodes. Started in the
+# same breath, it fails: slurmd has to see the old batch shell off first. That is what the two minutes are for.
+completed() {
+    if shows "$1" JobState=PENDING && no_process requeued; then sleep 3 && scontrol update JobId="$1" StartTime=now && sleep 2; fi
+    if shows "$1" JobState=FAILED; then fail "the job failed"; fi
+    shows "$1" JobState=COMPLETED
+}
 
-if [ "${1:-}" = --long ]; then limit=(--time=1 --signal=B:USR1@50); else limit=(); fi
 job=$(submit requeued mpirun "${limit[@]}")
-until_true "the job's steps" 40 stepped requeued
+until_true "the job's steps" 60 stepped requeued
 [ "${1:-}" = --long ] || scancel --batch --signal=USR1 "$job"
 until_true "the requeue" 120 shows "$job" Restarts=1
 grep -q "exit code 75, requeued" "$state/requeued.out" || fail "no exit code 75"
 ls "$state"/requeued/checkpoints/step-*/manifest.json >/dev/null || fail "no checkpoint"
-# Started in the same breath, the job fails: slurmd has to see the old batch shell off first. That is what the two minutes
-# are for.
-until_true "the old batch shell's end" 30 no_process requeued
-sleep 3
-until_true "the resumed run" 20 resumed "$job"
-echo 1 >"$state/requeued/steps"
-until_true "its end" 60 shows "$job" JobState=COMPLETED
+until_true "its end" 600 completed "$job"
+grep -q "resuming from .*checkpoints/step-" "$state/requeued.out" || fail "it did not resume"
+grep -q '"finished": *true' "$state/requeued/summary.json" || fail "it did not finish"
+[ "$(grep -c '"loss"' "$state/requeued/log/rank-0.jsonl")" = "$steps" ] || fail "not $steps steps, each once"
 until_true "its processes' end" 10 no_process requeued
-echo "ok: stopped, checkpointed, requeued, resumed, finished (mpirun, 2 nodes)"
+times=$(grep -c "exit code 75, requeued" "$state/requeued.out")
+echo "ok: stopped, checkpointed, requeued and resumed ($times time(s)), $steps steps, finished (mpirun, 2 nodes)"
 
+steps=1000000
 if srun --mpi=list 2>&1 | grep -q pmix; then launcher=srun; else launcher=mpirun; fi
 job=$(submit cancelled "$launcher")
-until_true "the job's steps" 40 stepped cancelled
+until_true "the job's steps" 60 stepped cancelled
 scancel "$job"
 until_true "the cancelled job's end" 30 shows "$job" JobState=CANCELLED
 until_true "its processes' end" 30 no_process cancelled

@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+# Random kills of ranks, hosts (network namespaces) and launchers, also in the middle of a save, over one run; then its
+# losses, samples, weights and moments against the undisturbed run, bit for bit: scripts/chaos.sh [--kills N] [--seed S]
+# 100 kills take about a quarter of an hour. Needs root. The test is tests/src/chaos.rs; scripts/test.sh runs it short.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+export CHAOS_KILLS=100 CHAOS_SEED=1
+while [ $# -gt 0 ]; do
+    case $1 in
+    --kills) CHAOS_KILLS=$2 && shift 2 ;;
+    --seed) CHAOS_SEED=$2 && shift 2 ;;
+    *) sed -n '2,4s/^# *//p' "$0" >&2 && exit 2 ;;
+    esac
+done
+. scripts/env.sh 4
+cargo build --release -p trainer -p launch
+cargo test --release -p tests chaos:: -- --nocapture
