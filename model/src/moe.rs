@@ -10,7 +10,7 @@ use crate::linear::LinearWork;
 use crate::mlp::{Mlp, MlpSaved};
 use crate::{Grads, Layer, ModelConfig, ParamTable, Weights};
 use parallel::comm::{CommError, Pending};
-use parallel::dispatch::{DispatchGrad, Dispatched, Plan};
+use parallel::dispatch::{DispatchGrad, Dispatched, Plan, Rows};
 use tch::Tensor;
 
 #[derive(Debug)]
@@ -47,7 +47,7 @@ pub struct MoeCombining {
 /// Backward, the output's gradient on its way to the experts.
 pub struct MoeBackDispatched {
     dy: Tensor,
-    drows: Pending<Tensor>,
+    drows: Pending<Rows>,
     saved: MoeSaved,
 }
 
@@ -92,7 +92,7 @@ impl Moe {
     pub fn compute(&self, w: &Weights, state: MoeDispatched) -> Result<MoeCombining, CommError> {
         let MoeDispatched { x, gate, plan, load, rows } = state;
         let Dispatched { rows, weights } = rows.wait()?;
-        let routed = Routed { rows, counts: plan.counts().to_vec(), weights };
+        let routed = Routed { rows: rows.into_tensor(), counts: plan.counts().to_vec(), weights };
         let (rows, experts) = self.experts.forward(w, routed);
         let rows = plan.combine(&rows)?;
         let (out, shared) = self.shared.as_ref().map(|shared| shared.forward(w, x)).unzip();
@@ -112,7 +112,7 @@ impl Moe {
 
     pub fn backward_compute(&self, w: &Weights, state: MoeBackDispatched) -> Result<(MoeBackCombining, ExpertsWork), CommError> {
         let MoeBackDispatched { dy, drows, saved: MoeSaved { gate, plan, experts, shared } } = state;
-        let (droutes, work) = self.experts.backward_input(w, drows.wait()?, experts);
+        let (droutes, work) = self.experts.backward_input(w, drows.wait()?.into_tensor(), experts);
         // The backward of dispatch is a combine.
         let dx = plan.dispatch_backward(&droutes.rows, &droutes.weights)?;
         let shared = self.shared.as_ref().zip(shared).map(|(shared, saved)| shared.backward_input(w, dy, saved));

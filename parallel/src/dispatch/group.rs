@@ -1,6 +1,7 @@
 //! The ranks that share the experts of a stage, and how many rows go where between them.
 //!
 //! Legend: N ranks on M nodes of L (N = M · L, rank = node · L + index), E experts, E/N a rank.
+use super::wire::Wire;
 use crate::comm::{Comm, CommError};
 use tch::{Kind, Tensor};
 
@@ -9,6 +10,7 @@ use tch::{Kind, Tensor};
 #[derive(Clone)]
 pub struct ExpertGroup {
     pub all: Comm,
+    pub(super) wire: Wire,
     hops: Vec<Comm>,
     ranks_per_node: usize,
 }
@@ -24,13 +26,18 @@ impl ExpertGroup {
         }
         // Ranks with the same index on their nodes, then those of this node.
         let hops = vec![all.split(all.rank() % ranks_per_node, all.rank())?, all.split(all.rank() / ranks_per_node, all.rank())?];
-        Ok(ExpertGroup { all, hops, ranks_per_node })
+        Ok(ExpertGroup { all, wire: Wire::Own, hops, ranks_per_node })
     }
 
     /// Every rank is reached in one hop.
     pub fn flat(all: Comm) -> Self {
         let hops = if all.size() == 1 { Vec::new() } else { vec![all.clone()] };
-        ExpertGroup { all, hops, ranks_per_node: 1 }
+        ExpertGroup { all, wire: Wire::Own, hops, ranks_per_node: 1 }
+    }
+
+    /// What rows are between the ranks; `Wire::Own` unless said.
+    pub fn with_wire(self, wire: Wire) -> Self {
+        ExpertGroup { wire, ..self }
     }
 
     /// The groups that a row crosses, outermost first; none for a group of one.
@@ -44,14 +51,16 @@ impl ExpertGroup {
     }
 }
 
-fn ranks_per_node(nodes: &[usize]) -> usize {
+/// Of even nodes; 1 where they are uneven or only one.
+pub(super) fn ranks_per_node(nodes: &[usize]) -> usize {
     let length = nodes.iter().take_while(|&&node| node == nodes[0]).count();
     let mut seen = Vec::new();
-    let even = nodes.len().is_multiple_of(length) && nodes.chunks(length).all(|chunk| {
-        let new = !seen.contains(&chunk[0]);
-        seen.push(chunk[0]);
-        new && chunk.iter().all(|&node| node == chunk[0])
-    });
+    let even = nodes.len().is_multiple_of(length)
+        && nodes.chunks(length).all(|chunk| {
+            let new = !seen.contains(&chunk[0]);
+            seen.push(chunk[0]);
+            new && chunk.iter().all(|&node| node == chunk[0])
+        });
     if even && length < nodes.len() { length } else { 1 }
 }
 
@@ -113,6 +122,7 @@ fn told(rows: &[i64], to_rank: &[i64], to_node: &[i64]) -> Vec<Vec<i64>> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::comm::local::run_local;
 
     #[test]
     fn rows_go_by_the_node_where_nodes_are_even() {
@@ -121,7 +131,7 @@ mod tests {
             (&[0, 0, 0, 0], 1), // one node
             (&[0, 1, 2, 3], 1),
             (&[3, 3, 5, 5], 2),
-            (&[0, 0, 1], 1), // uneven
+            (&[0, 0, 1], 1),          // uneven
             (&[0, 0, 1, 1, 0, 0], 1), // a node in two places
             (&[0, 0, 0, 1, 1, 1], 3),
         ] {
@@ -137,8 +147,9 @@ mod tests {
         let rows = |s: i64| (0..8).map(|e| BASE + 100 * s + e).collect::<Vec<_>>();
         let to_rank = |s: i64| (0..4).map(|d| BASE + 10_000 * s + 10 * d).collect::<Vec<_>>();
         let to_node = |s: i64| (0..2).map(|n| 2 * BASE + 1_000 * s + n).collect::<Vec<_>>();
-        for rank in 0..4i64 {
-            let told: Vec<Vec<i64>> = (0..4).map(|s| told(&rows(s), &to_rank(s), &to_node(s))[rank as usize].clone()).collect();
+        run_local(4, |all| {
+            let rank = all.rank() as i64;
+            let told = all.exchange_counts(&told(&rows(rank), &to_rank(rank), &to_node(rank))).unwrap();
             let counts = Counts::from_told(&told, &to_node(rank), rank as usize);
             let (node, index) = (rank / 2, rank % 2);
             assert_eq!(counts.experts, [0, 1].map(|e| 4 * BASE + 600 + 4 * (2 * rank + e)));
@@ -147,6 +158,6 @@ mod tests {
             let of = |through: i64, to: i64| [through, through + 2].map(|s| to_rank(s)[(node * 2 + to) as usize]).iter().sum::<i64>();
             assert_eq!(counts.send[1], [0, 1].map(|to| of(index, to)));
             assert_eq!(counts.recv[1], [0, 1].map(|through| of(through, index)));
-        }
+        });
     }
 }

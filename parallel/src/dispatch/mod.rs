@@ -14,10 +14,13 @@ use std::cell::OnceCell;
 use std::rc::Rc;
 use tch::Tensor;
 
+pub mod bytes;
 mod group;
 mod hop;
+mod wire;
 
 pub use group::ExpertGroup;
+pub use wire::{Rows, Wire};
 
 /// Where every (token, choice) goes; made once a MoE layer and micro-batch.
 pub struct Plan(Rc<Route>);
@@ -25,6 +28,7 @@ pub struct Plan(Rc<Route>);
 struct Route {
     routes: Tensor,
     hops: Vec<Hop>,
+    wire: Wire,
     counts: Vec<i64>,
     /// Known when the first dispatch is through: slots travel with its rows.
     arrival: OnceCell<Arrival>,
@@ -37,7 +41,7 @@ struct Arrival {
 
 /// What arrives at the local experts.
 pub struct Dispatched {
-    pub rows: Tensor,    // [R, D], sorted by expert
+    pub rows: Rows,      // [R, D], sorted by expert
     pub weights: Tensor, // [R]
 }
 
@@ -58,7 +62,8 @@ impl Plan {
             share /= comm.size() as i64;
             Hop { comm: comm.clone(), send, recv, share }
         });
-        Ok(Plan(Rc::new(Route { routes: routes.shallow_clone(), hops: hops.collect(), counts: counts.experts, arrival: OnceCell::new() })))
+        let (hops, routes) = (hops.collect(), routes.shallow_clone());
+        Ok(Plan(Rc::new(Route { routes, hops, wire: group.wire, counts: counts.experts, arrival: OnceCell::new() })))
     }
 
     /// Rows of each local expert.
@@ -69,14 +74,16 @@ impl Plan {
     /// Forward: x [T, D] and weights [T, K] → the rows and weights at the local experts, in one transfer. Once a plan,
     /// and before all others.
     pub fn dispatch(&self, x: &Tensor, weights: &Tensor) -> Result<Pending<Dispatched>, CommError> {
-        let route = self.0.clone();
-        let parts = vec![x.shallow_clone(), weights.shallow_clone()];
+        let (route, kind) = (self.0.clone(), x.kind());
+        let mut parts = route.wire.pack(x);
+        parts.push(weights.shallow_clone());
         let sent = route.find_way(parts)?;
         Ok(Pending::running(move || {
-            let parts = sent.wait()?;
+            let mut parts = sent.wait()?;
+            let weights = parts.pop().expect("weights come last");
             let local = &route.arrival().local;
-            let weights = parts[1].flatten(0, -1).index_select(0, &local.pair);
-            Ok(Dispatched { rows: parts[0].index_select(0, &local.row), weights })
+            let weights = weights.flatten(0, -1).index_select(0, &local.pair);
+            Ok(Dispatched { rows: route.wire.unpack(parts, &local.row, kind), weights })
         }))
     }
 
@@ -90,13 +97,10 @@ impl Plan {
     }
 
     /// The backward of `combine`: dy [T, D] → the gradient of its rows, [R, D].
-    pub fn combine_backward(&self, dy: &Tensor) -> Result<Pending<Tensor>, CommError> {
-        let route = self.0.clone();
-        let sent = route.clone().outward(vec![dy.shallow_clone()])?;
-        Ok(Pending::running(move || {
-            let [rows] = all(sent.wait()?);
-            Ok(rows.index_select(0, &route.arrival().local.row))
-        }))
+    pub fn combine_backward(&self, dy: &Tensor) -> Result<Pending<Rows>, CommError> {
+        let (route, kind) = (self.0.clone(), dy.kind());
+        let sent = route.clone().outward(route.wire.pack(dy))?;
+        Ok(Pending::running(move || Ok(route.wire.unpack(sent.wait()?, &route.arrival().local.row, kind))))
     }
 
     /// The backward of `dispatch`: the gradients of its rows [R, D] and weights [R] → those of x and weights.

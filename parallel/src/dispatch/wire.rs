@@ -1,0 +1,65 @@
+//! What a row is on its way to the experts (report §3.2.2, §3.3): quantised once, before the first hop; its bytes pass
+//! the second as they are. On the way back rows are sums, in the run's own type.
+//!
+//! Legend: T tokens, V rows received, R rows at the local experts, D width, Db = ceil(D/128).
+use kernels::fp8::{self, ScaleRule};
+use kernels::ops::quantise;
+use tch::{Kind, Tensor};
+
+/// The rows of dispatch and of combine's backward.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Wire {
+    /// As the tensor is.
+    #[default]
+    Own,
+    /// E4M3 with one FP32 scale for each 1×128 tile. Scales are powers of two: quantising once more at the expert, in
+    /// whatever tiles, loses nothing of a tile that it did not lose here.
+    Fp8,
+}
+
+/// Rows at the experts, as they came.
+pub enum Rows {
+    Own(Tensor),
+    /// Of a tensor of `kind`.
+    Fp8 {
+        rows: fp8::Rows,
+        kind: Kind,
+    },
+}
+
+impl Rows {
+    /// [R, D] in the kind that was sent.
+    pub fn into_tensor(self) -> Tensor {
+        match self {
+            Rows::Own(rows) => rows,
+            Rows::Fp8 { rows, kind } => rows.dequantise(kind),
+        }
+    }
+}
+
+impl Wire {
+    /// x [T, D] → what travels, a row each.
+    pub(super) fn pack(self, x: &Tensor) -> Vec<Tensor> {
+        match self {
+            Wire::Own => vec![x.shallow_clone()],
+            Wire::Fp8 => {
+                let fp8::Rows { values, scales } = quantise::rows(x, ScaleRule::PowerOfTwo);
+                vec![values.view_dtype(Kind::Uint8), scales.tr().narrow(0, 0, x.size()[0]).contiguous()] // [T, D], [T, Db]
+            }
+        }
+    }
+
+    /// What came, a row of each of [V, …], in the order `row` [R].
+    pub(super) fn unpack(self, parts: Vec<Tensor>, row: &Tensor, kind: Kind) -> Rows {
+        let mut picked = parts.into_iter().map(|part| part.index_select(0, row));
+        let rows = picked.next().expect("rows travelled");
+        match self {
+            Wire::Own => Rows::Own(rows),
+            Wire::Fp8 => {
+                let (scales, count) = (picked.next().expect("scales travelled").tr(), row.size()[0]);
+                let scales = scales.constant_pad_nd([0, fp8::round_up(count, 4) - count]).contiguous(); // [Db, R rounded up]
+                Rows::Fp8 { rows: fp8::Rows { values: rows.view_dtype(Kind::Float8e4m3fn), scales }, kind }
+            }
+        }
+    }
+}
