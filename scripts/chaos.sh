@@ -13,5 +13,6 @@ while [ $# -gt 0 ]; do
     esac
 done
 . scripts/env.sh 4
-cargo build --release -p trainer -p launch
-cargo test --release -p tests chaos:: -- --nocapture
+# As scripts/test.sh builds them: nothing is built twice.
+cargo build --release --workspace
+cargo test --release --workspace chaos:: -- --nocapture

@@ -14,7 +14,8 @@ for program in slurmctld slurmd munged; do
         skip "slurm-wlm and munge cannot be installed"
     break
 done
-cargo build --release --quiet -p launch -p trainer
+# As scripts/test.sh builds them: nothing is built twice.
+cargo build --release --quiet --workspace
 . scripts/env.sh 4
 # Two nodes of one host name: Open MPI must not take them for one host and share memory.
 export OMPI_MCA_btl=self,tcp OMPI_MCA_btl_tcp_if_include=lo OMPI_MCA_oob_tcp_if_include=lo
