@@ -1,5 +1,5 @@
-//! The MPI back end under a real mpirun: `examples/comm_check.rs` on 1, 2, 3 and 4 ranks, bit for bit against
-//! threads; and that a mistake of one rank ends the job.
+//! The MPI back end under a real mpirun: `examples/comm_check.rs` on 1, 2, 3 and 4 ranks and `dispatch_check.rs` on 4, bit
+//! for bit against threads; and that a mistake of one rank ends the job.
 
 use std::path::PathBuf;
 use std::process::{Command, Output};
@@ -12,10 +12,10 @@ fn example(name: &str) -> PathBuf {
 }
 
 /// As root, on a machine with fewer cores than ranks. `timeout` ends a hang; it is far above what a busy machine needs.
-fn mpirun(num_ranks: usize, args: &[&str]) -> Output {
+fn mpirun(name: &str, num_ranks: usize, args: &[&str]) -> Output {
     Command::new("timeout")
         .args(["--kill-after=5", "240", "mpirun", "--oversubscribe", "-n", &num_ranks.to_string()])
-        .arg(example("comm_check"))
+        .arg(example(name))
         .args(args)
         .envs([
             ("OMPI_ALLOW_RUN_AS_ROOT", "1"),
@@ -32,7 +32,7 @@ fn mpirun(num_ranks: usize, args: &[&str]) -> Output {
 #[test]
 fn mpi_and_threads_give_the_same_bits() {
     for num_ranks in [1, 2, 3, 4] {
-        let output = mpirun(num_ranks, &[]);
+        let output = mpirun("comm_check", num_ranks, &[]);
         let (out, err) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
         assert!(output.status.success(), "{num_ranks} ranks: {:?}\n{out}\n{err}", output.status);
         assert!(out.contains(&format!("comm_check: {num_ranks} ranks equal")), "{out}\n{err}");
@@ -40,8 +40,15 @@ fn mpi_and_threads_give_the_same_bits() {
 }
 
 #[test]
+fn experts_over_mpi_and_threads_give_the_same_bits_and_the_formula_s_bytes() {
+    let output = mpirun("dispatch_check", 4, &[]);
+    let (out, err) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    assert!(output.status.success() && out.contains("dispatch_check: 4 ranks equal"), "{:?}\n{out}\n{err}", output.status);
+}
+
+#[test]
 fn a_panic_of_one_rank_ends_the_job() {
-    let output = mpirun(2, &["--panic", "1"]);
+    let output = mpirun("comm_check", 2, &["--panic", "1"]);
     let err = String::from_utf8_lossy(&output.stderr);
     assert_eq!(output.status.code(), Some(101), "{err}");
     assert!(err.contains("rank 1 breaks as asked"), "{err}");
@@ -49,7 +56,7 @@ fn a_panic_of_one_rank_ends_the_job() {
 
 #[test]
 fn a_message_of_the_wrong_size_is_an_error_on_the_receiver() {
-    let output = mpirun(2, &["--wrong-size"]);
+    let output = mpirun("comm_check", 2, &["--wrong-size"]);
     let out = String::from_utf8_lossy(&output.stdout);
     assert!(out.contains("a receive of 40 bytes") && out.contains("a send of 8"), "{out}\n{}", String::from_utf8_lossy(&output.stderr));
 }
