@@ -11,7 +11,6 @@ use model::stage::StageIn;
 use model::{Grads, MicroBatch, ParamId, ParamTable, Stage, StepContext, Weights};
 use parallel::comm::local::solo;
 use parallel::dispatch::ExpertGroup;
-use parallel::dispatch::ExpertGroup;
 use safetensors::SafeTensors;
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -70,7 +69,7 @@ impl Subject {
         let table = &self.weights.table;
         let part = |id| {
             let spec = table.spec(id);
-            StatePart { name: format!("weight/{}", spec.name), tensor: self.weights.get(id).shallow_clone(), start: 0, total: spec.total, holder: (0, 1) }
+            StatePart { name: format!("weight/{}", spec.name), tensor: self.weights.get(id).shallow_clone(), start: 0, total: spec.total }
         };
         let tensors = table.ids().map(part).collect();
         let manifest = Manifest::imported(self.config.clone(), self.weights.precision);

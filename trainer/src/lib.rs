@@ -13,6 +13,7 @@ pub mod state;
 pub mod step;
 pub mod summary;
 pub mod validate;
+pub mod zero;
 
 pub use config::RunConfig;
 pub use run::{Outcome, train};

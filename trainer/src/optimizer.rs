@@ -1,55 +1,70 @@
-//! AdamW over the masters (report §4.2): FP32 masters, moments in the masters' kind or BF16; the weights the
-//! layers use are written in the same pass.
+//! AdamW over the masters (report §4.2): FP32 masters, moments in the masters' kind or BF16, of this rank's shards alone;
+//! the weights the layers use are written in the same pass.
 use crate::config::{Moments, OptimizerSection};
+use crate::zero::Shard;
 use kernels::ops::adamw::{AdamW, State, Step};
-use model::{ParamId, Weights};
+use model::Weights;
+use model::params::ParamSpec;
 use tch::{Kind, Tensor};
 
 pub struct Optimizer {
     rule: AdamW,
+    /// One for each of `Zero::shards`, in their order.
     pub slots: Vec<Slot>,
     /// Updates done; a skipped step is none.
     pub updates: u64,
 }
 
-/// One trained parameter's state.
+/// A shard's state; every tensor has its shape.
 pub struct Slot {
-    pub id: ParamId,
-    /// Where the compute kind is the master's own, this is the weight itself.
+    pub shard: Shard,
+    /// Where the compute kind is the master's own, an alias of the weight's rows.
     pub master: Tensor,
     pub first: Tensor,
     pub second: Tensor,
 }
 
 impl Optimizer {
-    pub fn new(config: &OptimizerSection, weights: &Weights, seed: u64) -> Self {
+    pub fn new(config: &OptimizerSection, weights: &Weights, shards: &[Shard], seed: u64) -> Self {
         let kind = weights.precision.master();
         let moment = match config.moments {
             Moments::F32 => kind,
             Moments::Bf16 => Kind::BFloat16,
         };
-        let table = &weights.table;
-        let slots = table.ids().filter(|&id| table.spec(id).trained()).map(|id| {
-            let weight = weights.get(id);
+        let slots = shards.iter().map(|shard| {
+            let rows = shard.of(weights.get(shard.id));
+            let spec = shard.spec(weights.table.spec(shard.id));
+            let zeros = || Tensor::zeros(&spec.shape, (moment, rows.device()));
+            let (first, second) = (zeros(), zeros());
             // A BF16 weight has lost bits of the initial value: the master starts from the seed again.
-            let master = if weight.kind() == kind { weight.shallow_clone() } else { table.spec(id).initial(seed, kind).to_device(weight.device()) };
-            let zeros = || Tensor::zeros(weight.size(), (moment, weight.device()));
-            Slot { id, master, first: zeros(), second: zeros() }
+            let master = if rows.kind() == kind { rows } else { spec.initial(seed, kind).to_device(rows.device()) };
+            Slot { shard: *shard, master, first, second }
         });
         let rule = AdamW { beta1: config.beta1, beta2: config.beta2, eps: config.eps, weight_decay: config.weight_decay };
         Optimizer { rule, slots: slots.collect(), updates: 0 }
     }
 
-    /// `gradients` in slot order, already summed over the data-parallel ranks.
-    pub fn step(&mut self, weights: &mut Weights, gradients: &[(ParamId, Tensor)], clip: f64, lr: f64) {
+    /// `gradients` of the slots, summed over all ranks that hold the parameter. Writes the shards' rows of `weights`; the
+    /// other rows are for `Zero::gather` to bring.
+    pub fn step(&mut self, weights: &mut Weights, gradients: &[Tensor], clip: f64, lr: f64) {
+        assert_eq!(gradients.len(), self.slots.len(), "a gradient for every shard");
         self.updates += 1;
-        for (slot, (id, gradient)) in self.slots.iter_mut().zip(gradients) {
-            assert_eq!(slot.id, *id, "gradients come in slot order");
-            let at = Step { lr, step: self.updates, clip, decay: weights.table.spec(*id).decayed() };
+        for (slot, gradient) in self.slots.iter_mut().zip(gradients) {
+            let spec: &ParamSpec = weights.table.spec(slot.shard.id);
+            assert_eq!(gradient.size(), slot.master.size(), "shape of the gradient of {}", spec.name);
+            let at = Step { lr, step: self.updates, clip, decay: spec.decayed() };
             self.rule.update(State { master: &mut slot.master, first: &mut slot.first, second: &mut slot.second }, gradient, at);
-            if weights.get(*id).kind() != slot.master.kind() {
-                weights.set(*id, &slot.master);
-            }
+            slot.publish(weights);
+        }
+    }
+}
+
+impl Slot {
+    /// The master's values into the weight's rows; where they are one tensor there is nothing to do.
+    pub fn publish(&self, weights: &Weights) {
+        let mut rows = self.shard.of(weights.get(self.shard.id));
+        if rows.kind() != self.master.kind() {
+            rows.copy_(&self.master);
         }
     }
 }

@@ -1,39 +1,40 @@
 //! A trainer's tensors as a checkpoint names them: `weight/…` (the master), `first/…` and `second/…` (the moments).
 use crate::checkpoint::{self, Manifest};
 use crate::step::Trainer;
+use crate::zero::holders;
 use anyhow::{Context, Result, ensure};
-use model::ParamId;
-use model::params::{ParamSpec, Role};
+use model::params::ParamSpec;
 use std::collections::HashMap;
 use std::path::Path;
 use tch::Tensor;
 
-/// One tensor of a rank's state: a part of a logical tensor that `holders` ranks hold alike.
+/// One tensor of a rank's state: rows of a logical tensor that no other rank writes.
 pub struct StatePart {
     pub name: String,
     pub tensor: Tensor,
     /// Where the part starts in dim 0 of the whole, and that dim's size.
     pub start: i64,
     pub total: i64,
-    /// This rank's place among those that hold the same part, and their number: they share out the writing.
-    pub holder: (usize, usize),
 }
 
 impl Trainer {
-    /// Everything the next step depends on.
+    /// Everything the next step depends on that this rank is to write: its shards, and what has none if it is the first
+    /// of those that hold it.
     pub fn state(&self) -> Vec<StatePart> {
         let table = &self.weights.table;
-        let part = |prefix: &str, id: ParamId, tensor: &Tensor| {
-            let spec = table.spec(id);
-            let group = if spec.role == Role::Experts { &self.groups.expert_data } else { &self.groups.data };
-            let (start, total, holder) = (spec.start, spec.total, (group.rank(), group.size()));
-            StatePart { name: format!("{prefix}/{}", spec.name), tensor: tensor.shallow_clone(), start, total, holder }
+        let part = |prefix: &str, spec: &ParamSpec, tensor: &Tensor| StatePart {
+            name: format!("{prefix}/{}", spec.name),
+            tensor: tensor.shallow_clone(),
+            start: spec.start,
+            total: spec.total,
         };
-        let untrained = table.ids().filter(|&id| !table.spec(id).trained());
-        let mut parts: Vec<StatePart> = untrained.map(|id| part("weight", id, self.weights.get(id))).collect();
+        let first = |spec: &ParamSpec| holders(&self.groups, spec.role).rank() == 0;
+        let untrained = table.ids().filter(|&id| !table.spec(id).trained() && first(table.spec(id)));
+        let mut parts: Vec<StatePart> = untrained.map(|id| part("weight", table.spec(id), self.weights.get(id))).collect();
         for slot in &self.optimizer.slots {
+            let spec = slot.shard.spec(table.spec(slot.shard.id));
             for (prefix, tensor) in [("weight", &slot.master), ("first", &slot.first), ("second", &slot.second)] {
-                parts.push(part(prefix, slot.id, tensor));
+                parts.push(part(prefix, &spec, tensor));
             }
         }
         parts
@@ -45,8 +46,9 @@ impl Trainer {
         self.set_weights(path, &tensors)?;
         let table = self.weights.table.clone();
         for slot in &mut self.optimizer.slots {
-            slot.first.copy_(&find(path, &tensors, "first", table.spec(slot.id))?);
-            slot.second.copy_(&find(path, &tensors, "second", table.spec(slot.id))?);
+            let spec = slot.shard.spec(table.spec(slot.shard.id));
+            slot.first.copy_(&find(path, &tensors, "first", &spec)?);
+            slot.second.copy_(&find(path, &tensors, "second", &spec)?);
         }
         self.optimizer.updates = manifest.updates;
         Ok(manifest)
@@ -60,13 +62,14 @@ impl Trainer {
     }
 
     fn set_weights(&mut self, path: &Path, tensors: &HashMap<String, Tensor>) -> Result<()> {
+        self.weights.ready(|_| true)?;
         let table = self.weights.table.clone();
         for id in table.ids() {
             self.weights.set(id, &find(path, tensors, "weight", table.spec(id))?);
         }
         for slot in &mut self.optimizer.slots {
             // Where master and weight are one tensor this writes the same values again.
-            slot.master.copy_(&find(path, tensors, "weight", table.spec(slot.id))?);
+            slot.master.copy_(&find(path, tensors, "weight", &slot.shard.spec(table.spec(slot.shard.id)))?);
         }
         Ok(())
     }

@@ -7,17 +7,15 @@ use crate::guard::{Guard, Verdict};
 use crate::optimizer::Optimizer;
 use crate::phase::Moment;
 use crate::pipeline::{LocalStages, Pipeline, parts};
+use crate::zero::{BUCKET_BYTES, Zero, sum_of_squares};
 use anyhow::Result;
-use kernels::ops::adamw::sum_of_squares;
 use kernels::ops::rope::RopeScaling;
 use model::mla::Positions;
-use model::params::Role;
 use model::{ExpertShare, Grads, MicroBatch, ModelConfig, ParamId, ParamTable, StepContext, Weights};
 use parallel::comm::{Comm, CommError, Reduce};
 use parallel::mesh::{Groups, Mesh};
 use parallel::schedule::run::run as run_schedule;
 use parallel::schedule::{Action, Schedule};
-use std::collections::HashMap;
 use std::rc::Rc;
 use tch::{Device, Tensor};
 
@@ -27,6 +25,7 @@ pub struct Trainer {
     pub mesh: Mesh,
     pub stages: LocalStages,
     pub weights: Weights,
+    pub zero: Zero,
     pub optimizer: Optimizer,
     pub guard: Guard,
     pub max_grad_norm: f64,
@@ -62,13 +61,15 @@ impl Trainer {
         let mut table = ParamTable::new(ExpertShare { rank: groups.expert.all.rank() as i64, ranks: groups.expert.all.size() as i64 });
         let stages = LocalStages::new(&mut table, &config.model, &parts, mesh, groups.world.rank());
         let weights = Weights::initial(Rc::new(table), config.run.precision, config.run.seed, Device::Cpu);
-        let optimizer = Optimizer::new(&config.optimizer, &weights, config.run.seed);
+        let zero = Zero::new(&groups, &weights, BUCKET_BYTES);
+        let optimizer = Optimizer::new(&config.optimizer, &weights, zero.shards(), config.run.seed);
         Ok(Trainer {
             config: config.model.clone(),
             mesh: mesh.clone(),
             biases: stages.biases(),
             stages,
             weights,
+            zero,
             optimizer,
             guard: Guard::default(),
             max_grad_norm: config.optimizer.max_grad_norm,
@@ -109,6 +110,7 @@ impl Trainer {
         if verdict == Verdict::Apply {
             let clip = if norm > self.max_grad_norm { self.max_grad_norm / norm } else { 1.0 };
             self.optimizer.step(&mut self.weights, &gradients, clip, moment.lr);
+            self.zero.gather(&mut self.weights)?;
             balance::update(&mut self.weights, &self.biases, &counts, moment.phase.bias_speed);
         }
         Ok(StepReport {
@@ -124,17 +126,21 @@ impl Trainer {
     }
 
     /// ([main, mtp, balance, stop] over the world, expert counts of this rank's layers over all that hold them,
-    /// gradients over all that hold them).
-    pub fn gradients(&mut self, step: &StepContext, batch: &[MicroBatch], stop: bool) -> Result<(Vec<f64>, Tensor, Vec<(ParamId, Tensor)>), CommError> {
+    /// gradients of this rank's shards over all that hold them).
+    pub fn gradients(
+        &mut self,
+        step: &StepContext,
+        batch: &[MicroBatch],
+        stop: bool,
+    ) -> Result<(Vec<f64>, Tensor, Vec<Tensor>), CommError> {
         let actions = self.actions(batch.len());
-        let mut complete: Vec<(ParamId, Tensor)> = Vec::new();
-        let mut grads = Grads::new(&self.weights, self.stages.uses(&actions), &mut complete);
+        let mut reduction = self.zero.begin();
+        let mut grads = Grads::new(&self.weights, self.stages.uses(&actions), &mut reduction);
         let mut pipeline = Pipeline::new(step, &self.stages, &mut self.weights, Some(&mut grads), batch, &self.config);
         run_schedule(&actions, &*self.groups.pipe, &mut pipeline)?;
         let sums = pipeline.sums;
         grads.finish();
-        complete.sort_by_key(|(id, _)| *id);
-        let gradients = self.reduce(complete)?;
+        let gradients = reduction.finish()?;
 
         let counts = self.groups.data.all_reduce(vec![sums.counts()], Reduce::Sum)?;
         let stop = Tensor::from_slice(&[stop as i64 as f64]).to_device(sums.losses.device());
@@ -157,28 +163,10 @@ impl Trainer {
         Ok(if min.is_finite() { (max, min) } else { (1.0, 1.0) }) // a model without a router
     }
 
-    /// Sums in rank order: experts over the ranks that hold the same ones, everything else over all.
-    fn reduce(&self, gradients: Vec<(ParamId, Tensor)>) -> Result<Vec<(ParamId, Tensor)>, CommError> {
-        let order: Vec<ParamId> = gradients.iter().map(|(id, _)| *id).collect();
-        let (experts, dense): (Vec<_>, Vec<_>) = gradients.into_iter().partition(|(id, _)| self.is_expert(*id));
-        let mut reduced = HashMap::new();
-        for (group, part) in [(&self.groups.data, dense), (&self.groups.expert_data, experts)] {
-            let (ids, tensors): (Vec<ParamId>, Vec<Tensor>) = part.into_iter().unzip();
-            reduced.extend(ids.into_iter().zip(group.all_reduce(tensors, Reduce::Sum)?.wait()?));
-        }
-        Ok(order.into_iter().map(|id| (id, reduced.remove(&id).expect("every gradient was reduced"))).collect())
-    }
-
-    fn is_expert(&self, id: ParamId) -> bool {
-        self.weights.table.spec(id).role == Role::Experts
-    }
-
-    /// ‖g‖ over all parameters; the experts of other ranks counted once.
-    fn grad_norm(&self, gradients: &[(ParamId, Tensor)]) -> Result<f64, CommError> {
-        let sum = |experts| gradients.iter().filter(|(id, _)| self.is_expert(*id) == experts).map(|(_, gradient)| sum_of_squares(gradient)).sum::<f64>();
-        let mine = Tensor::from_slice(&[sum(true)]);
-        let experts = self.groups.expert.all.all_reduce(vec![mine], Reduce::Sum)?.wait()?;
-        Ok((sum(false) + experts[0].double_value(&[0])).sqrt())
+    /// ‖g‖ over all parameters: every element has one owner in the world.
+    fn grad_norm(&self, gradients: &[Tensor]) -> Result<f64, CommError> {
+        let mine = Tensor::from_slice(&[sum_of_squares(gradients)]);
+        Ok(self.groups.world.all_reduce(vec![mine], Reduce::Sum)?.wait()?[0].double_value(&[0]).sqrt())
     }
 
     /// Σ of the main loss over this pipe's micro-batches, without a gradient; 0 on every rank but the last stage's.

@@ -117,7 +117,7 @@ pub fn import(folder: &Path, run_dir: &Path, world: &Comm) -> Result<PathBuf> {
             ensure!(tensor.size() == part.size(), "{}: {} is {:?}, config.json makes it {:?}", folder.display(), piece.name, tensor.size(), part.size());
             part.copy_(tensor);
         }
-        parts.push(StatePart { name: format!("weight/{}", spec.name), tensor: whole, start: 0, total: spec.total, holder: (0, 1) });
+        parts.push(StatePart { name: format!("weight/{}", spec.name), tensor: whole, start: 0, total: spec.total });
     }
     let precision = if kind == Kind::Double { Precision::F64 } else { Precision::F32 };
     save(&**world, run_dir, Manifest::imported(model, precision), parts, usize::MAX)

@@ -14,7 +14,7 @@ struct Written {
     tensors: Vec<(String, TensorEntry)>,
 }
 
-/// Collective. `parts` are this rank's state; what several ranks hold alike they share out and write once. On any rank's
+/// Collective. `parts` are this rank's; no two ranks have the same rows. On any rank's
 /// failure nothing is left, and every rank gets the error.
 pub fn save(world: &dyn Communicator, run_dir: &Path, head: Manifest, parts: Vec<StatePart>, keep_last: usize) -> Result<PathBuf> {
     let step = head.step;
@@ -53,32 +53,18 @@ fn begin(run_dir: &Path, partial: &Path) -> Result<()> {
     std::fs::create_dir_all(partial).with_context(|| format!("cannot make {}", partial.display()))
 }
 
-/// Writes this rank's share: parts held alike by the same number of ranks are split among them by bytes, in order.
 fn write_share(world: &dyn Communicator, partial: &Path, parts: Vec<StatePart>) -> Result<Written> {
-    let size = |part: &StatePart| (part.tensor.numel() * part.tensor.kind().elt_size_in_bytes()) as u128;
-    let is_split = |part: &StatePart| part.tensor.size().first().is_some_and(|&rows| rows < part.total);
-    let mut totals = [0u128; 2];
-    parts.iter().for_each(|part| totals[is_split(part) as usize] += size(part));
-    let (mut before, mut mine) = ([0u128; 2], Vec::new());
-    for part in parts {
-        let (class, (place, holders)) = (is_split(&part) as usize, part.holder);
-        let owner = before[class] * holders as u128 / totals[class].max(1);
-        before[class] += size(&part);
-        if owner as usize == place {
-            mine.push(part);
-        }
-    }
     let file = format!("shard-{:05}-of-{:05}.safetensors", world.rank(), world.size());
-    let entries = mine.iter().map(|part| {
+    let entries = parts.iter().map(|part| {
         let mut shape = part.tensor.size();
         let slices = vec![SliceEntry { file: file.clone(), start: part.start, rows: shape[0] }];
         shape[0] = part.total;
         (part.name.clone(), TensorEntry { dtype: format!("{:?}", shard::dtype(part.tensor.kind())), shape, slices })
     });
     let entries = entries.collect();
-    let mine = mine.into_iter().map(|part| (part.name, part.tensor)).collect();
+    let tensors = parts.into_iter().map(|part| (part.name, part.tensor)).collect();
     let path = partial.join(&file);
-    shard::write(&path, mine)?;
+    shard::write(&path, tensors)?;
     Ok(Written { file: FileEntry { name: file, bytes: path.metadata()?.len(), blake3: hash(&path)? }, tensors: entries })
 }
 
