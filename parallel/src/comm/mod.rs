@@ -46,34 +46,67 @@ pub struct Pending<T>(PendingState<T>);
 
 enum PendingState<T> {
     Ready(T),
-    Running(Option<Box<dyn FnOnce() -> Result<T, CommError>>>),
+    Running(Finish<T>),
+    Staged(Finish<Pending<T>>),
+    Taken,
 }
 
-impl<T> Pending<T> {
+type Finish<T> = Box<dyn FnOnce() -> Result<T, CommError>>;
+
+impl<T: 'static> Pending<T> {
     /// A result that is already there (groups of one, synchronous back ends).
     pub fn ready(value: T) -> Self {
         Pending(PendingState::Ready(value))
     }
     /// `finish` makes the compute stream (on the CPU: the caller) wait and hands the result out.
     pub fn running(finish: impl FnOnce() -> Result<T, CommError> + 'static) -> Self {
-        Pending(PendingState::Running(Some(Box::new(finish))))
+        Pending(PendingState::Running(Box::new(finish)))
+    }
+    /// `next` waits for what is under way and posts the transfer that follows from it.
+    pub fn staged(next: impl FnOnce() -> Result<Pending<T>, CommError> + 'static) -> Self {
+        Pending(PendingState::Staged(Box::new(next)))
+    }
+    /// `f` of the result, when it is waited for.
+    pub fn map<U: 'static>(mut self, f: impl FnOnce(T) -> Result<U, CommError> + 'static) -> Pending<U> {
+        match self.take() {
+            PendingState::Staged(next) => Pending::staged(move || Ok(next()?.map(f))),
+            state => Pending::running(move || f(Pending(state).wait()?)),
+        }
+    }
+    /// Posts the transfer that follows from the one under way, if there is one, so that it, too, can pass while
+    /// something is computed. Waits for the one under way. A collective like any: at the same place on all ranks.
+    pub fn advance(&mut self) -> Result<(), CommError> {
+        self.0 = match self.take() {
+            PendingState::Staged(next) => next()?.take(),
+            state => state,
+        };
+        Ok(())
     }
     pub fn wait(mut self) -> Result<T, CommError> {
-        match std::mem::replace(&mut self.0, PendingState::Running(None)) {
-            PendingState::Ready(value) => Ok(value),
-            PendingState::Running(Some(finish)) => finish(),
-            PendingState::Running(None) => unreachable!("a Pending is waited on once"),
+        loop {
+            match self.take() {
+                PendingState::Ready(value) => return Ok(value),
+                PendingState::Running(finish) => return finish(),
+                PendingState::Staged(next) => self.0 = next()?.take(),
+                PendingState::Taken => unreachable!("a Pending is waited on once, and not after an error"),
+            }
         }
+    }
+}
+
+impl<T> Pending<T> {
+    fn take(&mut self) -> PendingState<T> {
+        std::mem::replace(&mut self.0, PendingState::Taken)
     }
 }
 
 impl<T> Drop for Pending<T> {
     fn drop(&mut self) {
-        if let PendingState::Running(finish) = &mut self.0
-            && let Some(finish) = finish.take()
-        {
-            // The peers count on this transfer; its error will show at the next one.
-            let _ = finish();
+        // The peers count on these transfers; an error will show at the next one.
+        match self.take() {
+            PendingState::Running(finish) => drop(finish()),
+            PendingState::Staged(next) => drop(next()),
+            PendingState::Ready(_) | PendingState::Taken => {}
         }
     }
 }

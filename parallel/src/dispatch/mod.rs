@@ -5,7 +5,7 @@
 //! plan. On one node (or nodes of uneven size) rows go straight to the ranks.
 //!
 //! Every transfer is posted at once and unpacked by its `wait`; the caller computes something else in between. The second
-//! hop starts in that wait, when the first is through; so the ranks of a group wait for their transfers in one order.
+//! hop is posted by `Pending::advance`, or else by the wait: at the same place of the program on all ranks of a group.
 //!
 //! Legend: T tokens, K experts a token, E experts, R rows at the local experts, D width.
 use crate::comm::{CommError, Pending};
@@ -77,9 +77,8 @@ impl Plan {
         let (route, kind) = (self.0.clone(), x.kind());
         let mut parts = route.wire.pack(x);
         parts.push(weights.shallow_clone());
-        let sent = route.find_way(parts)?;
-        Ok(Pending::running(move || {
-            let mut parts = sent.wait()?;
+        let sent = route.clone().find_way(&self.0.routes, parts, Vec::new())?;
+        Ok(sent.map(move |mut parts| {
             let weights = parts.pop().expect("weights come last");
             let local = &route.arrival().local;
             let weights = weights.flatten(0, -1).index_select(0, &local.pair);
@@ -89,9 +88,9 @@ impl Plan {
 
     /// Forward: rows [R, D] → the sum of each token's rows, [T, D]; each sum is taken in at least FP32.
     pub fn combine(&self, rows: &Tensor) -> Result<Pending<Tensor>, CommError> {
-        let back = self.0.inward(vec![self.0.sum_local(rows)])?;
-        Ok(Pending::running(move || {
-            let [y] = all(back.wait()?);
+        let back = self.0.clone().inward(self.0.hops.len(), vec![self.0.sum_local(rows)])?;
+        Ok(back.map(|parts| {
+            let [y] = all(parts);
             Ok(y)
         }))
     }
@@ -99,18 +98,18 @@ impl Plan {
     /// The backward of `combine`: dy [T, D] → the gradient of its rows, [R, D].
     pub fn combine_backward(&self, dy: &Tensor) -> Result<Pending<Rows>, CommError> {
         let (route, kind) = (self.0.clone(), dy.kind());
-        let sent = route.clone().outward(route.wire.pack(dy))?;
-        Ok(Pending::running(move || Ok(route.wire.unpack(sent.wait()?, &route.arrival().local.row, kind))))
+        let sent = route.clone().outward(0, route.wire.pack(dy))?;
+        Ok(sent.map(move |parts| Ok(route.wire.unpack(parts, &route.arrival().local.row, kind))))
     }
 
     /// The backward of `dispatch`: the gradients of its rows [R, D] and weights [R] → those of x and weights.
     pub fn dispatch_backward(&self, drows: &Tensor, dweights: &Tensor) -> Result<Pending<DispatchGrad>, CommError> {
         let place = &self.0.arrival().local.place;
         let slots = hop::with_zero(dweights).index_select(0, &place.flatten(0, -1)).view_as(place); // [V, K]
-        let back = self.0.inward(vec![self.0.sum_local(drows), slots])?;
-        Ok(Pending::running(move || {
+        let back = self.0.clone().inward(self.0.hops.len(), vec![self.0.sum_local(drows), slots])?;
+        Ok(back.map(|parts| {
             // A slot came back from one rank, zeros from the others: their sum is exact.
-            let [x, weights] = all(back.wait()?);
+            let [x, weights] = all(parts);
             Ok(DispatchGrad { x, weights })
         }))
     }
@@ -130,65 +129,42 @@ impl Route {
         hop::sum_places(rows, &self.arrival().local.place)
     }
 
-    /// The first time outward: finds the places of each hop on the way.
-    fn find_way(self: &Rc<Self>, parts: Vec<Tensor>) -> Result<Pending<Vec<Tensor>>, CommError> {
-        let route = self.clone();
-        let mut places = Vec::with_capacity(route.hops.len());
-        let mut slots = route.routes.shallow_clone();
-        let mut sent = Pending::ready(parts);
-        if let Some(hop) = route.hops.first() {
-            places.push(hop.places(&slots));
-            sent = hop.out(&sent.wait()?, &places[0], true)?;
-        }
-        Ok(Pending::running(move || {
-            let mut parts = sent.wait()?;
-            for hop in route.hops.iter().skip(1) {
-                slots = parts.pop().expect("slots come last");
-                let found = hop.places(&slots);
-                parts = hop.out(&parts, &found, true)?.wait()?;
-                places.push(found);
-            }
-            if !route.hops.is_empty() {
-                slots = parts.pop().expect("slots come last");
-            }
-            let local = Local::new(&slots, route.counts.len() as i64, route.counts.iter().sum());
-            assert!(route.arrival.set(Arrival { places, local }).is_ok(), "a plan dispatches once");
-            Ok(parts)
-        }))
+    /// The first time outward, from the hop after `places`: finds those of each hop on the way.
+    fn find_way(self: Rc<Self>, slots: &Tensor, parts: Vec<Tensor>, mut places: Vec<Places>) -> Result<Pending<Vec<Tensor>>, CommError> {
+        let Some(hop) = self.hops.get(places.len()) else {
+            let local = Local::new(slots, self.counts.len() as i64, self.counts.iter().sum());
+            assert!(self.arrival.set(Arrival { places, local }).is_ok(), "a plan dispatches once");
+            return Ok(Pending::ready(parts));
+        };
+        let found = hop.places(slots);
+        let sent = hop.out(&parts, &found, true)?;
+        places.push(found);
+        let last = places.len() == self.hops.len();
+        let onward = move |mut parts: Vec<Tensor>| {
+            let slots = parts.pop().expect("slots come last");
+            self.find_way(&slots, parts, places)
+        };
+        // After the last hop nothing is to be posted.
+        Ok(if last { sent.map(|parts| onward(parts)?.wait()) } else { Pending::staged(|| onward(sent.wait()?)) })
     }
 
-    /// Rows of each part [T, …] → the rows that arrive, [V, …].
-    fn outward(self: Rc<Self>, parts: Vec<Tensor>) -> Result<Pending<Vec<Tensor>>, CommError> {
-        let sent = match self.hops.first() {
-            Some(hop) => hop.out(&parts, &self.arrival().places[0], false)?,
-            None => return Ok(Pending::ready(parts)),
-        };
-        Ok(Pending::running(move || {
-            let mut parts = sent.wait()?;
-            for (hop, places) in self.hops.iter().zip(&self.arrival().places).skip(1) {
-                parts = hop.out(&parts, places, false)?.wait()?;
-            }
-            Ok(parts)
-        }))
+    /// Rows of each part [T, …] → the rows that arrive, [V, …]; from `level` on.
+    fn outward(self: Rc<Self>, level: usize, parts: Vec<Tensor>) -> Result<Pending<Vec<Tensor>>, CommError> {
+        let Some(hop) = self.hops.get(level) else { return Ok(Pending::ready(parts)) };
+        let sent = hop.out(&parts, &self.arrival().places[level], false)?;
+        let last = level + 1 == self.hops.len();
+        Ok(if last { sent } else { Pending::staged(move || self.outward(level + 1, sent.wait()?)) })
     }
 
-    /// One row of each part for each that came, [V, …] → their sums, [T, …].
-    fn inward(self: &Rc<Self>, parts: Vec<Tensor>) -> Result<Pending<Vec<Tensor>>, CommError> {
-        let route = self.clone();
-        let sent = match route.hops.last() {
-            Some(hop) => hop.back(parts)?,
-            None => return Ok(Pending::ready(parts)),
+    /// One row of each part for each that came, [V, …] → their sums, [T, …]; over the first `level` hops.
+    fn inward(self: Rc<Self>, level: usize, parts: Vec<Tensor>) -> Result<Pending<Vec<Tensor>>, CommError> {
+        let Some(level) = level.checked_sub(1) else { return Ok(Pending::ready(parts)) };
+        let back = self.hops[level].back(parts)?;
+        let onward = move |back: Vec<Tensor>| {
+            let sums = back.iter().map(|part| self.arrival().places[level].sum(part)).collect();
+            self.inward(level, sums)
         };
-        Ok(Pending::running(move || {
-            let mut parts = sent.wait()?;
-            for (level, places) in route.arrival().places.iter().enumerate().rev() {
-                parts = parts.iter().map(|part| places.sum(part)).collect();
-                if level > 0 {
-                    parts = route.hops[level - 1].back(parts)?.wait()?;
-                }
-            }
-            Ok(parts)
-        }))
+        Ok(if level == 0 { back.map(|parts| onward(parts)?.wait()) } else { Pending::staged(|| onward(back.wait()?)) })
     }
 }
 

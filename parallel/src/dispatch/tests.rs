@@ -210,3 +210,35 @@ fn a_node_adds_in_fp32() {
         assert!(y.equal(&(x * 258.0)));
     });
 }
+
+#[test]
+fn the_second_hop_is_posted_by_advance() {
+    run_local(4, |all| {
+        let (all, traffic) = counted(all, &[0, 0, 1, 1]);
+        let group = ExpertGroup::new(all, &[0, 0, 1, 1]).unwrap();
+        // Everyone's token goes to all ranks: each sends one row to the other node and passes two on.
+        let routes = Tensor::from_slice(&[0i64, 2, 4, 6]).view([1, 4]);
+        let plan = Plan::new(&routes, EXPERTS, &group).unwrap();
+        let x = Tensor::full([1, 8], group.all.rank() as i64, (Kind::Double, Device::Cpu));
+        let row = 8 * 8 + 4 * 8 + 4 * 4;
+        let (bytes, mut sent) = grown(&traffic, || plan.dispatch(&x, &routes.to_kind(Kind::Double)).unwrap());
+        assert_eq!(bytes, (0, row));
+        let (bytes, _) = grown(&traffic, || sent.advance().unwrap());
+        assert_eq!(bytes, (2 * row, 0));
+        // Nothing is left to post: neither advancing nor waiting sends.
+        let (bytes, rows) = grown(&traffic, || {
+            sent.advance().unwrap();
+            sent.wait().unwrap().rows.into_tensor()
+        });
+        assert_eq!((bytes, rows.size()), ((0, 0), vec![4, 8]));
+        // Back: two rows inside the node first, then their sum to the other.
+        let (bytes, mut back) = grown(&traffic, || plan.combine(&rows).unwrap());
+        assert_eq!(bytes, (2 * 64, 0));
+        let (bytes, _) = grown(&traffic, || back.advance().unwrap());
+        assert_eq!(bytes, (0, 64));
+        assert!(back.wait().unwrap().equal(&(x * 4.0)));
+        // One that nobody waits for still passes its rows on.
+        let (bytes, _) = grown(&traffic, || drop(plan.combine_backward(&rows.narrow(0, 0, 1)).unwrap()));
+        assert_eq!(bytes, (2 * 64, 64));
+    });
+}
