@@ -94,6 +94,14 @@ impl<'a> Launch<'a> {
         self
     }
 
+    /// A tensor map of FP32 matrices [E, M, N] to write through: swizzled boxes of `rows` rows × 32 columns of one matrix.
+    pub fn map_of_stack(mut self, stack: &Tensor, rows: usize) -> Self {
+        assert_eq!(stack.device(), self.gpu.device(), "{}: argument {}", self.kernel.name, self.args.len());
+        let swizzle = sys::CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_128B;
+        self.args.push(Arg::Map(encode(stack, &[1, rows, 32], swizzle)));
+        self
+    }
+
     /// Puts the kernel on the stream. A refused launch is a bug of the caller's and panics.
     pub fn run(self, shape: Shape) {
         let Kernel { name, param_bytes, function, .. } = self.kernel;
@@ -116,37 +124,49 @@ impl<'a> Launch<'a> {
 
 /// E4M3 boxes are 128 bytes wide and swizzled, as the matrix instructions read them; FP32 boxes lie plainly.
 fn tensor_map(matrix: &Tensor, rows: usize, cols: usize) -> sys::CUtensorMap {
-    use sys::CUtensorMapDataType::*;
     use sys::CUtensorMapSwizzle::*;
-    let (num_rows, num_cols) = matrix.size2().expect("a tensor map is of a matrix");
-    let (element, kind, swizzle) = match matrix.kind() {
-        Kind::Float8e4m3fn => (1, CU_TENSOR_MAP_DATA_TYPE_UINT8, CU_TENSOR_MAP_SWIZZLE_128B),
-        Kind::Float => (4, CU_TENSOR_MAP_DATA_TYPE_FLOAT32, CU_TENSOR_MAP_SWIZZLE_NONE),
+    assert_eq!(matrix.dim(), 2, "a tensor map is of a matrix");
+    let swizzle = match matrix.kind() {
+        Kind::Float8e4m3fn => CU_TENSOR_MAP_SWIZZLE_128B,
+        _ => CU_TENSOR_MAP_SWIZZLE_NONE,
+    };
+    encode(matrix, &[rows, cols], swizzle)
+}
+
+/// `boxes`: as many sizes as the tensor has dimensions.
+fn encode(tensor: &Tensor, boxes: &[usize], swizzle: sys::CUtensorMapSwizzle) -> sys::CUtensorMap {
+    use sys::CUtensorMapDataType::*;
+    let (element, kind) = match tensor.kind() {
+        Kind::Float8e4m3fn => (1, CU_TENSOR_MAP_DATA_TYPE_UINT8),
+        Kind::Float => (4, CU_TENSOR_MAP_DATA_TYPE_FLOAT32),
         other => panic!("no tensor map for {other:?}"),
     };
-    let stride = matrix.stride()[0] as u64 * element;
-    assert_eq!(matrix.stride()[1], 1, "the copy engine reads rows");
-    assert_eq!(stride % 16, 0, "a row of the copy engine starts on 16 bytes, not {stride}");
-    // The encoding refuses a matrix without rows; a kernel that gets one never reads it.
-    let dims = [num_cols.max(1) as u64, num_rows.max(1) as u64];
+    // The engine counts from the innermost dimension. The encoding refuses one without elements; a kernel that gets such
+    // a tensor never reads it.
+    let dims: Vec<u64> = tensor.size().iter().rev().map(|&n| n.max(1) as u64).collect();
+    let strides: Vec<u64> = tensor.stride().iter().rev().map(|&n| n as u64 * element).collect();
+    let boxes: Vec<u32> = boxes.iter().rev().map(|&n| n as u32).collect();
+    assert_eq!(dims.len(), boxes.len(), "boxes of {:?}", tensor.size());
+    assert_eq!(strides[0], element, "the copy engine reads rows");
+    assert!(strides[1..].iter().all(|n| n % 16 == 0), "a row of the copy engine starts on 16 bytes, not {strides:?}");
     let mut map = sys::CUtensorMap { opaque: [0; 16] };
-    // SAFETY: two dimensions, so two sizes, one stride, two box sizes; the memory lives as long as the launch's tensors.
+    // SAFETY: as many sizes, strides but one, and box sizes as dimensions; the memory lives as long as the launch's tensors.
     let code = unsafe {
         sys::cuTensorMapEncodeTiled(
             &mut map,
             kind,
-            2,
-            matrix.data_ptr(),
+            dims.len() as u32,
+            tensor.data_ptr(),
             dims.as_ptr(),
-            [stride].as_ptr(),
-            [cols as u32, rows as u32].as_ptr(),
-            [1, 1].as_ptr(),
+            strides[1..].as_ptr(),
+            boxes.as_ptr(),
+            [1, 1, 1].as_ptr(),
             sys::CUtensorMapInterleave::CU_TENSOR_MAP_INTERLEAVE_NONE,
             swizzle,
             sys::CUtensorMapL2promotion::CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
             sys::CUtensorMapFloatOOBfill::CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
         )
     };
-    assert_eq!(code, sys::CUresult::CUDA_SUCCESS, "tensor map of {num_rows}x{num_cols} in boxes of {rows}x{cols}");
+    assert_eq!(code, sys::CUresult::CUDA_SUCCESS, "tensor map of {dims:?} in boxes of {boxes:?}");
     map
 }

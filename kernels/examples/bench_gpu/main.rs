@@ -16,38 +16,40 @@ const GROUPED: [(i64, i64, i64, i64); 4] =
 
 struct Bench {
     gpu: &'static Gpu,
-    /// Larger than the L2 cache: cleared before each call, so that no operand is found there.
-    flush: Tensor,
-    /// 1 GiB to read while the host runs ahead.
+    /// 1 GiB, larger than the L2 cache: read before each call, so that no operand is found there and nothing waits to be
+    /// written back.
     large: Tensor,
     sweep: bool,
 }
 
 impl Bench {
     /// Median milliseconds of one call of each, taken in turns: clocks and heat are the same for all.
-    fn race<const N: usize>(&self, works: [&dyn Fn(); N]) -> [f64; N] {
-        let mut times = [const { Vec::new() }; N];
-        for round in 0..23 {
+    fn race(&self, works: &[&dyn Fn()]) -> Vec<f64> {
+        let mut times = vec![Vec::new(); works.len()];
+        for round in 0..17 {
             for (work, times) in works.iter().zip(&mut times) {
-                let _ = self.flush.shallow_clone().zero_();
+                let _ = self.large.narrow(0, 0, 1 << 26).sum(Kind::Float);
                 let time = self.gpu.time_ms(work).expect("the device works");
                 if round >= 2 {
                     times.push(time);
                 }
             }
         }
-        times.map(|mut times| {
+        let median = |mut times: Vec<f32>| {
             times.sort_by(f32::total_cmp);
             f64::from(times[times.len() / 2])
-        })
-    }
-
-    fn time(&self, work: impl Fn()) -> f64 {
-        self.race([&work])[0]
+        };
+        times.into_iter().map(median).collect()
     }
 
     fn random(&self, size: &[i64]) -> Tensor {
         Tensor::randn(size, (Kind::BFloat16, self.gpu.device()))
+    }
+
+    /// The model's own choice, and with `sweep` every tile.
+    fn candidates(&self, plans: &[Plan]) -> Vec<Option<Plan>> {
+        let all = plans.iter().filter(|_| self.sweep).map(|&plan| Some(plan));
+        [None].into_iter().chain(all).collect()
     }
 
     fn forward(&self) {
@@ -64,32 +66,24 @@ impl Bench {
             let (bt, sa, sb) = (b.values.tr(), a.scales.tr(), b.scales.tr());
             let none = None::<&Tensor>;
             let rival = || drop(a.values.internal_scaled_mm(&bt, &sa, &sb, none, none, Kind::BFloat16, false));
-            let [ours, rival] =
-                self.race([&|| drop(gemm_fp8::forward(&a, &b, Options::default())), &rival]).map(|t| tera / t);
-            println!("{n:>6} x {k:<6} {ours:>6.0} | {rival:>6.0} | {:.3} | {error:.3}", ours / rival);
-            ratios.push(ours / rival);
-            if self.sweep {
-                let run = |plan: Plan, turns| {
-                    let options = Options {
-                        plan: Some(Plan { turns: turns && plan.warpgroups == 2, ..plan }),
-                        ..Options::default()
-                    };
-                    drop(gemm_fp8::forward(&a, &b, options));
-                };
-                for plan in FORWARD_PLANS {
-                    let [with, without] = self.race([&|| run(plan, true), &|| run(plan, false)]).map(|t| tera / t);
-                    print!("  {}x{}x{}: {with:.0}/{without:.0}", plan.warpgroups, plan.subtiles, plan.width);
-                }
-                println!();
-            }
+            let plans: Vec<Option<Plan>> = self.candidates(&FORWARD_PLANS);
+            let ours = |plan| drop(gemm_fp8::forward(&a, &b, Options { plan, ..Options::default() }));
+            let tried: Vec<Box<dyn Fn()>> =
+                plans.iter().map(|&plan| Box::new(move || ours(plan)) as Box<dyn Fn()>).collect();
+            let all: Vec<&dyn Fn()> = tried.iter().map(|work| &**work).chain([&rival as &dyn Fn()]).collect();
+            let speeds: Vec<f64> = self.race(&all).into_iter().map(|time| tera / time).collect();
+            let rival = speeds[plans.len()];
+            println!("{n:>6} x {k:<6} {:>6.0} | {rival:>6.0} | {:.3} | {error:.3}", speeds[0], speeds[0] / rival);
+            show_candidates(&plans, &speeds, rival);
+            ratios.push(speeds[0] / rival);
         }
         let mean = (ratios.iter().map(|r| r.ln()).sum::<f64>() / ratios.len() as f64).exp();
         println!("geometric mean of the ratios {mean:.3}");
     }
 
     fn wgrad(&self) {
-        println!("\nwgrad, {M} rows, FP32 +=: TFLOP/s | FP32 error");
-        let mut all = Vec::new();
+        println!("\nwgrad, {M} rows, FP32 +=: TFLOP/s | cuBLASLt, BF16 = | FP32 error");
+        let mut all_speeds = Vec::new();
         for (n, k) in SHAPES {
             let dy = quantise::columns(&self.random(&[M, n]), None, ScaleRule::Amax);
             let x = quantise::columns(&self.random(&[M, k]), None, ScaleRule::Amax);
@@ -99,61 +93,98 @@ impl Bench {
             let error = relative_error(&gradient, &exact);
             drop(exact);
             let tera = 2.0 * (M * n * k) as f64 / 1e9;
-            let run = |options, write| {
-                tera / self.time(|| gemm_fp8::wgrad(&dy, &x, M, &mut gradient.shallow_clone(), write, options))
+            let plans = self.candidates(&WGRAD_PLANS);
+            let ours = |plan, write| {
+                let options = Options { plan, ..Options::default() };
+                gemm_fp8::wgrad(&dy, &x, M, &mut gradient.shallow_clone(), write, options);
             };
-            let (ours, assigned) = (run(Options::default(), Write::Accumulate), run(Options::default(), Write::Assign));
-            println!("{n:>6} x {k:<6} {ours:>6.0} (assigned {assigned:.0}) | {error:.2e}");
-            all.push(ours);
-            for plan in WGRAD_PLANS.into_iter().filter(|_| self.sweep) {
-                let of = |turns| {
-                    run(
-                        Options {
-                            plan: Some(Plan { turns: turns && plan.warpgroups == 2, ..plan }),
-                            ..Options::default()
-                        },
-                        Write::Accumulate,
-                    )
-                };
-                print!("  {}x{}x{}: {:.0}/{:.0}", plan.warpgroups, plan.subtiles, plan.width, of(true), of(false));
+            // The same product in BF16, without a gradient to add to.
+            let (xt, sa) = (x.values.tr(), dy.scales.tr());
+            let none = None::<&Tensor>;
+            let rival = || dy.values.f_internal_scaled_mm(&xt, &sa, &x.scales, none, none, Kind::BFloat16, false);
+            if let Err(why) = rival() {
+                println!("cuBLASLt does not take it: {}", why.to_string().lines().next().unwrap_or_default());
             }
-            if self.sweep {
-                println!();
-            }
+            let (assign, rival) = (|| ours(None, Write::Assign), || drop(rival()));
+            let add = |plan| Box::new(move || ours(plan, Write::Accumulate)) as Box<dyn Fn()>;
+            let tried: Vec<Box<dyn Fn()>> = plans.iter().map(|&plan| add(plan)).collect();
+            let all: Vec<&dyn Fn()> = tried.iter().map(|work| &**work).chain([&assign as &dyn Fn(), &rival]).collect();
+            let speeds: Vec<f64> = self.race(&all).into_iter().map(|time| tera / time).collect();
+            let (assigned, rival) = (speeds[plans.len()], speeds[plans.len() + 1]);
+            println!("{n:>6} x {k:<6} {:>6.0} (assigned {assigned:.0}) | {rival:.0} | {error:.2e}", speeds[0]);
+            show_candidates(&plans, &speeds, rival);
+            all_speeds.push(speeds[0]);
         }
-        println!("geometric mean {:.0}", (all.iter().map(|r| r.ln()).sum::<f64>() / all.len() as f64).exp());
+        println!(
+            "geometric mean {:.0}",
+            (all_speeds.iter().map(|r| r.ln()).sum::<f64>() / all_speeds.len() as f64).exp()
+        );
     }
 
     fn grouped(&self) {
-        println!("\ngrouped, uniform and Zipf rows: TFLOP/s forward, wgrad (FP32 +=); Zipf forward, wgrad");
+        println!("\ngrouped, uniform and Zipf rows: TFLOP/s forward; wgrad (FP32 +=), and of its floor");
+        let copy = self.copy_bandwidth();
         for (experts, rows_each, n, k) in GROUPED {
             let rows = experts * rows_each;
-            let x = self.random(&[rows, k]);
+            let (x, dy) = (self.random(&[rows, k]), self.random(&[rows, n]));
             let a = quantise::rows(&x, ScaleRule::Amax);
-            let dy = self.random(&[rows, n]);
             let (b, _) = quantise::weights(&self.random(&[experts, n, k]), ScaleRule::Amax);
             let gradient = Tensor::zeros([experts, n, k], (Kind::Float, self.gpu.device()));
             let harmonic: f64 = (1..=experts).map(|i| 1.0 / i as f64).sum();
             let zipf: Vec<i64> = (1..=experts).map(|i| (rows as f64 / harmonic / i as f64) as i64).collect();
-            let mut line = format!("{experts:>3} x {rows_each:<5} {n}x{k}:");
-            for counts in [vec![rows_each; experts as usize], zipf] {
+            for (name, counts) in [("uniform", vec![rows_each; experts as usize]), ("Zipf", zipf)] {
                 let tera = 2.0 * (counts.iter().sum::<i64>() * n * k) as f64 / 1e9;
-                let counts = Tensor::from_slice(&counts).to_kind(Kind::Int).to_device(self.gpu.device());
-                let forward = self.time(|| drop(gemm_grouped::forward(&a, &b, &counts, Options::default())));
+                let floor_ms = counts.iter().map(|&count| floor_ms([count, n, k], copy)).sum::<f64>();
+                let counts = self.counts(&counts);
+                let (forward_plans, wgrad_plans) = (self.candidates(&FORWARD_PLANS), self.candidates(&WGRAD_PLANS));
+                let forward = |plan| {
+                    drop(gemm_grouped::forward(&a, &b, &counts, Options { plan, ..Options::default() }));
+                };
                 let by_column = |x: &Tensor| quantise::columns(x, Some(&counts), ScaleRule::Amax);
                 let (qdy, qx) = (by_column(&dy), by_column(&x));
-                let wgrad = self.time(|| {
-                    let gradient = &mut gradient.shallow_clone();
-                    gemm_grouped::wgrad(&qdy, &qx, &counts, gradient, Write::Accumulate, Options::default())
-                });
-                line += &format!("  {:.0}, {:.0};", tera / forward, tera / wgrad);
+                let wgrad = |plan| {
+                    let options = Options { plan, ..Options::default() };
+                    gemm_grouped::wgrad(&qdy, &qx, &counts, &mut gradient.shallow_clone(), Write::Accumulate, options)
+                };
+                let forwards = self.race_all(&forward_plans, &forward);
+                let wgrads = self.race_all(&wgrad_plans, &wgrad);
+                let [forwards, wgrads] =
+                    [forwards, wgrads].map(|times| times.iter().map(|t| tera / t).collect::<Vec<_>>());
+                let of_floor = wgrads[0] * floor_ms / tera;
+                println!(
+                    "{experts:>3} x {rows_each:<5} {n}x{k} {name:<8} {:.0}; {:.0}, {of_floor:.2}",
+                    forwards[0], wgrads[0]
+                );
+                show_candidates(&forward_plans, &forwards, forwards[0]);
+                show_candidates(&wgrad_plans, &wgrads, wgrads[0]);
             }
-            println!("{line}");
         }
+    }
+
+    fn race_all(&self, plans: &[Option<Plan>], work: &dyn Fn(Option<Plan>)) -> Vec<f64> {
+        let works: Vec<_> = plans.iter().map(|&plan| move || work(plan)).collect();
+        self.race(&works.iter().map(|work| work as &dyn Fn()).collect::<Vec<_>>())
     }
 
     fn counts(&self, counts: &[i64]) -> Tensor {
         Tensor::from_slice(counts).to_kind(Kind::Int).to_device(self.gpu.device())
+    }
+}
+
+/// Least time of an expert's weight gradient: its products at 900 TFLOP/s, or its bytes at 85 % of the copy's speed (TB/s).
+fn floor_ms([rows, n, k]: [i64; 3], copy: f64) -> f64 {
+    let bytes = if rows > 0 { 8 * n * k + rows * (n + k) } else { 0 };
+    (2.0 * (rows * n * k) as f64 / 900e9).max(bytes as f64 / (0.85e9 * copy))
+}
+
+fn show_candidates(plans: &[Option<Plan>], speeds: &[f64], rival: f64) {
+    let mut sorted: Vec<_> = plans.iter().zip(speeds).filter_map(|(plan, speed)| Some(((*plan)?, speed))).collect();
+    sorted.sort_by(|a, b| b.1.total_cmp(a.1));
+    for (Plan { warpgroups, subtiles, width, .. }, speed) in sorted {
+        print!("  {warpgroups}x{subtiles}x{width}: {speed:.0} {:.2}", speed / rival);
+    }
+    if plans.len() > 1 {
+        println!();
     }
 }
 
@@ -168,9 +199,8 @@ fn main() {
     let wanted: Vec<String> = std::env::args().skip(1).collect();
     let has = |name: &str| wanted.iter().any(|w| w == name);
     let all = !["forward", "wgrad", "grouped", "passes"].into_iter().any(has);
-    let flush = Tensor::zeros([256 << 20], (Kind::Uint8, gpu.device()));
     let large = Tensor::rand([1 << 28], (Kind::Float, gpu.device()));
-    let bench = Bench { gpu, flush, large, sweep: has("sweep") };
+    let bench = Bench { gpu, large, sweep: has("sweep") };
     let run = |name: &str, table: fn(&Bench)| {
         if all || has(name) {
             table(&bench);

@@ -41,11 +41,15 @@ impl Bench {
         [(); SETS].map(|()| self.random(size))
     }
 
-    pub fn passes(&self) {
+    /// TB/s, read and write counted.
+    pub fn copy_bandwidth(&self) -> f64 {
         let (from, to) = (self.large.narrow(0, 0, 1 << 28), Tensor::empty([1 << 28], (Kind::Float, self.gpu.device())));
-        let copy = 8.0 * f64::from(1 << 28) / self.steady(|_| to.shallow_clone().copy_(&from)) / 1e9;
+        8.0 * f64::from(1 << 28) / self.steady(|_| to.shallow_clone().copy_(&from)) / 1e9
+    }
+
+    pub fn passes(&self) {
+        let copy = self.copy_bandwidth();
         println!("\nmemory-bound passes; the copy runs at {copy:.2} TB/s (read + write)");
-        drop(to);
         for c in [2048, 7168, 16384] {
             let (x, n) = (self.sets(&[T, c]), T * c);
             let time = self.steady(|i| quantise::rows(&x[i], RULE));

@@ -254,7 +254,7 @@ static __device__ __forceinline__ void consume(const Shared& at, const float* sc
     }
     const int row = walk.row + warp * 16, valid_columns = N - column, count = walk.count;
     const long long first = (long long)(walk.first_row + row) * N + column;
-    if (PAIRED) more = begin(unit += gridDim.x / 2);
+    more = begin(unit += gridDim.x / 2);
     const u32 buffer = at.out + warp * (16 * OUT_ROW_BYTES);
 #pragma unroll
     for (int subtile = 0; subtile < SUBTILES; subtile++) {
@@ -266,7 +266,6 @@ static __device__ __forceinline__ void consume(const Shared& at, const float* sc
         store_bf16(sum[subtile], buffer, (u16*)d + to, valid_rows, valid_columns, N, lane);
       }
     }
-    if (!PAIRED) more = begin(unit += gridDim.x / 2);  // before, its registers would not fit
   }
   turns.finish();
 }

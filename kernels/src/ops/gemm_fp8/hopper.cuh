@@ -70,18 +70,21 @@ static __device__ __forceinline__ void load_box_for_both(u32 to, const TensorMap
       : "memory");
 }
 
-// A row from shared to global memory behind the thread's back; both addresses and the size are multiples of 16.
-static __device__ __forceinline__ void store_row(void* to, u32 from, u32 bytes) {
-  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(to), "r"(from), "r"(bytes) : "memory");
-}
-// The same, added in L2.
-static __device__ __forceinline__ void add_row(float* to, u32 from, u32 bytes) {
-  asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(to), "r"(from), "r"(bytes)
+// A box from shared memory to (x, y, z) of a stack of matrices behind the thread's back; what lies outside is left out.
+static __device__ __forceinline__ void store_box(const TensorMap& map, u32 from, int x, int y, int z) {
+  asm volatile("cp.async.bulk.tensor.3d.global.shared::cta.tile.bulk_group [%0, {%2, %3, %4}], [%1];" ::"l"(&map),
+               "r"(from), "r"(x), "r"(y), "r"(z)
                : "memory");
 }
-static __device__ __forceinline__ void rows_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
-// Until the rows that this thread sent have been read: their place may be written anew, or given up.
-static __device__ __forceinline__ void rows_read() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
+// The same, added in L2.
+static __device__ __forceinline__ void add_box(const TensorMap& map, u32 from, int x, int y, int z) {
+  asm volatile("cp.reduce.async.bulk.tensor.3d.global.shared::cta.add.tile.bulk_group [%0, {%2, %3, %4}], [%1];" ::"l"(&map),
+               "r"(from), "r"(x), "r"(y), "r"(z)
+               : "memory");
+}
+static __device__ __forceinline__ void boxes_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+// Until the boxes that this thread sent have been read: their place may be written anew, or given up.
+static __device__ __forceinline__ void boxes_read() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
 // Makes this thread's writes to shared memory visible to the copy engine.
 static __device__ __forceinline__ void fence_for_copies() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 

@@ -85,8 +85,8 @@ pub(crate) fn forward_into(a: &Rows, b: &Blocks, counts: Option<&Tensor>, out: &
     let gpu = device::gpu(a.values.device());
     let num_sms = options.num_sms.unwrap_or(gpu.num_sms());
     let plan = options.plan.unwrap_or_else(|| Plan::forward([m, n, k], groups.num(), num_sms));
-    // Only a pair of accumulators can hold sums along all of K.
-    let plan = if options.without_promotion { FORWARD_PLANS[2] } else { plan };
+    // Sums along all of K need an accumulator for every subtile.
+    let plan = if options.without_promotion && plan.subtiles > 1 { FORWARD_PLANS[2] } else { plan };
     let kernel = forward_kernel(plan, options, a.values.device());
     Launch::new(gpu, &kernel)
         .map(&a.values, plan.rows() / 2, 128)
@@ -114,8 +114,10 @@ pub(crate) fn wgrad_into(
     let ((m, p), (n, px)) = (dy.values.size2().expect("[M, P]"), x.values.size2().expect("[N, P]"));
     assert_eq!(p, px, "dy and x have different numbers of rows");
     assert_eq!(gradient.size().iter().product::<i64>(), groups.num() * m * n, "gradient {:?}", gradient.size());
+    assert!(gradient.is_contiguous(), "the gradient is written through its own memory");
     assert!(n % 8 == 0 && groups.rows <= p, "N {n} is not a multiple of 8, or {} rows in {p}", groups.rows);
     let Device::Cuda(_) = gradient.device() else { return cpu::wgrad(dy, x, groups, gradient, write) };
+    assert_eq!(gradient.kind(), Kind::Float, "weight gradients are FP32");
     let gpu = device::gpu(gradient.device());
     let num_sms = options.num_sms.unwrap_or(gpu.num_sms());
     let plan = options.plan.unwrap_or_else(|| Plan::wgrad([m, n, groups.rows], groups.num(), num_sms));
@@ -125,7 +127,7 @@ pub(crate) fn wgrad_into(
         .map(&dy.scales, 1, plan.rows())
         .map(&x.values, plan.width, 128)
         .map(&x.scales, 1, plan.width)
-        .tensor(gradient, Kind::Float)
+        .map_of_stack(&gradient.view([groups.num(), m, n]), 16)
         .tensor_or_null(groups.counts, Kind::Int)
         .int(groups.rows)
         .int(groups.num())

@@ -7,16 +7,17 @@ pub struct Plan {
     pub warpgroups: usize,
     pub subtiles: usize,
     pub width: usize,
-    /// The two warpgroups take turns at the matrix unit.
+    /// The two warpgroups take turns at the matrix unit: good where each has two accumulators, bad where it has one.
     pub turns: bool,
 }
 
 const fn plan(warpgroups: usize, subtiles: usize, width: usize) -> Plan {
-    Plan { warpgroups, subtiles, width, turns: warpgroups == 2 }
+    Plan { warpgroups, subtiles, width, turns: warpgroups == 2 && subtiles == 1 && width <= 128 }
 }
 
 /// A tile of any of these meets at most two scales of 128 columns, and its sums and accumulators fit the registers.
-pub const FORWARD_PLANS: [Plan; 5] = [plan(2, 1, 64), plan(2, 1, 96), plan(2, 1, 128), plan(3, 1, 128), plan(2, 2, 128)];
+pub const FORWARD_PLANS: [Plan; 5] =
+    [plan(2, 1, 64), plan(2, 1, 96), plan(2, 1, 128), plan(3, 1, 128), plan(2, 2, 128)];
 pub const WGRAD_PLANS: [Plan; 4] = [plan(2, 1, 64), plan(2, 1, 96), plan(2, 1, 128), plan(2, 2, 128)];
 
 /// Shared memory of a block on Hopper, less 1 KiB to align the ring and room for its barriers.
@@ -57,16 +58,16 @@ impl Plan {
         match (self.warpgroups, self.subtiles, self.width) {
             (_, _, 64) => 0.72,
             (_, _, 96) => 0.93,
-            (3, _, _) => 1.6,
-            (_, 2, _) => 1.93,
+            (3, _, _) => 1.43,
+            (_, 2, _) => 1.9,
             _ => 1.0,
         }
     }
     fn wgrad_cost(self) -> f64 {
-        match (self.subtiles, self.width) {
-            (_, 64) => 0.65,
-            (_, 96) => 0.86,
-            (2, _) => 2.2,
+        match (self.warpgroups, self.subtiles, self.width) {
+            (_, _, 64) => 0.65,
+            (_, _, 96) => 0.86,
+            (_, 2, _) => 2.1,
             _ => 1.0,
         }
     }
@@ -80,8 +81,9 @@ impl Plan {
         4 * self.warpgroups * 16 * (columns * 2 + 16)
     }
     fn wgrad_out_bytes(self) -> usize {
+        // A warp's 16 rows of 64 or 32 columns.
         let columns = if self.subtiles == 1 && self.width.is_multiple_of(64) { 64 } else { 32 };
-        4 * self.warpgroups * 16 * (columns * 4 + 32)
+        4 * self.warpgroups * 16 * columns * 4
     }
     /// The scales of a box of A: rows of an expert may start anywhere, and the copy engine at every fourth.
     pub(super) fn row_scales(self) -> usize {

@@ -10,9 +10,9 @@ constexpr bool PAIRED = SUBTILES == 1;  // as in forward.cu
 constexpr int A_BYTES = BM * BK, B_BYTES = BN * BK, SA_BYTES = BM * 4, SB_BYTES = (BN * 4 + 127) / 128 * 128;
 constexpr int STAGE_BYTES = A_BYTES + B_BYTES + SA_BYTES + BN * 4;
 
-// Epilogue: each warp has a place for 16 rows of 64 columns, with padding to keep the banks apart.
-constexpr int CHUNK = SUBTILES == 1 && BN % 64 == 0 ? 64 : 32, OUT_ROW_BYTES = CHUNK * 4 + 32;
-constexpr int OUT_BYTES = CONSUMER_WARPS * 16 * OUT_ROW_BYTES;
+// Epilogue: each warp has a place for 16 rows of CHUNK columns, in boxes of 32 columns, swizzled over 128 bytes.
+constexpr int CHUNK = SUBTILES == 1 && BN % 64 == 0 ? 64 : 32, BOX_BYTES = 16 * 32 * 4;
+constexpr int OUT_BYTES = CONSUMER_WARPS * (CHUNK / 32) * BOX_BYTES;
 
 struct Shared {
   u32 a, b, scales_a, scales_b, out, full, empty;
@@ -82,39 +82,38 @@ static __device__ __forceinline__ void promote(float (&sum)[BN / 2], const float
   }
 }
 
-// One warp's 16 rows: into shared memory, and from there row by row through the copy engine, which adds them in L2.
-// One block owns each element of a launch, so the order of the sum is fixed.
-static __device__ __forceinline__ void write(const float (&sum)[BN / 2], u32 buffer, float* d, int valid_rows,
-                                             int valid_columns, int N, int lane) {
-  const u32 put = buffer + lane / 4 * OUT_ROW_BYTES + lane % 4 * 8;
+// One warp's 16 rows at (column, row) of an expert: into shared memory, and from there through the copy engine, which adds
+// them in L2 and leaves out what lies outside. One block owns each element of a launch, so the order of the sum is fixed.
+static __device__ __forceinline__ void write(const float (&sum)[BN / 2], u32 buffer, const TensorMap& map_d, int column,
+                                             int row, int expert, int lane) {
+  const u32 upper = buffer + lane / 4 * 128 + lane % 2 * 8;
 #pragma unroll
   for (int chunk = 0; chunk < BN; chunk += CHUNK) {
-    rows_read();
+    if (lane == 0) boxes_read();
     __syncwarp();
 #pragma unroll
     for (int j = 0; j < CHUNK / 8; j++) {
       const float* f = sum + (chunk / 8 + j) * 4;
-      asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(put + j * 32), "f"(f[0]), "f"(f[1]) : "memory");
-      asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(put + j * 32 + 8 * OUT_ROW_BYTES), "f"(f[2]), "f"(f[3])
-                   : "memory");
+      const u32 put = upper + j / 4 * BOX_BYTES + (((j % 4 * 2 + lane % 4 / 2) ^ lane / 4) << 4);
+      asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(put), "f"(f[0]), "f"(f[1]) : "memory");
+      asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(put + 8 * 128), "f"(f[2]), "f"(f[3]) : "memory");
     }
     fence_for_copies();
     __syncwarp();
-    const int columns = min(CHUNK, valid_columns - chunk);
-    if (lane < min(16, valid_rows) && columns > 0) {
-      float* to = d + (long long)lane * N + chunk;
-      if (ACCUMULATE) {
-        add_row(to, buffer + lane * OUT_ROW_BYTES, columns * 4);
-      } else {
-        store_row(to, buffer + lane * OUT_ROW_BYTES, columns * 4);
+    if (lane == 0) {
+#pragma unroll
+      for (int box = 0; box < CHUNK / 32; box++) {
+        const u32 from = buffer + box * BOX_BYTES;
+        const int x = column + chunk + box * 32;
+        ACCUMULATE ? add_box(map_d, from, x, row, expert) : store_box(map_d, from, x, row, expert);
       }
+      boxes_commit();
     }
-    rows_commit();
   }
 }
 
 // PAIRED or SUBTILES as in forward.cu.
-static __device__ __forceinline__ void consume(const Shared& at, float* d, Walk walk, int M, int N, u32 rank) {
+static __device__ __forceinline__ void consume(const Shared& at, const TensorMap& map_d, Walk walk, u32 rank) {
   const int warp = threadIdx.x / 32 - 4, lane = threadIdx.x % 32;
   const u32 my_scales_a = at.scales_a + (warp * 16 + lane / 4) * 4, my_scales_b = at.scales_b + lane % 4 * 8;
   const Turns turns(warp / 4);
@@ -168,28 +167,27 @@ static __device__ __forceinline__ void consume(const Shared& at, float* d, Walk 
 #pragma unroll
     for (int subtile = 0; subtile < SUBTILES; subtile++) {
       const int row = walk.row + subtile * (64 * WARPGROUPS) + warp * 16;
-      float* to = d + ((long long)walk.expert * M + row) * N + column;
-      write(sum[subtile], at.out + warp * (16 * OUT_ROW_BYTES), to, M - row, N - column, N, lane);
+      write(sum[subtile], at.out + warp * (CHUNK / 32) * BOX_BYTES, map_d, column, row, walk.expert, lane);
     }
   }
   turns.finish();
-  rows_read();
+  if (lane == 0) boxes_read();
 }
 
 // a [M, P], scale_a [P/128, M], b [N, P], scale_b [P/128, N], d [experts, M, N]; counts is null for one expert with
 // num_rows columns.
 extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(128 + 128 * WARPGROUPS, 1)
     gemm_wgrad(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap map_sa,
-               const __grid_constant__ TensorMap map_b, const __grid_constant__ TensorMap map_sb, float* d,
-               const int* counts, int num_rows, int num_experts, int M, int N) {
+               const __grid_constant__ TensorMap map_b, const __grid_constant__ TensorMap map_sb,
+               const __grid_constant__ TensorMap map_d, const int* counts, int num_rows, int num_experts, int M, int N) {
   extern __shared__ u8 raw[];
   Shared at;
   at.a = (shared_address(raw) + 1023) & ~1023u;  // the swizzle repeats every 1024 bytes
   at.b = at.a + STAGES * A_BYTES;
-  at.scales_a = at.b + STAGES * B_BYTES;
+  at.out = at.b + STAGES * B_BYTES;
+  at.scales_a = at.out + OUT_BYTES;
   at.scales_b = at.scales_a + STAGES * SA_BYTES;
-  at.out = at.scales_b + STAGES * SB_BYTES;
-  at.full = at.out + OUT_BYTES;
+  at.full = at.scales_b + STAGES * SB_BYTES;
   at.empty = at.full + 8 * STAGES;
   const u32 rank = cluster_rank();
   if (threadIdx.x == 0) {
@@ -199,6 +197,7 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(128 + 128
     }
     barrier_init_done();
     prefetch_map(map_a), prefetch_map(map_sa), prefetch_map(map_b), prefetch_map(map_sb);
+    prefetch_map(map_d);
   }
   cluster_sync();
   const int num_tiles = (M + BM - 1) / BM, num_pairs = (N + 2 * BN - 1) / (2 * BN);
@@ -209,7 +208,7 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(128 + 128
   } else {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(WARPGROUPS == 2 ? 232 : 160));
     const Walk walk(counts, num_rows, num_experts, num_tiles, num_pairs);
-    consume(at, d, walk, M, N, rank);
+    consume(at, map_d, walk, rank);
   }
   __syncwarp();
   cluster_sync();  // the other block may still write here
