@@ -1,6 +1,11 @@
 #!/usr/bin/env bash
 # Every figure that the README quotes: scripts/bench.sh NAME [--json FILE] [--rounds N] [--threads N]
+#   gpu [forward] [wgrad] [grouped] [passes] [sweep]   on one H100: our kernels, cuBLASLt beside each in the same run,
+#                and then what a PyTorch user has (benches/rivals/gemm.py, passes_gpu.py); card and clocks are printed
 #   train-cpu    our training step and transformers', same model, batch, threads and machine, in turn
+#   data         packed samples read: ours, a Megatron-style mmap, MosaicML streaming, Hugging Face datasets
+#   data-index   a 14.8T-token source opened and searched, and a tenth, a hundredth, a thousandth of it
+#   prepare      text to shards with a 128K tokenizer beside the encoder alone; ids against Hugging Face tokenizers
 set -euo pipefail
 cd "$(dirname "$0")/.."
 name=${1:-}
@@ -21,8 +26,14 @@ train-cpu)
         --ours "target/release/tiefsee bench --config $config --steps 16 --set model.num_nextn_predict_layers=0 --set run.threads=$threads" \
         --rival ".deps/venv/bin/python benches/rivals/train_cpu.py $config --steps 16 --threads $threads" "$@"
     ;;
+data | data-index | prepare)
+    scripts/bench-corpus.sh
+    cargo build --release --quiet -p data --examples
+    what=${name#data-}
+    .deps/bench-venv/bin/python benches/data.py "${what/#data/read}" "$@"
+    ;;
 *)
-    sed -n '2,3p' "$0" | sed 's/^# //' >&2
+    sed -n '2,/^set/p' "$0" | sed -n 's/^# //p' >&2
     exit 2
     ;;
 esac

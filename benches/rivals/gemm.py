@@ -52,6 +52,10 @@ def dense(n, k):
         out = torch.empty(TOKENS, n, device="cuda", dtype=torch.bfloat16)
         aligned = deep_gemm.get_mn_major_tma_aligned_tensor(sa)
         calls["deepgemm"] = lambda: (deep_gemm.fp8_gemm_nt((qa, aligned), (qb, sb), out), out)[1]
+    # Wgrad's operands, contracted over the tokens, each with its own scales; the product in BF16, added to nothing.
+    (qy, sy), (qx, sx) = (quantise(t.t().contiguous(), 1) for t in (random(TOKENS, n), a))
+    sy, sx = sy.t().contiguous().t(), sx.t().contiguous()
+    calls["cublaslt wgrad"] = lambda: torch._scaled_mm(qy, qx.t(), sy, sx, out_dtype=torch.bfloat16)
     error = ((calls["cublaslt"]().double() - exact).norm() / exact.norm()).item()
     del exact
     flop = 2 * TOKENS * n * k
