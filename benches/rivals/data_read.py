@@ -89,9 +89,9 @@ class Mosaic:
         self.folder = os.path.join(args.scratch, f"mds-{args.length}")
         if not os.path.exists(os.path.join(self.folder, "index.json")):
             shutil.rmtree(self.folder, ignore_errors=True)
-            with MDSWriter(out=self.folder, columns={"tokens": "ndarray:uint32", "starts": "ndarray:uint32"}) as out:
+            with MDSWriter(out=self.folder, columns={"tokens": "ndarray:uint32", "starts": "bytes"}) as out:
                 for tokens, starts in packed(args.corpus, args.length):
-                    out.write({"tokens": tokens.astype(np.uint32), "starts": starts.astype(np.uint32)})
+                    out.write({"tokens": tokens.astype(np.uint32), "starts": starts.astype(np.uint32).tobytes()})  # its arrays may not be empty
 
     def samples(self, skip):
         import streaming
@@ -106,10 +106,10 @@ class Mosaic:
         size = data.size
         epoch, inside = divmod(skip, size)
         if skip:
-            data.load_state_dict({"epoch": epoch, "sample_in_epoch": inside, "num_canonical_nodes": data.num_canonical_nodes or 64,
+            data.load_state_dict({"epoch": epoch, "sample_in_epoch": inside, "num_canonical_nodes": 1,
                                   "shuffle_seed": 1, "initial_physical_nodes": 1})
         for row in itertools.chain.from_iterable(iter(rows()) for _ in itertools.count()):
-            yield row["tokens"], row["starts"]
+            yield row["tokens"], np.frombuffer(row["starts"], dtype=np.uint32)
 
 
 class MosaicLoader(Mosaic):
@@ -187,7 +187,8 @@ def main():
     args = parser.parse_args()
     os.makedirs(args.scratch, exist_ok=True)
     reader = READERS[args.reader](args)
-    count, memory, middle = args.tokens // args.length, 0.0, None
+    # The stop falls between two of anybody's batches.
+    count, memory, middle = args.tokens // args.length // 16 * 16, 0.0, None
     # What opening and importing cost is the resume's affair.
     samples = reader.samples(0)
     next(samples)

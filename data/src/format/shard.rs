@@ -48,8 +48,6 @@ pub struct RowGroup {
     documents: Vec<ByteArray>,
     /// Where each document begins among the group's tokens.
     pub starts: Vec<u32>,
-    /// The largest id of all.
-    pub largest: u32,
 }
 
 impl RowGroup {
@@ -127,20 +125,19 @@ impl<W: Write + Send> ShardWriter<W> {
 pub fn decode_row_group(bytes: Bytes, info: &RowGroupInfo, path: &Path, part: &str) -> Result<RowGroup, DataError> {
     let corrupt = |reason: String| DataError::Corrupt { path: path.to_owned(), part: part.to_owned(), reason };
     let documents = read_rows(bytes, info).map_err(|e| corrupt(e.to_string()))?;
-    let (mut starts, mut num_tokens, mut largest) = (Vec::with_capacity(documents.len()), 0u64, 0);
+    let (mut starts, mut num_tokens) = (Vec::with_capacity(documents.len()), 0u64);
     for document in &documents {
         starts.push(num_tokens as u32);
         let (words, rest) = document.data().as_chunks::<4>();
         if !rest.is_empty() || words.is_empty() {
             return Err(corrupt(format!("a document of {} bytes", document.len())));
         }
-        largest = words.iter().map(|word| u32::from_le_bytes(*word)).fold(largest, u32::max);
         num_tokens += words.len() as u64;
     }
     if num_tokens != info.tokens {
         return Err(corrupt(format!("{num_tokens} tokens where the index says {}", info.tokens)));
     }
-    Ok(RowGroup { documents, starts, largest })
+    Ok(RowGroup { documents, starts })
 }
 
 fn read_rows(bytes: Bytes, info: &RowGroupInfo) -> ParquetResult<Vec<ByteArray>> {

@@ -59,6 +59,7 @@ impl Cache {
             let inside = group.starts[first..].iter().take_while(|start| (**start as usize) < to);
             starts.extend(inside.map(|start| (*start as usize - from + base) as u32));
             group.copy(from..to, &mut tokens);
+            source.check_ids(&tokens[base..], &record)?;
             if range.end <= end {
                 return Ok((tokens, starts));
             }

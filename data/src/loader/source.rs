@@ -1,6 +1,5 @@
 //! One opened source: its manifest and index, and row groups read from it. Invariant: what
-//! `fetch` returns has the length, the checksum, the counts and the vocabulary that the index and
-//! the manifest promise.
+//! `fetch` returns has the length, the checksum and the counts that the index and the manifest promise.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -26,6 +25,9 @@ impl OpenSource {
         let bytes = store.read_all(MANIFEST_FILE).await?;
         let bad = |reason: String| DataError::Manifest { path: path.join(MANIFEST_FILE), reason };
         let manifest: Manifest = serde_json::from_slice(&bytes).map_err(|e| bad(e.to_string()))?;
+        if !(1..=1 << 31).contains(&manifest.vocab_size) {
+            return Err(bad(format!("vocab_size {}: must lie in 1 to 2^31", manifest.vocab_size)));
+        }
         if manifest.format != FORMAT {
             return Err(bad(format!("format {:?} where this build reads {FORMAT:?}", manifest.format)));
         }
@@ -79,9 +81,21 @@ impl OpenSource {
         if verify {
             check(&path, &part, &bytes, &blake3::Hash::from(info.hash).to_hex())?;
         }
-        let group = decode_row_group(bytes, info, &path, &part)?;
-        let (id, vocab_size) = (group.largest, self.manifest.vocab_size);
-        if id < vocab_size { Ok(group) } else { Err(DataError::TokenOutOfRange { path, part, id, vocab_size }) }
+        decode_row_group(bytes, info, &path, &part)
+    }
+
+    /// Whether the vocabulary has all `tokens`, which come from the row group of `record`. Asked of a sample just
+    /// copied, which the cache still holds, rather than of a row group.
+    pub fn check_ids(&self, tokens: &[u32], record: &Record) -> Result<(), DataError> {
+        // The top bit of `last - id` is set if id > last, and of id itself if the difference wrapped: two operations
+        // that every x86-64 does on four tokens at once, where it has no maximum of unsigned numbers.
+        let (vocab_size, last) = (self.manifest.vocab_size, self.manifest.vocab_size.wrapping_sub(1));
+        if tokens.iter().fold(0, |bits, id| bits | id | last.wrapping_sub(*id)) >> 31 == 0 {
+            return Ok(());
+        }
+        let id = tokens.iter().copied().max().unwrap_or(0);
+        let path = self.store.display(&self.split.shard_file(record.shard));
+        Err(DataError::TokenOutOfRange { path, part: format!("row group {}", record.row_group), id, vocab_size })
     }
 }
 

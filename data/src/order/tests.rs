@@ -59,6 +59,22 @@ fn shares_are_exact_to_half_a_sample_at_block_ends() {
 }
 
 #[test]
+fn random_mixtures_keep_their_shares_over_a_million_samples() {
+    for round in 0..2 {
+        let weights: Vec<f64> = (0..2 + draw(round, 5)).map(|s| 0.02 + draw(round * 100 + s, 1000) as f64 / 1000.0).collect();
+        let sources: Vec<(u64, f64)> = weights.iter().map(|weight| (1 + draw((weight * 1e6) as u64, 100_000), *weight)).collect();
+        let order = Order::new(key(Split::Train, round, round), &sources).unwrap();
+        let mut counts = vec![0u64; weights.len()];
+        (0..1_000_000).for_each(|index| counts[order.locate(index).unwrap().source as usize] += 1);
+        let total: f64 = weights.iter().sum();
+        for (count, weight) in counts.iter().zip(&weights) {
+            let (share, wanted) = (*count as f64 / 1e6, weight / total);
+            assert!((share - wanted).abs() <= 0.01 * wanted, "{share} for {wanted} of {weights:?}");
+        }
+    }
+}
+
+#[test]
 fn windows_stay_together_and_the_short_one_stays_last() {
     let order = Order::with_window(key(Split::Train, 1, 0), &[(103, 1.0)], 10, 1).unwrap();
     let epoch: Vec<u64> = (0..103).map(|i| order.locate(i).unwrap().sample).collect();

@@ -104,6 +104,114 @@ fn every_sample_of_a_source_comes_once_an_epoch() {
     assert!((0..5).all(|epoch| (0..n).all(|sample| seen.contains_key(&(epoch, sample)))));
 }
 
+/// A run's phases: each reads so many samples of an order of its own.
+struct Phase {
+    loader: Loader,
+    samples: u64,
+}
+
+/// What a rank of `world` reads of `phases` from `cursor` (phase, sample) on, up to `stop` samples in all: (phase, sample).
+fn read_run(phases: &[Phase], cursor: (usize, u64), stop: u64, rank: u64, world: u64) -> Vec<(usize, data::Sample)> {
+    let before: u64 = phases[..cursor.0].iter().map(|phase| phase.samples).sum::<u64>() + cursor.1;
+    let mut left = stop - before;
+    let mut read = Vec::new();
+    for (number, phase) in phases.iter().enumerate().skip(cursor.0) {
+        let first = if number == cursor.0 { cursor.1 } else { 0 };
+        let end = phase.samples.min(first + left);
+        left -= end - first;
+        let mine: Vec<u64> = (first..end).filter(|i| i % world == rank).collect();
+        phase.loader.prefetch(&mine[..mine.len() / 3]);
+        read.extend(phase.loader.read(&mine).unwrap().into_iter().map(|sample| (number, sample)));
+    }
+    read
+}
+
+/// Phases that change length, mixture or both; stops anywhere and at each edge; another world size after each stop.
+#[test]
+fn a_run_over_phases_is_the_same_however_often_and_wherever_it_stops() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut random = Random(21);
+    let mut paths = vec![corpus::prepared(folder.path(), 31, 60)];
+    for seed in [32, 33] {
+        let input = folder.path().join(format!("in-{seed}"));
+        corpus::write_corpus(&input, seed, 20 + random.below(60));
+        let mut args = corpus::args(&input, &folder.path().join(format!("out-{seed}")));
+        (args.vocab, args.tokenizer) = (None, Some(paths[0].join("tokenizer.json")));
+        args.row_group_tokens = 100 + random.below(2000);
+        paths.push(data::prepare(&args).unwrap().out);
+    }
+    for round in 0..10 {
+        let open = |random: &mut Random| -> Vec<Phase> {
+            let phase = |(number, random): (u64, &mut Random)| {
+                let sources: Vec<(&std::path::Path, f64)> =
+                    paths[..1 + random.below(3) as usize].iter().map(|path| (path.as_path(), 0.1 + random.below(90) as f64)).collect();
+                let mut spec = spec(&sources, 1 + random.below(120) as usize, Split::Train);
+                (spec.seed, spec.phase) = (round, number);
+                let mut options = options();
+                options.cache_bytes = 1 + random.below(20_000);
+                Phase { loader: Loader::open(spec, options).unwrap(), samples: 1 + random.below(150) }
+            };
+            (0..3).map(|number| phase((number, random))).collect()
+        };
+        let shape = random.next();
+        let phases = open(&mut Random(shape));
+        let total: u64 = phases.iter().map(|phase| phase.samples).sum();
+        let whole = read_run(&phases, (0, 0), total, 0, 1);
+        assert_eq!(whole.len() as u64, total);
+        let edge = phases[0].samples;
+        let mut stops = vec![edge, edge + phases[1].samples, random.below(total), random.below(total)];
+        stops.sort_unstable();
+        stops.push(total);
+        let (mut at, mut resumed) = (0, Vec::new());
+        for stop in stops {
+            let (mut phase, mut sample) = (0, at);
+            while phase < 2 && sample >= phases[phase].samples {
+                (phase, sample) = (phase + 1, sample - phases[phase].samples);
+            }
+            // A resumed run opens everything anew, on another number of ranks.
+            let (world, again) = (1 + random.below(5), open(&mut Random(shape)));
+            let mut ranks: Vec<_> = (0..world).flat_map(|rank| read_run(&again, (phase, sample), stop, rank, world)).collect();
+            ranks.sort_by_key(|(phase, sample)| (*phase, sample.index));
+            resumed.extend(ranks);
+            at = stop;
+        }
+        assert!(resumed == whole, "round {round}: stops change the run");
+    }
+}
+
+/// Random corpora and lengths: over one epoch each token but the counted rest is a target once, and has the value it has in
+/// the stream.
+#[test]
+fn every_token_of_a_source_is_a_target_once_an_epoch() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut random = Random(41);
+    for round in 0..6 {
+        let input = folder.path().join(format!("in-{round}"));
+        corpus::write_corpus(&input, 50 + round, 3 + random.below(70));
+        let mut args = corpus::args(&input, &folder.path().join(format!("out-{round}")));
+        args.row_group_tokens = 1 + random.below(3000);
+        let path = data::prepare(&args).unwrap().out;
+        let stream = stream(&path, Split::Train);
+        for _ in 0..4 {
+            let length = 1 + random.below(stream.len() as u64 / 4) as usize;
+            let loader = Loader::open(spec(&[(&path, 1.0)], length, Split::Train), options()).unwrap();
+            let (n, epoch) = (loader.num_samples(), random.below(3));
+            let mut counts = vec![0; stream.len()];
+            for sample in loader.read(&(n * epoch..n * (epoch + 1)).collect::<Vec<_>>()).unwrap() {
+                let place = loader.locate(sample.index).unwrap();
+                assert_eq!(place.epoch, epoch);
+                let start = place.sample as usize * length;
+                assert_eq!(sample.tokens, stream[start..start + length + 1]);
+                counts[start + 1..start + length + 1].iter_mut().for_each(|count| *count += 1);
+            }
+            let unused = loader.unused_tokens()[0] as usize;
+            assert!(unused < length && counts[0] == 0, "the stream's first token is nobody's target");
+            assert!(counts[1..stream.len() - unused].iter().all(|count| *count == 1), "L = {length}");
+            assert!(counts[stream.len() - unused..].iter().all(|count| *count == 0), "L = {length}");
+        }
+    }
+}
+
 /// Twenty files of 150 documents each, every document naming its file in its first words.
 #[test]
 fn documents_of_different_files_mix_inside_a_batch() {
