@@ -128,7 +128,7 @@ impl Hosts {
         let left = listed.len() - self.left_out.len() - 1;
         let least = least.unwrap_or(listed.len());
         if left < least {
-            return Some(format!("host {host} failed {failures} times, but is kept: {least} host(s) are asked for, and {left} would be left"));
+            return (*failures == TOO_MANY).then(|| format!("host {host} failed {failures} times, but is kept: {least} host(s) are asked for, and {left} would be left"));
         }
         self.left_out.push(host.to_string());
         Some(format!("host {host} failed {TOO_MANY} times and is left out from here on; {left} host(s) are left"))

@@ -10,6 +10,11 @@ use std::time::{Duration, Instant};
 /// So many steps make the median.
 const REMEMBERED: usize = 64;
 
+/// A rank is slow that works so many times as long as the median rank …
+const SLOW: f64 = 1.5;
+/// … by the medians of so many of its last steps.
+const JUDGED: usize = 32;
+
 /// Seconds; a limit of 0 is none.
 #[derive(Clone, Copy, Debug)]
 pub struct Limits {
@@ -34,6 +39,18 @@ pub struct Progress {
 struct Followed {
     read: u64,
     step: Option<u64>,
+    /// Of its last steps.
+    busy_ms: VecDeque<f64>,
+    called_slow: bool,
+}
+
+/// A rank that keeps the others waiting.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Slow {
+    pub rank: usize,
+    pub busy_ms: f64,
+    /// Of the median rank.
+    pub usual_ms: f64,
 }
 
 #[derive(Deserialize)]
@@ -41,6 +58,8 @@ struct Line {
     step: u64,
     /// A validation's line has none.
     step_ms: Option<f64>,
+    /// How long the rank itself worked in the step, without waiting for others. Where it is not told, nobody is called slow.
+    busy_ms: Option<f64>,
 }
 
 impl Progress {
@@ -48,7 +67,7 @@ impl Progress {
     pub fn follow(log: &Path, limits: Limits, now: Instant) -> Self {
         let mut progress = Progress { log: log.to_path_buf(), limits, ranks: BTreeMap::new(), step_seconds: VecDeque::new(), stepped: false, last_change: now };
         for (rank, _, length) in progress.files() {
-            progress.ranks.insert(rank, Followed { read: length, step: None });
+            progress.ranks.insert(rank, Followed { read: length, ..Followed::default() });
         }
         progress
     }
@@ -84,11 +103,14 @@ impl Progress {
             self.last_change = now;
             for line in text[..end].lines().filter_map(|line| serde_json::from_str::<Line>(line).ok()) {
                 followed.step = Some(line.step);
+                followed.busy_ms.extend(line.busy_ms);
                 if let Some(step_ms) = line.step_ms {
                     self.stepped = true;
                     self.step_seconds.push_back(step_ms / 1e3);
                 }
             }
+            let surplus = followed.busy_ms.len().saturating_sub(JUDGED);
+            followed.busy_ms.drain(..surplus);
         }
         let surplus = self.step_seconds.len().saturating_sub(REMEMBERED);
         self.step_seconds.drain(..surplus);
@@ -112,9 +134,18 @@ impl Progress {
     }
 
     fn median(&self) -> f64 {
-        let mut sorted: Vec<f64> = self.step_seconds.iter().copied().collect();
-        sorted.sort_by(f64::total_cmp);
-        sorted.get(sorted.len() / 2).copied().unwrap_or(0.0)
+        median(self.step_seconds.iter().copied())
+    }
+
+    /// A slow rank, each told once.
+    pub fn slow(&mut self) -> Option<Slow> {
+        let judged = self.ranks.iter().filter(|(_, followed)| followed.busy_ms.len() == JUDGED);
+        let times: Vec<(usize, f64)> = judged.map(|(rank, followed)| (*rank, median(followed.busy_ms.iter().copied()))).collect();
+        let usual_ms = median(times.iter().map(|(_, busy_ms)| *busy_ms));
+        let slow = times.iter().find(|(rank, busy_ms)| *busy_ms > SLOW * usual_ms && !self.ranks[rank].called_slow);
+        let (rank, busy_ms) = *slow.filter(|_| times.len() > 1)?;
+        self.ranks.get_mut(&rank)?.called_slow = true;
+        Some(Slow { rank, busy_ms, usual_ms })
     }
 
     /// The one rank whose log ends before the others', if there is one.
@@ -136,6 +167,13 @@ impl Progress {
         let late: Vec<String> = steps.iter().filter(|(_, step)| *step == least).map(|(rank, _)| rank.to_string()).collect();
         format!("rank {} stands at step {least}, the furthest at {most}", late.join(", "))
     }
+}
+
+/// The lower one of two; 0 of none.
+fn median(values: impl Iterator<Item = f64>) -> f64 {
+    let mut sorted: Vec<f64> = values.collect();
+    sorted.sort_by(f64::total_cmp);
+    sorted.get(sorted.len().saturating_sub(1) / 2).copied().unwrap_or(0.0)
 }
 
 fn read_from(path: &Path, offset: u64) -> std::io::Result<String> {
@@ -204,6 +242,21 @@ mod tests {
         append(log, 1, "{\"step\":12,\"validation_loss\":1.0}\n");
         progress.poll(after(70));
         assert_eq!(progress.behind(), "every rank has logged step 12");
+    }
+
+    #[test]
+    fn a_slow_rank_is_named_once() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let now = Instant::now();
+        let mut progress = Progress::follow(folder.path(), Limits { steps: 1.0, floor: 1.0, start: 1.0 }, now);
+        for step in 0..JUDGED + 5 {
+            for (rank, busy_ms) in [(0, 100.0), (1, 170.0), (2, 105.0), (3, 95.0)] {
+                append(folder.path(), rank, &format!("{{\"step\":{step},\"step_ms\":180.0,\"busy_ms\":{busy_ms}}}\n"));
+            }
+        }
+        progress.poll(now);
+        assert_eq!(progress.slow(), Some(Slow { rank: 1, busy_ms: 170.0, usual_ms: 100.0 }));
+        assert_eq!(progress.slow(), None);
     }
 
     #[test]

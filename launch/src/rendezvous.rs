@@ -89,6 +89,8 @@ struct State {
     lost: Vec<String>,
     /// Members' requests to stop that nobody has taken yet.
     stops: usize,
+    /// Who leaves now, may.
+    over: bool,
 }
 
 struct Member {
@@ -143,10 +145,13 @@ impl Rendezvous {
 
     /// Tells every node that the run is over.
     pub fn over(&self, code: u8) {
-        for member in self.shared.state().members.values_mut() {
+        let mut state = self.shared.state();
+        state.over = true;
+        for member in state.members.values_mut() {
             // A node that is gone finds out by itself.
             let _ = member.sender.send(&ToNode::Over { code });
         }
+        drop(state);
         // So that it is read before the connection's end.
         thread::sleep(TICK);
     }
@@ -226,7 +231,9 @@ fn member(shared: &Shared, own: &str, (from, sender, mut receiver): Connection) 
     // Who waits for its commands learns from the end of the channel.
     if let Some(member) = state.members.remove(&node) {
         member.sender.close();
-        say(&format!("node {node}, {}, is gone: {why}", member.name));
+        if !state.over {
+            say(&format!("node {node}, {}, is gone: {why}", member.name));
+        }
         state.lost.push(member.name);
     }
 }

@@ -213,6 +213,11 @@ impl Supervisor {
             }
             if let Some(progress) = progress {
                 progress.poll(now);
+                if let Some(slow) = progress.slow() {
+                    let at = layout.host_of(slow.rank).map(|host| format!(" on host {host}")).unwrap_or_default();
+                    let words = format!("rank {}{at} is slow: it works {:.0} ms a step, the median rank {:.0} ms; the others wait for it", slow.rank, slow.busy_ms, slow.usual_ms);
+                    self.incidents.add("slow", progress.step(), words);
+                }
                 if let Some(quiet) = progress.hung(now).filter(|_| !ending.begun() && !ending.asked()) {
                     let idle = idle_ranks(guarded.pid(), LOOK).map(|idle| format!("; {idle}")).unwrap_or_default();
                     let words = format!("hung: no step for {:.0} s; {}{idle}", quiet.as_secs_f64(), progress.behind());

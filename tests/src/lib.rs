@@ -1,8 +1,10 @@
 //! All tests that need more than one crate, in one binary.
 #![cfg(test)]
 mod balance;
+mod chaos;
 mod corpus;
 mod faces;
+mod launching;
 mod layers;
 mod oracle;
 mod runs;
