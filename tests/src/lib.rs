@@ -6,6 +6,7 @@ mod corpus;
 mod faces;
 mod launching;
 mod layers;
+mod layouts;
 mod oracle;
 mod runs;
 mod s3;
