@@ -209,6 +209,16 @@ fn bad_inputs_are_clear_errors_and_leave_nothing() {
     let error = refused(&|_| {}).to_string();
     assert!(error.contains("c.jsonl: line 2"), "{error}");
     fs::remove_file(input.join("c.jsonl")).unwrap();
+    let parquet = parquet_of(&["one".to_string(), "two".to_string()]);
+    for length in [3, parquet.len() / 2, parquet.len() - 5] {
+        fs::write(input.join("e.parquet"), &parquet[..length]).unwrap();
+        let error = refused(&|_| {});
+        assert!(matches!(&error, DataError::BadInput { path, .. } if path.ends_with("e.parquet")), "{error}");
+    }
+    fs::write(input.join("e.parquet"), &parquet).unwrap();
+    let error = refused(&|args| args.text_column = "body".into()).to_string();
+    assert!(error.contains("e.parquet") && error.contains("\"body\"") && error.contains("text, dump"), "{error}");
+    fs::remove_file(input.join("e.parquet")).unwrap();
     fs::write(input.join("d.txt"), "enough text").unwrap();
     fs::write(input.join("t.json"), "{}").unwrap();
     let error = refused(&|args| (args.vocab, args.tokenizer) = (None, Some(input.join("t.json"))));

@@ -10,7 +10,7 @@ use data::{DataError, PrepareArgs, prepare};
 use crate::corpus::{self, Random};
 use crate::prepare::folder_bytes;
 
-/// Set for the process that is to be killed.
+/// Set for the process that is to be killed, or to run out of space.
 const FOLDER: &str = "TIEFSEE_TEST_PREPARE_IN";
 
 fn args(folder: &Path, out: &str) -> PrepareArgs {
@@ -24,7 +24,9 @@ fn args(folder: &Path, out: &str) -> PrepareArgs {
 #[test]
 fn victim() {
     let Some(folder) = std::env::var_os(FOLDER).map(PathBuf::from) else { return };
-    match prepare(&args(&folder, "killed")) {
+    // A mount of its own, where there is one.
+    let out = if folder.join("small").exists() { "small/killed" } else { "killed" };
+    match prepare(&args(&folder, out)) {
         Ok(_) | Err(DataError::OutputExists { .. }) => {}
         Err(error) => panic!("{error}"),
     }
@@ -44,10 +46,8 @@ fn run_victim(folder: &Path, patience: Option<Duration>) -> bool {
     status.success()
 }
 
-#[test]
-fn killed_again_and_again() {
-    let folder = tempfile::tempdir().unwrap();
-    let folder = folder.path();
+/// Some megabytes of text, and what an undisturbed prepare makes of them.
+fn undisturbed(folder: &Path) -> Vec<(String, Vec<u8>)> {
     let input = folder.join("in");
     let mut random = Random(9);
     std::fs::create_dir_all(&input).unwrap();
@@ -55,7 +55,14 @@ fn killed_again_and_again() {
         let lines = (0..150).map(|_| format!("{}\n", serde_json::json!({"text": corpus::text(&mut random, 400)})));
         std::fs::write(input.join(format!("{file}.jsonl")), lines.collect::<String>()).unwrap();
     }
-    let undisturbed = folder_bytes(&prepare(&args(folder, "whole")).unwrap().out);
+    folder_bytes(&prepare(&args(folder, "whole")).unwrap().out)
+}
+
+#[test]
+fn killed_again_and_again() {
+    let folder = tempfile::tempdir().unwrap();
+    let folder = folder.path();
+    let (undisturbed, mut random) = (undisturbed(folder), Random(10));
     assert!(undisturbed.iter().filter(|(name, _)| name.starts_with("train-")).count() > 2);
     let start = Instant::now();
     assert!(run_victim(folder, None));
@@ -79,4 +86,42 @@ fn killed_again_and_again() {
         finished += 1;
     }
     assert!(kills >= 20, "only {kills} kills hit a running process");
+}
+
+/// The victim on a disk of $2 MiB, then, the disk made larger, again; what it wrote ends up outside the mount.
+const SMALL_DISK: &str = r#"
+set -e
+mount -t tmpfs -o size="$2"m none "$1/small"
+if "$3" --exact restart::victim >"$1/said" 2>&1; then exit 3; fi
+[ ! -e "$1/small/killed" ]
+mount -o remount,size=200m "$1/small"
+"$3" --exact restart::victim >/dev/null
+cp -r "$1/small/killed" "$1/made"
+"#;
+
+#[test]
+fn a_full_disk_is_a_clear_error_and_the_work_goes_on_once_there_is_room() {
+    let folder = tempfile::tempdir().unwrap();
+    let folder = folder.path();
+    let in_namespace = |script: &str, size: &str| {
+        let mut command = Command::new("unshare");
+        command.args(["--user", "--map-root-user", "--mount", "sh", "-c", script, "sh"]).arg(folder).arg(size);
+        command.arg(std::env::current_exe().unwrap()).env(FOLDER, folder).output()
+    };
+    std::fs::create_dir(folder.join("small")).unwrap();
+    let possible = in_namespace("mount -t tmpfs -o size=1m none \"$1/small\"", "");
+    if !possible.is_ok_and(|output| output.status.success()) {
+        println!("skipped: a disk of a few megabytes needs a mount namespace, which is not allowed here");
+        return;
+    }
+    let undisturbed = undisturbed(folder);
+    // Too small for what is read, for the shards beside it, and for the last of them.
+    for size in ["1", "5", "8"] {
+        let output = in_namespace(SMALL_DISK, size).unwrap();
+        let said = std::fs::read_to_string(folder.join("said")).unwrap();
+        assert!(output.status.success(), "{size} MiB: {}\n{said}", output.status);
+        assert!(said.contains("small/killed.partial") && said.contains("No space left on device"), "{size} MiB: {said}");
+        assert!(undisturbed == folder_bytes(&folder.join("made")), "{size} MiB");
+        std::fs::remove_dir_all(folder.join("made")).unwrap();
+    }
 }
