@@ -32,6 +32,19 @@ data | data-index | prepare)
     what=${name#data-}
     .deps/bench-venv/bin/python benches/data.py "${what/#data/read}" "$@"
     ;;
+gpu)
+    python=${TIEFSEE_PYTHON:-python3} # one whose torch has CUDA; libtorch is taken from there
+    torch=$("$python" -c 'import os, torch; assert torch.cuda.is_available(), "no GPU"; print(os.path.dirname(torch.__file__))')
+    export LD_LIBRARY_PATH="$torch/lib:$(dirname "$torch")/nvidia/cu13/lib${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}"
+    clocks() { nvidia-smi --query-gpu=name,driver_version,clocks.sm,clocks.mem,power.draw,power.limit,temperature.gpu --format=csv; }
+    clocks
+    # A machine with a GPU may have no Rust: a program built elsewhere can be named.
+    ours=${TIEFSEE_BENCH_GPU:-"cargo run --release --quiet -p kernels --example bench_gpu --"}
+    $ours "$@"
+    clocks
+    "$python" benches/rivals/gemm.py
+    "$python" benches/rivals/passes_gpu.py
+    ;;
 *)
     sed -n '2,/^set/p' "$0" | sed -n 's/^# //p' >&2
     exit 2
