@@ -76,7 +76,7 @@ fn a_skipped_step_moves_nothing() {
     use parallel::mesh::Mesh;
     use trainer::phase::Plan;
     use trainer::step::Trainer;
-    let config = Run::new("skipped", &[]).config();
+    let config = Run::new("skipped", &["ema.decay=0.5"]).config();
     let mut trainer = Trainer::new(&config, &Mesh::single(), solo()).expect("a trainer");
     let plan = Plan::new(&config.phase, &config.data.mixture);
     let moment = plan.at(500).expect("inside");

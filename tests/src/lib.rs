@@ -12,3 +12,4 @@ mod runs;
 mod s3;
 mod support;
 mod tidy;
+mod zero;

@@ -75,7 +75,7 @@ impl Subject {
         let manifest = Manifest::imported(self.config.clone(), self.weights.precision);
         let path = checkpoint::save(&*solo(), &scratch().join("oracle").join(name), manifest, tensors, 1).expect("a checkpoint");
         let out = scratch().join("oracle").join(format!("{name}-hf"));
-        checkpoint::hf::export(&path, &out, self.weights.precision.compute()).expect("an export");
+        checkpoint::hf::export(&path, &out, self.weights.precision.compute(), checkpoint::hf::Values::Newest).expect("an export");
         out
     }
 

@@ -34,7 +34,8 @@ pub fn run(args: &Args) -> Result<()> {
     let micro = moment.phase.micro_batch as i64;
     let count = (moment.batch / moment.phase.micro_batch) as i64;
     let tokens = |step: i64, index: i64| {
-        let values: Vec<i64> = (0..micro * (length + 1)).map(|i| (i * 7919 + step * 104_729 + index * 1_299_709) % config.model.vocab_size).collect();
+        let values: Vec<i64> =
+            (0..micro * (length + 1)).map(|i| (i * 7919 + step * 104_729 + index * 1_299_709) % config.model.vocab_size).collect();
         MicroBatch { tokens: Tensor::from_slice(&values).view([micro, length + 1]) }
     };
     let mut times = Vec::new();
@@ -49,6 +50,9 @@ pub fn run(args: &Args) -> Result<()> {
     timed.sort_by(f64::total_cmp);
     let median = timed[timed.len() / 2];
     let tokens_per_step = (moment.batch * moment.phase.sequence_length) as f64;
-    println!("{}", serde_json::json!({"tokens_per_s": tokens_per_step / median, "step_ms": median * 1e3, "loss": loss, "threads": tch::get_num_threads()}));
+    println!(
+        "{}",
+        serde_json::json!({"tokens_per_s": tokens_per_step / median, "step_ms": median * 1e3, "loss": loss, "threads": tch::get_num_threads()})
+    );
     Ok(())
 }

@@ -1,5 +1,6 @@
 //! The config of one run: TOML in, defaults filled, every value checked against the others and the world, and
 //! written back as `resolved.toml`, from which `resume` needs nothing else.
+use crate::ema::EmaSection;
 use crate::phase::Phase;
 use anyhow::{Context, Result, bail, ensure};
 use data::Source;
@@ -19,6 +20,8 @@ pub struct RunConfig {
     pub parallel: ParallelConfig,
     #[serde(default)]
     pub optimizer: OptimizerSection,
+    #[serde(default)]
+    pub ema: EmaSection,
     #[serde(default)]
     pub checkpoint: CheckpointSection,
     #[serde(default)]
@@ -157,6 +160,7 @@ impl RunConfig {
             ensure!(value > 0.0, "optimizer.{key} = {value}: must be positive");
         }
         ensure!(optimizer.weight_decay >= 0.0, "optimizer.weight_decay = {}: must not be negative", optimizer.weight_decay);
+        self.ema.validate()?;
         ensure!(self.validation.sequences >= 1, "validation.sequences = 0: validation.every = 0 turns validation off");
         ensure!(self.checkpoint.keep_last >= 1, "checkpoint.keep_last = 0: the newest checkpoint is always kept");
         Ok(())

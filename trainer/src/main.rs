@@ -10,6 +10,7 @@ use parallel::comm::mpi::MpiWorld;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use tch::Kind;
+use trainer::checkpoint::hf::Values;
 use trainer::coordinator::StopSignal;
 use trainer::run::{Start, resolved, train};
 use trainer::{RunConfig, checkpoint};
@@ -65,12 +66,18 @@ enum CheckpointCommand {
     #[command(after_help = "Example: tiefsee checkpoint verify runs/a/checkpoints/step-00001000")]
     Verify { checkpoint: PathBuf },
     /// Write a folder that transformers loads as it is.
-    #[command(name = "export-hf", after_help = "Example: tiefsee checkpoint export-hf runs/a/checkpoints/step-00001000 exported --dtype bf16")]
+    #[command(
+        name = "export-hf",
+        after_help = "Example: tiefsee checkpoint export-hf runs/a/checkpoints/step-00001000 exported --dtype bf16"
+    )]
     ExportHf {
         checkpoint: PathBuf,
         out: PathBuf,
         #[arg(long, value_enum, default_value = "bf16")]
         dtype: Dtype,
+        /// The moving average of the weights instead of the newest ones.
+        #[arg(long)]
+        ema: bool,
     },
     /// The inverse: weights for run.init_from, written as RUN_DIR/checkpoints/step-00000000.
     #[command(name = "import-hf", after_help = "Example: tiefsee checkpoint import-hf exported runs/imported")]
@@ -168,7 +175,10 @@ fn checkpoint_command(command: CheckpointCommand) -> Result<()> {
             let manifest = checkpoint::verify(&checkpoint)?;
             let bytes: u64 = manifest.files.iter().map(|file| file.bytes).sum();
             println!("{}: step {}, {} tokens, {} updates", checkpoint.display(), manifest.step, manifest.tokens, manifest.updates);
-            println!("{:?}, written by {} rank(s); next sample {} of order {}", manifest.precision, manifest.mesh.world, manifest.cursor.next, manifest.cursor.order);
+            println!(
+                "{:?}, written by {} rank(s); next sample {} of order {}",
+                manifest.precision, manifest.mesh.world, manifest.cursor.next, manifest.cursor.order
+            );
             println!("{} tensors in {} file(s), {:.1} MB", manifest.tensors.len(), manifest.files.len(), bytes as f64 / 1e6);
             for (name, tensor) in &manifest.tensors {
                 println!("  {:<6} {:?} {name}", tensor.dtype, tensor.shape);
@@ -176,15 +186,22 @@ fn checkpoint_command(command: CheckpointCommand) -> Result<()> {
         }
         CheckpointCommand::Verify { checkpoint } => {
             let manifest = checkpoint::verify(&checkpoint)?;
-            println!("{}: whole ({} files, {} tensors, step {})", checkpoint.display(), manifest.files.len(), manifest.tensors.len(), manifest.step);
+            println!(
+                "{}: whole ({} files, {} tensors, step {})",
+                checkpoint.display(),
+                manifest.files.len(),
+                manifest.tensors.len(),
+                manifest.step
+            );
         }
-        CheckpointCommand::ExportHf { checkpoint, out, dtype } => {
+        CheckpointCommand::ExportHf { checkpoint, out, dtype, ema } => {
             let kind = match dtype {
                 Dtype::Bf16 => Kind::BFloat16,
                 Dtype::F32 => Kind::Float,
                 Dtype::F64 => Kind::Double,
             };
-            checkpoint::hf::export(&checkpoint, &out, kind)?;
+            let values = if ema { Values::Averaged } else { Values::Newest };
+            checkpoint::hf::export(&checkpoint, &out, kind, values)?;
             println!("{}", out.display());
         }
         CheckpointCommand::ImportHf { folder, run_dir } => println!("{}", checkpoint::hf::import(&folder, &run_dir, &solo())?.display()),

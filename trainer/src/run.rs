@@ -1,5 +1,5 @@
 //! A run from its first step (or its newest checkpoint) to its last.
-use crate::checkpoint::{self, Cursor, Manifest, Progress};
+use crate::checkpoint::{self, Cursor, Manifest, Progress, Reader};
 use crate::config::RunConfig;
 use crate::coordinator::{StopSignal, agree, all_or_none, gather_layout, nodes};
 use crate::guard::{Guard, MAX_SKIPPED_IN_A_ROW};
@@ -145,7 +145,8 @@ type Restored = (State, Option<(u64, PathBuf)>, Vec<String>);
 fn restore(config: &RunConfig, world: &Comm, start: Start, trainer: &mut Trainer, corpus: &Corpus) -> Result<Restored> {
     if start == Start::Fresh {
         if let Some(path) = &config.run.init_from {
-            all_or_none(&**world, trainer.load_weights(path).map(|_| ()))?;
+            all_or_none(&**world, if world.rank() == 0 { checkpoint::verify(path).map(|_| ()) } else { Ok(()) })?;
+            all_or_none(&**world, Reader::open(path).and_then(|mut reader| trainer.load_weights(&mut reader)))?;
         }
         return Ok((State::default(), None, Vec::new()));
     }
@@ -156,7 +157,9 @@ fn restore(config: &RunConfig, world: &Comm, start: Start, trainer: &mut Trainer
     let (Some(path), mut notes) = found else {
         bail!("{} holds no whole checkpoint to resume from{}", dir.display(), found.1.iter().map(|note| format!("\n  {note}")).collect::<String>());
     };
-    let manifest = all_or_none(&**world, trainer.load_all(&path))?;
+    let mut reader = all_or_none(&**world, Reader::open(&path))?;
+    all_or_none(&**world, trainer.load_all(&mut reader))?;
+    let manifest = reader.manifest().clone();
     ensure!(manifest.seed == config.run.seed, "{} was written with seed {}, the run's is {}", path.display(), manifest.seed, config.run.seed);
     ensure!(manifest.corpus == corpus.fingerprint(), "{} was written over another corpus than {} now is", path.display(), config.data.mixture[0].path.display());
     trainer.guard = Guard::resumed(manifest.progress.skipped_in_a_row);

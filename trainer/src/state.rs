@@ -1,11 +1,10 @@
-//! A trainer's tensors as a checkpoint names them: `weight/…` (the master), `first/…` and `second/…` (the moments).
-use crate::checkpoint::{self, Manifest};
+//! A trainer's tensors as a checkpoint names them: `weight/…` (the master), `first/…` and `second/…` (the moments),
+//! `ema/…` (the averages, where the run keeps them).
+use crate::checkpoint::Reader;
 use crate::step::Trainer;
 use crate::zero::holders;
-use anyhow::{Context, Result, ensure};
+use anyhow::Result;
 use model::params::ParamSpec;
-use std::collections::HashMap;
-use std::path::Path;
 use tch::Tensor;
 
 /// One tensor of a rank's state: rows of a logical tensor that no other rank writes.
@@ -20,7 +19,7 @@ pub struct StatePart {
 impl Trainer {
     /// Everything the next step depends on that this rank is to write: its shards, and what has none if it is the first
     /// of those that hold it.
-    pub fn state(&self) -> Vec<StatePart> {
+    pub fn state(&mut self) -> Vec<StatePart> {
         let table = &self.weights.table;
         let part = |prefix: &str, spec: &ParamSpec, tensor: &Tensor| StatePart {
             name: format!("{prefix}/{}", spec.name),
@@ -37,48 +36,52 @@ impl Trainer {
                 parts.push(part(prefix, &spec, tensor));
             }
         }
+        let averages = self.ema.as_mut().map(|ema| ema.averages(&self.optimizer.slots)).unwrap_or_default();
+        for (slot, average) in self.optimizer.slots.iter().zip(&averages) {
+            parts.push(part("ema", &slot.shard.spec(table.spec(slot.shard.id)), average));
+        }
         parts
     }
 
-    /// Weights, moments and the update count.
-    pub fn load_all(&mut self, path: &Path) -> Result<Manifest> {
-        let (manifest, tensors) = checkpoint::load(path, |_| true)?;
-        self.set_weights(path, &tensors)?;
+    /// Weights, moments, averages and the update count; where the checkpoint has no averages they start here.
+    pub fn load_all(&mut self, from: &mut Reader) -> Result<()> {
+        self.load_weights(from)?;
         let table = self.weights.table.clone();
         for slot in &mut self.optimizer.slots {
             let spec = slot.shard.spec(table.spec(slot.shard.id));
-            slot.first.copy_(&find(path, &tensors, "first", &spec)?);
-            slot.second.copy_(&find(path, &tensors, "second", &spec)?);
+            slot.first.copy_(&read(from, "first", &spec)?);
+            slot.second.copy_(&read(from, "second", &spec)?);
         }
-        self.optimizer.updates = manifest.updates;
-        Ok(manifest)
+        self.optimizer.updates = from.manifest().updates;
+        if let Some(ema) = self.ema.as_mut().filter(|_| from.manifest().tensors.keys().any(|name| name.starts_with("ema/"))) {
+            for (index, slot) in self.optimizer.slots.iter().enumerate() {
+                ema.load(index, &read(from, "ema", &slot.shard.spec(table.spec(slot.shard.id)))?.to_kind(slot.master.kind()));
+            }
+        }
+        Ok(())
     }
 
     /// Weights alone, of a run of another kind or an imported model.
-    pub fn load_weights(&mut self, path: &Path) -> Result<Manifest> {
-        let (manifest, tensors) = checkpoint::load(path, |name| name.starts_with("weight/"))?;
-        self.set_weights(path, &tensors)?;
-        Ok(manifest)
-    }
-
-    fn set_weights(&mut self, path: &Path, tensors: &HashMap<String, Tensor>) -> Result<()> {
+    pub fn load_weights(&mut self, from: &mut Reader) -> Result<()> {
         self.weights.ready(|_| true)?;
         let table = self.weights.table.clone();
+        let mut slots = self.optimizer.slots.iter_mut().peekable();
         for id in table.ids() {
-            self.weights.set(id, &find(path, tensors, "weight", table.spec(id))?);
+            let part = read(from, "weight", table.spec(id))?;
+            self.weights.set(id, &part);
+            // Slots come in the table's order.
+            if let Some(slot) = slots.next_if(|slot| slot.shard.id == id) {
+                slot.master.copy_(&slot.shard.of(&part));
+            }
         }
-        for slot in &mut self.optimizer.slots {
-            // Where master and weight are one tensor this writes the same values again.
-            slot.master.copy_(&find(path, tensors, "weight", &slot.shard.spec(table.spec(slot.shard.id)))?);
+        if let Some(ema) = &mut self.ema {
+            ema.restart(&self.optimizer.slots);
         }
         Ok(())
     }
 }
 
-/// This rank's part of a whole tensor.
-fn find(path: &Path, tensors: &HashMap<String, Tensor>, prefix: &str, spec: &ParamSpec) -> Result<Tensor> {
-    let (name, expected) = (format!("{prefix}/{}", spec.name), spec.whole_shape());
-    let tensor = tensors.get(&name).with_context(|| format!("{} holds no {name}", path.display()))?;
-    ensure!(tensor.size() == expected, "{}: {name} is {:?}, the model's is {expected:?}", path.display(), tensor.size());
-    Ok(tensor.narrow(0, spec.start, spec.shape[0]))
+/// The rows of a logical tensor that `spec` describes.
+fn read(from: &mut Reader, prefix: &str, spec: &ParamSpec) -> Result<Tensor> {
+    from.rows(&format!("{prefix}/{}", spec.name), &spec.whole_shape(), spec.start, spec.shape[0])
 }

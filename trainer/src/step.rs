@@ -3,6 +3,7 @@
 //! Legend: B sequences of a micro-batch, L positions, E experts.
 use crate::balance;
 use crate::config::RunConfig;
+use crate::ema::Ema;
 use crate::guard::{Guard, Verdict};
 use crate::optimizer::Optimizer;
 use crate::phase::Moment;
@@ -27,6 +28,7 @@ pub struct Trainer {
     pub weights: Weights,
     pub zero: Zero,
     pub optimizer: Optimizer,
+    pub ema: Option<Ema>,
     pub guard: Guard,
     pub max_grad_norm: f64,
     pub groups: Groups,
@@ -70,6 +72,7 @@ impl Trainer {
             stages,
             weights,
             zero,
+            ema: (config.ema.decay > 0.0).then(|| Ema::new(config.ema.decay, &optimizer.slots)),
             optimizer,
             guard: Guard::default(),
             max_grad_norm: config.optimizer.max_grad_norm,
@@ -111,6 +114,9 @@ impl Trainer {
             let clip = if norm > self.max_grad_norm { self.max_grad_norm / norm } else { 1.0 };
             self.optimizer.step(&mut self.weights, &gradients, clip, moment.lr);
             self.zero.gather(&mut self.weights)?;
+            if let Some(ema) = &mut self.ema {
+                ema.update(&self.optimizer.slots);
+            }
             balance::update(&mut self.weights, &self.biases, &counts, moment.phase.bias_speed);
         }
         Ok(StepReport {

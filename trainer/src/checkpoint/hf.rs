@@ -5,6 +5,7 @@ use crate::state::StatePart;
 use anyhow::{Context, Result, ensure};
 use kernels::Precision;
 use model::hf::{config_json, copies, parse_config, pieces};
+use model::params::ParamSpec;
 use model::{ModelConfig, ParamTable, Stage};
 use parallel::comm::Comm;
 use serde_json::{Value, json};
@@ -21,13 +22,32 @@ fn table(config: &ModelConfig) -> ParamTable {
     table
 }
 
+/// Which of a checkpoint's values are the released weights.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Values {
+    Newest,
+    /// Their moving average; expert biases, which are not averaged, are the newest.
+    Averaged,
+}
+
 /// Writes `out`, which must not exist: safetensors of `kind`, config.json, and the run's tokenizer where it is found.
-pub fn export(checkpoint: &Path, out: &Path, kind: Kind) -> Result<()> {
+pub fn export(checkpoint: &Path, out: &Path, kind: Kind, values: Values) -> Result<()> {
     ensure!(!out.exists(), "{} exists already", out.display());
-    let (manifest, tensors) = load(checkpoint, |name| name.starts_with("weight/"))?;
+    let averaged = values == Values::Averaged;
+    let (manifest, tensors) = load(checkpoint, |name| name.starts_with("weight/") || averaged && name.starts_with("ema/"))?;
+    ensure!(
+        !averaged || tensors.keys().any(|name| name.starts_with("ema/")),
+        "{} holds no averages: its run had no [ema] decay",
+        checkpoint.display()
+    );
+    let table = table(&manifest.model);
+    let value = |spec: &ParamSpec| {
+        let name = format!("{}/{}", if averaged && spec.trained() { "ema" } else { "weight" }, spec.name);
+        tensors.get(&name).with_context(|| format!("{} holds no {name}", checkpoint.display()))
+    };
     let mut released: Vec<(String, Tensor)> = Vec::new();
-    for spec in table(&manifest.model).specs() {
-        let whole = tensors.get(&format!("weight/{}", spec.name)).with_context(|| format!("{} holds no weight/{}", checkpoint.display(), spec.name))?;
+    for spec in table.specs() {
+        let whole = value(spec)?;
         for piece in pieces(spec) {
             let part = piece.expert.map_or_else(|| whole.shallow_clone(), |expert| whole.select(0, expert));
             let part = piece.rows.map_or_else(|| part.shallow_clone(), |(start, rows)| part.narrow(0, start, rows));
@@ -37,7 +57,8 @@ pub fn export(checkpoint: &Path, out: &Path, kind: Kind) -> Result<()> {
         }
     }
     for (name, ours) in copies(&manifest.model) {
-        released.push((name, tensors[&format!("weight/{ours}")].to_kind(kind)));
+        let spec = table.spec(table.find(&ours).expect("a copy is of a parameter"));
+        released.push((name, value(spec)?.to_kind(kind)));
     }
     let partial = PathBuf::from(format!("{}.partial", out.display()));
     if partial.exists() {
@@ -114,7 +135,14 @@ pub fn import(folder: &Path, run_dir: &Path, world: &Comm) -> Result<PathBuf> {
             let part = piece.expert.map_or_else(|| whole.shallow_clone(), |expert| whole.select(0, expert));
             let mut part = piece.rows.map_or_else(|| part.shallow_clone(), |(start, rows)| part.narrow(0, start, rows));
             let tensor = released.get(&piece.name).with_context(|| format!("{} holds no {}", folder.display(), piece.name))?;
-            ensure!(tensor.size() == part.size(), "{}: {} is {:?}, config.json makes it {:?}", folder.display(), piece.name, tensor.size(), part.size());
+            ensure!(
+                tensor.size() == part.size(),
+                "{}: {} is {:?}, config.json makes it {:?}",
+                folder.display(),
+                piece.name,
+                tensor.size(),
+                part.size()
+            );
             part.copy_(tensor);
         }
         parts.push(StatePart { name: format!("weight/{}", spec.name), tensor: whole, start: 0, total: spec.total });

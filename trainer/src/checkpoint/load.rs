@@ -6,7 +6,7 @@ use std::collections::HashMap;
 use std::path::Path;
 use tch::{Device, Tensor};
 
-fn read_manifest(checkpoint: &Path) -> Result<Manifest> {
+pub(super) fn read_manifest(checkpoint: &Path) -> Result<Manifest> {
     let path = checkpoint.join("manifest.json");
     let bytes = std::fs::read(&path).with_context(|| format!("cannot read {}", path.display()))?;
     let manifest: Manifest = serde_json::from_slice(&bytes).with_context(|| format!("{} is not a checkpoint manifest", path.display()))?;

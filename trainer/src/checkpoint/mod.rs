@@ -5,11 +5,13 @@
 pub mod hf;
 mod load;
 mod manifest;
+mod read;
 mod save;
 mod shard;
 
 pub use load::{load, verify};
 pub use manifest::{Cursor, Manifest, Mesh, Progress};
+pub use read::Reader;
 pub use save::save;
 
 use anyhow::{Context, Result};

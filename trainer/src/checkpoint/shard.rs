@@ -16,7 +16,7 @@ pub fn dtype(kind: Kind) -> Dtype {
     }
 }
 
-fn kind(dtype: Dtype) -> Option<Kind> {
+pub fn kind(dtype: Dtype) -> Option<Kind> {
     match dtype {
         Dtype::F64 => Some(Kind::Double),
         Dtype::F32 => Some(Kind::Float),

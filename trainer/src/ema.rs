@@ -1,0 +1,130 @@
+//! An exponential moving average of the parameters (report §3.2.3), kept in host memory and brought up to date beside the
+//! next step: a preview of what the model will be once the learning rate has fallen. Each rank averages its own shards.
+//!
+//! Invariant: a thread gets host buffers whose copy is complete, never a tensor; at most one step is under way.
+use crate::optimizer::Slot;
+use anyhow::{Result, ensure};
+use serde::{Deserialize, Serialize};
+use std::thread::{JoinHandle, spawn};
+use tch::{Kind, Tensor};
+
+/// `[ema]` of a run's config.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct EmaSection {
+    /// average ← decay · average + (1 − decay) · parameter, after each update; 0: no average is kept.
+    pub decay: f64,
+}
+
+impl EmaSection {
+    pub fn validate(&self) -> Result<()> {
+        ensure!((0.0..1.0).contains(&self.decay), "ema.decay = {}: must be at least 0 (no average) and below 1", self.decay);
+        Ok(())
+    }
+}
+
+/// The averages of one rank's shards.
+pub struct Ema {
+    decay: f64,
+    /// None: the thread has them.
+    buffers: Option<Buffers>,
+    running: Option<JoinHandle<Buffers>>,
+}
+
+/// A pair for each shard.
+struct Buffers {
+    averages: Vec<Host>,
+    /// The parameters after the newest update.
+    newest: Vec<Host>,
+}
+
+/// Numbers of the masters' kind.
+#[derive(Clone)]
+enum Host {
+    F32(Vec<f32>),
+    F64(Vec<f64>),
+}
+
+impl Host {
+    fn like(tensor: &Tensor) -> Host {
+        match tensor.kind() {
+            Kind::Float => Host::F32(vec![0.0; tensor.numel()]),
+            Kind::Double => Host::F64(vec![0.0; tensor.numel()]),
+            other => panic!("masters are not {other:?}"),
+        }
+    }
+
+    /// Done when it returns, on whatever device the tensor is.
+    fn copy_from(&mut self, tensor: &Tensor) {
+        match self {
+            Host::F32(values) => tensor.copy_data(values, tensor.numel()),
+            Host::F64(values) => tensor.copy_data(values, tensor.numel()),
+        }
+    }
+
+    /// A tensor of its own.
+    fn tensor(&self, shape: &[i64]) -> Tensor {
+        match self {
+            Host::F32(values) => Tensor::from_slice(values).view(shape),
+            Host::F64(values) => Tensor::from_slice(values).view(shape),
+        }
+    }
+
+    fn average(&mut self, newest: &Host, decay: f64) {
+        match (self, newest) {
+            (Host::F32(averages), Host::F32(newest)) => {
+                let (keep, take) = (decay as f32, (1.0 - decay) as f32);
+                averages.iter_mut().zip(newest).for_each(|(average, new)| *average = keep * *average + take * new);
+            }
+            (Host::F64(averages), Host::F64(newest)) => {
+                averages.iter_mut().zip(newest).for_each(|(average, new)| *average = decay * *average + (1.0 - decay) * new);
+            }
+            _ => unreachable!("both are of the masters' kind"),
+        }
+    }
+}
+
+impl Ema {
+    /// The average starts as the masters are.
+    pub fn new(decay: f64, slots: &[Slot]) -> Ema {
+        let newest: Vec<Host> = slots.iter().map(|slot| Host::like(&slot.master)).collect();
+        let mut ema = Ema { decay, buffers: Some(Buffers { averages: newest.clone(), newest }), running: None };
+        ema.restart(slots);
+        ema
+    }
+
+    /// Forgets the past: other weights were loaded.
+    pub fn restart(&mut self, slots: &[Slot]) {
+        self.settled().averages.iter_mut().zip(slots).for_each(|(average, slot)| average.copy_from(&slot.master));
+    }
+
+    /// After an update was applied: takes the masters' values, and averages while the caller goes on. Waits for the update
+    /// before.
+    pub fn update(&mut self, slots: &[Slot]) {
+        self.settled();
+        let mut buffers = self.buffers.take().expect("settled");
+        buffers.newest.iter_mut().zip(slots).for_each(|(newest, slot)| newest.copy_from(&slot.master));
+        let decay = self.decay;
+        self.running = Some(spawn(move || {
+            buffers.averages.iter_mut().zip(&buffers.newest).for_each(|(average, newest)| average.average(newest, decay));
+            buffers
+        }));
+    }
+
+    /// Of each shard, every update so far counted.
+    pub fn averages(&mut self, slots: &[Slot]) -> Vec<Tensor> {
+        self.settled().averages.iter().zip(slots).map(|(average, slot)| average.tensor(&slot.master.size())).collect()
+    }
+
+    /// A shard's average from a checkpoint.
+    pub fn load(&mut self, index: usize, average: &Tensor) {
+        self.settled().averages[index].copy_from(average);
+    }
+
+    fn settled(&mut self) -> &mut Buffers {
+        if let Some(running) = self.running.take() {
+            self.buffers = Some(running.join().expect("averaging does not fail"));
+        }
+        self.buffers.as_mut().expect("only a running update has them")
+    }
+}
