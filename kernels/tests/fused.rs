@@ -100,6 +100,20 @@ fn rms_norm_is_the_cpus() {
             let cpu_rstd = rms_norm::statistics(&cpu(&x), 1e-6);
             assert!(relative_error(&cpu(&rstd), &cpu_rstd) < 1e-6, "{what}: rstd");
             assert!(same(&rstd, &rms_norm::statistics(&x, 1e-6)), "{what}: the order of the sum is fixed");
+            let (dy, residual) = (random(gpu, &[t, d], 0.1), random(gpu, &[t, d], 0.0));
+            for add in [None, Some(&residual)] {
+                poison(gpu);
+                let (dx, dweight) = rms_norm::backward_add(&dy, &x, &rstd, &weight, add);
+                let wide = |x: &Tensor| cpu(x).to_kind(Kind::Double);
+                let wide_add = add.map(wide);
+                let (dy, x, rstd, weight) = (wide(&dy), wide(&x), wide(&rstd), wide(&weight));
+                let (want_dx, want_dweight) = rms_norm::backward_add(&dy, &x, &rstd, &weight, wide_add.as_ref());
+                assert!(relative_error(&cpu(&dx), &want_dx) < 3e-3, "{what}: dx");
+                assert!(relative_error(&cpu(&dweight), &want_dweight) < 1e-5, "{what}: dweight");
+            }
+            let (y, _) = rms_norm::forward(&x, &weight, 1e-6);
+            let (want_y, _) = rms_norm::forward(&cpu(&x), &cpu(&weight), 1e-6);
+            assert!(relative_error(&cpu(&y), &want_y) < 4e-3, "{what}: forward");
             let got = rms_norm::quantised(&x, &rstd, &weight, make);
             let wanted = rms_norm::quantised(&cpu(&x), &cpu_rstd, &cpu(&weight), make);
             assert_rows(&what, &got.quantised.rows, &wanted.quantised.rows, t);

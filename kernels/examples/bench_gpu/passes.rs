@@ -80,6 +80,10 @@ impl Bench {
             let rstd = x.each_ref().map(|x| rms_norm::statistics(x, 1e-6));
             let time = self.steady(|i| rms_norm::quantised(&x[i], &rstd[i], &weight, make));
             self.show(&format!("rms norm {T}x{d} both, statistics known"), 4 * T * d, copy, time);
+            let time = self.steady(|i| {
+                rms_norm::backward_add(&x[i], &x[(i + 1) % SETS], &rstd[i], &weight, Some(&x[(i + 2) % SETS]))
+            });
+            self.show(&format!("rms norm backward {T}x{d}, residual gradient added"), 8 * T * d, copy, time);
             let with_bf16 = rms_norm::Make { bf16: true, ..make };
             let time = self.steady(|i| rms_norm::quantised(&x[i], &rstd[i], &weight, with_bf16));
             self.show(&format!("rms norm {T}x{d} both and bf16, statistics known"), 6 * T * d, copy, time);

@@ -4,8 +4,7 @@ use crate::ops::quantise::activation;
 use crate::ops::wide;
 use tch::{Kind, Tensor};
 
-/// x [T, D], weight [D] → y [T, D] and rstd [T, 1], which backward needs beside x.
-pub fn forward(x: &Tensor, weight: &Tensor, eps: f64) -> (Tensor, Tensor) {
+pub(super) fn forward(x: &Tensor, weight: &Tensor, eps: f64) -> (Tensor, Tensor) {
     let kind = x.kind();
     let x = x.to_kind(wide(kind));
     let mean_square = x.norm_scalaropt_dim(2.0, &[-1i64][..], true).square() / x.size()[x.dim() - 1] as f64;
@@ -13,8 +12,13 @@ pub fn forward(x: &Tensor, weight: &Tensor, eps: f64) -> (Tensor, Tensor) {
     ((x * &rstd).to_kind(kind) * weight, rstd)
 }
 
-/// dy [T, D] → (dx [T, D], dweight [D] in the statistics' kind).
-pub fn backward(dy: &Tensor, x: &Tensor, rstd: &Tensor, weight: &Tensor) -> (Tensor, Tensor) {
+pub(super) fn backward(
+    dy: &Tensor,
+    x: &Tensor,
+    rstd: &Tensor,
+    weight: &Tensor,
+    add: Option<&Tensor>,
+) -> (Tensor, Tensor) {
     let kind = x.kind();
     let normed = x.to_kind(wide(kind)) * rstd;
     let dy = dy.to_kind(wide(kind));
@@ -23,6 +27,10 @@ pub fn backward(dy: &Tensor, x: &Tensor, rstd: &Tensor, weight: &Tensor) -> (Ten
     // mean over D of (dy·w)·x̂ as a matrix-vector product: one pass, no temporary.
     let projection = dy_normed.matmul(&weight.unsqueeze(1)) / x.size()[x.dim() - 1] as f64; // [T, 1]
     let dx = (dy * weight - normed * projection) * rstd;
+    let dx = match add {
+        Some(add) => dx + add,
+        None => dx,
+    };
     (dx.to_kind(kind), dy_normed.sum_dim_intlist(&[0i64][..], false, None))
 }
 

@@ -11,9 +11,13 @@ use std::sync::Arc;
 use tch::{Device, Kind, Tensor};
 
 mod cpu;
-pub use cpu::{backward, forward};
 
 const TEXT: &str = include_str!("rms_norm.cu");
+/// Blocks of the backward pass, whatever the GPU: the order of the weight's gradient is part of the result.
+const BLOCKS: i64 = 132;
+const BACKWARD_THREADS: usize = 512;
+/// The widest row whose parts the registers of a block hold.
+const WIDEST: i64 = 8192;
 
 /// What is made of the normed rows.
 #[derive(Clone, Copy, Debug)]
@@ -30,20 +34,71 @@ pub struct Normed {
     pub y: Option<Tensor>,
 }
 
-fn source(weight: Kind, rule: ScaleRule) -> Source {
-    let defines = vec![rule_define(rule), ("WEIGHT_FP32", flag(weight == Kind::Float))];
+fn source(weight: Kind, rule: ScaleRule, pieces: i64) -> Source {
+    let weight = ("WEIGHT_FP32", flag(weight == Kind::Float));
+    let defines = vec![rule_define(rule), weight, ("PIECES", pieces.to_string())];
     Source { name: "rms_norm", text: [tiles::TEXT, TEXT].concat(), defines }
 }
 
 /// Every variant, for a test that compiles them all.
 pub fn sources() -> Vec<(Source, &'static str)> {
-    let rules = [ScaleRule::Amax, ScaleRule::PowerOfTwo];
-    rules.iter().flat_map(|&rule| [Kind::BFloat16, Kind::Float].map(|kind| (source(kind, rule), "rms_norm"))).collect()
+    let variants = [(ScaleRule::Amax, 1), (ScaleRule::Amax, 2), (ScaleRule::PowerOfTwo, 1)];
+    let of = |kind| variants.map(|(rule, pieces)| (source(kind, rule, pieces), "backward"));
+    [of(Kind::BFloat16), of(Kind::Float)].into_iter().flatten().collect()
 }
 
-fn kernel(device: Device, entry: &str, weight: Kind, rule: ScaleRule) -> Arc<Kernel> {
-    let key = format!("rms_norm/{weight:?}/{rule:?}");
-    device::gpu(device).kernel(&key, entry, || source(weight, rule)).expect("our own kernels compile and load")
+fn kernel(device: Device, entry: &str, weight: Kind, rule: ScaleRule, pieces: i64) -> Arc<Kernel> {
+    let key = format!("rms_norm/{weight:?}/{rule:?}/{pieces}");
+    let source = || source(weight, rule, pieces);
+    device::gpu(device).kernel(&key, entry, source).expect("our own kernels compile and load")
+}
+
+/// Whether the CUDA kernels take it: BF16 rows of whole eights, and a weight of a kind that they read.
+fn on_gpu(x: &Tensor, weight: &Tensor) -> bool {
+    let d = x.size()[x.dim() - 1];
+    let kinds = x.kind() == Kind::BFloat16 && matches!(weight.kind(), Kind::BFloat16 | Kind::Float);
+    x.device().is_cuda() && x.dim() == 2 && kinds && d % 16 == 0 && d <= WIDEST
+}
+
+/// x [T, D], weight [D] → y [T, D] and rstd [T, 1], which backward needs beside x.
+pub fn forward(x: &Tensor, weight: &Tensor, eps: f64) -> (Tensor, Tensor) {
+    if !on_gpu(x, weight) {
+        return cpu::forward(x, weight, eps);
+    }
+    let rstd = statistics(x, eps);
+    let make = Make { want: Want { rows: false, columns: false }, bf16: true, rule: ScaleRule::Amax };
+    (quantised(x, &rstd, weight, make).y.expect("bf16 was wanted"), rstd)
+}
+
+/// dy [T, D] → (dx [T, D], dweight [D] in the statistics' kind).
+pub fn backward(dy: &Tensor, x: &Tensor, rstd: &Tensor, weight: &Tensor) -> (Tensor, Tensor) {
+    backward_add(dy, x, rstd, weight, None)
+}
+
+/// The same with `add` [T, D], the gradient of the residual path beside the norm, added to dx in the same pass.
+pub fn backward_add(dy: &Tensor, x: &Tensor, rstd: &Tensor, weight: &Tensor, add: Option<&Tensor>) -> (Tensor, Tensor) {
+    if !on_gpu(x, weight) {
+        return cpu::backward(dy, x, rstd, weight, add);
+    }
+    let (t, d) = x.size2().expect("x is [T, D]");
+    let (dy, x) = (dy.contiguous(), x.contiguous());
+    let dx = x.empty_like();
+    let blocks = BLOCKS.min(t);
+    let parts = Tensor::empty([blocks, d], (Kind::Float, x.device()));
+    let pieces = (d + 4095) / 4096;
+    let kernel = kernel(x.device(), "backward", weight.kind(), ScaleRule::Amax, pieces);
+    Launch::new(device::gpu(x.device()), &kernel)
+        .tensor(&dy, Kind::BFloat16)
+        .tensor(&x, Kind::BFloat16)
+        .tensor(rstd, Kind::Float)
+        .tensor(weight, weight.kind())
+        .tensor_or_null(add, Kind::BFloat16)
+        .tensor(&dx, Kind::BFloat16)
+        .tensor(&parts, Kind::Float)
+        .int(t)
+        .int(d)
+        .run(Shape { grid: [blocks as usize, 1], block: BACKWARD_THREADS, shared_bytes: 0 });
+    (dx, parts.sum_dim_intlist(&[0i64][..], false, None))
 }
 
 /// x [T, D] BF16 → rstd [T, 1] FP32. D is a multiple of 8.
@@ -60,7 +115,7 @@ pub fn add(x: &Tensor, y: &Tensor, eps: f64) -> (Tensor, Tensor) {
     let Device::Cuda(_) = x.device() else {
         return cpu::add(x, y, eps);
     };
-    let sum = x.empty_like();
+    let sum = Tensor::empty(x.size(), (x.kind(), x.device()));
     let rstd = on_gpu_statistics(x, Some((y, &sum)), eps);
     (sum, rstd)
 }
@@ -68,10 +123,10 @@ pub fn add(x: &Tensor, y: &Tensor, eps: f64) -> (Tensor, Tensor) {
 fn on_gpu_statistics(x: &Tensor, add: Option<(&Tensor, &Tensor)>, eps: f64) -> Tensor {
     let (t, d) = x.size2().expect("x is [T, D]");
     assert!(d % 8 == 0, "{d} columns: a thread reads eight");
-    let rstd = Tensor::empty([t, 1], (Kind::Float, x.device()));
-    let kernel = kernel(x.device(), "statistics", Kind::BFloat16, ScaleRule::Amax);
+    let (x, rstd) = (x.contiguous(), Tensor::empty([t, 1], (Kind::Float, x.device())));
+    let kernel = kernel(x.device(), "statistics", Kind::BFloat16, ScaleRule::Amax, 1);
     Launch::new(device::gpu(x.device()), &kernel)
-        .tensor(x, Kind::BFloat16)
+        .tensor(&x, Kind::BFloat16)
         .tensor_or_null(add.map(|(y, _)| y), Kind::BFloat16)
         .tensor_or_null(add.map(|(_, sum)| sum), Kind::BFloat16)
         .tensor(&rstd, Kind::Float)
@@ -89,11 +144,12 @@ pub fn quantised(x: &Tensor, rstd: &Tensor, weight: &Tensor, make: Make) -> Norm
     };
     let (t, d) = x.size2().expect("x is [T, D]");
     assert_eq!(weight.size1().expect("the weight is [D]"), d, "the weight's width");
+    let x = x.contiguous();
     let quantised = Quantised::empty([t, d], 1, make.want, x.device());
     let y = make.bf16.then(|| x.empty_like());
-    let kernel = kernel(x.device(), "rms_norm", weight.kind(), make.rule);
+    let kernel = kernel(x.device(), "rms_norm", weight.kind(), make.rule, 1);
     let launch = Launch::new(device::gpu(x.device()), &kernel)
-        .tensor(x, Kind::BFloat16)
+        .tensor(&x, Kind::BFloat16)
         .tensor(rstd, Kind::Float)
         .tensor(weight, if weight.kind() == Kind::Float { Kind::Float } else { Kind::BFloat16 })
         .tensor_or_null(y.as_ref(), Kind::BFloat16);

@@ -1,8 +1,8 @@
 // y = weight · x · rstd straight into FP8 (and BF16), and the statistics rstd = 1 / sqrt(mean(x²) + eps) that it needs,
 // which fall out of the residual sum before it. Follows tile.cuh.
 //
-// Defined from outside: WEIGHT_FP32 (else BF16).
-constexpr int ROW_THREADS = 128;
+// Defined from outside: WEIGHT_FP32 (else BF16), PIECES (backward: eights of a row that a thread holds, PIECES · 4096 ≥ C).
+constexpr int ROW_THREADS = 128, BACKWARD_THREADS = 512;
 
 // One block a row: sum = x + y in BF16 (y and sum may be null: then only x's statistics), rstd of the row as rounded.
 extern "C" __global__ void __launch_bounds__(ROW_THREADS)
@@ -36,6 +36,15 @@ extern "C" __global__ void __launch_bounds__(ROW_THREADS)
   }
 }
 
+static __device__ __forceinline__ void load_weight(float (&w)[8], const void* weight, int at, bool there) {
+  if (WEIGHT_FP32) {
+#pragma unroll
+    for (int c = 0; c < 8; c++) w[c] = there ? __ldg((const float*)weight + at + c) : 0;
+  } else {
+    unpack_bf16(w, load_eight((const u16*)weight + at, there));
+  }
+}
+
 // x, y [R, C], rstd [R]; y may be null.
 extern "C" __global__ void __launch_bounds__(THREADS, 3)
     rms_norm(const u16* x, const float* rstd, const void* weight, u16* y, u8* values, float* scales, u8* transposed,
@@ -53,12 +62,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 3)
     set_row(t, r, load_eight(x + first + (long long)r * C, r < there));
     of_row[r] = r < there ? __ldg(rstd + place.first_row + t.row + r) : 0;
   }
-  if (WEIGHT_FP32) {
-#pragma unroll
-    for (int c = 0; c < 8; c++) w[c] = column < C ? __ldg((const float*)weight + column + c) : 0;
-  } else {
-    unpack_bf16(w, load_eight((const u16*)weight + column, column < C));
-  }
+  load_weight(w, weight, column, column < C);
 #pragma unroll
   for (int r = 0; r < 8; r++) {
     float v[8];
@@ -68,4 +72,70 @@ extern "C" __global__ void __launch_bounds__(THREADS, 3)
     if (y && r < there) *(uint4*)(y + first + (long long)r * C) = bf16_eight(v);
   }
   emit(t, out, place, row_tile, column_tile, scratch);
+}
+
+// dy, x, add, dx [R, C]; rstd [R]; dweights [blocks, C], each block's part of d(weight). dx = add + the norm's own, where
+// add, the gradient of the residual path, may be null. Persistent blocks, a row at a time.
+extern "C" __global__ void __launch_bounds__(BACKWARD_THREADS, 1)
+    backward(const u16* dy, const u16* x, const float* rstd, const void* weight, const u16* add, u16* dx, float* dweights,
+             int R, int C) {
+  __shared__ float of_warp[2][BACKWARD_THREADS / 32];
+  float dweight[PIECES][8] = {};
+  uint4 next_dy[PIECES], next_x[PIECES];
+  auto load = [&](int row) {
+#pragma unroll
+    for (int p = 0; p < PIECES; p++) {
+      const int at = (p * BACKWARD_THREADS + threadIdx.x) * 8;
+      const bool there = at < C && row < R;
+      next_dy[p] = load_eight(dy + (long long)row * C + at, there), next_x[p] = load_eight(x + (long long)row * C + at, there);
+    }
+  };
+  load(blockIdx.x);
+  int turn = 0;
+  for (int row = blockIdx.x; row < R; row += gridDim.x, turn ^= 1) {
+    uint4 my_dy[PIECES], my_x[PIECES];
+    const float scale = __ldg(rstd + row);
+    float projection = 0;
+#pragma unroll
+    for (int p = 0; p < PIECES; p++) {
+      my_dy[p] = next_dy[p], my_x[p] = next_x[p];
+      const int at = (p * BACKWARD_THREADS + threadIdx.x) * 8;
+      float g[8], v[8], w[8];
+      unpack_bf16(g, my_dy[p]), unpack_bf16(v, my_x[p]), load_weight(w, weight, at, at < C);
+#pragma unroll
+      for (int c = 0; c < 8; c++) {
+        const float product = g[c] * v[c] * scale;
+        dweight[p][c] += product, projection += product * w[c];
+      }
+    }
+    load(row + gridDim.x);
+#pragma unroll
+    for (int step = 16; step; step /= 2) projection += __shfl_xor_sync(~0u, projection, step);
+    if (threadIdx.x % 32 == 0) of_warp[turn][threadIdx.x / 32] = projection;
+    __syncthreads();  // the other turn's sums may still be read: there are two places
+    projection = 0;
+#pragma unroll
+    for (int w = 0; w < BACKWARD_THREADS / 32; w++) projection += of_warp[turn][w];
+    projection /= C;
+#pragma unroll
+    for (int p = 0; p < PIECES; p++) {
+      const int at = (p * BACKWARD_THREADS + threadIdx.x) * 8;
+      if (at >= C) continue;
+      const long long place = (long long)row * C + at;
+      float g[8], v[8], w[8], sum[8] = {};
+      if (add) unpack_bf16(sum, __ldg((const uint4*)(add + place)));
+      unpack_bf16(g, my_dy[p]), unpack_bf16(v, my_x[p]), load_weight(w, weight, at, true);
+#pragma unroll
+      for (int c = 0; c < 8; c++) sum[c] += (g[c] * w[c] - v[c] * scale * projection) * scale;
+      *(uint4*)(dx + place) = bf16_eight(sum);
+    }
+  }
+#pragma unroll
+  for (int p = 0; p < PIECES; p++) {
+    const int at = (p * BACKWARD_THREADS + threadIdx.x) * 8;
+    if (at >= C) continue;
+    float4* to = (float4*)(dweights + (long long)blockIdx.x * C + at);
+    to[0] = make_float4(dweight[p][0], dweight[p][1], dweight[p][2], dweight[p][3]);
+    to[1] = make_float4(dweight[p][4], dweight[p][5], dweight[p][6], dweight[p][7]);
+  }
 }
