@@ -8,7 +8,9 @@ use std::time::{Duration, Instant};
 
 const KILLS: u64 = 5;
 /// Between kills on the average: more than a checkpoint's distance, so that the run gets on.
-const STEPS_A_KILL: u64 = 8;
+const STEPS_A_KILL: u64 = 5;
+/// Far above what a step takes on a busy machine.
+const LONGEST_STEP: Duration = Duration::from_secs(2);
 const RANKS: u64 = 4;
 /// The first phase's steps in configs/run/tiny.toml, and a step's tokens in the second.
 const FIRST_STEPS: u64 = 18;
@@ -121,7 +123,7 @@ fn a_run_survives_kills_of_ranks_hosts_and_launchers_bit_for_bit() {
 
     let whole = Run::new("chaos-undisturbed", &set);
     let mut undisturbed = launch(&hosts, &whole, 0);
-    assert_eq!(undisturbed.code(), 0, "{}", undisturbed.said());
+    assert_eq!(undisturbed.code_within(LONGEST_STEP * total as u32), 0, "{}", undisturbed.said());
     assert_eq!(steps(&whole), total);
 
     let run = Run::new("chaos", &set);
@@ -138,7 +140,7 @@ fn a_run_survives_kills_of_ranks_hosts_and_launchers_bit_for_bit() {
         chaos.kill(victim);
     }
     let Chaos { run, mut launcher, launchers, killed, in_a_save, .. } = chaos;
-    assert_eq!(launcher.code(), 0, "{}", launcher.said());
+    assert_eq!(launcher.code_within(LONGEST_STEP * total as u32), 0, "{}", launcher.said());
     wait("the end of every process", || processes(&run).is_empty());
     println!("{kills} kills in {:.0} s: {killed:?}, {in_a_save} of them left half a checkpoint; {launchers} launchers", start.elapsed().as_secs_f64());
     assert_eq!(run.samples(), whole.samples(), "samples were lost or repeated");
