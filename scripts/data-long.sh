@@ -11,18 +11,18 @@ cargo build --release --quiet --bin tiefsee
 cargo build --release --quiet -p data --examples
 bin=${CARGO_TARGET_DIR:-target}/release
 work=corpus/bench/long
-prepare() { "$bin/tiefsee" prepare corpus/bench/text --out "$1" --tokenizer corpus/bench/tokenizer.json --fim-rate 0.1 --split-rate 0.1 --shard-mib 16; }
+prepare=("$bin/tiefsee" prepare corpus/bench/text --tokenizer corpus/bench/tokenizer.json --fim-rate 0.1 --split-rate 0.1 --shard-mib 16)
 
 rm -rf "$work"
 mkdir -p "$work"
 started=$(date +%s%N)
-prepare "$work/whole"
+"${prepare[@]}" --out "$work/whole"
 usual=$(($(date +%s%N) - started))
 RANDOM=7 done=0 corpora=0
 while [ "$done" -lt "$kills" ]; do
     rm -rf "$work/killed"
-    until [ -e "$work/killed/manifest.json" ] && [ ! -e "$work/killed.partial" ]; do
-        prepare "$work/killed" >/dev/null 2>"$work/said" &
+    until [ -e "$work/killed/manifest.json" ] && [ ! -e "$work/killed.partial/job" ]; do
+        "${prepare[@]}" --out "$work/killed" >/dev/null 2>"$work/said" &
         victim=$!
         # Anywhere in the time that an undisturbed one takes: most corpora are interrupted more than once.
         sleep "$(awk -v n="$usual" -v r="$RANDOM" 'BEGIN { printf "%.3f", n / 1e9 * r / 32768 }')"
