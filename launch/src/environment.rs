@@ -63,9 +63,11 @@ impl RankPlace {
     }
 }
 
-/// What nodes at a rendezvous share.
+/// The variable with what nodes at a rendezvous share.
+pub const SECRET: &str = "TIEFSEE_SECRET";
+
 pub fn secret() -> Option<String> {
-    var("TIEFSEE_SECRET").ok()
+    var(SECRET).ok()
 }
 
 /// This machine's own name.

@@ -3,6 +3,7 @@
 //! It stands in its own session (a terminal's Ctrl-C and a killed process group do not reach it) and takes orders over
 //! its standard input; the end of that pipe means that the launcher is dead. Descendants that lose their parent come to
 //! it (subreaper), so it can end every one, whatever process group mpirun gave it.
+use crate::environment::SECRET;
 use crate::processes::descendants;
 use nix::sys::prctl::{set_child_subreaper, set_pdeathsig};
 use nix::sys::signal::{Signal, kill};
@@ -48,6 +49,8 @@ impl Guarded {
             .arg(GUARD)
             .arg(lock.unwrap_or(Path::new("")))
             .args(command)
+            // A secret is for launchers, not for what they start.
+            .env_remove(SECRET)
             .envs(set.iter().map(|(name, value)| (name, value)))
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
