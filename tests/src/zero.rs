@@ -32,7 +32,7 @@ fn trainer(run: &Run, world: Comm) -> (Trainer, Mesh) {
 /// Shards anew, into small buckets, over `holders`.
 fn reshard(trainer: &mut Trainer, run: &Run, holders: &Groups, bucket_bytes: usize) {
     let config = run.config();
-    trainer.zero = Zero::new(holders, &trainer.weights, bucket_bytes);
+    trainer.zero = Zero::new(holders, &trainer.weights, bucket_bytes).expect("alike on all ranks");
     trainer.optimizer = Optimizer::new(&config.optimizer, &trainer.weights, trainer.zero.shards(), config.run.seed);
     trainer.ema = Some(trainer::ema::Ema::new(config.ema.decay, &trainer.optimizer.slots));
 }

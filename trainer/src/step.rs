@@ -63,7 +63,7 @@ impl Trainer {
         let mut table = ParamTable::new(ExpertShare { rank: groups.expert.all.rank() as i64, ranks: groups.expert.all.size() as i64 });
         let stages = LocalStages::new(&mut table, &config.model, &parts, mesh, groups.world.rank());
         let weights = Weights::initial(Rc::new(table), config.run.precision, config.run.seed, Device::Cpu);
-        let zero = Zero::new(&groups, &weights, BUCKET_BYTES);
+        let zero = Zero::new(&groups, &weights, BUCKET_BYTES)?;
         let optimizer = Optimizer::new(&config.optimizer, &weights, zero.shards(), config.run.seed);
         Ok(Trainer {
             config: config.model.clone(),

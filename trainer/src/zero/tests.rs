@@ -1,9 +1,11 @@
+use super::layout::{BLOCK_ROWS, blocks, owners};
 use super::*;
 use kernels::Precision;
-use model::ExpertShare;
 use model::params::Init;
+use model::{ExpertShare, GradSink};
 use parallel::comm::local::{run_local, solo};
 use parallel::mesh::{Mesh, ParallelConfig};
+use std::collections::BTreeMap;
 
 /// Numbers that look random, the same ones for the same seed.
 struct Dice(u64);
@@ -67,7 +69,7 @@ fn every_row_has_one_owner_among_its_holders() {
         let bytes = [64, 4096, 1 << 20][seed as usize % 3];
         let all = in_groups(dp, ep, |groups| {
             let weights = weights(seed, &groups, Precision::F64);
-            let zero = Zero::new(&groups, &weights, bytes);
+            let zero = Zero::new(&groups, &weights, bytes).expect("alike on all ranks");
             assert!(zero.shards.is_sorted_by_key(|shard| shard.id.0) && zero.shards.iter().all(|shard| shard.rows > 0));
             for bucket in &zero.buckets {
                 let blocks: Vec<i64> =
@@ -121,7 +123,7 @@ fn blocks_are_shared_out_so_that_the_largest_share_is_smallest() {
 /// Reduces once, the parameters completed in an order of this rank's own; `alter` may tamper with what goes in.
 fn reduced(groups: &Groups, bytes: usize, alter: impl Fn(ParamId, Tensor) -> Tensor) -> f64 {
     let weights = weights(3, groups, Precision::F64);
-    let zero = Zero::new(groups, &weights, bytes);
+    let zero = Zero::new(groups, &weights, bytes).expect("alike on all ranks");
     let rank = groups.world.rank();
     let mut order = trained(&weights.table);
     order.sort_by_key(|id| Dice((id.0 * 31 + rank) as u64).below(1000));
@@ -167,7 +169,7 @@ fn an_owner_gets_the_sum_over_all_holders_whatever_order_gradients_complete_in()
 fn buckets_start_in_one_order_and_as_soon_as_they_may() {
     in_groups(2, 1, |groups| {
         let weights = weights(5, &groups, Precision::F64);
-        let zero = Zero::new(&groups, &weights, 64);
+        let zero = Zero::new(&groups, &weights, 64).expect("alike on all ranks");
         assert!(zero.buckets.len() >= 4, "{} buckets", zero.buckets.len());
         let mut reduction = zero.begin();
         let started = |reduction: &Reduction| reduction.filling.iter().filter(|filling| filling.sum.is_some()).count();
@@ -197,7 +199,7 @@ fn new_values_reach_every_holder_in_the_kinds_that_layers_compute_with() {
         for (dp, ep) in [(2, 1), (4, 2), (3, 1)] {
             in_groups(dp, ep, |groups| {
                 let mut weights = weights(9, &groups, precision);
-                let zero = Zero::new(&groups, &weights, 2048);
+                let zero = Zero::new(&groups, &weights, 2048).expect("alike on all ranks");
                 let before: Vec<Tensor> = weights.table.ids().map(|id| weights.get(id).copy()).collect();
                 for shard in zero.shards() {
                     let mut rows = shard.of(weights.get(shard.id));
@@ -220,7 +222,7 @@ fn new_values_reach_every_holder_in_the_kinds_that_layers_compute_with() {
 fn alone_nothing_is_copied() {
     let groups = groups(solo(), &Mesh::single());
     let mut weights = weights(1, &groups, Precision::F64);
-    let zero = Zero::new(&groups, &weights, BUCKET_BYTES);
+    let zero = Zero::new(&groups, &weights, BUCKET_BYTES).expect("alike on all ranks");
     let ids = trained(&weights.table);
     assert_eq!(zero.shards().iter().map(|shard| shard.id).collect::<Vec<_>>(), ids);
     let gradients: Vec<Tensor> = ids.iter().map(|&id| gradient(&weights.table, id, 0)).collect();
@@ -239,9 +241,23 @@ fn alone_nothing_is_copied() {
 fn a_missing_gradient_is_noticed() {
     in_groups(2, 1, |groups| {
         let weights = weights(1, &groups, Precision::F64);
-        let zero = Zero::new(&groups, &weights, BUCKET_BYTES);
+        let zero = Zero::new(&groups, &weights, BUCKET_BYTES).expect("alike on all ranks");
         let mut reduction = zero.begin();
         trained(&weights.table).into_iter().skip(1).for_each(|id| reduction.complete(id, gradient(&weights.table, id, 0)));
         reduction.finish().map(|_| ()).expect("sums");
     });
+}
+
+#[test]
+fn ranks_that_declared_their_parameters_in_another_order_are_refused() {
+    let refused = in_groups(2, 1, |groups| {
+        let rank = groups.world.rank();
+        let mut table = ParamTable::default();
+        for index in [rank, 1 - rank] {
+            table.add(format!("matrix.{index}"), &[4, 4], Init::Zeros, Role::Matrix);
+        }
+        let weights = Weights::initial(Rc::new(table), Precision::F64, 1, Device::Cpu);
+        Zero::new(&groups, &weights, BUCKET_BYTES).map(|_| ()).expect_err("the same shapes, other parameters").to_string()
+    });
+    assert!(refused[0].contains("rank 0") && refused[0].contains("2 parameters in 1 buckets"), "{refused:?}");
 }
