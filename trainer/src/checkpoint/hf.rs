@@ -57,7 +57,7 @@ pub fn export(checkpoint: &Path, out: &Path, kind: Kind, values: Values) -> Resu
         }
     }
     for (name, ours) in copies(&manifest.model) {
-        let spec = table.spec(table.find(&ours).expect("a copy is of a parameter"));
+        let spec = table.spec(table.find(ours).expect("a copy is of a parameter"));
         released.push((name, value(spec)?.to_kind(kind)));
     }
     let partial = PathBuf::from(format!("{}.partial", out.display()));
