@@ -154,6 +154,45 @@ fn loss_and_every_gradient_equal_one_rank_s_in_f32() {
     assert_equals_one_rank("f32", 1e-5, &LAYOUTS[8..]);
 }
 
+#[test]
+fn after_every_step_all_copies_of_a_weight_are_equal_bit_for_bit() {
+    for layout in [LAYOUTS[18], LAYOUTS[26], LAYOUTS[30], LAYOUTS[32], LAYOUTS[17]] {
+        let config = run("copies", "f64", layout).config();
+        let plan = Plan::new(&config.phase, &config.data.mixture);
+        let ranks = run_local(layout.0 * layout.1, |world| {
+            let mesh = config.mesh(&vec![0; world.size()]).expect("a layout");
+            let place = mesh.place(world.rank());
+            let mut trainer = Trainer::new(&config, &mesh, world).expect("a trainer");
+            let moment = plan.at(2000).expect("a phase");
+            let each = (BATCH / layout.1) as i64;
+            let steps = (0..3).map(|seed| {
+                let mine = tokens(seed, &[BATCH as i64, LENGTH + 1], config.model.vocab_size).narrow(0, place.dp as i64 * each, each);
+                let batch: Vec<MicroBatch> = mine.split(layout.4 as i64, 0).into_iter().map(|tokens| MicroBatch { tokens }).collect();
+                assert!(trainer.step(&moment, &batch, false).expect("a step").applied);
+                trainer.weights.ready(|_| true).expect("gathered");
+                let table = trainer.weights.table.clone();
+                let copy = |id| ((table.spec(id).name.clone(), table.spec(id).start), trainer.weights.get(id).copy());
+                table.ids().map(copy).collect::<Vec<_>>()
+            });
+            steps.collect::<Vec<_>>()
+        });
+        for step in 0..3 {
+            let mut seen: BTreeMap<&(String, i64), &Tensor> = BTreeMap::new();
+            let mut compared = 0;
+            for (key, weight) in ranks.iter().flat_map(|steps| &steps[step]) {
+                match seen.get(key) {
+                    Some(first) => {
+                        assert!(weight.equal(first), "{layout:?}: the copies of {key:?} differ after step {}", step + 1);
+                        compared += 1;
+                    }
+                    None => drop(seen.insert(key, weight)),
+                }
+            }
+            assert!(compared >= seen.len(), "every weight has a copy");
+        }
+    }
+}
+
 /// Settings and ranks of layouts that the tiny run's ramp (4 to 12 sequences, then 8 in micro-batches of 2) fits.
 const RUNS: &[(usize, &[&str])] = &[
     (1, &["parallel.schedule=paired"]),
@@ -189,15 +228,17 @@ fn whole_runs_equal_one_rank_s() {
 }
 
 #[test]
-fn a_pipeline_over_mpirun_equals_one_over_threads_bit_for_bit() {
-    for (ranks, set) in [RUNS[4], RUNS[2]] {
-        let (threads, processes) = (Run::new(&format!("pipe-threads-{ranks}"), set), Run::new(&format!("pipe-mpi-{ranks}"), set));
+fn over_mpirun_a_layout_gives_the_same_bits_as_over_threads() {
+    for index in [1, 2, 3, 4, 5] {
+        let (ranks, set) = RUNS[index];
+        let (threads, processes) = (Run::new(&format!("bits-threads-{index}"), set), Run::new(&format!("bits-mpi-{index}"), set));
         over_threads(&threads, ranks, Start::Fresh, None);
         mpirun(ranks, &processes.train_args(), 0);
-        assert_eq!(processes.series("loss"), threads.series("loss"));
-        assert_eq!(processes.series("grad_norm"), threads.series("grad_norm"));
+        for key in ["loss", "mtp_loss", "balance_loss", "grad_norm"] {
+            assert_eq!(processes.series(key), threads.series(key), "{key} of {set:?}");
+        }
         let (a, b) = (processes.state(), threads.state());
-        assert!(a.iter().all(|(name, tensor)| tensor.equal(&b[name])), "weights or moments differ");
+        assert!(a.iter().all(|(name, tensor)| tensor.equal(&b[name])), "{set:?}: weights or moments differ");
     }
 }
 
