@@ -75,6 +75,9 @@ impl Stage {
     }
 }
 
+/// What a finished forward hands on.
+pub type StageResult = (StageOut, StageStats, StageSaved);
+
 /// A forward under way.
 pub struct Forward<'a> {
     stage: &'a Stage,
@@ -122,7 +125,7 @@ impl<'a> Forward<'a> {
         self.run(w, h)
     }
 
-    pub fn finish(self) -> (StageOut, StageStats, StageSaved) {
+    pub fn finish(self) -> StageResult {
         let ForwardAt::Over(out) = self.at else { panic!("a forward was taken before its end") };
         (out, self.sums.done(), self.saved)
     }
@@ -336,7 +339,7 @@ impl<'a> Backward<'a> {
 
 /// A forward and another micro-batch's whole backward, in turns, the backward first: while one computes, the other's
 /// transfer is under way. Every rank of an expert group must pair the same stages.
-pub fn forward_backward(mut forward: Forward, mut backward: Backward, w: &mut Weights, grads: &mut Grads) -> Result<((StageOut, StageStats, StageSaved), Option<Tensor>), CommError> {
+pub fn forward_backward(mut forward: Forward, mut backward: Backward, w: &mut Weights, grads: &mut Grads) -> Result<(StageResult, Option<Tensor>), CommError> {
     let stage = backward.stage;
     let (mut forward_runs, mut backward_runs) = (true, true);
     while forward_runs || backward_runs {

@@ -203,8 +203,10 @@ pub struct Weights {
 /// New values on their way into some weights.
 struct Arrival {
     ids: Vec<ParamId>,
-    land: Box<dyn FnOnce(&mut Weights) -> Result<(), CommError>>,
+    land: Land,
 }
+
+type Land = Box<dyn FnOnce(&mut Weights) -> Result<(), CommError>>;
 
 impl Weights {
     pub fn initial(table: Rc<ParamTable>, precision: Precision, seed: u64, device: Device) -> Self {

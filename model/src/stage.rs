@@ -4,7 +4,7 @@
 //! Legend: B sequences, L positions, T = B·L, D hidden size, E experts.
 use crate::block::{Block, BlockContext, Ffn, Started};
 use crate::embedding::Embedding;
-use crate::flow::{Backward, Forward, StageSaved, StageWork, Work};
+use crate::flow::{Backward, Forward, StageResult, StageSaved, StageWork, Work};
 use crate::head::LmHead;
 use crate::mla::Positions;
 use crate::moe::Load;
@@ -189,7 +189,7 @@ impl Stage {
         Ok(linear::forward(&h, w.get(last.head.weight)))
     }
 
-    pub fn forward(&self, step: &StepContext, w: &mut Weights, mb: &MicroBatch, x: StageIn) -> Result<(StageOut, StageStats, StageSaved), CommError> {
+    pub fn forward(&self, step: &StepContext, w: &mut Weights, mb: &MicroBatch, x: StageIn) -> Result<StageResult, CommError> {
         let mut run = Forward::new(self, step, w, mb, x);
         while run.advance(w)? {}
         Ok(run.finish())

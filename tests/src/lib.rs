@@ -8,6 +8,7 @@ mod launching;
 mod layers;
 mod layouts;
 mod oracle;
+mod overlap;
 mod runs;
 mod s3;
 mod support;

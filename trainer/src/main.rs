@@ -1,8 +1,9 @@
 //! The `tiefsee` command.
 mod bench;
 mod environment;
+mod plan;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 use clap::{Parser, Subcommand, ValueEnum};
 use parallel::comm::Comm;
 use parallel::comm::local::solo;
@@ -50,9 +51,12 @@ enum Command {
     /// Look into a checkpoint, check it, or exchange it with Hugging Face transformers.
     #[command(subcommand)]
     Checkpoint(CheckpointCommand),
-    /// Parameters and memory of a model, from its config alone.
-    #[command(after_help = "Example: tiefsee plan configs/model/v3-671b.toml")]
-    Plan { model: PathBuf },
+    /// Parameters and memory of a model, from its config alone; or a pipeline schedule, proven and drawn.
+    #[command(
+        args_conflicts_with_subcommands = true,
+        after_help = "Examples: tiefsee plan configs/model/v3-671b.toml\n          tiefsee plan schedule --pp 16 --micro-batches 120 --schedule dualpipe --svg out.svg"
+    )]
+    Plan(plan::Args),
     /// Time training steps on random tokens; prints JSON. See scripts/bench.sh.
     #[command(hide = true)]
     Bench(bench::Args),
@@ -111,7 +115,7 @@ fn run(command: Command) -> Result<ExitCode> {
         Command::Train { config, set } => return in_world(|| RunConfig::load(&config, &set), Start::Fresh),
         Command::Resume { run_dir, stop_after } => return in_world(|| load_resolved(&run_dir, stop_after), Start::Resume),
         Command::Checkpoint(command) => checkpoint_command(command)?,
-        Command::Plan { model } => print_plan(&model)?,
+        Command::Plan(args) => plan::run(args)?,
         Command::Bench(args) => bench::run(&args)?,
     }
     Ok(ExitCode::SUCCESS)
@@ -206,19 +210,5 @@ fn checkpoint_command(command: CheckpointCommand) -> Result<()> {
         }
         CheckpointCommand::ImportHf { folder, run_dir } => println!("{}", checkpoint::hf::import(&folder, &run_dir, &solo())?.display()),
     }
-    Ok(())
-}
-
-fn print_plan(path: &Path) -> Result<()> {
-    let text = std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
-    let model: model::ModelConfig = toml::from_str(&text).with_context(|| path.display().to_string())?;
-    if let Err(error) = model.validate() {
-        bail!("{}: {error}", path.display());
-    }
-    let count = model.count();
-    println!("main parameters      {:>16}", count.main);
-    println!("active without embed {:>16}", count.active);
-    println!("MTP's own            {:>16}", count.mtp);
-    println!("full state (8 B each){:>13.2} GB", (count.main + count.mtp) as f64 * 8.0 / 1e9);
     Ok(())
 }

@@ -192,7 +192,7 @@ impl Schedule {
 
 impl fmt::Display for Schedule {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
+        f.pad(match self {
             Self::GPipe => "gpipe",
             Self::OneFOneB => "1f1b",
             Self::Zb1p => "zb1p",
