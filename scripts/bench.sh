@@ -3,6 +3,8 @@
 #   gpu [forward] [wgrad] [grouped] [passes] [sweep]   on one H100: our kernels, cuBLASLt beside each in the same run,
 #                and then what a PyTorch user has (benches/rivals/gemm.py, passes_gpu.py); card and clocks are printed
 #   train-cpu    our training step and transformers', same model, batch, threads and machine, in turn
+#   parallel-cpu layouts of 1 to 8 ranks (threads): step time, bytes by axis, share of communication, peak memory,
+#                MoE dispatch's bytes over their formula, and how much of the transfers a paired step hides
 #   data         packed samples read: ours, a Megatron-style mmap, MosaicML streaming, Hugging Face datasets
 #   data-index   a 14.8T-token source opened and searched, and a tenth, a hundredth, a thousandth of it
 #   prepare      text to shards with a 128K tokenizer beside the encoder alone; ids against Hugging Face tokenizers
@@ -25,6 +27,11 @@ train-cpu)
     .deps/venv/bin/python benches/compare.py "$name" --config "$config" \
         --ours "target/release/tiefsee bench --config $config --steps 16 --set model.num_nextn_predict_layers=0 --set run.threads=$threads" \
         --rival ".deps/venv/bin/python benches/rivals/train_cpu.py $config --steps 16 --threads $threads" "$@"
+    ;;
+parallel-cpu)
+    scripts/setup.sh
+    cargo build --release --quiet -p trainer
+    python3 benches/parallel.py --ours "target/release/tiefsee bench --config configs/run/bench-parallel.toml" "$@"
     ;;
 data | data-index | prepare)
     scripts/bench-corpus.sh

@@ -1,0 +1,77 @@
+"""Steps of one model over layouts of 1, 2, 4 and 8 ranks that are threads: prints a table, writes the same figures as JSON.
+
+    parallel.py --ours CMD [--steps N] [--json FILE]
+
+Each layout is a process of its own, so that its peak memory is its own. Two ranks are a node. Bytes are what all ranks
+sent in a step. Ranks share the machine's cores: where there are fewer cores than ranks, step times cannot fall, and a wait
+for a peer contains its wait for a core. Exits with 1 where MoE dispatch sent other bytes than its formula says.
+"""
+
+import argparse
+import json
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+from compare import cpu_name, commit
+
+# pp, dp, ep, schedule
+LAYOUTS = [(1, 1, 1, "1f1b"), (1, 2, 2, "1f1b"), (1, 4, 4, "paired"), (2, 2, 2, "1f1b"), (2, 4, 4, "dualpipe")]
+DATA = ("data", "embedding", "expert_data")
+
+
+def run(command, **settings):
+    sets = [part for key, value in settings.items() for part in ("--set", f"parallel.{key}={value}")]
+    done = subprocess.run(shlex.split(command) + sets, stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        sys.exit(f"exit code {done.returncode}: {command} {' '.join(sets)}")
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def ratio(row, where):
+    """Bytes ÷ formula; None where the formula is 0 and so are the bytes."""
+    sent, formula = row["dispatch"][where], row["formula"][where]
+    return None if sent == formula == 0 else sent / formula if formula else float("inf")
+
+
+def print_layouts(rows):
+    print(f"  {'':22}{'step':>8}{'peak':>7}{'comm.':>7}   {'MB a step:':10}{'':14}{'experts':>16}{'':8}   dispatch ÷ formula")
+    print(f"  {'ranks':22}{'ms':>8}{'MB':>7}{'share':>7}{'pipe':>10}{'data':>10}{'inside':>10}{'between':>10}{'world':>10}{'inside':>10}{'between':>10}")
+    for row in rows:
+        axes = row["axes"]
+        size = lambda axis: (axes[axis]["inside"] + axes[axis]["between"]) / 1e6
+        ratios = [ratio(row, where) for where in ("inside", "between")]
+        cells = [size("pipe"), sum(map(size, DATA)), axes["expert"]["inside"] / 1e6, axes["expert"]["between"] / 1e6, size("world")]
+        name = f"{row['ranks']}: pp{row['pp']} dp{row['dp']} ep{row['ep']} {row['schedule']}"
+        print(f"  {name:22}{row['step_ms']:>8.0f}{row['peak_bytes'] / 1e6:>7.0f}{row['share']:>7.0%}" + "".join(f"{cell:>10.3f}" for cell in cells)
+              + "".join(f"{'-' if cell is None else f'{cell:.2f}':>10}" for cell in ratios))
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--ours", required=True)
+    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+
+    load, rows = os.getloadavg()[0], []
+    for pp, dp, ep, schedule in LAYOUTS:
+        per_node = 2 if pp * dp > 1 else 1
+        command = f"{args.ours} --steps {args.steps} --ranks {pp * dp}"
+        rows.append(run(command, pp=pp, dp=dp, ep=ep, schedule=schedule, ranks_per_node=per_node))
+    result = {"machine": f"{cpu_name()}, {os.cpu_count()} cores", "commit": commit(), "load_before": round(load, 2), "layouts": rows}
+    print(f"parallel-cpu: {args.ours.split('--config ')[-1]}, one thread a rank, two ranks a node, median of {args.steps} steps")
+    print(f"  machine  {result['machine']}, load {load:.1f} before")
+    print(f"  commit   {result['commit']}")
+    print_layouts(rows)
+    if args.json:
+        args.json.write_text(json.dumps(result, indent=2) + "\n")
+        print(f"  written to {args.json}")
+    if any(ratio(row, where) not in (None, 1.0) for row in rows for where in ("inside", "between")):
+        sys.exit("MoE dispatch sent other bytes than its formula says")
+
+
+if __name__ == "__main__":
+    main()
