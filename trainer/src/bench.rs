@@ -19,6 +19,7 @@ use trainer::phase::{Moment, Plan};
 use trainer::step::Trainer;
 
 mod meter;
+mod overlap;
 
 /// Steps before those that are timed.
 const WARM: usize = 2;
@@ -36,10 +37,16 @@ pub struct Args {
     /// Ranks, laid out as [parallel] says; each a thread with run.threads of its own.
     #[arg(long, default_value_t = 1)]
     ranks: usize,
+    /// Instead: how much of the transfers of a paired step is hidden under its computation.
+    #[arg(long)]
+    overlap: bool,
 }
 
 pub fn run(args: &Args) -> Result<()> {
     let config = RunConfig::load(&args.config, &args.set)?;
+    if args.overlap {
+        return overlap::run(args, &config);
+    }
     let mesh = config.mesh(&vec![0; args.ranks])?;
     let ranks = run_local(args.ranks, |world| one_rank(&config, &mesh, world, args.steps));
     let ranks = ranks.into_iter().collect::<Result<Vec<Measured>>>()?;

@@ -17,7 +17,9 @@ pub struct Meter {
 
 /// The groups that were split from a metered world.
 #[derive(Clone, Default)]
-pub struct Meters(Rc<RefCell<Vec<(Comm, Rc<Meter>)>>>);
+pub struct Meters(Rc<RefCell<Vec<Group>>>);
+
+type Group = (Comm, Rc<Meter>);
 
 impl Meters {
     /// Of a group, and of all groups split from it.
