@@ -168,7 +168,7 @@ fn after_every_step_all_copies_of_a_weight_are_equal_bit_for_bit() {
             let steps = (0..3).map(|seed| {
                 let mine = tokens(seed, &[BATCH as i64, LENGTH + 1], config.model.vocab_size).narrow(0, place.dp as i64 * each, each);
                 let batch: Vec<MicroBatch> = mine.split(layout.4 as i64, 0).into_iter().map(|tokens| MicroBatch { tokens }).collect();
-                assert!(trainer.step(&moment, &batch, false).expect("a step").applied);
+                assert!(trainer.step(&moment, &batch, false).expect("a step").applied());
                 trainer.weights.ready(|_| true).expect("gathered");
                 let table = trainer.weights.table.clone();
                 let copy = |id| ((table.spec(id).name.clone(), table.spec(id).start), trainer.weights.get(id).copy());

@@ -1,6 +1,7 @@
 //! The config of one run: TOML in, defaults filled, every value checked against the others and the world, and
 //! written back as `resolved.toml`, from which `resume` needs nothing else.
 use crate::ema::EmaSection;
+use crate::guard::GuardSection;
 use crate::phase::Phase;
 use anyhow::{Context, Result, bail, ensure};
 use data::Source;
@@ -26,6 +27,8 @@ pub struct RunConfig {
     pub checkpoint: CheckpointSection,
     #[serde(default)]
     pub validation: ValidationSection,
+    #[serde(default)]
+    pub guard: GuardSection,
     /// In order; each lasts `tokens` tokens.
     pub phase: Vec<Phase>,
     /// A path to a file of model keys, relative to this file, or the keys themselves.
@@ -161,6 +164,11 @@ impl RunConfig {
         }
         ensure!(optimizer.weight_decay >= 0.0, "optimizer.weight_decay = {}: must not be negative", optimizer.weight_decay);
         self.ema.validate()?;
+        for (key, value) in [("loss_spike", self.guard.loss_spike), ("norm_spike", self.guard.norm_spike)] {
+            ensure!(value == 0.0 || value > 1.0, "guard.{key} = {value}: must be 0 (off) or above 1 median");
+        }
+        ensure!(self.guard.window >= 1, "guard.window = 0: a median needs a step");
+        ensure!(self.guard.max_skipped >= 1, "guard.max_skipped = 0: must be at least 1");
         ensure!(self.validation.sequences >= 1, "validation.sequences = 0: validation.every = 0 turns validation off");
         ensure!(self.checkpoint.keep_last >= 1, "checkpoint.keep_last = 0: the newest checkpoint is always kept");
         Ok(())
@@ -207,7 +215,10 @@ fn parse<T: for<'a> Deserialize<'a>>(value: Value, path: &Path) -> Result<T> {
 
 fn set(value: &mut Value, text: &str) -> Result<()> {
     let (key, new) = text.split_once('=').with_context(|| format!("--set {text}: expected section.key=value"))?;
-    let new = toml::from_str::<toml::Table>(&format!("v = {new}")).ok().and_then(|mut table| table.remove("v")).unwrap_or_else(|| Value::String(new.to_string()));
+    let new = toml::from_str::<toml::Table>(&format!("v = {new}"))
+        .ok()
+        .and_then(|mut table| table.remove("v"))
+        .unwrap_or_else(|| Value::String(new.to_string()));
     let mut at = value;
     for part in key.split('.') {
         at = child(at, part).with_context(|| format!("--set {text}"))?;

@@ -1,46 +1,159 @@
-//! May this step's update be applied? Judged from reduced values, so every rank decides the same.
-#[derive(Debug, Default, Clone, PartialEq, Eq)]
-pub struct Guard {
-    in_a_row: u32,
+//! May this step's update be applied? Judged from reduced values, so every rank decides the same. A loss or gradient
+//! norm that is not finite, or far above what the last applied steps had, is not (no rollback: the run goes on).
+use serde::{Deserialize, Serialize};
+use std::collections::VecDeque;
+use std::fmt;
+
+/// `[guard]` of a run's config.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct GuardSection {
+    /// Applied steps whose median is the measure; nothing is called a spike before there are as many.
+    pub window: usize,
+    /// A spike is a loss above so many medians; 0: none is.
+    pub loss_spike: f64,
+    /// A spike is a gradient norm above so many medians; 0: none is.
+    pub norm_spike: f64,
+    /// After so many skipped steps in a row the run stops, with a checkpoint: something is wrong that skipping will not mend.
+    pub max_skipped: u32,
 }
 
-/// After so many skipped steps in a row the run stops: something is wrong that skipping will not mend.
-pub const MAX_SKIPPED_IN_A_ROW: u32 = 10;
+impl Default for GuardSection {
+    fn default() -> Self {
+        GuardSection { window: 128, loss_spike: 2.0, norm_spike: 50.0, max_skipped: 10 }
+    }
+}
 
-#[derive(Debug, PartialEq, Eq)]
+/// What a checkpoint remembers of it.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct GuardState {
+    pub in_a_row: u32,
+    /// Of the newest applied steps, oldest first.
+    losses: VecDeque<f64>,
+    norms: VecDeque<f64>,
+}
+
+#[derive(Clone, Debug)]
+pub struct Guard {
+    config: GuardSection,
+    pub state: GuardState,
+}
+
+#[derive(Clone, Debug, PartialEq)]
 pub enum Verdict {
     Apply,
-    Skip { in_a_row: u32 },
+    Skip(Reason),
+}
+
+#[derive(Clone, Debug, PartialEq)]
+pub enum Reason {
+    NotFinite { loss: f64, grad_norm: f64 },
+    Spike { what: &'static str, value: f64, median: f64, limit: f64 },
+}
+
+impl fmt::Display for Reason {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Reason::NotFinite { loss, grad_norm } => write!(f, "loss {loss} and gradient norm {grad_norm} are not both finite"),
+            Reason::Spike { what, value, median, limit } => {
+                write!(f, "{what} {value:.4} is {:.1} times the median {median:.4} of the steps before, the limit is {limit}", value / median)
+            }
+        }
+    }
 }
 
 impl Guard {
-    /// As a checkpoint remembers it.
-    pub fn resumed(in_a_row: u32) -> Self {
-        Guard { in_a_row }
+    pub fn new(config: GuardSection) -> Self {
+        Guard { config, state: GuardState::default() }
     }
-    pub fn in_a_row(&self) -> u32 {
-        self.in_a_row
-    }
+
+    /// `loss` is not finite if any of the step's losses is not.
     pub fn judge(&mut self, loss: f64, grad_norm: f64) -> Verdict {
-        if loss.is_finite() && grad_norm.is_finite() {
-            self.in_a_row = 0;
-            return Verdict::Apply;
+        let GuardSection { window, loss_spike, norm_spike, .. } = self.config;
+        let state = &mut self.state;
+        let reason = if !(loss.is_finite() && grad_norm.is_finite()) {
+            Some(Reason::NotFinite { loss, grad_norm })
+        } else {
+            spike("loss", loss, &state.losses, window, loss_spike)
+                .or_else(|| spike("gradient norm", grad_norm, &state.norms, window, norm_spike))
+        };
+        if let Some(reason) = reason {
+            state.in_a_row += 1;
+            return Verdict::Skip(reason);
         }
-        self.in_a_row += 1;
-        Verdict::Skip { in_a_row: self.in_a_row }
+        state.in_a_row = 0;
+        for (seen, value) in [(&mut state.losses, loss), (&mut state.norms, grad_norm)] {
+            seen.push_back(value);
+            while seen.len() > window {
+                seen.pop_front();
+            }
+        }
+        Verdict::Apply
     }
+
+    /// Too many steps in a row were skipped.
+    pub fn gives_up(&self) -> bool {
+        self.state.in_a_row >= self.config.max_skipped
+    }
+}
+
+fn spike(what: &'static str, value: f64, seen: &VecDeque<f64>, window: usize, limit: f64) -> Option<Reason> {
+    if limit == 0.0 || seen.len() < window {
+        return None;
+    }
+    let mut sorted: Vec<f64> = seen.iter().copied().collect();
+    sorted.sort_by(f64::total_cmp);
+    let median = *sorted.get(sorted.len() / 2)?;
+    (value > limit * median).then_some(Reason::Spike { what, value, median, limit })
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
+    fn guard(window: usize) -> Guard {
+        Guard::new(GuardSection { window, loss_spike: 2.0, norm_spike: 10.0, max_skipped: 2 })
+    }
+
     #[test]
     fn only_finite_steps_are_applied_and_skips_are_counted_in_a_row() {
-        let mut guard = Guard::default();
-        assert_eq!(guard.judge(1.0, f64::NAN), Verdict::Skip { in_a_row: 1 });
-        assert_eq!(guard.judge(f64::INFINITY, 1.0), Verdict::Skip { in_a_row: 2 });
+        let mut guard = guard(4);
+        assert!(matches!(guard.judge(1.0, f64::NAN), Verdict::Skip(Reason::NotFinite { .. })));
+        assert!(!guard.gives_up());
+        assert!(matches!(guard.judge(f64::INFINITY, 1.0), Verdict::Skip(Reason::NotFinite { .. })));
+        assert!(guard.gives_up());
         assert_eq!(guard.judge(1.0, 1.0), Verdict::Apply);
-        assert_eq!(guard.judge(f64::NAN, 1.0), Verdict::Skip { in_a_row: 1 });
+        assert!(matches!(guard.judge(f64::NAN, 1.0), Verdict::Skip(_)));
+        assert_eq!(guard.state.in_a_row, 1);
+    }
+
+    #[test]
+    fn a_spike_is_measured_by_the_median_of_applied_steps_once_the_window_is_full() {
+        let mut guard = guard(3);
+        for loss in [1.0, 5.0, 1.1] {
+            assert_eq!(guard.judge(loss, 1.0), Verdict::Apply, "the window is not full");
+        }
+        // The median is 1.1: the outlier in the window does not raise it.
+        assert_eq!(guard.judge(2.3, 1.0), Verdict::Skip(Reason::Spike { what: "loss", value: 2.3, median: 1.1, limit: 2.0 }));
+        assert!(matches!(guard.judge(1.0, 10.5), Verdict::Skip(Reason::Spike { what: "gradient norm", .. })));
+        assert_eq!(guard.state.in_a_row, 2);
+        // What was skipped did not enter: [5.0, 1.1, 2.1] next, its median 2.1.
+        assert_eq!(guard.judge(2.1, 9.0), Verdict::Apply);
+        assert_eq!(guard.judge(4.1, 1.0), Verdict::Apply);
+    }
+
+    #[test]
+    fn it_goes_on_from_its_saved_state() {
+        let mut whole = guard(2);
+        for (loss, norm) in [(1.2, 1.0), (1.0, 2.0), (1.5, 2.0)] {
+            assert_eq!(whole.judge(loss, norm), Verdict::Apply);
+        }
+        let text = serde_json::to_string(&whole.state).expect("JSON");
+        let mut resumed = guard(2);
+        resumed.state = serde_json::from_str(&text).expect("a state");
+        assert_eq!(resumed.judge(4.0, 1.0), whole.judge(4.0, 1.0));
+        assert_eq!(resumed.state, whole.state);
+        assert_eq!(resumed.state.in_a_row, 1);
     }
 }

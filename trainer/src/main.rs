@@ -8,6 +8,7 @@ use clap::{Parser, Subcommand, ValueEnum};
 use parallel::comm::Comm;
 use parallel::comm::local::solo;
 use parallel::comm::mpi::MpiWorld;
+use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use tch::Kind;
@@ -96,7 +97,8 @@ enum Dtype {
 }
 
 fn main() -> ExitCode {
-    tracing_subscriber::fmt().with_writer(std::io::stderr).with_target(false).init();
+    let colours = std::io::stderr().is_terminal();
+    tracing_subscriber::fmt().with_writer(std::io::stderr).with_target(false).with_ansi(colours).init();
     let cli = Cli::parse();
     match run(cli.command) {
         Ok(code) => code,

@@ -2,7 +2,6 @@
 use crate::checkpoint::{self, Cursor, Manifest, Progress, Reader};
 use crate::config::RunConfig;
 use crate::coordinator::{StopSignal, agree, all_or_none, gather_layout, nodes};
-use crate::guard::{Guard, MAX_SKIPPED_IN_A_ROW};
 use crate::metrics::{Metrics, StepLine, ValidationLine};
 use crate::phase::{Moment, Phase, Plan};
 use crate::step::{StepReport, Trainer};
@@ -162,7 +161,7 @@ fn restore(config: &RunConfig, world: &Comm, start: Start, trainer: &mut Trainer
     let manifest = reader.manifest().clone();
     ensure!(manifest.seed == config.run.seed, "{} was written with seed {}, the run's is {}", path.display(), manifest.seed, config.run.seed);
     ensure!(manifest.corpus == corpus.fingerprint(), "{} was written over another corpus than {} now is", path.display(), config.data.mixture[0].path.display());
-    trainer.guard = Guard::resumed(manifest.progress.skipped_in_a_row);
+    trainer.guard.state = manifest.progress.guard.clone();
     notes.push(format!("resuming from {} (step {}, {} tokens)", path.display(), manifest.step, manifest.tokens));
     let state = State { step: manifest.step, tokens: manifest.tokens, cursor: manifest.cursor, progress: manifest.progress };
     Ok((state, Some((manifest.step, path)), notes))
@@ -218,7 +217,7 @@ impl Run<'_> {
             self.state.cursor.next += moment.batch;
             let seconds = self.take_time(&mut mark);
             self.record(&report, (tokens, seconds, moment.lr), [first, first + moment.batch - 1])?;
-            self.judge(&report)?;
+            self.judge(&report, moment.batch)?;
             if self.due(self.config.validation.every) {
                 self.validate(&mut mark)?;
             }
@@ -290,22 +289,23 @@ impl Run<'_> {
             load_min: report.load.1,
             tokens_per_s: tokens as f64 / seconds,
             step_ms: seconds * 1e3,
-            applied: report.applied,
+            applied: report.applied(),
             order: self.state.cursor.order,
             samples,
         };
         self.metrics.step(&line)
     }
 
-    fn judge(&mut self, report: &StepReport) -> Result<()> {
-        if report.applied {
-            return Ok(());
-        }
+    fn judge(&mut self, report: &StepReport, batch: u64) -> Result<()> {
+        let Some(reason) = &report.skipped else { return Ok(()) };
         self.state.progress.skipped_steps += 1;
-        self.metrics.say(&format!("step {}: loss {} and gradient norm {} are not finite; the update was skipped", self.state.step, report.loss, report.grad_norm));
-        if report.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW {
+        let next = self.state.cursor.next;
+        let samples = format!("samples {} to {} of order {}", next - batch, next - 1, self.state.cursor.order);
+        self.metrics.say(&format!("step {}: {reason}; the update was skipped ({samples})", self.state.step));
+        if self.trainer.guard.gives_up() {
             self.save()?;
-            bail!("{} steps in a row had no finite loss and gradient: stopped, with a checkpoint at step {}", report.skipped_in_a_row, self.state.step);
+            let skipped = self.trainer.guard.state.in_a_row;
+            bail!("{skipped} steps in a row were skipped, the last because {reason}: stopped, with a checkpoint at step {}", self.state.step);
         }
         Ok(())
     }
@@ -329,7 +329,7 @@ impl Run<'_> {
         let head = Manifest::head(self.config, &self.trainer.mesh, self.trainer.optimizer.updates);
         let State { step, tokens, cursor, progress } = self.state.clone();
         let model = ModelConfig { rope_scaling: self.rope_scaling.clone(), ..head.model.clone() };
-        let progress = Progress { skipped_in_a_row: self.trainer.guard.in_a_row(), ..progress };
+        let progress = Progress { guard: self.trainer.guard.state.clone(), ..progress };
         let head = Manifest { step, tokens, cursor, progress, model, corpus: self.corpus.fingerprint(), ..head };
         let path = checkpoint::save(&*self.world, &self.config.run.dir, head, self.trainer.state(), self.config.checkpoint.keep_last)?;
         self.metrics.say(&format!("checkpoint {}", path.display()));

@@ -4,7 +4,7 @@
 use crate::balance;
 use crate::config::RunConfig;
 use crate::ema::Ema;
-use crate::guard::{Guard, Verdict};
+use crate::guard::{Guard, Reason, Verdict};
 use crate::optimizer::Optimizer;
 use crate::phase::Moment;
 use crate::pipeline::{LocalStages, Pipeline, parts};
@@ -49,10 +49,16 @@ pub struct StepReport {
     pub grad_norm: f64,
     /// Largest and smallest expert load ÷ mean.
     pub load: (f64, f64),
-    pub applied: bool,
-    pub skipped_in_a_row: u32,
+    /// Why the update was not applied, if it was not.
+    pub skipped: Option<Reason>,
     /// Some rank was asked to stop.
     pub stop: bool,
+}
+
+impl StepReport {
+    pub fn applied(&self) -> bool {
+        self.skipped.is_none()
+    }
 }
 
 impl Trainer {
@@ -74,7 +80,7 @@ impl Trainer {
             zero,
             ema: (config.ema.decay > 0.0).then(|| Ema::new(config.ema.decay, &optimizer.slots)),
             optimizer,
-            guard: Guard::default(),
+            guard: Guard::new(config.guard.clone()),
             max_grad_norm: config.optimizer.max_grad_norm,
             groups,
             positions: None,
@@ -109,7 +115,7 @@ impl Trainer {
 
         let loss = losses[0] / step.main_targets as f64;
         let load = self.load(&counts)?;
-        let verdict = self.guard.judge(losses.iter().sum(), norm);
+        let verdict = self.guard.judge(if losses.iter().all(|loss| loss.is_finite()) { loss } else { f64::NAN }, norm);
         if verdict == Verdict::Apply {
             let clip = if norm > self.max_grad_norm { self.max_grad_norm / norm } else { 1.0 };
             self.optimizer.step(&mut self.weights, &gradients, clip, moment.lr);
@@ -125,8 +131,7 @@ impl Trainer {
             balance: losses[2] * step.balance_weight / step.sequences as f64,
             grad_norm: norm,
             load,
-            applied: verdict == Verdict::Apply,
-            skipped_in_a_row: if let Verdict::Skip { in_a_row } = verdict { in_a_row } else { 0 },
+            skipped: if let Verdict::Skip(reason) = verdict { Some(reason) } else { None },
             stop: losses[3] > 0.0,
         })
     }

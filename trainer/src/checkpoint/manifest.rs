@@ -1,4 +1,5 @@
 //! `manifest.json`: what a checkpoint holds, where, and the hash of every byte of it.
+use crate::guard::GuardState;
 use kernels::Precision;
 use model::ModelConfig;
 use serde::{Deserialize, Serialize};
@@ -53,7 +54,7 @@ pub struct Progress {
     pub seconds: f64,
     pub skipped_steps: u64,
     #[serde(default)]
-    pub skipped_in_a_row: u32,
+    pub guard: GuardState,
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
