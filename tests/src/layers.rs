@@ -58,7 +58,7 @@ fn check_layer<L: Layer>(case: Case<L>) {
     total.backward();
 
     let mut complete: Vec<(ParamId, Tensor)> = Vec::new();
-    let mut grads = Grads::new(&weights, table.ids(), &mut complete);
+    let mut grads = Grads::new(&weights, table.ids().filter(|&id| table.spec(id).trained()), &mut complete);
     let (dins, work) = case.layer.backward_input(&weights, (case.doutputs)(douts), saved);
     case.layer.backward_weight(work, &mut grads);
     let float_inputs = inputs.iter().filter(|input| input.kind() == Kind::Double);
