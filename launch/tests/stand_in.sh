@@ -19,7 +19,12 @@ echo "$1 from $step"
 checkpoint() {
     mkdir -p "$dir/checkpoints/$(printf 'step-%08d' "$step")" && echo '{}' >"$dir/checkpoints/$(printf 'step-%08d' "$step")/manifest.json"
 }
-while [ "$step" -lt "$(cat "$dir/steps")" ]; do
+# Without a child process: mpirun's signal goes to the whole group and would end it.
+unfinished() {
+    until read -r steps <"$dir/steps"; do sleep 0.01; done
+    [ "$step" -lt "$steps" ]
+}
+while unfinished; do
     if [ "$stop" = 1 ]; then
         if [ "$rank" = 0 ]; then checkpoint && touch "$dir/stopped"; fi
         until [ -e "$dir/stopped" ]; do sleep 0.05; done
