@@ -21,7 +21,8 @@ checkpoint() {
 }
 # Without a child process: mpirun's signal goes to the whole group and would end it.
 unfinished() {
-    until read -r steps <"$dir/steps"; do sleep 0.01; done
+    steps=
+    until [ -n "$steps" ]; do read -r steps <"$dir/steps"; done
     [ "$step" -lt "$steps" ]
 }
 while unfinished; do
