@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The whole line once: set-up, build, corpus, a run on 2 ranks that is stopped in the middle and resumed, a summary.
 #   scripts/quickstart.sh [--short] [FOLDER…]
-# The text is the sources of this project's own dependencies, and any folders named. --short: a fifth of the steps, for CI.
+# The text is the sources of this project's own dependencies, and any folders named. --short: fewer steps, for CI.
 # corpus/quickstart and runs/quickstart are this script's own: a second run makes them afresh.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -16,7 +16,7 @@ for argument in "$@"; do
     --short)
         max_bytes=8000000
         least=0.2
-        settings+=(--set phase.0.tokens=20480 --set phase.1.tokens=61440 --set validation.every=20)
+        settings+=(--set phase.0.tokens=20480 --set phase.1.tokens=163840 --set validation.every=20)
         ;;
     -*) sed -n '2,5p' "$0" | sed 's/^# //' >&2 && exit 2 ;;
     *) [ -e "$argument" ] && folders+=("$argument") || { echo "quickstart: no such folder: $argument" >&2 && exit 1; } ;;
