@@ -48,7 +48,7 @@ mpirun -q -n 2 target/release/tiefsee train --config configs/run/quickstart.toml
 mpirun=$!
 trap 'kill -TERM $mpirun 2>/dev/null || true' EXIT
 stop_after=100
-[[ " ${settings[*]} " != *phase.1.tokens=61440* ]] || stop_after=20
+[[ " ${settings[*]} " != *phase.1.tokens=163840* ]] || stop_after=20
 until [ "$(cat "$run/log/rank-0.jsonl" 2>/dev/null | grep -c '"loss"')" -ge "$stop_after" ]; do
     kill -0 $mpirun 2>/dev/null || break
     sleep 0.1
