@@ -9,6 +9,7 @@ run=runs/quickstart
 corpus=corpus/quickstart
 max_bytes=32000000
 least=0.7 # nats that the held-out loss must end below the unigram entropy
+stop_after=100 # steps
 settings=(--set "run.dir=$run")
 folders=()
 for argument in "$@"; do
@@ -16,6 +17,7 @@ for argument in "$@"; do
     --short)
         max_bytes=8000000
         least=0.2
+        stop_after=20
         settings+=(--set phase.0.tokens=20480 --set phase.1.tokens=163840 --set validation.every=20)
         ;;
     -*) sed -n '2,5p' "$0" | sed 's/^# //' >&2 && exit 2 ;;
@@ -47,8 +49,6 @@ target/release/tiefsee prepare "${folders[@]}" "${sources[@]}" --out "$corpus" -
 mpirun -q -n 2 target/release/tiefsee train --config configs/run/quickstart.toml "${settings[@]}" &
 mpirun=$!
 trap 'kill -TERM $mpirun 2>/dev/null || true' EXIT
-stop_after=100
-[[ " ${settings[*]} " != *phase.1.tokens=163840* ]] || stop_after=20
 until [ "$(cat "$run/log/rank-0.jsonl" 2>/dev/null | grep -c '"loss"')" -ge "$stop_after" ]; do
     kill -0 $mpirun 2>/dev/null || break
     sleep 0.1
