@@ -4,7 +4,7 @@
 //!     header   64 bytes    magic, row groups, shards, tokens, documents
 //!     shards   8 each      length of each shard file
 //!     fences   40 each     first token and BLAKE3 of each block of 1024 records
-//!     records  64 each     first token, offset, bytes, documents, shard, row group, BLAKE3
+//!     records  48 each     first token, offset, bytes, documents, shard, row group, XXH3-128
 //!
 //! All numbers little-endian. Header, shards and fences are the *head*; its BLAKE3 is in the
 //! manifest, and each block's in the head. Invariant: first tokens rise strictly.
@@ -19,13 +19,13 @@ use super::shard::RowGroupInfo;
 use crate::DataError;
 use crate::store::Store;
 
-const MAGIC: &[u8; 8] = b"tfsidx01";
+const MAGIC: &[u8; 8] = b"tfsidx02";
 const HEADER_BYTES: u64 = 64;
 const SHARD_BYTES: u64 = 8;
 const FENCE_BYTES: u64 = 40;
-const RECORD_BYTES: u64 = 64;
+const RECORD_BYTES: u64 = 48;
 const BLOCK_RECORDS: u64 = 1024;
-/// Decoded blocks kept: 64 × 64 KiB, enough for every source of a mixture to stay on its own.
+/// Decoded blocks kept: 64 × 48 KiB, enough for every source of a mixture to stay on its own.
 const CACHED_BLOCKS: usize = 64;
 
 /// One row group of the stream.
@@ -73,7 +73,7 @@ impl<'a> IndexWriter<'a> {
         for word in [narrow, info.documents, shard, row_group] {
             self.block.extend_from_slice(&word.to_le_bytes());
         }
-        self.block.extend_from_slice(&info.hash);
+        self.block.extend_from_slice(&info.xxh3.to_le_bytes());
         self.tokens += info.tokens;
         self.documents += u64::from(info.documents);
         self.written += 1;
@@ -233,7 +233,7 @@ fn parse_block(bytes: &[u8], end: u64) -> Vec<Record> {
             documents: word(20),
             offset: u64_at(raw, 8),
             bytes: u64::from(word(16)),
-            hash: raw[32..64].try_into().expect("32 bytes"),
+            xxh3: u128::from_le_bytes(raw[32..48].try_into().expect("sixteen bytes")),
         };
         records.push(Record { first_token, shard: word(24), row_group: word(28), info });
         next = first_token;
@@ -243,7 +243,7 @@ fn parse_block(bytes: &[u8], end: u64) -> Vec<Record> {
 }
 
 /// Compares the BLAKE3 of `bytes` with `expected`, in hexadecimal.
-pub(crate) fn check(path: &Path, part: &str, bytes: &[u8], expected: &str) -> Result<(), DataError> {
+fn check(path: &Path, part: &str, bytes: &[u8], expected: &str) -> Result<(), DataError> {
     let found = blake3::hash(bytes).to_hex();
     if found.as_str() == expected {
         return Ok(());

@@ -8,7 +8,7 @@ use super::Split;
 pub const MANIFEST_FILE: &str = "manifest.json";
 pub const TOKENIZER_FILE: &str = "tokenizer.json";
 /// Changes whenever a reader of the old layout would misread the new one.
-pub const FORMAT: &str = "tiefsee-corpus-1";
+pub const FORMAT: &str = "tiefsee-corpus-2";
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]

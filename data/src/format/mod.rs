@@ -7,7 +7,7 @@
 //!     train-00000.parquet …  see `shard`
 //!     held_out-00000.parquet …
 //!
-//! Invariant: the manifest holds the index's root hash, the index the hash of every row group, so
+//! Invariant: the manifest holds the index's root hash, the index the checksum of every row group, so
 //! the manifest alone identifies every token.
 
 pub mod index;

@@ -57,7 +57,7 @@ pub struct LoaderOptions {
     /// Decoded row groups kept, in bytes. A source of a mixture works within about 20 MiB.
     pub cache_bytes: u64,
     pub retry: Retry,
-    /// Compare each row group with its BLAKE3 before it is decoded.
+    /// Compare each row group with its XXH3 before it is decoded.
     pub verify: bool,
     /// Tokens of a sample beyond L+1, for targets further ahead.
     pub extra_tokens: usize,

@@ -5,10 +5,11 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use crate::format::Split;
-use crate::format::index::{Index, Record, check};
+use crate::format::index::{Index, Record};
 use crate::format::manifest::{FORMAT, MANIFEST_FILE, Manifest, TOKENIZER_FILE};
 use crate::format::shard::{RowGroup, decode_row_group};
 use crate::{DataError, Store};
+use twox_hash::XxHash3_128;
 
 pub(crate) struct OpenSource {
     store: Store,
@@ -79,7 +80,11 @@ impl OpenSource {
             return Err(DataError::WrongLength { path, found: size, expected });
         }
         if verify {
-            check(&path, &part, &bytes, &blake3::Hash::from(info.hash).to_hex())?;
+            let found = XxHash3_128::oneshot(&bytes);
+            if found != info.xxh3 {
+                let (found, expected) = (format!("{found:032x}"), format!("{:032x}", info.xxh3));
+                return Err(DataError::Checksum { path, part, found, expected });
+            }
         }
         decode_row_group(bytes, info, &path, &part)
     }

@@ -144,14 +144,14 @@ impl Encoder<'_> {
 
 impl StoredGroup {
     fn new(info: &RowGroupInfo) -> StoredGroup {
-        StoredGroup(info.tokens, info.documents, info.offset, info.bytes, blake3::Hash::from(info.hash).to_string())
+        StoredGroup(info.tokens, info.documents, info.offset, info.bytes, format!("{:032x}", info.xxh3))
     }
 
     fn info(&self, path: &Path) -> Result<RowGroupInfo, DataError> {
-        let StoredGroup(tokens, documents, offset, bytes, hash) = self;
-        let bad = |e: blake3::HexError| DataError::Manifest { path: path.to_owned(), reason: e.to_string() };
-        let hash = *blake3::Hash::from_hex(hash).map_err(bad)?.as_bytes();
-        Ok(RowGroupInfo { tokens: *tokens, documents: *documents, offset: *offset, bytes: *bytes, hash })
+        let StoredGroup(tokens, documents, offset, bytes, xxh3) = self;
+        let bad = |e: std::num::ParseIntError| DataError::Manifest { path: path.to_owned(), reason: e.to_string() };
+        let xxh3 = u128::from_str_radix(xxh3, 16).map_err(bad)?;
+        Ok(RowGroupInfo { tokens: *tokens, documents: *documents, offset: *offset, bytes: *bytes, xxh3 })
     }
 }
 
