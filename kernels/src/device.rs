@@ -26,7 +26,8 @@ pub enum DeviceError {
 
 /// Where things lie. Absent paths are searched for where the loader looks and beside libtorch.
 pub struct Options {
-    pub index: usize,
+    /// This process among those of its host: they take its GPUs in turn, and share them where they are more.
+    pub local_rank: usize,
     pub torch_cuda: Option<PathBuf>,
     pub nvrtc_folder: Option<PathBuf>,
     pub kernel_cache: PathBuf,
@@ -76,20 +77,22 @@ pub struct MemoryStats {
 /// Finds the GPU, or says why there is none. An error is a GPU that is there but cannot be used.
 pub fn open(options: &Options) -> Result<Found, DeviceError> {
     if let Some(gpu) = GPU.get() {
-        let (asked, open) = (options.index, gpu.index);
+        let (asked, open) = (options.local_rank % tch::Cuda::device_count() as usize, gpu.index);
         return if asked == open { Ok(Found::Gpu(gpu)) } else { Err(DeviceError::AnotherGpu { asked, open }) };
     }
     // SAFETY: only asks the loader whether libcuda can be opened.
     if !unsafe { sys::is_culib_present() } {
-        return Ok(Found::Cpu("no CUDA driver (libcuda.so.1) on this machine".into()));
+        return Ok(Found::Cpu("no CUDA driver: the loader finds no libcuda.so.1".into()));
     }
     if let Err(why) = load_torch_cuda(options) {
-        return Ok(Found::Cpu(format!("libtorch_cuda.so cannot be loaded: {why}")));
+        return Ok(Found::Cpu(why));
     }
-    if (tch::Cuda::device_count() as usize) <= options.index {
-        return Ok(Found::Cpu(format!("torch sees {} GPUs, no GPU {}", tch::Cuda::device_count(), options.index)));
+    let count = tch::Cuda::device_count() as usize;
+    if count == 0 {
+        return Ok(Found::Cpu("libtorch_cuda.so is loaded, and sees no GPU (nvidia-smi says what the driver sees)".into()));
     }
-    let context = CudaContext::new(options.index)?;
+    let index = options.local_rank % count;
+    let context = CudaContext::new(index)?;
     let jit = Jit::load(options.nvrtc_folder.as_deref(), &options.kernel_cache)?;
     let name = context.name()?;
     use sys::CUdevice_attribute::*;
@@ -101,7 +104,7 @@ pub fn open(options: &Options) -> Result<Found, DeviceError> {
         return Err(DeviceError::Capability(name, major, minor));
     }
     let num_sms = context.attribute(CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)? as usize;
-    let gpu = Gpu { index: options.index, context, jit, name, num_sms, kernels: Mutex::default() };
+    let gpu = Gpu { index, context, jit, name, num_sms, kernels: Mutex::default() };
     Ok(Found::Gpu(GPU.get_or_init(|| gpu)))
 }
 
@@ -112,14 +115,22 @@ pub fn gpu(device: Device) -> &'static Gpu {
     gpu
 }
 
-fn load_torch_cuda(options: &Options) -> Result<(), libloading::Error> {
+/// Where it was looked for, and why each place did not do.
+fn load_torch_cuda(options: &Options) -> Result<(), String> {
     // Before any question to torch about CUDA: it remembers the first answer.
     let name = "libtorch_cuda.so";
     let beside = jit::folder_of_loaded("libtorch_cpu.so").unwrap_or_default().join(name);
-    let paths = options.torch_cuda.clone().into_iter().chain([PathBuf::from(name)]);
-    let library = paths.map(|path| jit::open(&path)).find(Result::is_ok).unwrap_or_else(|| jit::open(&beside))?;
-    std::mem::forget(library); // its code backs every CUDA tensor until the process ends
-    Ok(())
+    let mut tried = String::new();
+    for path in options.torch_cuda.clone().into_iter().chain([PathBuf::from(name), beside]) {
+        match jit::open(&path) {
+            Ok(library) => {
+                std::mem::forget(library); // its code backs every CUDA tensor until the process ends
+                return Ok(());
+            }
+            Err(why) => tried += &format!("\n  {}: {why}", path.display()),
+        }
+    }
+    Err(format!("libtorch_cuda.so cannot be loaded (it needs CUDA's libraries, which a plain `pip install torch` brings):{tried}"))
 }
 
 impl Gpu {

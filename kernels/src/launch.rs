@@ -29,6 +29,12 @@ impl Arg {
     }
 }
 
+/// Contiguous, and where a thread may read 16 bytes at once: a gradient, for one, may lie anywhere in its bucket.
+pub(crate) fn aligned(tensor: &Tensor) -> Tensor {
+    let tensor = tensor.contiguous();
+    if (tensor.data_ptr() as usize).is_multiple_of(16) { tensor } else { tensor.copy() }
+}
+
 /// Arguments in the order of the kernel's parameters, then `run`.
 pub struct Launch<'a> {
     gpu: &'a Gpu,

@@ -5,4 +5,5 @@ pub mod jit;
 pub mod launch;
 pub mod ops;
 mod precision;
+pub mod shim;
 pub use precision::Precision;

@@ -1,5 +1,6 @@
 //! Token embedding.   Legend: T tokens, V vocabulary, D hidden size.
 use crate::{Grads, Layer, ParamId, Weights};
+use kernels::ops::embedding;
 use tch::Tensor;
 
 #[derive(Debug)]
@@ -31,8 +32,7 @@ impl Layer for Embedding {
             if fresh {
                 let _ = gradient.zero_();
             }
-            let dy = work.dy.to_kind(gradient.kind());
-            let _ = gradient.index_add_(0, &work.tokens, &dy);
+            embedding::backward(gradient, &work.tokens, &work.dy);
         });
     }
 }

@@ -38,6 +38,8 @@ const LATENT_EPS: f64 = 1e-6;
 pub struct Positions {
     pub table: Rc<RopeTable>,
     pub softmax_scale: f64,
+    /// Attention's backward gives the same bits every time, on a GPU too, where that is slower.
+    pub repeatable: bool,
 }
 
 pub struct MlaIn {
@@ -54,7 +56,7 @@ pub struct MlaSaved {
     q: Tensor,         // [B, H, S, N + R]
     k: Tensor,
     v: Tensor,
-    probabilities: Tensor,
+    attention: attention::Saved,
     context: Tensor, // [T, H Dv]
     positions: Positions,
 }
@@ -147,17 +149,17 @@ impl Layer for Mla {
         let (latent, kv_norm) = self.kv_norm.forward(w, parts[0].contiguous());
         let (kv, kv_latent) = self.kv_b.forward(w, latent);
         let (k, v) = self.heads_of_kv(&kv, &parts[1], sequences, &positions);
-        let (context, probabilities) = attention::forward(&q, &k, &v, positions.softmax_scale); // [B, H, S, Dv]
+        let (context, attention) = attention::forward(&q, &k, &v, positions.softmax_scale, positions.repeatable); // [B, H, S, Dv]
         let context = context.transpose(1, 2).reshape([-1, self.heads * self.value]);
         let (y, context) = self.out.forward(w, context);
-        (y, MlaSaved { x, query, kv_norm, kv_latent, q, k, v, probabilities, context, positions })
+        (y, MlaSaved { x, query, kv_norm, kv_latent, q, k, v, attention, context, positions })
     }
 
     fn backward_input(&self, w: &Weights, dy: Tensor, s: MlaSaved) -> (Tensor, MlaWork) {
         let (sequences, table) = (s.q.size()[0], &s.positions.table);
         let (dcontext, out) = self.out.backward_input(w, dy, s.context);
         let dcontext = dcontext.view([sequences, -1, self.heads, self.value]).transpose(1, 2).contiguous();
-        let (dq, dk, dv) = attention::backward(&dcontext, &s.q, &s.k, &s.v, &s.probabilities, s.positions.softmax_scale);
+        let (dq, dk, dv) = attention::backward(&dcontext, &s.q, &s.k, &s.v, &s.attention, s.positions.softmax_scale);
 
         let dk = dk.transpose(1, 2); // [B, S, H, N + R]
         let dk = dk.split_with_sizes([self.nope, self.rotary], 3);

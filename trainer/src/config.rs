@@ -45,6 +45,9 @@ pub struct RunSection {
     pub precision: Precision,
     #[serde(default)]
     pub device: DeviceChoice,
+    /// The same bits on every run, on a GPU too, where that makes attention's backward slower. A CPU always gives them.
+    #[serde(default)]
+    pub deterministic: bool,
     /// Threads a rank; 0 shares the machine's cores among its ranks.
     #[serde(default)]
     pub threads: usize,
@@ -61,6 +64,8 @@ pub struct RunSection {
 pub enum DeviceChoice {
     #[default]
     Cpu,
+    /// A GPU for each rank; ranks share them where they are more.
+    Cuda,
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]

@@ -3,6 +3,7 @@ pub mod balance;
 pub mod checkpoint;
 pub mod config;
 pub mod coordinator;
+pub mod device;
 pub mod ema;
 pub mod guard;
 pub mod metrics;

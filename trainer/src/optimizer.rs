@@ -2,7 +2,7 @@
 //! the weights the layers use are written in the same pass.
 use crate::config::{Moments, OptimizerSection};
 use crate::zero::Shard;
-use kernels::ops::adamw::{AdamW, State, Step};
+use kernels::ops::adamw::{AdamW, Outputs, State, Step};
 use model::Weights;
 use model::params::ParamSpec;
 use tch::{Kind, Tensor};
@@ -13,6 +13,8 @@ pub struct Optimizer {
     pub slots: Vec<Slot>,
     /// Updates done; a skipped step is none.
     pub updates: u64,
+    /// [1] on the device: the clip factor is the host's, which has judged the norm.
+    one: Tensor,
 }
 
 /// A shard's state; every tensor has its shape.
@@ -41,7 +43,8 @@ impl Optimizer {
             Slot { shard: *shard, master, first, second }
         });
         let rule = AdamW { beta1: config.beta1, beta2: config.beta2, eps: config.eps, weight_decay: config.weight_decay };
-        Optimizer { rule, slots: slots.collect(), updates: 0 }
+        let one = Tensor::ones([1], (Kind::Float, weights.device()));
+        Optimizer { rule, slots: slots.collect(), updates: 0, one }
     }
 
     /// `gradients` of the slots, summed over all ranks that hold the parameter. Writes the shards' rows of `weights`; the
@@ -53,18 +56,10 @@ impl Optimizer {
             let spec: &ParamSpec = weights.table.spec(slot.shard.id);
             assert_eq!(gradient.size(), slot.master.size(), "shape of the gradient of {}", spec.name);
             let at = Step { lr, step: self.updates, clip, decay: spec.decayed() };
-            self.rule.update(State { master: &mut slot.master, first: &mut slot.first, second: &mut slot.second }, gradient, at);
-            slot.publish(weights);
-        }
-    }
-}
-
-impl Slot {
-    /// The master's values into the weight's rows; where they are one tensor there is nothing to do.
-    pub fn publish(&self, weights: &Weights) {
-        let mut rows = self.shard.of(weights.get(self.shard.id));
-        if rows.kind() != self.master.kind() {
-            rows.copy_(&self.master);
+            let rows = slot.shard.of(weights.get(slot.shard.id));
+            let weight = (rows.kind() != slot.master.kind()).then_some(&rows); // else they are one tensor
+            let state = State { master: &mut slot.master, first: &mut slot.first, second: &mut slot.second };
+            self.rule.update_fused(state, gradient, &self.one, Outputs { weight, fp8: None }, at);
         }
     }
 }

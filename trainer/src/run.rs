@@ -2,6 +2,7 @@
 use crate::checkpoint::{self, Cursor, Manifest, Progress, Reader};
 use crate::config::RunConfig;
 use crate::coordinator::{StopSignal, agree, all_or_none, gather_layout, nodes};
+use crate::device;
 use crate::metrics::{Metrics, StepLine, ValidationLine};
 use crate::phase::{Moment, Phase, Plan};
 use crate::step::{StepReport, Trainer};
@@ -55,6 +56,7 @@ struct State {
 
 /// Runs to the end of the phases, a stop signal or `run.stop_after`. Collective over `world`.
 pub fn train(config: &RunConfig, world: Comm, start: Start, stop: &StopSignal) -> Result<Outcome> {
+    device::open(config, &*world)?; // before the long part: a machine without what it needs says so at once
     let layout = config.mesh(&nodes(&*world)?)?;
     let plan = Plan::new(&config.phase, &config.data.mixture);
     let schedules = prove_schedules(&plan, &layout)?;
@@ -169,12 +171,12 @@ fn restore(config: &RunConfig, world: &Comm, start: Start, trainer: &mut Trainer
 
 impl Run<'_> {
     fn announce(&self, start: Start, notes: &[String]) -> Result<()> {
-        let places = gather_layout(&*self.world, "cpu", tch::get_num_threads() as usize)?;
+        let places = gather_layout(&*self.world, &device::describe(self.trainer.weights.device()), tch::get_num_threads() as usize)?;
         notes.iter().for_each(|note| self.metrics.say(note));
         let count = self.config.model.count();
         let hosts: std::collections::BTreeSet<&str> = places.iter().map(|place| place.host.as_str()).collect();
         self.metrics.say(&format!(
-            "{} {} | {:.2}M parameters, {:.2}M active | {} ranks on {} host(s) (pp {}, dp {}, ep {}, {}), {} thread(s) each | {:?} | {} steps, {} tokens",
+            "{} {} | {:.2}M parameters, {:.2}M active | {} ranks on {} host(s) (pp {}, dp {}, ep {}, {}), {} thread(s) each | {}, {:?} | {} steps, {} tokens",
             if start == Start::Fresh { "starting" } else { "resuming" },
             self.config.run.dir.display(),
             (count.main + count.mtp) as f64 / 1e6,
@@ -186,6 +188,7 @@ impl Run<'_> {
             self.trainer.mesh.ep,
             self.trainer.mesh.schedule,
             places[0].threads,
+            places[0].device,
             self.config.run.precision,
             self.plan.num_steps(),
             self.plan.total_tokens(),

@@ -3,6 +3,7 @@
 //! Legend: B sequences of a micro-batch, L positions, E experts.
 use crate::balance;
 use crate::config::RunConfig;
+use crate::device;
 use crate::ema::Ema;
 use crate::guard::{Guard, Reason, Verdict};
 use crate::optimizer::Optimizer;
@@ -18,7 +19,7 @@ use parallel::mesh::{Groups, Mesh};
 use parallel::schedule::run::run as run_schedule;
 use parallel::schedule::{Action, Schedule};
 use std::rc::Rc;
-use tch::{Device, Tensor};
+use tch::Tensor;
 
 /// The model and its optimizer on one rank.
 pub struct Trainer {
@@ -32,6 +33,7 @@ pub struct Trainer {
     pub guard: Guard,
     pub max_grad_norm: f64,
     pub groups: Groups,
+    deterministic: bool,
     biases: Vec<Option<ParamId>>,
     positions: Option<(PositionsKey, Positions)>,
 }
@@ -64,11 +66,12 @@ impl StepReport {
 impl Trainer {
     /// This rank's part of the model, with the seed's weights. Collective over `world`.
     pub fn new(config: &RunConfig, mesh: &Mesh, world: Comm) -> Result<Self> {
+        let device = device::open(config, &*world)?;
         let parts = parts(&config.model, mesh.pp, &config.parallel.layers)?;
         let groups = Groups::new(world, mesh, config.model.num_nextn_predict_layers == 1)?;
         let mut table = ParamTable::new(ExpertShare { rank: groups.expert.all.rank() as i64, ranks: groups.expert.all.size() as i64 });
         let stages = LocalStages::new(&mut table, &config.model, &parts, mesh, groups.world.rank());
-        let weights = Weights::initial(Rc::new(table), config.run.precision, config.run.seed, Device::Cpu);
+        let weights = Weights::initial(Rc::new(table), config.run.precision, config.run.seed, device);
         let zero = Zero::new(&groups, &weights, BUCKET_BYTES)?;
         let optimizer = Optimizer::new(&config.optimizer, &weights, zero.shards(), config.run.seed);
         Ok(Trainer {
@@ -83,6 +86,7 @@ impl Trainer {
             guard: Guard::new(config.guard.clone()),
             max_grad_norm: config.optimizer.max_grad_norm,
             groups,
+            deterministic: config.run.deterministic,
             positions: None,
         })
     }
@@ -102,7 +106,7 @@ impl Trainer {
             sequences: batch as i64,
             mtp_weight: moment.phase.mtp_weight,
             balance_weight: moment.phase.balance_weight,
-            positions,
+            positions: Positions { repeatable: self.deterministic, ..positions },
             experts: self.groups.expert.clone(),
         }
     }

@@ -1,15 +1,53 @@
 //! Causal softmax attention whose query/key width differs from its value width (MLA: 192 and 128).
-//! This is the reference for every device; it keeps the probabilities.
 //!
-//! Legend: B sequences, H heads, S positions, Dk / Dv head widths.
+//! Three ways: the reference, which keeps the probabilities, for any device and kind; cuDNN on a GPU in BF16, whose
+//! backward adds as threads come; and beside cuDNN's forward a backward of our own in products over a few heads at a
+//! time, slower, which gives the same bits every time.
+//!
+//! Legend: B sequences, H heads, S positions, Dk / Dv head widths, N = B · H.
 use super::wide;
-use tch::Tensor;
+use crate::shim::{CudnnAttention, cudnn_attention};
+use tch::{Kind, Tensor};
 
-/// q, k [B, H, S, Dk], v [B, H, S, Dv] → out [B, H, S, Dv] and the probabilities [B, H, S, S].
-pub fn forward(q: &Tensor, k: &Tensor, v: &Tensor, scale: f64) -> (Tensor, Tensor) {
+/// What backward needs beside q, k, v.
+pub enum Saved {
+    Probabilities(Tensor), // [B, H, S, S]
+    Cudnn { made: CudnnAttention, repeatable: bool },
+}
+
+/// Most bytes of one head group's FP32 scores in the repeatable backward, which has four such tensors.
+const GROUP_BYTES: i64 = 512 << 20;
+
+/// q, k [B, H, S, Dk], v [B, H, S, Dv] → out [B, H, S, Dv]. `repeatable`: the backward gives the same bits every time.
+pub fn forward(q: &Tensor, k: &Tensor, v: &Tensor, scale: f64, repeatable: bool) -> (Tensor, Saved) {
+    if !for_cudnn(q, v) {
+        let (out, probabilities) = reference(q, k, v, scale);
+        return (out, Saved::Probabilities(probabilities));
+    }
+    let made = cudnn_attention(q, k, v, scale).expect("cuDNN takes what for_cudnn lets through");
+    (made.out.shallow_clone(), Saved::Cudnn { made, repeatable })
+}
+
+/// dout [B, H, S, Dv] → (dq, dk, dv) shaped as q, k, v.
+pub fn backward(dout: &Tensor, q: &Tensor, k: &Tensor, v: &Tensor, saved: &Saved, scale: f64) -> (Tensor, Tensor, Tensor) {
+    match saved {
+        Saved::Probabilities(probabilities) => reference_backward(dout, q, k, v, probabilities, scale),
+        Saved::Cudnn { made, repeatable: false } => cudnn_backward(dout, [q, k, v], made, scale),
+        Saved::Cudnn { made, repeatable: true } => by_heads(dout, [q, k, v], made, scale),
+    }
+}
+
+/// BF16 on a GPU, widths that cuDNN has kernels for, and more than a handful of positions.
+fn for_cudnn(q: &Tensor, v: &Tensor) -> bool {
+    let (width, value, positions) = (q.size()[3], v.size()[3], q.size()[2]);
+    let widths = width % 8 == 0 && value % 8 == 0 && value <= 128 && (width <= 128 || (width, value) == (192, 128));
+    q.device().is_cuda() && q.kind() == Kind::BFloat16 && widths && positions >= 64
+}
+
+fn reference(q: &Tensor, k: &Tensor, v: &Tensor, scale: f64) -> (Tensor, Tensor) {
     let positions = q.size()[2];
     // −inf above the diagonal; made each time: S² of one head is small beside B·H of them.
-    let mask = Tensor::full([positions, positions], f64::NEG_INFINITY, (q.kind(), q.device())).triu(1);
+    let mask = above_diagonal(positions, q);
     let (batch, heads) = (q.size()[0], q.size()[1]);
     let flat = |t: &Tensor| t.reshape([batch * heads, positions, -1]);
     let scores = mask.unsqueeze(0).baddbmm(&flat(q), &flat(k).transpose(1, 2), 1.0, scale);
@@ -18,8 +56,11 @@ pub fn forward(q: &Tensor, k: &Tensor, v: &Tensor, scale: f64) -> (Tensor, Tenso
     (out.view([batch, heads, positions, -1]), probabilities.view([batch, heads, positions, positions]))
 }
 
-/// dout [B, H, S, Dv] → (dq, dk, dv) shaped as q, k, v.
-pub fn backward(dout: &Tensor, q: &Tensor, k: &Tensor, v: &Tensor, probabilities: &Tensor, scale: f64) -> (Tensor, Tensor, Tensor) {
+fn above_diagonal(positions: i64, like: &Tensor) -> Tensor {
+    Tensor::full([positions, positions], f64::NEG_INFINITY, (like.kind(), like.device())).triu(1)
+}
+
+fn reference_backward(dout: &Tensor, q: &Tensor, k: &Tensor, v: &Tensor, probabilities: &Tensor, scale: f64) -> (Tensor, Tensor, Tensor) {
     let (batch, heads, positions) = (q.size()[0], q.size()[1], q.size()[2]);
     let flat = |t: &Tensor| t.reshape([batch * heads, positions, -1]);
     let unflat = |t: Tensor| t.view([batch, heads, positions, -1]);
@@ -29,5 +70,51 @@ pub fn backward(dout: &Tensor, q: &Tensor, k: &Tensor, v: &Tensor, probabilities
     let dscores = Tensor::internal_softmax_backward_data(&dp, &p, -1, q.kind()) * scale;
     let dq = dscores.bmm(&flat(k));
     let dk = dscores.transpose(1, 2).bmm(&flat(q));
+    (unflat(dq), unflat(dk), unflat(dv))
+}
+
+fn cudnn_backward(dout: &Tensor, [q, k, v]: [&Tensor; 3], made: &CudnnAttention, scale: f64) -> (Tensor, Tensor, Tensor) {
+    let CudnnAttention { out, log_sum_exp, random_state: [seed, offset] } = made;
+    let (none, positions) = (Tensor::new(), q.size()[2]);
+    Tensor::internal_scaled_dot_product_cudnn_attention_backward(
+        dout,
+        q,
+        k,
+        v,
+        out,
+        log_sum_exp,
+        seed,
+        offset,
+        &none,
+        &none,
+        &none,
+        positions,
+        positions,
+        0.0,
+        true,
+        scale,
+    )
+}
+
+/// The probabilities are made again from the log-sum-exp, a group of heads at a time: dS = P ⊙ (dP − Σ dout·out).
+fn by_heads(dout: &Tensor, [q, k, v]: [&Tensor; 3], made: &CudnnAttention, scale: f64) -> (Tensor, Tensor, Tensor) {
+    let (batch, heads, positions) = (q.size()[0], q.size()[1], q.size()[2]);
+    let flat = |t: &Tensor| t.reshape([batch * heads, positions, -1]);
+    let [q, k, v, dout, out] = [q, k, v, dout, &made.out].map(flat);
+    let lse = made.log_sum_exp.reshape([batch * heads, positions, 1]);
+    let delta = (dout.to_kind(Kind::Float) * out).sum_dim_intlist(&[2i64][..], true, None); // [N, S, 1]
+    let mask = above_diagonal(positions, &lse).unsqueeze(0);
+    let (dq, dk, dv) = (q.empty_like(), k.empty_like(), v.empty_like());
+    let each = (GROUP_BYTES / (4 * positions * positions)).clamp(1, batch * heads);
+    for start in (0..batch * heads).step_by(each as usize) {
+        let group = |t: &Tensor| t.narrow(0, start, each.min(batch * heads - start));
+        let [q, k, v, dout] = [&q, &k, &v, &dout].map(group);
+        let p = (q.bmm_dtype(&k.transpose(1, 2), Kind::Float) * scale + &mask - group(&lse)).exp();
+        let dscores = ((dout.bmm_dtype(&v.transpose(1, 2), Kind::Float) - group(&delta)) * &p * scale).to_kind(Kind::BFloat16);
+        let _ = p.to_kind(Kind::BFloat16).transpose(1, 2).bmm_out(&group(&dv), &dout);
+        let _ = dscores.bmm_out(&group(&dq), &k);
+        let _ = dscores.transpose(1, 2).bmm_out(&group(&dk), &q);
+    }
+    let unflat = |t: Tensor| t.view([batch, heads, positions, -1]);
     (unflat(dq), unflat(dk), unflat(dv))
 }

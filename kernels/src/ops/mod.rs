@@ -2,6 +2,7 @@
 pub mod adamw;
 pub mod attention;
 pub mod cross_entropy;
+pub mod embedding;
 pub mod gemm_fp8;
 pub mod gemm_grouped;
 pub mod gradient_norm;

@@ -1,5 +1,27 @@
-// AdamW with decoupled weight decay on an FP32 master and BF16 moments; the BF16 weight, and for the matrices of FP8
-// linears their blocks, are written in the same pass. Follows tile.cuh.
+// AdamW with decoupled weight decay on an FP32 master and BF16 or FP32 moments; the BF16 weight, and for the matrices of
+// FP8 linears their blocks, are written in the same pass. Follows tile.cuh.
+#if MOMENTS_FP32
+using moment = float;
+static __device__ __forceinline__ void load_moments(float (&m)[8], const moment* from) {
+  const float4 a = __ldcs((const float4*)from), b = __ldcs((const float4*)from + 1);
+  m[0] = a.x, m[1] = a.y, m[2] = a.z, m[3] = a.w, m[4] = b.x, m[5] = b.y, m[6] = b.z, m[7] = b.w;
+}
+static __device__ __forceinline__ void store_moments(moment* to, const float (&m)[8]) {
+  __stcs((float4*)to, make_float4(m[0], m[1], m[2], m[3]));
+  __stcs((float4*)to + 1, make_float4(m[4], m[5], m[6], m[7]));
+}
+static __device__ __forceinline__ float wide(moment m) { return m; }
+static __device__ __forceinline__ moment narrow(float m) { return m; }
+#else
+using moment = u16;
+static __device__ __forceinline__ void load_moments(float (&m)[8], const moment* from) {
+  unpack_bf16(m, __ldcs((const uint4*)from));
+}
+static __device__ __forceinline__ void store_moments(moment* to, const float (&m)[8]) { __stcs((uint4*)to, bf16_eight(m)); }
+static __device__ __forceinline__ float wide(moment m) { return __uint_as_float((u32)m << 16); }
+static __device__ __forceinline__ moment narrow(float m) { return (u16)bf16_pair(m, 0); }
+#endif
+
 struct Rule {
   float beta1, beta2, eps, decay, step_size, correction;  // w·decay − step_size · m / (√v · correction + eps)
 };
@@ -11,20 +33,19 @@ static __device__ __forceinline__ void update(const Rule& rule, float& w, float&
 }
 
 // Eight elements at `at`: read, updated, written; the new masters in `w`.
-static __device__ __forceinline__ void update_eight(const Rule& rule, float (&w)[8], float* master, u16* first, u16* second,
+static __device__ __forceinline__ void update_eight(const Rule& rule, float (&w)[8], float* master, moment* first, moment* second,
                                                     const float* gradient, u16* weight, float clip, long long at) {
   const float4 w0 = __ldcs((const float4*)(master + at)), w1 = __ldcs((const float4*)(master + at) + 1);
   const float4 g0 = __ldcs((const float4*)(gradient + at)), g1 = __ldcs((const float4*)(gradient + at) + 1);
   float m[8], v[8];
-  unpack_bf16(m, __ldcs((const uint4*)(first + at))), unpack_bf16(v, __ldcs((const uint4*)(second + at)));
+  load_moments(m, first + at), load_moments(v, second + at);
   const float g[8] = {g0.x, g0.y, g0.z, g0.w, g1.x, g1.y, g1.z, g1.w};
   w[0] = w0.x, w[1] = w0.y, w[2] = w0.z, w[3] = w0.w, w[4] = w1.x, w[5] = w1.y, w[6] = w1.z, w[7] = w1.w;
 #pragma unroll
   for (int i = 0; i < 8; i++) update(rule, w[i], m[i], v[i], g[i] * clip);
   __stcs((float4*)(master + at), make_float4(w[0], w[1], w[2], w[3]));
   __stcs((float4*)(master + at) + 1, make_float4(w[4], w[5], w[6], w[7]));
-  __stcs((uint4*)(first + at), bf16_eight(m));
-  __stcs((uint4*)(second + at), bf16_eight(v));
+  store_moments(first + at, m), store_moments(second + at, v);
   if (weight) *(uint4*)(weight + at) = bf16_eight(w);
 }
 
@@ -32,10 +53,10 @@ static __device__ __forceinline__ void update_eight(const Rule& rule, float (&w)
 static __device__ __forceinline__ bool skipped(float clip) { return !(clip <= 1e30f); }
 
 extern "C" __global__ void __launch_bounds__(THREADS)
-    adamw(float* master, u16* first, u16* second, const float* gradient, u16* weight, const float* clip_at, float beta1,
+    adamw(float* master, moment* first, moment* second, const float* gradient, u16* weight, const float* clip_at, float clip_by, float beta1,
           float beta2, float eps, float decay, float step_size, float correction, int count) {
   const Rule rule = {beta1, beta2, eps, decay, step_size, correction};
-  const float clip = __ldg(clip_at);
+  const float clip = __ldg(clip_at) * clip_by;
   if (skipped(clip)) return;
   const long long stride = (long long)gridDim.x * THREADS * 8;
   long long at = ((long long)blockIdx.x * THREADS + threadIdx.x) * 8;
@@ -45,9 +66,9 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   }
   if (at < count) {  // one thread has the rest
     for (; at < count; at++) {
-      float w = master[at], m = __uint_as_float((u32)first[at] << 16), v = __uint_as_float((u32)second[at] << 16);
+      float w = master[at], m = wide(first[at]), v = wide(second[at]);
       update(rule, w, m, v, gradient[at] * clip);
-      master[at] = w, first[at] = (u16)bf16_pair(m, 0), second[at] = (u16)bf16_pair(v, 0);
+      master[at] = w, first[at] = narrow(m), second[at] = narrow(v);
       if (weight) weight[at] = (u16)bf16_pair(w, 0);
     }
   }
@@ -55,12 +76,12 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 
 // The same for [matrices, R, C], with blocks of the new master and of its transpose.
 extern "C" __global__ void __launch_bounds__(THREADS, 2)
-    adamw_blocks(float* master, u16* first, u16* second, const float* gradient, u16* weight, const float* clip_at,
+    adamw_blocks(float* master, moment* first, moment* second, const float* gradient, u16* weight, const float* clip_at,
                  float beta1, float beta2, float eps, float decay, float step_size, float correction, u8* values,
                  float* scales, u8* transposed, float* scales_transposed, int R, int C) {
   __shared__ Scratch scratch;
   const Rule rule = {beta1, beta2, eps, decay, step_size, correction};
-  const float clip = __ldg(clip_at);
+  const float clip = __ldg(clip_at) * clip_by;
   if (skipped(clip)) return;
   const int row_tiles = (R + TILE - 1) / TILE, column_tiles = (C + TILE - 1) / TILE;
   const int column_tile = blockIdx.x, row_tile = blockIdx.y % row_tiles, matrix = blockIdx.y / row_tiles;

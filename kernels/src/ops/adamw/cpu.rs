@@ -6,9 +6,10 @@ use tch::Tensor;
 /// Elements of a piece: large enough for two threads to share, small enough for a core's caches.
 const PIECE: i64 = 64 * 1024;
 
-/// The flat pieces of a contiguous tensor.
+/// The flat pieces of a contiguous tensor; on a GPU (f64 runs) one.
 fn pieces(tensor: &Tensor) -> Vec<Tensor> {
-    tensor.view(-1).split(PIECE, 0)
+    let flat = tensor.view(-1);
+    if flat.device().is_cuda() { vec![flat] } else { flat.split(PIECE, 0) }
 }
 
 impl AdamW {

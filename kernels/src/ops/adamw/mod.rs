@@ -3,10 +3,10 @@
 use crate::device;
 use crate::fp8::{Blocks, ScaleRule};
 use crate::jit::Source;
-use crate::launch::{Launch, Shape};
+use crate::launch::{Launch, Shape, aligned};
 use crate::ops::quantise::blocks;
-use crate::ops::quantise::tiles::{self, rule_define, shape, tiles_of};
-use tch::{Device, Kind, Tensor};
+use crate::ops::quantise::tiles::{self, flag, rule_define, shape, tiles_of};
+use tch::{Kind, Tensor};
 
 mod cpu;
 pub use cpu::sum_of_squares;
@@ -23,7 +23,8 @@ pub struct AdamW {
     pub weight_decay: f64,
 }
 
-/// What one tensor's update reads and writes; all of one shape. Moments may be BF16, the maths is the master's.
+/// What one tensor's update reads and writes; all of one shape. Moments may be BF16, the maths is the master's. On the GPU
+/// each begins at a multiple of 16 bytes.
 pub struct State<'a> {
     pub master: &'a mut Tensor,
     pub first: &'a mut Tensor,
@@ -57,38 +58,44 @@ pub struct Fp8<'a> {
     pub rule: ScaleRule,
 }
 
-fn source(rule: ScaleRule) -> Source {
-    Source { name: "adamw", text: [tiles::TEXT, TEXT].concat(), defines: vec![rule_define(rule)] }
+fn source(rule: ScaleRule, moments: Kind) -> Source {
+    let moments = ("MOMENTS_FP32", flag(moments == Kind::Float));
+    Source { name: "adamw", text: [tiles::TEXT, TEXT].concat(), defines: vec![rule_define(rule), moments] }
 }
 
 /// Every variant, for a test that compiles them all.
 pub fn sources() -> Vec<(Source, &'static str)> {
-    [ScaleRule::Amax, ScaleRule::PowerOfTwo].map(|rule| (source(rule), "adamw_blocks")).into()
+    let kinds = [Kind::BFloat16, Kind::Float];
+    kinds.iter().flat_map(|&kind| [ScaleRule::Amax, ScaleRule::PowerOfTwo].map(|rule| (source(rule, kind), "adamw_blocks"))).collect()
 }
 
 impl AdamW {
-    /// One pass: FP32 master and gradient, BF16 moments. The gradient is multiplied by `at.clip` and by `clip` [1] FP32 on
-    /// the tensors' device; where that is not a number, nothing changes. [.., R, C] of multiples of 16 if FP8 is written.
+    /// One pass: on the GPU over an FP32 master and gradient and BF16 or FP32 moments; other kinds in torch ops. The gradient
+    /// is multiplied by `at.clip` and by `clip` [1] FP32 on the tensors' device; where that is not a number, nothing
+    /// changes. [.., R, C] of multiples of 16 if FP8 is written.
     pub fn update_fused(&self, state: State, gradient: &Tensor, clip: &Tensor, out: Outputs, at: Step) {
-        let Device::Cuda(_) = gradient.device() else {
+        let moments = state.first.kind();
+        let fits = state.master.kind() == Kind::Float && matches!(moments, Kind::BFloat16 | Kind::Float);
+        if !gradient.device().is_cuda() || !fits {
             return cpu::update_fused(self, state, gradient, clip, out, at);
-        };
-        assert_eq!(at.clip, 1.0, "on the GPU the clip factor is the device's");
+        }
+        let gradient = &aligned(gradient);
         let size = state.master.size();
         let gpu = device::gpu(gradient.device());
         let (entry, rule) = out.fp8.map_or(("adamw", ScaleRule::Amax), |fp8| ("adamw_blocks", fp8.rule));
-        let kernel =
-            gpu.kernel(&format!("adamw/{rule:?}"), entry, || source(rule)).expect("our own kernels compile and load");
+        let key = format!("adamw/{rule:?}/{moments:?}");
+        let kernel = gpu.kernel(&key, entry, || source(rule, moments)).expect("our own kernels compile and load");
         let correction = 1.0 / (1.0 - self.beta2.powf(at.step as f64)).sqrt();
         let step_size = at.lr / (1.0 - self.beta1.powf(at.step as f64));
         let decay = if at.decay { 1.0 - at.lr * self.weight_decay } else { 1.0 };
         let mut launch = Launch::new(gpu, &kernel)
             .tensor(state.master, Kind::Float)
-            .tensor(state.first, Kind::BFloat16)
-            .tensor(state.second, Kind::BFloat16)
+            .tensor(state.first, moments)
+            .tensor(state.second, moments)
             .tensor(gradient, Kind::Float)
             .tensor_or_null(out.weight, Kind::BFloat16)
-            .tensor(clip, Kind::Float);
+            .tensor(clip, Kind::Float)
+            .float(at.clip as f32);
         for value in [self.beta1, self.beta2, self.eps, decay, step_size, correction] {
             launch = launch.float(value as f32);
         }

@@ -2,7 +2,7 @@
 //! summed in one order.
 use crate::device;
 use crate::jit::Source;
-use crate::launch::{Launch, Shape};
+use crate::launch::{Launch, Shape, aligned};
 use tch::{Device, Kind, Tensor};
 
 mod cpu;
@@ -20,18 +20,19 @@ pub fn sources() -> Vec<(Source, &'static str)> {
     vec![(source(), "sum_of_squares")]
 }
 
-/// Σ x² over all `gradients` (FP32, contiguous, of one device) → [] f64 on that device.
+/// Σ x² over all `gradients` (of one device) → [] f64 on that device.
 pub fn sum_of_squares(gradients: &[&Tensor]) -> Tensor {
     let Some(first) = gradients.first() else {
         return Tensor::zeros([0; 0], (Kind::Double, Device::Cpu));
     };
-    let Device::Cuda(_) = first.device() else {
+    if !first.device().is_cuda() || first.kind() != Kind::Float {
         return cpu::sum_of_squares(gradients);
-    };
+    }
     let gpu = device::gpu(first.device());
     let kernel = gpu.kernel("gradient_norm", "sum_of_squares", source).expect("our own kernels compile and load");
     let parts = Tensor::empty([gradients.len() as i64, BLOCKS], (Kind::Double, first.device()));
     for (index, gradient) in gradients.iter().enumerate() {
+        let gradient = &aligned(gradient);
         Launch::new(gpu, &kernel)
             .tensor(gradient, Kind::Float)
             .tensor(&parts.get(index as i64), Kind::Double)

@@ -1,0 +1,79 @@
+//! What tch has no call for, through a few lines of C++ (`shim/shim.cpp`, built against libtorch's headers): attention
+//! that returns its log-sum-exp, and what torch's allocator holds.
+#![allow(unsafe_code)]
+use std::ffi::{CStr, c_char, c_int};
+use tch::{Device, Tensor};
+use torch_sys::C_tensor;
+
+#[derive(Debug, thiserror::Error)]
+#[error("libtorch: {0}")]
+pub struct TorchError(String);
+
+unsafe extern "C" {
+    fn tiefsee_cudnn_attention(
+        q: *const C_tensor,
+        k: *const C_tensor,
+        v: *const C_tensor,
+        causal: bool,
+        scale: f64,
+        out: *mut *mut C_tensor,
+    ) -> *const c_char;
+    fn tiefsee_memory(device: c_int, bytes: *mut i64) -> *const c_char;
+    fn tiefsee_reset_peak(device: c_int) -> *const c_char;
+}
+
+/// Bytes that torch's allocator has given out and holds.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Memory {
+    pub allocated: i64,
+    /// The most since the start or the last `reset_peak`.
+    pub peak: i64,
+    /// Taken from the device, given out or kept for later.
+    pub reserved: i64,
+}
+
+/// What cuDNN's backward needs beside q, k, v.
+pub struct CudnnAttention {
+    pub out: Tensor, // [B, H, S, Dv]
+    pub log_sum_exp: Tensor,
+    /// Of a dropout that never happens; the backward asks for them.
+    pub random_state: [Tensor; 2],
+}
+
+fn check(error: *const c_char) -> Result<(), TorchError> {
+    if error.is_null() {
+        return Ok(());
+    }
+    // SAFETY: a zero-terminated text that lives until this thread's next call.
+    Err(TorchError(unsafe { CStr::from_ptr(error) }.to_string_lossy().into_owned()))
+}
+
+/// cuDNN's causal attention: q, k [B, H, S, Dk], v [B, H, S, Dv], BF16 on a GPU, the last dim contiguous.
+pub fn cudnn_attention(q: &Tensor, k: &Tensor, v: &Tensor, scale: f64) -> Result<CudnnAttention, TorchError> {
+    let mut made = [std::ptr::null_mut(); 4];
+    // SAFETY: three live tensors, and places for four.
+    check(unsafe { tiefsee_cudnn_attention(q.as_ptr(), k.as_ptr(), v.as_ptr(), true, scale, made.as_mut_ptr()) })?;
+    // SAFETY: each was made for us with new, as tch's own are; nobody else frees it.
+    let [out, log_sum_exp, seed, offset] = made.map(|tensor| unsafe { Tensor::from_ptr(tensor) });
+    Ok(CudnnAttention { out, log_sum_exp, random_state: [seed, offset] })
+}
+
+fn index(device: Device) -> c_int {
+    let Device::Cuda(index) = device else { panic!("{device:?} is not a GPU's allocator") };
+    index as c_int
+}
+
+/// Of torch's allocator on a GPU.
+pub fn memory(device: Device) -> Result<Memory, TorchError> {
+    let mut bytes = [0; 3];
+    // SAFETY: a place for three numbers.
+    check(unsafe { tiefsee_memory(index(device), bytes.as_mut_ptr()) })?;
+    let [allocated, peak, reserved] = bytes;
+    Ok(Memory { allocated, peak, reserved })
+}
+
+/// The peak is counted from now on.
+pub fn reset_peak(device: Device) -> Result<(), TorchError> {
+    // SAFETY: only numbers go in.
+    check(unsafe { tiefsee_reset_peak(index(device)) })
+}

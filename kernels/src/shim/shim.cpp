@@ -1,0 +1,50 @@
+// What tch has no call for, over libtorch's own dispatcher: attention that returns its log-sum-exp, and the allocator's
+// statistics. Needs no CUDA header and links to no CUDA library: libtorch_cuda registers itself when it is loaded.
+// Every function returns null, or the text of the error, which lives until the thread's next call.
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/_scaled_dot_product_cudnn_attention.h>
+#include <c10/core/CachingDeviceAllocator.h>
+#include <string>
+
+static thread_local std::string error;
+
+template <typename Work>
+static const char* guarded(Work work) {
+  try {
+    work();
+    return nullptr;
+  } catch (const std::exception& caught) {
+    error = caught.what();
+    return error.c_str();
+  }
+}
+
+extern "C" {
+
+// out: attention [B, H, S, Dv], log-sum-exp, and two words of the random state that dropout would have used; the caller
+// owns the four.
+const char* tiefsee_cudnn_attention(const at::Tensor* q, const at::Tensor* k, const at::Tensor* v, bool causal, double scale,
+                                    at::Tensor** out) {
+  return guarded([&] {
+    auto made = at::_scaled_dot_product_cudnn_attention(*q, *k, *v, std::nullopt, true, 0.0, causal, false, scale);
+    out[0] = new at::Tensor(std::get<0>(made));
+    out[1] = new at::Tensor(std::get<1>(made));
+    out[2] = new at::Tensor(std::get<6>(made));
+    out[3] = new at::Tensor(std::get<7>(made));
+  });
+}
+
+// bytes: allocated now, allocated at most, reserved now.
+const char* tiefsee_memory(int device, int64_t* bytes) {
+  return guarded([&] {
+    const auto stats = c10::getDeviceAllocator(c10::DeviceType::CUDA)->getDeviceStats((c10::DeviceIndex)device);
+    bytes[0] = stats.allocated_bytes[0].current;
+    bytes[1] = stats.allocated_bytes[0].peak;
+    bytes[2] = stats.reserved_bytes[0].current;
+  });
+}
+
+const char* tiefsee_reset_peak(int device) {
+  return guarded([&] { c10::getDeviceAllocator(c10::DeviceType::CUDA)->resetPeakStats((c10::DeviceIndex)device); });
+}
+}

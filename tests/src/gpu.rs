@@ -1,0 +1,123 @@
+//! Runs on a GPU against the same runs on the CPU, against themselves, and of several ranks that share the GPU. Without a
+//! GPU each test says that it was skipped; the one that needs no GPU says so with one.
+use crate::support::{Run, mpirun, scratch, tiefsee};
+use kernels::device::{self, Found, Options};
+
+/// None: no GPU here, and the test has said so.
+fn gpu(test: &str) -> Option<()> {
+    let options = Options { local_rank: 0, torch_cuda: None, nvrtc_folder: None, kernel_cache: scratch().join("runs/.kernels") };
+    match device::open(&options).expect("a GPU that is there must be usable") {
+        Found::Gpu(_) => Some(()),
+        Found::Cpu(why) => {
+            println!("SKIPPED {test}: {why}");
+            None
+        }
+    }
+}
+
+/// Widths and a length for which attention goes through cuDNN in BF16.
+const WIDE: [&str; 7] = [
+    "model.qk_nope_head_dim=16",
+    "model.qk_rope_head_dim=16",
+    "model.v_head_dim=32",
+    "phase.0.sequence_length=64",
+    "phase.0.tokens=6144",
+    "phase.1.sequence_length=64",
+    "phase.1.tokens=7680",
+];
+
+fn run(name: &str, set: &[&str]) -> Run {
+    Run::new(&format!("gpu-{name}"), &[set, &WIDE[..]].concat())
+}
+
+fn train(run: &Run, stop_after: u64, expected: i32) {
+    let mut args = run.train_args();
+    args.extend(["--set".into(), format!("run.stop_after={stop_after}")]);
+    start(&args, expected);
+}
+
+fn start(args: &[String], expected: i32) -> String {
+    let output = tiefsee(args).output().expect("tiefsee starts");
+    let text = format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    assert_eq!(output.status.code(), Some(expected), "{args:?}: {text}");
+    text
+}
+
+/// Largest |a − b| / |b|.
+fn gap(a: &[f64], b: &[f64]) -> f64 {
+    assert_eq!(a.len(), b.len());
+    a.iter().zip(b).map(|(a, b)| ((a - b) / b).abs()).fold(0.0, f64::max)
+}
+
+#[test]
+fn without_a_gpu_the_run_says_what_it_looked_for() {
+    if !matches!(
+        device::open(&Options { local_rank: 0, torch_cuda: None, nvrtc_folder: None, kernel_cache: scratch().join("runs/.kernels") }),
+        Ok(Found::Cpu(_))
+    ) {
+        return println!("SKIPPED without_a_gpu_the_run_says_what_it_looked_for: there is a GPU");
+    }
+    let run = run("none", &["run.device=cuda"]);
+    let said = start(&run.train_args(), 1);
+    assert!(said.contains("run.device = \"cuda\"") && (said.contains("libcuda.so.1") || said.contains("libtorch_cuda.so")), "{said}");
+    assert!(!run.dir().exists(), "nothing is written");
+}
+
+#[test]
+fn the_first_losses_are_the_cpus() {
+    let Some(()) = gpu("the_first_losses_are_the_cpus") else { return };
+    for (precision, limit) in [("f64", 1e-9), ("f32", 1e-5), ("bf16", 1e-2)] {
+        let precision_set = format!("run.precision={precision}");
+        let on = |device: &str| {
+            let run = run(&format!("{precision}-{device}"), &[&precision_set, &format!("run.device={device}")]);
+            train(&run, 5, 75);
+            run.series("loss")
+        };
+        let (cpu, gpu) = (on("cpu"), on("cuda"));
+        let gap = gap(&gpu, &cpu);
+        println!("{precision}: CPU {cpu:.6?}\n     GPU {gpu:.6?}, at most {gap:.2e} apart");
+        assert!(gap < limit, "{precision}: {gap:e}");
+    }
+}
+
+#[test]
+fn a_deterministic_run_repeats_and_resumes_bit_for_bit() {
+    let Some(()) = gpu("a_deterministic_run_repeats_and_resumes_bit_for_bit") else { return };
+    for moments in ["f32", "bf16"] {
+        let moments_set = format!("optimizer.moments={moments}");
+        let set = ["run.device=cuda", "run.precision=bf16", "run.deterministic=true", &moments_set];
+        let named = |name: &str| run(&format!("{name}-{moments}"), &set);
+        let (whole, again, parts) = (named("whole"), named("again"), named("parts"));
+        train(&whole, 10, 75);
+        train(&again, 10, 75);
+        train(&parts, 5, 75);
+        start(&["resume".into(), parts.dir().display().to_string(), "--stop-after".into(), "10".into()], 75);
+        for other in [&again, &parts] {
+            assert_eq!(other.series("loss"), whole.series("loss"), "{moments}");
+            assert_eq!(other.series("grad_norm"), whole.series("grad_norm"), "{moments}");
+            let (a, b) = (other.state(), whole.state());
+            assert!(a.iter().all(|(name, tensor)| tensor.equal(&b[name])), "weights or moments differ, {moments}");
+        }
+        println!("moments {moments}: two runs of 10 steps, and one of 5 + 5, are bit-equal: {:.6?}", whole.series("loss"));
+    }
+}
+
+#[test]
+fn four_ranks_that_share_the_gpu_are_one_rank() {
+    let Some(()) = gpu("four_ranks_that_share_the_gpu_are_one_rank") else { return };
+    for (precision, limit) in [("f32", 1e-5), ("bf16", 1e-2)] {
+        let precision_set = format!("run.precision={precision}");
+        let set = ["run.device=cuda", &precision_set, "phase.0.bias_speed=0", "run.stop_after=8"];
+        let one = run(&format!("one-{precision}"), &set);
+        start(&one.train_args(), 75);
+        for (layout, more) in [("dp4", ""), ("ep4", "parallel.ep=4"), ("pp2-ep2", "parallel.ep=2")] {
+            let mut set = set.to_vec();
+            set.extend([more, if layout.starts_with("pp") { "parallel.pp=2" } else { "" }].into_iter().filter(|set| !set.is_empty()));
+            let four = run(&format!("{layout}-{precision}"), &set);
+            mpirun(4, &four.train_args(), 75);
+            let gap = gap(&four.series("loss"), &one.series("loss"));
+            println!("{precision}, {layout}: losses at most {gap:.2e} from one rank's");
+            assert!(gap < limit, "{layout} in {precision}: {gap:e}");
+        }
+    }
+}
