@@ -163,6 +163,11 @@ pub fn gemm_wgrad(dy: &Columns, x: &Columns, from: i64, len: i64) -> Tensor {
 }
 
 impl Rows {
+    /// The same tensors again.
+    pub fn share(&self) -> Rows {
+        Rows { values: self.values.shallow_clone(), scales: self.scales.shallow_clone() }
+    }
+
     /// [R, C] in `kind`.
     pub fn dequantise(&self, kind: Kind) -> Tensor {
         let (rows, cols) = self.values.size2().expect("a matrix");
@@ -172,6 +177,11 @@ impl Rows {
 }
 
 impl Columns {
+    /// The same tensors again.
+    pub fn share(&self) -> Columns {
+        Columns { values: self.values.shallow_clone(), scales: self.scales.shallow_clone() }
+    }
+
     /// [C, P] in `kind`: still transposed.
     pub fn dequantise(&self, kind: Kind) -> Tensor {
         let cols = self.values.size()[0];

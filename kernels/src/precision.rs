@@ -11,6 +11,8 @@ pub enum Precision {
     F32,
     /// BF16 weights and activations, FP32 masters, sums and gate.
     Bf16,
+    /// BF16, with the three GEMMs of every linear and expert in FP8 (`fp8`).
+    Fp8,
 }
 
 impl Precision {
@@ -19,7 +21,7 @@ impl Precision {
         match self {
             Precision::F64 => Kind::Double,
             Precision::F32 => Kind::Float,
-            Precision::Bf16 => Kind::BFloat16,
+            Precision::Bf16 | Precision::Fp8 => Kind::BFloat16,
         }
     }
     /// Masters, accumulated gradients, the gate and the losses.

@@ -3,12 +3,14 @@
 //!
 //! Legend: T tokens, D hidden size.
 use crate::experts::ExpertsWork;
-use crate::linear::LinearWork;
-use crate::mla::{Mla, MlaIn, MlaSaved, MlaWork, Positions};
-use crate::mlp::{Mlp, MlpSaved};
+use crate::mla::{Mla, MlaGrad, MlaIn, MlaSaved, MlaWork, Positions};
+use crate::mlp::{Mlp, MlpGrad, MlpWork};
 use crate::moe::{Load, Moe, MoeBackCombining, MoeBackDispatched, MoeCombining, MoeDispatched, MoeSaved, MoeWork};
 use crate::norm::{NormSaved, RmsNorm};
-use crate::{Grads, Layer, ModelConfig, ParamTable, Weights};
+use crate::operand::Operand;
+use crate::swiglu::SwigluSaved;
+use crate::{Grads, Layer, ModelConfig, ParamTable, Recompute, Weights};
+use kernels::ops::quantise::Want;
 use parallel::comm::CommError;
 use parallel::dispatch::ExpertGroup;
 use std::ops::Range;
@@ -20,6 +22,7 @@ pub struct Block {
     attention: Mla,
     ffn_norm: RmsNorm,
     pub ffn: Ffn,
+    recompute: Recompute,
     /// Its parameters' ids.
     pub params: Range<usize>,
 }
@@ -47,12 +50,15 @@ pub struct BlockSaved {
 /// What the block keeps of its way to the feed-forward.
 struct BeforeFfn {
     attention_norm: NormSaved,
+    /// The norms' outputs; None: made again.
+    attention_in: Option<Operand>,
     attention: MlaSaved,
     ffn_norm: NormSaved,
+    ffn_in: Option<Operand>,
 }
 
 enum FfnSaved {
-    Dense(MlpSaved),
+    Dense(SwigluSaved),
     Moe(Box<MoeSaved>),
 }
 
@@ -76,7 +82,7 @@ pub struct BlockWork {
 }
 
 enum FfnWork {
-    Dense([LinearWork; 2]),
+    Dense(MlpWork),
     Moe(Box<MoeWork>),
 }
 
@@ -90,7 +96,7 @@ impl Block {
         let ffn_norm = RmsNorm { weight: table.norm(format!("{prefix}.post_attention_layernorm.weight"), config.hidden_size), eps };
         let prefix = format!("{prefix}.mlp");
         let ffn = if moe { Ffn::Moe(Moe::new(table, config, &prefix)) } else { Ffn::Dense(Mlp::new(table, config, &prefix, config.intermediate_size)) };
-        Block { attention_norm, attention, ffn_norm, ffn, params: first..table.specs().len() }
+        Block { attention_norm, attention, ffn_norm, ffn, recompute: table.recompute, params: first..table.specs().len() }
     }
 
     fn moe(&self) -> &Moe {
@@ -101,18 +107,35 @@ impl Block {
     /// x [T, D] → y [T, D], or rows on their way to the experts.
     pub fn forward(&self, w: &Weights, x: Tensor, context: &BlockContext) -> Result<Started<BlockOut, BlockSent<MoeDispatched>>, CommError> {
         let (normed, attention_norm) = self.attention_norm.forward(w, x.shallow_clone());
-        let attention_in = MlaIn { x: normed, sequences: context.sequences, positions: context.positions.clone() };
-        let (attended, attention) = self.attention.forward(w, attention_in);
+        let (input, attention_in) = self.input(w, normed);
+        let mla_in = MlaIn { x: input, sequences: context.sequences, positions: context.positions.clone() };
+        let (attended, attention) = self.attention.forward(w, mla_in);
         let h = x + attended;
         let (normed, ffn_norm) = self.ffn_norm.forward(w, h.shallow_clone());
-        let before = BeforeFfn { attention_norm, attention, ffn_norm };
+        let before = |ffn_in| BeforeFfn { attention_norm, attention_in, attention, ffn_norm, ffn_in };
         Ok(match &self.ffn {
             Ffn::Dense(mlp) => {
-                let (out, saved) = mlp.forward(w, normed);
+                let (input, ffn_in) = self.input(w, normed);
+                let (out, saved) = mlp.forward(w, input);
+                let before = before(ffn_in);
                 Started::Done((h + out, None, BlockSaved { before, ffn: FfnSaved::Dense(saved) }))
             }
-            Ffn::Moe(moe) => Started::Sent(BlockSent { h, before, moe: Box::new(moe.dispatch(w, normed, context)?) }),
+            Ffn::Moe(moe) => {
+                // The gate reads it as it is, also in FP8 runs.
+                let ffn_in = (!self.recompute.rms_norm).then(|| Operand::Own(normed.shallow_clone()));
+                Started::Sent(BlockSent { h, before: before(ffn_in), moe: Box::new(moe.dispatch(w, normed, context)?) })
+            }
         })
+    }
+
+    /// A norm's output as the linears read it, and what is kept of that.
+    fn input(&self, w: &Weights, normed: Tensor) -> (Operand, Option<Operand>) {
+        if self.recompute.rms_norm {
+            return (Operand::new(w.precision, normed, Want::ROWS), None);
+        }
+        let input = Operand::new(w.precision, normed, Want::BOTH);
+        let kept = input.share().for_weight();
+        (input, Some(kept))
     }
 
     pub fn forward_experts(&self, w: &Weights, sent: BlockSent<MoeDispatched>) -> Result<BlockSent<MoeCombining>, CommError> {
@@ -126,14 +149,22 @@ impl Block {
 
     /// dy [T, D] → dx [T, D], or gradients on their way to the experts.
     pub fn backward_input(&self, w: &Weights, dy: Tensor, saved: BlockSaved) -> Result<Started<(Tensor, BlockWork), BlockSent<MoeBackDispatched>>, CommError> {
-        Ok(match (&self.ffn, saved.ffn) {
+        let BlockSaved { mut before, ffn } = saved;
+        let ffn_in = before.ffn_in.take();
+        let normed = || self.ffn_norm.again(w, &before.ffn_norm);
+        Ok(match (&self.ffn, ffn) {
             (Ffn::Dense(mlp), FfnSaved::Dense(ffn)) => {
-                let (dnormed, work) = mlp.backward_input(w, dy.shallow_clone(), ffn);
-                Started::Done(self.backward_attention(w, dy, dnormed, saved.before, FfnWork::Dense(work)))
+                let x = ffn_in.unwrap_or_else(|| Operand::new(w.precision, normed(), Want::COLUMNS));
+                let (dnormed, work) = mlp.backward_input(w, MlpGrad { dy: dy.shallow_clone(), x }, ffn);
+                Started::Done(self.backward_attention(w, dy, dnormed, before, FfnWork::Dense(work)))
             }
             (Ffn::Moe(moe), FfnSaved::Moe(ffn)) => {
-                let moe = Box::new(moe.backward_dispatch(dy.shallow_clone(), *ffn)?);
-                Started::Sent(BlockSent { h: dy, before: saved.before, moe })
+                let x = match ffn_in {
+                    Some(Operand::Own(x)) => x,
+                    _ => normed(),
+                };
+                let moe = Box::new(moe.backward_dispatch(x, dy.shallow_clone(), *ffn)?);
+                Started::Sent(BlockSent { h: dy, before, moe })
             }
             _ => unreachable!("forward saved the other form"),
         })
@@ -153,7 +184,9 @@ impl Block {
     fn backward_attention(&self, w: &Weights, dy: Tensor, dnormed: Tensor, saved: BeforeFfn, ffn: FfnWork) -> (Tensor, BlockWork) {
         let (dh, ffn_norm) = self.ffn_norm.backward_input(w, dnormed, saved.ffn_norm);
         let dh = dy + dh;
-        let (dnormed, attention) = self.attention.backward_input(w, dh.shallow_clone(), saved.attention);
+        let again = || Operand::new(w.precision, self.attention_norm.again(w, &saved.attention_norm), Want::COLUMNS);
+        let x = saved.attention_in.unwrap_or_else(again);
+        let (dnormed, attention) = self.attention.backward_input(w, MlaGrad { dy: dh.shallow_clone(), x }, saved.attention);
         let (dx, attention_norm) = self.attention_norm.backward_input(w, dnormed, saved.attention_norm);
         (dh + dx, BlockWork { attention_norm, attention, ffn_norm, ffn })
     }

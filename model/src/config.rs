@@ -146,6 +146,25 @@ impl ModelConfig {
         check(self.scoring_func == Scoring::Softmax || group_size >= 2 || self.n_group == 1, "n_group", self.n_group, "sigmoid scoring sums a group's two best experts, so a group needs two")
     }
 
+    /// A row of FP8 is a multiple of 16 bytes, and a weight is read along both its sides.
+    pub fn validate_fp8(&self) -> Result<(), ConfigError> {
+        for (key, value) in [
+            ("hidden_size", self.hidden_size),
+            ("intermediate_size", self.intermediate_size),
+            ("moe_intermediate_size", self.moe_intermediate_size),
+            ("q_lora_rank", self.q_lora_rank.unwrap_or(0)),
+            ("kv_lora_rank", self.kv_lora_rank),
+            ("qk_nope_head_dim", self.qk_nope_head_dim),
+            ("qk_rope_head_dim", self.qk_rope_head_dim),
+            ("v_head_dim", self.v_head_dim),
+        ] {
+            if value % 16 != 0 {
+                return Err(ConfigError { key, value, limit: "must be a multiple of 16 where run.precision = \"fp8\"".into() });
+            }
+        }
+        Ok(())
+    }
+
     fn attention_parameters(&self) -> i64 {
         let (d, heads) = (self.hidden_size, self.num_attention_heads);
         let query = match self.q_lora_rank {

@@ -2,20 +2,23 @@
 //! here, to the activation before the down-projection, so that what goes back to the token's rank is a plain sum.
 //!
 //! Legend: R rows routed here, E local experts, D hidden size, I expert intermediate size.
-use crate::{Grads, Layer, ModelConfig, ParamId, ParamTable, Weights};
-use kernels::ops::{linear, swiglu};
+use crate::linear::LinearWork;
+use crate::operand::{self, Operand, RowCounts};
+use crate::swiglu::{self, OfExperts, SwigluSaved};
+use crate::{Grads, Layer, ModelConfig, ParamId, ParamTable, Recompute, Weights};
 use tch::Tensor;
 
 #[derive(Debug)]
 pub struct Experts {
     gate_up: ParamId, // [E, 2I, D]
     down: ParamId,    // [E, D, I]
+    recompute: Recompute,
 }
 
 pub struct Routed {
-    pub rows: Tensor,     // [R, D], sorted by expert
-    pub counts: Vec<i64>, // [E], any may be 0
-    pub weights: Tensor,  // [R]
+    pub rows: Operand,     // [R, D], sorted by expert
+    pub counts: RowCounts, // any may be 0
+    pub weights: Tensor,   // [R]
 }
 
 pub struct RoutedGrad {
@@ -25,15 +28,14 @@ pub struct RoutedGrad {
 
 pub struct ExpertsSaved {
     routed: Routed,
-    gate_up: Tensor, // [R, 2I]
+    activation: SwigluSaved,
 }
 
+/// Operands of both weights' gradients.
 pub struct ExpertsWork {
-    counts: Vec<i64>,
-    rows: Tensor,
-    dgate_up: Tensor,
-    activation: Tensor,
-    dout: Tensor,
+    counts: RowCounts,
+    gate_up: LinearWork,
+    down: LinearWork,
 }
 
 impl Experts {
@@ -41,71 +43,38 @@ impl Experts {
         let (experts, d, width) = (config.n_routed_experts, config.hidden_size, config.moe_intermediate_size);
         let gate_up = table.experts(format!("{prefix}.gate_up_proj.weight"), &[experts, 2 * width, d], config);
         let down = table.experts(format!("{prefix}.down_proj.weight"), &[experts, d, width], config);
-        Experts { gate_up, down }
+        Experts { gate_up, down, recompute: table.recompute }
     }
-}
-
-/// (expert, first row, rows) of the experts that have any.
-fn groups(counts: &[i64]) -> impl Iterator<Item = (i64, i64, i64)> + '_ {
-    let starts = counts.iter().scan(0, |next, &count| {
-        let start = *next;
-        *next += count;
-        Some(start)
-    });
-    counts.iter().zip(starts).enumerate().filter(|(_, (count, _))| **count > 0).map(|(expert, (&count, start))| (expert as i64, start, count))
-}
-
-/// rows [R, A] times each expert's own matrix [A, B] → [R, B].
-fn grouped(rows: &Tensor, counts: &[i64], width: i64, matrix: impl Fn(i64) -> Tensor) -> Tensor {
-    let out = Tensor::empty([rows.size()[0], width], (rows.kind(), rows.device()));
-    for (expert, start, count) in groups(counts) {
-        let _ = rows.narrow(0, start, count).mm_out(&out.narrow(0, start, count), &matrix(expert));
-    }
-    out
 }
 
 impl Layer for Experts {
     type In = Routed;
     type Out = Tensor; // [R, D], weighted
-    type DOut = Tensor;
+    type DOut = Operand; // [R, D]
     type DIn = RoutedGrad;
     type Saved = ExpertsSaved;
     type WeightWork = ExpertsWork;
 
     fn forward(&self, w: &Weights, routed: Routed) -> (Tensor, ExpertsSaved) {
-        let (up, down) = (w.get(self.gate_up), w.get(self.down));
-        assert_eq!(routed.counts.iter().sum::<i64>(), routed.rows.size()[0], "row counts of the experts");
-        let gate_up = grouped(&routed.rows, &routed.counts, up.size()[1], |e| up.select(0, e).tr()); // [R, 2I]
-        let activation = swiglu::forward(&gate_up, Some(&routed.weights));
-        let out = grouped(&activation, &routed.counts, down.size()[1], |e| down.select(0, e).tr());
-        (out, ExpertsSaved { routed, gate_up })
+        let Routed { rows, counts, weights } = &routed;
+        let gate_up = rows.grouped_forward(w, self.gate_up, counts); // [R, 2I]
+        let (act, activation) = swiglu::forward(w.precision, gate_up, Some(OfExperts { weights, counts }), self.recompute.swiglu);
+        (act.grouped_forward(w, self.down, counts), ExpertsSaved { routed, activation })
     }
 
-    fn backward_input(&self, w: &Weights, dout: Tensor, saved: ExpertsSaved) -> (RoutedGrad, ExpertsWork) {
-        let (up, down) = (w.get(self.gate_up), w.get(self.down));
+    fn backward_input(&self, w: &Weights, dout: Operand, saved: ExpertsSaved) -> (RoutedGrad, ExpertsWork) {
         let Routed { rows, counts, weights } = saved.routed;
-        let activation = swiglu::forward(&saved.gate_up, Some(&weights));
-        let dactivation = grouped(&dout, &counts, down.size()[2], |e| down.select(0, e)); // [R, I]
-        let (dgate_up, dweights) = swiglu::backward(&dactivation, &saved.gate_up, Some(&weights));
-        let drows = grouped(&dgate_up, &counts, up.size()[2], |e| up.select(0, e));
-        let dweights = dweights.expect("the rows were weighted");
-        (RoutedGrad { rows: drows, weights: dweights }, ExpertsWork { counts, rows, dgate_up, activation, dout })
+        let dactivation = dout.grouped_backward_input(w, self.down, &counts); // [R, I]
+        let d = swiglu::backward(w.precision, dactivation, saved.activation, Some(OfExperts { weights: &weights, counts: &counts }));
+        let drows = d.gate_up.grouped_backward_input(w, self.gate_up, &counts);
+        let gate_up = LinearWork { dy: d.gate_up.for_weight(), x: rows.for_expert_weight(&counts, w.precision) };
+        let down = LinearWork { dy: dout.for_expert_weight(&counts, w.precision), x: d.out };
+        (RoutedGrad { rows: drows, weights: d.weights.expect("the rows were weighted") }, ExpertsWork { counts, gate_up, down })
     }
 
     fn backward_weight(&self, work: ExpertsWork, grads: &mut Grads) {
-        for (id, dy, x) in [(self.gate_up, &work.dgate_up, &work.rows), (self.down, &work.dout, &work.activation)] {
-            grads.accumulate(id, |gradient, fresh| {
-                for (expert, _) in work.counts.iter().enumerate().filter(|(_, count)| fresh && **count == 0) {
-                    let _ = gradient.select(0, expert as i64).zero_();
-                }
-                for (expert, start, count) in groups(&work.counts) {
-                    let (dy, x, mut matrix) = (dy.narrow(0, start, count), x.narrow(0, start, count), gradient.select(0, expert));
-                    match fresh {
-                        true => matrix.copy_(&linear::weight_gradient(&dy, &x)),
-                        false => linear::backward_weight(&dy, &x, &mut matrix),
-                    }
-                }
-            });
+        for (id, LinearWork { dy, x }) in [(self.gate_up, &work.gate_up), (self.down, &work.down)] {
+            operand::grouped_backward_weight(grads, id, dy, x, &work.counts);
         }
     }
 }

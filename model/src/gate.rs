@@ -35,13 +35,17 @@ pub struct GateOut {
     pub balance: Tensor, // Σ over sequences of Σ_i f_i · P_i, without α
 }
 
+pub struct GateGrad {
+    pub dweights: Tensor, // [T, K]
+    /// The input again, which its maker kept or made again.
+    pub x: Tensor,
+}
+
 pub struct GateSaved {
-    x: Tensor,      // [T, D], the gate's kind
     scores: Tensor, // [T, E]
     routes: Tensor,
     /// balance_scale · f_i / S of each sequence, [B, E].
     balance: Tensor,
-    kind: Kind,
 }
 
 pub struct GateWork {
@@ -108,13 +112,12 @@ impl Gate {
 impl Layer for Gate {
     type In = GateIn;
     type Out = GateOut;
-    type DOut = Tensor; // d weights [T, K]
+    type DOut = GateGrad;
     type DIn = Tensor; // [T, D]
     type Saved = GateSaved;
     type WeightWork = GateWork;
 
     fn forward(&self, w: &Weights, GateIn { x, sequences, balance_scale }: GateIn) -> (GateOut, GateSaved) {
-        let kind = x.kind();
         let weight = w.get(self.weight);
         let x = x.to_kind(weight.kind());
         let logits = linear::forward(&x, weight); // [T, E]
@@ -127,11 +130,11 @@ impl Layer for Gate {
         let weights = if self.renormalise { &chosen / (chosen.sum_dim_intlist(&[1i64][..], true, None) + 1e-20) } else { chosen } * self.factor;
         let counts = routes.flatten(0, -1).bincount(None::<&Tensor>, self.experts);
         let (f, balance) = self.balance(&scores, sequences);
-        let saved = GateSaved { x, scores, routes: routes.shallow_clone(), balance: f * balance_scale, kind };
+        let saved = GateSaved { scores, routes: routes.shallow_clone(), balance: f * balance_scale };
         (GateOut { routes, weights, counts, balance }, saved)
     }
 
-    fn backward_input(&self, w: &Weights, dweights: Tensor, saved: GateSaved) -> (Tensor, GateWork) {
+    fn backward_input(&self, w: &Weights, GateGrad { dweights, x }: GateGrad, saved: GateSaved) -> (Tensor, GateWork) {
         let scores = saved.scores;
         let dweights = dweights.to_kind(scores.kind()) * self.factor;
         let dchosen = if self.renormalise {
@@ -153,8 +156,9 @@ impl Layer for Gate {
             Scoring::Sigmoid => dscores * (&scores * (1.0 - &scores)),
             Scoring::Softmax => Tensor::internal_softmax_backward_data(&dscores, &scores, -1, scores.kind()),
         };
-        let dx = linear::backward_input(&dlogits, w.get(self.weight)).to_kind(saved.kind);
-        (dx, GateWork { dlogits, x: saved.x })
+        let weight = w.get(self.weight);
+        let dx = linear::backward_input(&dlogits, weight).to_kind(x.kind());
+        (dx, GateWork { dlogits, x: x.to_kind(weight.kind()) })
     }
 
     fn backward_weight(&self, work: GateWork, grads: &mut Grads) {

@@ -15,10 +15,14 @@ pub mod mlp;
 pub mod moe;
 pub mod mtp;
 pub mod norm;
+pub mod operand;
 pub mod params;
+pub mod recompute;
 pub mod stage;
+pub mod swiglu;
 
 pub use config::ModelConfig;
 pub use layer::Layer;
 pub use params::{ExpertShare, GradSink, Grads, ParamId, ParamTable, Weights};
+pub use recompute::Recompute;
 pub use stage::{MicroBatch, Stage, StagePart, StageStats, StepContext};

@@ -1,6 +1,6 @@
 //! y = x · Wᵀ.   Legend: T tokens, I in, O out.
+use crate::operand::{self, Operand};
 use crate::{Grads, Layer, ParamId, Weights};
-use kernels::ops::linear;
 use tch::Tensor;
 
 #[derive(Debug)]
@@ -9,25 +9,26 @@ pub struct Linear {
 }
 
 pub struct LinearWork {
-    dy: Tensor,
-    x: Tensor,
+    pub dy: Operand,
+    pub x: Operand,
 }
 
 impl Layer for Linear {
-    type In = Tensor; // [T, I]
+    type In = Operand; // [T, I]
     type Out = Tensor; // [T, O]
     type DOut = Tensor;
     type DIn = Tensor;
-    type Saved = Tensor; // x
+    type Saved = Operand; // x
     type WeightWork = LinearWork;
 
-    fn forward(&self, w: &Weights, x: Tensor) -> (Tensor, Tensor) {
-        (linear::forward(&x, w.get(self.weight)), x)
+    fn forward(&self, w: &Weights, x: Operand) -> (Tensor, Operand) {
+        (x.forward(w, self.weight), x.for_weight())
     }
-    fn backward_input(&self, w: &Weights, dy: Tensor, x: Tensor) -> (Tensor, LinearWork) {
-        (linear::backward_input(&dy, w.get(self.weight)), LinearWork { dy, x })
+    fn backward_input(&self, w: &Weights, dy: Tensor, x: Operand) -> (Tensor, LinearWork) {
+        let (dx, dy) = x.gradient(dy).backward_input(w, self.weight);
+        (dx, LinearWork { dy, x })
     }
     fn backward_weight(&self, work: LinearWork, grads: &mut Grads) {
-        grads.add_product(self.weight, &work.dy, &work.x);
+        operand::backward_weight(grads, self.weight, &work.dy, &work.x);
     }
 }

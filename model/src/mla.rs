@@ -5,7 +5,11 @@
 //! Dv value width, Lq / Lkv latent widths.
 use crate::linear::{Linear, LinearWork};
 use crate::norm::{NormSaved, RmsNorm};
-use crate::{Grads, Layer, ModelConfig, ParamTable, Weights};
+use crate::operand::Operand;
+use crate::{Grads, Layer, ModelConfig, ParamTable, Recompute, Weights};
+use kernels::Precision;
+use kernels::fp8::{ScaleRule, round_e5m6};
+use kernels::ops::quantise::Want;
 use kernels::ops::{attention, rope, rope::RopeTable};
 use std::rc::Rc;
 use tch::Tensor;
@@ -22,6 +26,7 @@ pub struct Mla {
     rotary: i64,
     value: i64,
     latent: i64,
+    recompute: Recompute,
 }
 
 #[derive(Debug)]
@@ -43,27 +48,33 @@ pub struct Positions {
 }
 
 pub struct MlaIn {
-    pub x: Tensor, // [T, D]
+    pub x: Operand, // [T, D]
     pub sequences: i64,
     pub positions: Positions,
 }
 
+pub struct MlaGrad {
+    pub dy: Tensor, // [T, D]
+    /// The input again, which its maker kept or made again.
+    pub x: Operand,
+}
+
+/// What is None is made again in backward.
 pub struct MlaSaved {
-    x: Tensor,
     query: QuerySaved,
     kv_norm: NormSaved,
-    kv_latent: Tensor, // normed, [T, Lkv]
-    q: Tensor,         // [B, H, S, N + R]
-    k: Tensor,
-    v: Tensor,
+    kv_latent: Option<Operand>,   // normed, [T, Lkv]
+    rotary_key: Tensor,           // [T, R]
+    kv: Option<(Tensor, Tensor)>, // [B, H, S, N + R] and [B, H, S, Dv]
     attention: attention::Saved,
-    context: Tensor, // [T, H Dv]
+    context: Tensor, // [T, H Dv]; in FP8 runs of E5M6 values
+    sequences: i64,
     positions: Positions,
 }
 
 enum QuerySaved {
-    Direct,
-    Latent { norm: NormSaved, latent: Tensor },
+    Direct { q: Tensor }, // [B, H, S, N + R]
+    Latent { norm: NormSaved, latent: Option<Operand>, q: Option<Tensor> },
 }
 
 pub struct MlaWork {
@@ -106,85 +117,129 @@ impl Mla {
             rotary: config.qk_rope_head_dim,
             value: config.v_head_dim,
             latent,
+            recompute: table.recompute,
         }
     }
 
-    /// [T, H (N + R)] → [B, H, S, N + R], the last R rotated.
-    fn heads_of_query(&self, q: &Tensor, sequences: i64, positions: &Positions) -> Tensor {
-        let q = q.view([sequences, -1, self.heads, self.nope + self.rotary]);
+    /// x · Wᵀ [T, H (N + R)] → [B, H, S, N + R], the last R rotated.
+    fn queries(&self, w: &Weights, linear: &Linear, x: &Operand, sequences: i64, positions: &Positions) -> Tensor {
+        let q = x.forward(w, linear.weight).view([sequences, -1, self.heads, self.nope + self.rotary]);
         let parts = q.split_with_sizes([self.nope, self.rotary], 3);
         Tensor::cat(&[parts[0].shallow_clone(), rope::forward(&parts[1], &positions.table)], 3).transpose(1, 2).contiguous()
     }
 
-    /// The latent's keys and values [T, H (N + Dv)] and the shared rotary key [T, R] → k [B, H, S, N + R], v [B, H, S, Dv].
-    fn heads_of_kv(&self, kv: &Tensor, rotary_key: &Tensor, sequences: i64, positions: &Positions) -> (Tensor, Tensor) {
-        let kv = kv.view([sequences, -1, self.heads, self.nope + self.value]);
+    /// The latent [T, Lkv] and the shared rotary key [T, R] → k [B, H, S, N + R], v [B, H, S, Dv].
+    fn keys_and_values(&self, w: &Weights, latent: &Operand, rotary_key: &Tensor, sequences: i64, positions: &Positions) -> (Tensor, Tensor) {
+        let kv = latent.forward(w, self.kv_b.weight).view([sequences, -1, self.heads, self.nope + self.value]);
         let parts = kv.split_with_sizes([self.nope, self.value], 3);
         let rotary_key = rope::forward(&rotary_key.reshape([sequences, -1, 1, self.rotary]), &positions.table);
         let rotary_key = rotary_key.expand([-1, -1, self.heads, -1], false);
         (Tensor::cat(&[parts[0].shallow_clone(), rotary_key], 3).transpose(1, 2).contiguous(), parts[1].transpose(1, 2).contiguous())
+    }
+
+    /// A latent as backward reads it: for Wgrad and, where the up-projection is made again, for Fprop.
+    fn latent_again(&self, w: &Weights, norm: &RmsNorm, saved: &NormSaved, kept: Option<Operand>) -> Operand {
+        let want = if self.recompute.mla_up_projection { Want::BOTH } else { Want::COLUMNS };
+        kept.unwrap_or_else(|| Operand::new(w.precision, norm.again(w, saved), want))
+    }
+
+    fn keep_latent(&self, latent: Operand) -> Option<Operand> {
+        match (self.recompute.rms_norm, self.recompute.mla_up_projection) {
+            (true, _) => None,
+            (false, true) => Some(latent),
+            (false, false) => Some(latent.for_weight()),
+        }
     }
 }
 
 impl Layer for Mla {
     type In = MlaIn;
     type Out = Tensor; // [T, D]
-    type DOut = Tensor;
+    type DOut = MlaGrad;
     type DIn = Tensor;
     type Saved = MlaSaved;
     type WeightWork = MlaWork;
 
     fn forward(&self, w: &Weights, MlaIn { x, sequences, positions }: MlaIn) -> (Tensor, MlaSaved) {
+        let keep = !self.recompute.mla_up_projection;
         let (q, query) = match &self.query {
-            Query::Direct(linear) => (linear.forward(w, x.shallow_clone()).0, QuerySaved::Direct),
+            Query::Direct(linear) => {
+                let q = self.queries(w, linear, &x, sequences, &positions);
+                (q.shallow_clone(), QuerySaved::Direct { q })
+            }
             Query::Latent { a, norm, b } => {
-                let (latent, norm_saved) = norm.forward(w, a.forward(w, x.shallow_clone()).0);
-                let (q, latent) = b.forward(w, latent);
-                (q, QuerySaved::Latent { norm: norm_saved, latent })
+                let (latent, norm) = norm.forward(w, x.forward(w, a.weight));
+                let latent = Operand::new(w.precision, latent, Want::BOTH);
+                let q = self.queries(w, b, &latent, sequences, &positions);
+                let kept = keep.then(|| q.shallow_clone());
+                (q, QuerySaved::Latent { norm, latent: self.keep_latent(latent), q: kept })
             }
         };
-        let q = self.heads_of_query(&q, sequences, &positions);
-        let (compressed, x) = self.kv_a.forward(w, x); // [T, Lkv + R]
+        let compressed = x.forward(w, self.kv_a.weight); // [T, Lkv + R]
         let parts = compressed.split_with_sizes([self.latent, self.rotary], 1);
         let (latent, kv_norm) = self.kv_norm.forward(w, parts[0].contiguous());
-        let (kv, kv_latent) = self.kv_b.forward(w, latent);
-        let (k, v) = self.heads_of_kv(&kv, &parts[1], sequences, &positions);
+        let (latent, rotary_key) = (Operand::new(w.precision, latent, Want::BOTH), parts[1].contiguous());
+        let (k, v) = self.keys_and_values(w, &latent, &rotary_key, sequences, &positions);
         let (context, attention) = attention::forward(&q, &k, &v, positions.softmax_scale, positions.repeatable); // [B, H, S, Dv]
         let context = context.transpose(1, 2).reshape([-1, self.heads * self.value]);
-        let (y, context) = self.out.forward(w, context);
-        (y, MlaSaved { x, query, kv_norm, kv_latent, q, k, v, attention, context, positions })
+        let out_in = Operand::with_rule(w.precision, context.shallow_clone(), Want::ROWS, ScaleRule::PowerOfTwo);
+        let context = if w.precision == Precision::Fp8 { round_e5m6(&context).to_kind(context.kind()) } else { context };
+        let saved = MlaSaved {
+            query,
+            kv_norm,
+            kv_latent: self.keep_latent(latent),
+            rotary_key,
+            kv: keep.then_some((k, v)),
+            attention,
+            context,
+            sequences,
+            positions,
+        };
+        (out_in.forward(w, self.out.weight), saved)
     }
 
-    fn backward_input(&self, w: &Weights, dy: Tensor, s: MlaSaved) -> (Tensor, MlaWork) {
-        let (sequences, table) = (s.q.size()[0], &s.positions.table);
-        let (dcontext, out) = self.out.backward_input(w, dy, s.context);
+    fn backward_input(&self, w: &Weights, MlaGrad { dy, x }: MlaGrad, s: MlaSaved) -> (Tensor, MlaWork) {
+        let (sequences, positions, table) = (s.sequences, &s.positions, &s.positions.table);
+        let out_in = Operand::with_rule(w.precision, s.context, Want::COLUMNS, ScaleRule::PowerOfTwo);
+        let (dcontext, out) = self.out.backward_input(w, dy, out_in);
         let dcontext = dcontext.view([sequences, -1, self.heads, self.value]).transpose(1, 2).contiguous();
-        let (dq, dk, dv) = attention::backward(&dcontext, &s.q, &s.k, &s.v, &s.attention, s.positions.softmax_scale);
+        let (q, query) = match (&self.query, s.query) {
+            (Query::Direct(_), QuerySaved::Direct { q }) => (q, None),
+            (Query::Latent { norm, b, .. }, QuerySaved::Latent { norm: norm_saved, latent, q }) => {
+                let latent = self.latent_again(w, norm, &norm_saved, latent);
+                let q = q.unwrap_or_else(|| self.queries(w, b, &latent, sequences, positions));
+                (q, Some((norm_saved, latent)))
+            }
+            _ => unreachable!("forward saved the other form"),
+        };
+        let kv_latent = self.latent_again(w, &self.kv_norm, &s.kv_norm, s.kv_latent);
+        let (k, v) = s.kv.unwrap_or_else(|| self.keys_and_values(w, &kv_latent, &s.rotary_key, sequences, positions));
+        let (dq, dk, dv) = attention::backward(&dcontext, &q, &k, &v, &s.attention, positions.softmax_scale);
 
         let dk = dk.transpose(1, 2); // [B, S, H, N + R]
         let dk = dk.split_with_sizes([self.nope, self.rotary], 3);
         let dkv = Tensor::cat(&[dk[0].shallow_clone(), dv.transpose(1, 2)], 3).reshape([-1, self.heads * (self.nope + self.value)]);
         // One rotary key served all heads, so its gradient is their sum.
         let drotary = rope::backward(&dk[1].sum_dim_intlist(&[2i64][..], true, None), table).reshape([-1, self.rotary]);
-        let (dlatent, kv_b) = self.kv_b.backward_input(w, dkv, s.kv_latent);
+        let (dlatent, kv_b) = self.kv_b.backward_input(w, dkv, kv_latent.for_weight());
         let (dlatent, kv_norm) = self.kv_norm.backward_input(w, dlatent, s.kv_norm);
-        let (dx_kv, kv_a) = self.kv_a.backward_input(w, Tensor::cat(&[dlatent, drotary], 1), s.x.shallow_clone());
+        let (dx_kv, kv_a) = self.kv_a.backward_input(w, Tensor::cat(&[dlatent, drotary], 1), x.share());
 
         let dq = dq.transpose(1, 2);
         let dq = dq.split_with_sizes([self.nope, self.rotary], 3);
         let dq = Tensor::cat(&[dq[0].shallow_clone(), rope::backward(&dq[1], table)], 3).reshape([-1, self.heads * (self.nope + self.rotary)]);
-        let (dx_q, query) = match (&self.query, s.query) {
-            (Query::Direct(linear), _) => {
-                let (dx, work) = linear.backward_input(w, dq, s.x);
-                (dx, QueryWork::Direct(work))
-            }
-            (Query::Latent { a, norm, b }, QuerySaved::Latent { norm: norm_saved, latent }) => {
-                let (dlatent, b) = b.backward_input(w, dq, latent);
+        let (dx_q, query) = match (&self.query, query) {
+            (Query::Latent { a, norm, b }, Some((norm_saved, latent))) => {
+                let (dlatent, b) = b.backward_input(w, dq, latent.for_weight());
                 let (dlatent, norm) = norm.backward_input(w, dlatent, norm_saved);
-                let (dx, a) = a.backward_input(w, dlatent, s.x);
+                let (dx, a) = a.backward_input(w, dlatent, x);
                 (dx, QueryWork::Latent { a, norm, b })
             }
-            (Query::Latent { .. }, QuerySaved::Direct) => unreachable!("forward saved the other form"),
+            (Query::Direct(linear), _) => {
+                let (dx, work) = linear.backward_input(w, dq, x);
+                (dx, QueryWork::Direct(work))
+            }
+            _ => unreachable!("a latent was made again above"),
         };
         (dx_kv + dx_q, MlaWork { query, kv_a, kv_norm, kv_b, out })
     }

@@ -2,50 +2,55 @@
 //!
 //! Legend: T tokens, D hidden size, I intermediate size.
 use crate::linear::{Linear, LinearWork};
-use crate::{Grads, Layer, ModelConfig, ParamTable, Weights};
-use kernels::ops::swiglu;
+use crate::operand::Operand;
+use crate::swiglu::{self, SwigluSaved};
+use crate::{Grads, Layer, ModelConfig, ParamTable, Recompute, Weights};
 use tch::Tensor;
 
 #[derive(Debug)]
 pub struct Mlp {
     gate_up: Linear, // [2I, D]
     down: Linear,    // [D, I]
+    recompute: Recompute,
 }
 
-pub struct MlpSaved {
-    x: Tensor,
-    gate_up: Tensor,
+pub struct MlpGrad {
+    pub dy: Tensor, // [T, D]
+    /// The input again, which its maker kept or made again.
+    pub x: Operand,
 }
+
+/// Those of `gate_up` and `down`.
+pub type MlpWork = [LinearWork; 2];
 
 impl Mlp {
     pub fn new(table: &mut ParamTable, config: &ModelConfig, prefix: &str, width: i64) -> Self {
         let gate_up = table.matrix(format!("{prefix}.gate_up_proj.weight"), &[2 * width, config.hidden_size], config);
         let down = table.matrix(format!("{prefix}.down_proj.weight"), &[config.hidden_size, width], config);
-        Mlp { gate_up: Linear { weight: gate_up }, down: Linear { weight: down } }
+        Mlp { gate_up: Linear { weight: gate_up }, down: Linear { weight: down }, recompute: table.recompute }
     }
 }
 
 impl Layer for Mlp {
-    type In = Tensor; // [T, D]
+    type In = Operand; // [T, D]
     type Out = Tensor; // [T, D]
-    type DOut = Tensor;
+    type DOut = MlpGrad;
     type DIn = Tensor;
-    type Saved = MlpSaved;
-    type WeightWork = [LinearWork; 2];
+    type Saved = SwigluSaved;
+    type WeightWork = MlpWork;
 
-    fn forward(&self, w: &Weights, x: Tensor) -> (Tensor, MlpSaved) {
-        let (gate_up, x) = self.gate_up.forward(w, x); // [T, 2I]
-        let (y, _) = self.down.forward(w, swiglu::forward(&gate_up, None));
-        (y, MlpSaved { x, gate_up }) // the activation is made again in backward: half the bytes
+    fn forward(&self, w: &Weights, x: Operand) -> (Tensor, SwigluSaved) {
+        let (gate_up, _) = self.gate_up.forward(w, x); // [T, 2I]
+        let (activation, saved) = swiglu::forward(w.precision, gate_up, None, self.recompute.swiglu); // [T, I]
+        (self.down.forward(w, activation).0, saved)
     }
-    fn backward_input(&self, w: &Weights, dy: Tensor, saved: MlpSaved) -> (Tensor, [LinearWork; 2]) {
-        let activation = swiglu::forward(&saved.gate_up, None); // [T, I]
-        let (dactivation, down) = self.down.backward_input(w, dy, activation);
-        let (dgate_up, _) = swiglu::backward(&dactivation, &saved.gate_up, None);
-        let (dx, up) = self.gate_up.backward_input(w, dgate_up, saved.x);
-        (dx, [up, down])
+    fn backward_input(&self, w: &Weights, MlpGrad { dy, x }: MlpGrad, saved: SwigluSaved) -> (Tensor, MlpWork) {
+        let (dactivation, dy) = x.gradient(dy).backward_input(w, self.down.weight);
+        let d = swiglu::backward(w.precision, dactivation, saved, None);
+        let (dx, dgate_up) = d.gate_up.backward_input(w, self.gate_up.weight);
+        (dx, [LinearWork { dy: dgate_up, x }, LinearWork { dy, x: d.out }])
     }
-    fn backward_weight(&self, [up, down]: [LinearWork; 2], grads: &mut Grads) {
+    fn backward_weight(&self, [up, down]: MlpWork, grads: &mut Grads) {
         self.gate_up.backward_weight(up, grads);
         self.down.backward_weight(down, grads);
     }

@@ -5,11 +5,13 @@
 //! Legend: T tokens, D hidden size, K experts a token, R rows routed here.
 use crate::block::BlockContext;
 use crate::experts::{Experts, ExpertsSaved, ExpertsWork, Routed};
-use crate::gate::{Gate, GateIn, GateSaved, GateWork};
-use crate::linear::LinearWork;
-use crate::mlp::{Mlp, MlpSaved};
+use crate::gate::{Gate, GateGrad, GateIn, GateSaved, GateWork};
+use crate::mlp::{Mlp, MlpGrad, MlpWork};
+use crate::operand::{Operand, RowCounts};
+use crate::swiglu::SwigluSaved;
 use crate::{Grads, Layer, ModelConfig, ParamTable, Weights};
 use parallel::comm::{CommError, Pending};
+use kernels::ops::quantise::Want;
 use parallel::dispatch::{DispatchGrad, Dispatched, Plan, Rows};
 use tch::Tensor;
 
@@ -24,7 +26,7 @@ pub struct MoeSaved {
     gate: GateSaved,
     plan: Plan,
     experts: ExpertsSaved,
-    shared: Option<MlpSaved>,
+    shared: Option<SwigluSaved>,
 }
 
 /// Forward, rows on their way to the experts.
@@ -46,6 +48,7 @@ pub struct MoeCombining {
 
 /// Backward, the output's gradient on its way to the experts.
 pub struct MoeBackDispatched {
+    x: Tensor,
     dy: Tensor,
     drows: Pending<Rows>,
     saved: MoeSaved,
@@ -53,15 +56,16 @@ pub struct MoeBackDispatched {
 
 /// Backward, the input's gradient on its way back.
 pub struct MoeBackCombining {
+    x: Tensor,
     dx: Pending<DispatchGrad>,
-    shared: Option<(Tensor, [LinearWork; 2])>,
+    shared: Option<(Tensor, MlpWork)>,
     gate: GateSaved,
 }
 
 /// All but the routed experts', which come a segment earlier.
 pub struct MoeWork {
     gate: GateWork,
-    shared: Option<[LinearWork; 2]>,
+    shared: Option<MlpWork>,
 }
 
 /// What the router did with this micro-batch.
@@ -80,6 +84,7 @@ impl Moe {
         }
     }
 
+    /// x [T, D]: the caller keeps it, or makes it again, for the backward.
     pub fn dispatch(&self, w: &Weights, x: Tensor, context: &BlockContext) -> Result<MoeDispatched, CommError> {
         let gate_in = GateIn { x: x.shallow_clone(), sequences: context.sequences, balance_scale: context.balance_scale };
         let (routing, gate) = self.gate.forward(w, gate_in);
@@ -92,10 +97,10 @@ impl Moe {
     pub fn compute(&self, w: &Weights, state: MoeDispatched) -> Result<MoeCombining, CommError> {
         let MoeDispatched { x, gate, plan, load, rows } = state;
         let Dispatched { rows, weights } = rows.wait()?;
-        let routed = Routed { rows: rows.into_tensor(), counts: plan.counts().to_vec(), weights };
+        let routed = Routed { counts: RowCounts::new(plan.counts().to_vec(), &x), rows: Operand::arrived(rows), weights };
         let (rows, experts) = self.experts.forward(w, routed);
         let rows = plan.combine(&rows)?;
-        let (out, shared) = self.shared.as_ref().map(|shared| shared.forward(w, x)).unzip();
+        let (out, shared) = self.shared.as_ref().map(|shared| shared.forward(w, Operand::new(w.precision, x, Want::ROWS))).unzip();
         Ok(MoeCombining { rows, shared: out, load, saved: MoeSaved { gate, plan, experts, shared } })
     }
 
@@ -105,23 +110,26 @@ impl Moe {
         Ok((y, state.load, state.saved))
     }
 
-    /// The backward of combine is a dispatch.
-    pub fn backward_dispatch(&self, dy: Tensor, saved: MoeSaved) -> Result<MoeBackDispatched, CommError> {
-        Ok(MoeBackDispatched { drows: saved.plan.combine_backward(&dy)?, dy, saved })
+    /// The backward of combine is a dispatch. `x` is forward's.
+    pub fn backward_dispatch(&self, x: Tensor, dy: Tensor, saved: MoeSaved) -> Result<MoeBackDispatched, CommError> {
+        Ok(MoeBackDispatched { x, drows: saved.plan.combine_backward(&dy)?, dy, saved })
     }
 
     pub fn backward_compute(&self, w: &Weights, state: MoeBackDispatched) -> Result<(MoeBackCombining, ExpertsWork), CommError> {
-        let MoeBackDispatched { dy, drows, saved: MoeSaved { gate, plan, experts, shared } } = state;
-        let (droutes, work) = self.experts.backward_input(w, drows.wait()?.into_tensor(), experts);
+        let MoeBackDispatched { x, dy, drows, saved: MoeSaved { gate, plan, experts, shared } } = state;
+        let (droutes, work) = self.experts.backward_input(w, Operand::arrived(drows.wait()?), experts);
         // The backward of dispatch is a combine.
         let dx = plan.dispatch_backward(&droutes.rows, &droutes.weights)?;
-        let shared = self.shared.as_ref().zip(shared).map(|(shared, saved)| shared.backward_input(w, dy, saved));
-        Ok((MoeBackCombining { dx, shared, gate }, work))
+        let shared = self.shared.as_ref().zip(shared).map(|(shared, saved)| {
+            let x = Operand::new(w.precision, x.shallow_clone(), Want::COLUMNS);
+            shared.backward_input(w, MlpGrad { dy, x }, saved)
+        });
+        Ok((MoeBackCombining { x, dx, shared, gate }, work))
     }
 
     pub fn backward_combine(&self, w: &Weights, state: MoeBackCombining) -> Result<(Tensor, MoeWork), CommError> {
         let DispatchGrad { x: mut dx, weights: dweights } = state.dx.wait()?;
-        let (dx_gate, gate) = self.gate.backward_input(w, dweights, state.gate);
+        let (dx_gate, gate) = self.gate.backward_input(w, GateGrad { dweights, x: state.x }, state.gate);
         dx += dx_gate; // combine made dx: nothing else holds it
         let (dx_shared, shared) = state.shared.unzip();
         Ok((dx_shared.map_or_else(|| dx.shallow_clone(), |dx_shared| &dx + dx_shared), MoeWork { gate, shared }))

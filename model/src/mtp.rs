@@ -8,6 +8,7 @@ use crate::embedding::{Embedding, EmbeddingWork};
 use crate::head::{HeadIn, HeadSaved, LmHead};
 use crate::linear::{Linear, LinearWork};
 use crate::norm::{NormSaved, RmsNorm};
+use crate::operand::Operand;
 use crate::{Grads, Layer, ModelConfig, ParamId, ParamTable, Weights};
 use tch::Tensor;
 
@@ -16,6 +17,7 @@ pub struct Mtp {
     embedding: Embedding,
     embedding_norm: RmsNorm,
     hidden_norm: RmsNorm,
+    /// Never in FP8.
     projection: Linear, // [D, 2D]
     pub block: Block,
     norm: RmsNorm,
@@ -27,7 +29,7 @@ pub struct MtpInSaved {
     tokens: Tensor,
     embedding_norm: NormSaved,
     hidden_norm: NormSaved,
-    joined: Tensor,
+    joined: Operand,
 }
 
 pub struct MtpOutSaved {
@@ -69,7 +71,7 @@ impl Mtp {
         let (embedded, tokens) = self.embedding.forward(w, next);
         let (embedded, embedding_norm) = self.embedding_norm.forward(w, embedded);
         let (hidden, hidden_norm) = self.hidden_norm.forward(w, hidden);
-        let (h, joined) = self.projection.forward(w, Tensor::cat(&[embedded, hidden], 1)); // [T', D]
+        let (h, joined) = self.projection.forward(w, Operand::Own(Tensor::cat(&[embedded, hidden], 1))); // [T', D]
         (h, MtpInSaved { tokens, embedding_norm, hidden_norm, joined })
     }
 

@@ -14,6 +14,13 @@ pub struct NormSaved {
     rstd: Tensor,
 }
 
+impl RmsNorm {
+    /// What forward made, bit for bit.
+    pub fn again(&self, w: &Weights, saved: &NormSaved) -> Tensor {
+        rms_norm::forward(&saved.x, w.get(self.weight), self.eps).0
+    }
+}
+
 impl Layer for RmsNorm {
     type In = Tensor; // [T, D]
     type Out = Tensor; // [T, D]

@@ -3,9 +3,12 @@
 //!
 //! Invariant: gradients accumulate (`+=`), activations are assigned.
 use crate::config::ModelConfig;
+use crate::recompute::Recompute;
 use kernels::Precision;
-use kernels::ops::linear;
+use kernels::fp8::{Blocks, ScaleRule};
+use kernels::ops::{linear, quantise};
 use parallel::comm::CommError;
+use std::cell::OnceCell;
 use std::rc::Rc;
 use tch::{Device, Kind, Tensor};
 
@@ -127,14 +130,15 @@ fn normal(key: u64, index: u64) -> f64 {
 pub struct ParamTable {
     specs: Vec<ParamSpec>,
     share: ExpertShare,
+    pub(crate) recompute: Recompute,
     /// The parameter of every layer declared since `take_uses`, shared ones once a layer.
     uses: Vec<ParamId>,
 }
 
 impl ParamTable {
-    /// A table for a rank with this share of every layer's experts.
-    pub fn new(share: ExpertShare) -> Self {
-        ParamTable { share, ..Default::default() }
+    /// A table for a rank with this share of every layer's experts, whose layers make these things again in backward.
+    pub fn new(share: ExpertShare, recompute: Recompute) -> Self {
+        ParamTable { share, recompute, ..Default::default() }
     }
     /// This rank's part of a stack of all experts' matrices, `shape` [E, O, I].
     pub fn experts(&mut self, name: impl Into<String>, shape: &[i64], config: &ModelConfig) -> ParamId {
@@ -197,7 +201,16 @@ pub struct Weights {
     pub table: Rc<ParamTable>,
     pub precision: Precision,
     tensors: Vec<Tensor>,
+    /// FP8 runs: made when a step first asks, forgotten when the weight is written.
+    blocks: Vec<OnceCell<WeightBlocks>>,
     arrivals: Vec<Arrival>,
+}
+
+/// A linear's weight [O, I], or all experts' [E, O, I], in FP8 with 128 × 128 scales.
+pub struct WeightBlocks {
+    pub plain: Blocks,
+    /// For Dgrad, which contracts over O.
+    pub transposed: Blocks,
 }
 
 /// New values on their way into some weights.
@@ -211,9 +224,23 @@ type Land = Box<dyn FnOnce(&mut Weights) -> Result<(), CommError>>;
 impl Weights {
     pub fn initial(table: Rc<ParamTable>, precision: Precision, seed: u64, device: Device) -> Self {
         let tensors = table.specs().iter().map(|spec| spec.initial(seed, spec.kind(precision)).to_device(device)).collect();
-        Weights { table, precision, tensors, arrivals: Vec::new() }
+        let blocks = table.specs().iter().map(|_| OnceCell::new()).collect();
+        Weights { table, precision, tensors, blocks, arrivals: Vec::new() }
     }
+    /// To be read only; `write` is for the rest.
     pub fn get(&self, id: ParamId) -> &Tensor {
+        &self.tensors[id.0]
+    }
+    /// Quantised once a step, however many micro-batches read it.
+    pub fn blocks(&self, id: ParamId) -> &WeightBlocks {
+        self.blocks[id.0].get_or_init(|| {
+            let (plain, transposed) = quantise::weights(self.get(id), ScaleRule::Amax);
+            WeightBlocks { plain, transposed }
+        })
+    }
+    /// The weight, to be written in place.
+    pub fn write(&mut self, id: ParamId) -> &Tensor {
+        self.blocks[id.0].take();
         &self.tensors[id.0]
     }
     /// New values of `ids` are on their way; `land` waits for them and writes them.
@@ -230,7 +257,7 @@ impl Weights {
     /// Writes `value` (any kind, the spec's shape) over the weight.
     pub fn set(&mut self, id: ParamId, value: &Tensor) {
         assert_eq!(value.size(), self.table.spec(id).shape, "shape of {}", self.table.spec(id).name);
-        self.tensors[id.0].copy_(value);
+        let _ = self.write(id).shallow_clone().copy_(value);
     }
     pub fn device(&self) -> Device {
         self.tensors[0].device()

@@ -6,14 +6,15 @@ use kernels::ops::rope::{RopeScaling, RopeTable};
 use model::config::{ModelConfig, Scoring};
 use model::embedding::Embedding;
 use model::experts::{Experts, Routed, RoutedGrad};
-use model::gate::{Gate, GateIn};
+use model::gate::{Gate, GateGrad, GateIn};
 use model::head::{HeadIn, LmHead};
 use model::linear::Linear;
-use model::mla::{Mla, MlaIn, Positions};
-use model::mlp::Mlp;
+use model::mla::{Mla, MlaGrad, MlaIn, Positions};
+use model::mlp::{Mlp, MlpGrad};
 use model::norm::RmsNorm;
+use model::operand::{Operand, RowCounts};
 use model::params::{Init, Role};
-use model::{Grads, Layer, ParamId, ParamTable, Weights};
+use model::{ExpertShare, Grads, Layer, ParamId, ParamTable, Recompute, Weights};
 use std::collections::HashMap;
 use std::rc::Rc;
 use tch::{Device, Kind, Tensor};
@@ -84,6 +85,10 @@ fn only(mut t: Vec<Tensor>) -> Tensor {
     t.pop().expect("one tensor")
 }
 
+fn own(x: Vec<Tensor>) -> Operand {
+    Operand::Own(only(x))
+}
+
 #[test]
 fn linear() {
     let mut table = ParamTable::default();
@@ -92,7 +97,7 @@ fn linear() {
         layer: Linear { weight },
         table,
         inputs: vec![random(1, &[11, 5])],
-        input: &only,
+        input: &own,
         outputs: &one,
         doutputs: &only,
         dinputs: &one,
@@ -160,22 +165,25 @@ fn silu(x: &Tensor) -> Tensor {
 #[test]
 fn dense_mlp() {
     let config = small();
-    let mut table = ParamTable::default();
-    let layer = Mlp::new(&mut table, &config, "m", 10);
-    check_layer(Case {
-        layer,
-        table,
-        inputs: vec![random(1, &[7, config.hidden_size])],
-        input: &only,
-        outputs: &one,
-        doutputs: &only,
-        dinputs: &one,
-        reference: &|x, p| {
-            let (gate, up) = (p["m.gate_up_proj.weight"].narrow(0, 0, 10), p["m.gate_up_proj.weight"].narrow(0, 10, 10));
-            let hidden = silu(&x[0].matmul(&gate.tr())) * x[0].matmul(&up.tr());
-            vec![hidden.matmul(&p["m.down_proj.weight"].tr())]
-        },
-    });
+    for swiglu in [false, true] {
+        let mut table = ParamTable::new(ExpertShare::default(), Recompute { swiglu, ..Recompute::default() });
+        let layer = Mlp::new(&mut table, &config, "m", 10);
+        let x = random(1, &[7, config.hidden_size]);
+        check_layer(Case {
+            layer,
+            table,
+            inputs: vec![x.copy()],
+            input: &own,
+            outputs: &one,
+            doutputs: &|dy| MlpGrad { dy: only(dy), x: Operand::Own(x.copy()) },
+            dinputs: &one,
+            reference: &|x, p| {
+                let (gate, up) = (p["m.gate_up_proj.weight"].narrow(0, 0, 10), p["m.gate_up_proj.weight"].narrow(0, 10, 10));
+                let hidden = silu(&x[0].matmul(&gate.tr())) * x[0].matmul(&up.tr());
+                vec![hidden.matmul(&p["m.down_proj.weight"].tr())]
+            },
+        });
+    }
 }
 
 /// Attention from its definition: each head by itself, pairs turned by complex numbers.
@@ -212,17 +220,18 @@ fn mla_reference(config: &ModelConfig, x: &Tensor, p: &Named, sequences: i64, po
     Tensor::cat(&sequences_out, 0)
 }
 
-fn check_mla(config: ModelConfig) {
-    let mut table = ParamTable::default();
+fn check_mla(config: ModelConfig, recompute: Recompute) {
+    let mut table = ParamTable::new(ExpertShare::default(), recompute);
+    let x = random(1, &[10, config.hidden_size]);
     let layer = Mla::new(&mut table, &config, "a");
     let positions = Positions::new(&config, config.rope_scaling.as_ref(), 5, F64);
     check_layer(Case {
         layer,
         table,
-        inputs: vec![random(1, &[10, config.hidden_size])],
-        input: &|x| MlaIn { x: only(x), sequences: 2, positions: positions.clone() },
+        inputs: vec![x.copy()],
+        input: &|x| MlaIn { x: own(x), sequences: 2, positions: positions.clone() },
         outputs: &one,
-        doutputs: &only,
+        doutputs: &|dy| MlaGrad { dy: only(dy), x: Operand::Own(x.copy()) },
         dinputs: &one,
         reference: &|x, p| vec![mla_reference(&config, &x[0], p, 2, &positions)],
     });
@@ -230,17 +239,20 @@ fn check_mla(config: ModelConfig) {
 
 #[test]
 fn mla_with_and_without_a_query_latent_and_yarn() {
-    check_mla(small());
-    check_mla(ModelConfig { q_lora_rank: None, ..small() });
     let yarn = RopeScaling { factor: 4.0, original_max_position_embeddings: 16, beta_fast: 32.0, beta_slow: 1.0, mscale: 1.0, mscale_all_dim: 0.7 };
-    check_mla(ModelConfig { rope_scaling: Some(yarn), ..small() });
+    for (rms_norm, mla_up_projection) in [(false, false), (false, true), (true, false), (true, true)] {
+        let recompute = Recompute { rms_norm, mla_up_projection, ..Recompute::default() };
+        check_mla(small(), recompute);
+        check_mla(ModelConfig { q_lora_rank: None, ..small() }, recompute);
+        check_mla(ModelConfig { rope_scaling: Some(yarn.clone()), ..small() }, recompute);
+    }
 }
 
 #[test]
 fn experts_with_empty_and_full_ones() {
     let config = small();
-    for counts in [vec![3, 0, 5, 1], vec![0, 0, 9, 0]] {
-        let mut table = ParamTable::default();
+    for (counts, swiglu) in [(vec![3, 0, 5, 1], true), (vec![0, 0, 9, 0], true), (vec![3, 0, 5, 1], false)] {
+        let mut table = ParamTable::new(ExpertShare::default(), Recompute { swiglu, ..Recompute::default() });
         let layer = Experts::new(&mut table, &ModelConfig { n_routed_experts: 4, ..config.clone() }, "e");
         // A matrix that no row meets has no gradient to check, so only the first case checks every matrix.
         let width = config.moe_intermediate_size;
@@ -248,9 +260,12 @@ fn experts_with_empty_and_full_ones() {
             layer,
             table,
             inputs: vec![random(1, &[9, config.hidden_size]), random(2, &[9])],
-            input: &|mut x| Routed { weights: x.pop().expect("weights"), rows: x.pop().expect("rows"), counts: counts.clone() },
+            input: &|mut x| {
+                let weights = x.pop().expect("weights");
+                Routed { counts: RowCounts::new(counts.clone(), &weights), weights, rows: own(x) }
+            },
             outputs: &one,
-            doutputs: &only,
+            doutputs: &own,
             dinputs: &|RoutedGrad { rows, weights }| vec![rows, weights],
             reference: &|x, p| {
                 let expert_of: Vec<i64> = counts.iter().enumerate().flat_map(|(e, &n)| vec![e as i64; n as usize]).collect();
@@ -311,13 +326,14 @@ fn gate_reference(config: &ModelConfig, x: &Tensor, p: &Named, sequences: i64, b
 fn check_gate(config: ModelConfig) {
     let mut table = ParamTable::default();
     let layer = Gate::new(&mut table, &config, "g");
+    let x = random(1, &[12, config.hidden_size]);
     check_layer(Case {
         layer,
         table,
-        inputs: vec![random(1, &[12, config.hidden_size])],
+        inputs: vec![x.copy()],
         input: &|x| GateIn { x: only(x), sequences: 2, balance_scale: 0.3 },
         outputs: &|out| vec![out.weights],
-        doutputs: &only,
+        doutputs: &|dweights| GateGrad { dweights: only(dweights), x: x.copy() },
         dinputs: &one,
         reference: &|x, p| gate_reference(&config, &x[0], p, 2, 0.3),
     });

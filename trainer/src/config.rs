@@ -6,7 +6,7 @@ use crate::phase::Phase;
 use anyhow::{Context, Result, bail, ensure};
 use data::Source;
 use kernels::Precision;
-use model::ModelConfig;
+use model::{ModelConfig, Recompute};
 use parallel::mesh::{Mesh, ParallelConfig};
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
@@ -19,6 +19,8 @@ pub struct RunConfig {
     pub data: DataSection,
     #[serde(default)]
     pub parallel: ParallelConfig,
+    #[serde(default)]
+    pub recompute: Recompute,
     #[serde(default)]
     pub optimizer: OptimizerSection,
     #[serde(default)]
@@ -155,6 +157,9 @@ impl RunConfig {
     /// What needs no world to be checked.
     pub fn validate(&self) -> Result<()> {
         self.model.validate()?;
+        if self.run.precision == Precision::Fp8 {
+            self.model.validate_fp8()?;
+        }
         ensure!(!self.phase.is_empty(), "[[phase]]: a run needs at least one");
         ensure!(!self.data.mixture.is_empty(), "data.mixture: a run needs at least one source");
         for (index, phase) in self.phase.iter().enumerate() {

@@ -52,11 +52,12 @@ impl Optimizer {
     pub fn step(&mut self, weights: &mut Weights, gradients: &[Tensor], clip: f64, lr: f64) {
         assert_eq!(gradients.len(), self.slots.len(), "a gradient for every shard");
         self.updates += 1;
+        let table = weights.table.clone();
         for (slot, gradient) in self.slots.iter_mut().zip(gradients) {
-            let spec: &ParamSpec = weights.table.spec(slot.shard.id);
+            let spec: &ParamSpec = table.spec(slot.shard.id);
             assert_eq!(gradient.size(), slot.master.size(), "shape of the gradient of {}", spec.name);
             let at = Step { lr, step: self.updates, clip, decay: spec.decayed() };
-            let rows = slot.shard.of(weights.get(slot.shard.id));
+            let rows = slot.shard.of(weights.write(slot.shard.id));
             let weight = (rows.kind() != slot.master.kind()).then_some(&rows); // else they are one tensor
             let state = State { master: &mut slot.master, first: &mut slot.first, second: &mut slot.second };
             self.rule.update_fused(state, gradient, &self.one, Outputs { weight, fp8: None }, at);

@@ -11,10 +11,12 @@ use crate::phase::Moment;
 use crate::pipeline::{LocalStages, Pipeline, parts};
 use crate::zero::{BUCKET_BYTES, Zero, sum_of_squares};
 use anyhow::Result;
+use kernels::Precision;
 use kernels::ops::rope::RopeScaling;
 use model::mla::Positions;
 use model::{ExpertShare, Grads, MicroBatch, ModelConfig, ParamId, ParamTable, StepContext, Weights};
 use parallel::comm::{Comm, CommError, Reduce};
+use parallel::dispatch::Wire;
 use parallel::mesh::{Groups, Mesh};
 use parallel::schedule::run::run as run_schedule;
 use parallel::schedule::{Action, Schedule};
@@ -68,8 +70,12 @@ impl Trainer {
     pub fn new(config: &RunConfig, mesh: &Mesh, world: Comm) -> Result<Self> {
         let device = device::open(config, &*world)?;
         let parts = parts(&config.model, mesh.pp, &config.parallel.layers)?;
-        let groups = Groups::new(world, mesh, config.model.num_nextn_predict_layers == 1)?;
-        let mut table = ParamTable::new(ExpertShare { rank: groups.expert.all.rank() as i64, ranks: groups.expert.all.size() as i64 });
+        let mut groups = Groups::new(world, mesh, config.model.num_nextn_predict_layers == 1)?;
+        if config.run.precision == Precision::Fp8 {
+            groups.expert = groups.expert.with_wire(Wire::Fp8);
+        }
+        let share = ExpertShare { rank: groups.expert.all.rank() as i64, ranks: groups.expert.all.size() as i64 };
+        let mut table = ParamTable::new(share, config.recompute);
         let stages = LocalStages::new(&mut table, &config.model, &parts, mesh, groups.world.rank());
         let weights = Weights::initial(Rc::new(table), config.run.precision, config.run.seed, device);
         let zero = Zero::new(&groups, &weights, BUCKET_BYTES)?;

@@ -233,7 +233,7 @@ impl Bucket {
     /// The others' rows of `whole` [N, width] into the weights.
     fn unpack(&self, layout: &Layout, whole: &Tensor, weights: &mut Weights) {
         for run in layout.runs.iter().filter(|run| run.owner != self.rank) {
-            run.shard.of(weights.get(run.shard.id)).view(-1).copy_(&run.within(&whole.get(run.owner as i64)));
+            run.shard.of(weights.write(run.shard.id)).view(-1).copy_(&run.within(&whole.get(run.owner as i64)));
         }
     }
 }

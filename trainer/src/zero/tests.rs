@@ -20,7 +20,7 @@ impl Dice {
 /// Ten parameters of every role and of random shapes; experts as this rank's share of `ep`.
 fn table(seed: u64, share: ExpertShare) -> Rc<ParamTable> {
     let mut dice = Dice(seed);
-    let mut table = ParamTable::new(share);
+    let mut table = ParamTable::new(share, Default::default());
     let normal = Init::Normal { std: 1.0 };
     let config =
         model::ModelConfig { initializer_range: 1.0, ..toml::from_str(include_str!("../../../configs/model/tiny.toml")).expect("a model") };
