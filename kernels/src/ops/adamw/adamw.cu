@@ -76,7 +76,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 
 // The same for [matrices, R, C], with blocks of the new master and of its transpose.
 extern "C" __global__ void __launch_bounds__(THREADS, 2)
-    adamw_blocks(float* master, moment* first, moment* second, const float* gradient, u16* weight, const float* clip_at,
+    adamw_blocks(float* master, moment* first, moment* second, const float* gradient, u16* weight, const float* clip_at, float clip_by,
                  float beta1, float beta2, float eps, float decay, float step_size, float correction, u8* values,
                  float* scales, u8* transposed, float* scales_transposed, int R, int C) {
   __shared__ Scratch scratch;
