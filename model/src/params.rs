@@ -98,7 +98,13 @@ impl ParamSpec {
             Init::Normal { std } => {
                 let key = name_key(seed, &self.name);
                 let first = (self.start * self.shape[1..].iter().product::<i64>()) as u64;
-                let values: Vec<f32> = (first..first + self.numel() as u64).map(|i| (normal(key, i) * std) as f32).collect();
+                let mut values = vec![0f32; self.numel() as usize];
+                let each = (values.len() / std::thread::available_parallelism().map_or(1, |cores| cores.get())).max(1 << 20);
+                std::thread::scope(|scope| {
+                    for (piece, start) in values.chunks_mut(each).zip((first..).step_by(each)) {
+                        scope.spawn(move || piece.iter_mut().zip(start..).for_each(|(value, i)| *value = (normal(key, i) * std) as f32));
+                    }
+                });
                 Tensor::from_slice(&values).reshape(&self.shape).to_kind(kind)
             }
         }

@@ -15,8 +15,11 @@ fn gpu(test: &str) -> Option<()> {
     }
 }
 
-/// Widths and a length for which attention goes through cuDNN in BF16.
-const WIDE: [&str; 7] = [
+/// Widths and a length for which BF16 attention goes through cuDNN, and FP8 through our kernels.
+const WIDE: [&str; 10] = [
+    "model.kv_lora_rank=16",
+    "model.intermediate_size=128",
+    "model.moe_intermediate_size=128",
     "model.qk_nope_head_dim=16",
     "model.qk_rope_head_dim=16",
     "model.v_head_dim=32",
@@ -66,7 +69,7 @@ fn without_a_gpu_the_run_says_what_it_looked_for() {
 #[test]
 fn the_first_losses_are_the_cpus() {
     let Some(()) = gpu("the_first_losses_are_the_cpus") else { return };
-    for (precision, limit) in [("f64", 1e-9), ("f32", 1e-5), ("bf16", 1e-2)] {
+    for (precision, limit) in [("f64", 1e-9), ("f32", 1e-5), ("bf16", 1e-2), ("fp8", 1e-2)] {
         let precision_set = format!("run.precision={precision}");
         let on = |device: &str| {
             let run = run(&format!("{precision}-{device}"), &[&precision_set, &format!("run.device={device}")]);
@@ -83,22 +86,22 @@ fn the_first_losses_are_the_cpus() {
 #[test]
 fn a_deterministic_run_repeats_and_resumes_bit_for_bit() {
     let Some(()) = gpu("a_deterministic_run_repeats_and_resumes_bit_for_bit") else { return };
-    for moments in ["f32", "bf16"] {
-        let moments_set = format!("optimizer.moments={moments}");
-        let set = ["run.device=cuda", "run.precision=bf16", "run.deterministic=true", &moments_set];
-        let named = |name: &str| run(&format!("{name}-{moments}"), &set);
+    for (precision, moments) in [("bf16", "f32"), ("bf16", "bf16"), ("fp8", "bf16")] {
+        let (precision_set, moments_set) = (format!("run.precision={precision}"), format!("optimizer.moments={moments}"));
+        let set = ["run.device=cuda", &precision_set, "run.deterministic=true", &moments_set];
+        let named = |name: &str| run(&format!("{name}-{precision}-{moments}"), &set);
         let (whole, again, parts) = (named("whole"), named("again"), named("parts"));
         train(&whole, 10, 75);
         train(&again, 10, 75);
         train(&parts, 5, 75);
         start(&["resume".into(), parts.dir().display().to_string(), "--stop-after".into(), "10".into()], 75);
         for other in [&again, &parts] {
-            assert_eq!(other.series("loss"), whole.series("loss"), "{moments}");
-            assert_eq!(other.series("grad_norm"), whole.series("grad_norm"), "{moments}");
+            assert_eq!(other.series("loss"), whole.series("loss"), "{precision}, {moments}");
+            assert_eq!(other.series("grad_norm"), whole.series("grad_norm"), "{precision}, {moments}");
             let (a, b) = (other.state(), whole.state());
-            assert!(a.iter().all(|(name, tensor)| tensor.equal(&b[name])), "weights or moments differ, {moments}");
+            assert!(a.iter().all(|(name, tensor)| tensor.equal(&b[name])), "weights or moments differ, {precision}, {moments}");
         }
-        println!("moments {moments}: two runs of 10 steps, and one of 5 + 5, are bit-equal: {:.6?}", whole.series("loss"));
+        println!("{precision}, moments {moments}: two runs of 10 steps, and one of 5 + 5, are bit-equal: {:.6?}", whole.series("loss"));
     }
 }
 
