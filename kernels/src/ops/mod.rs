@@ -1,6 +1,7 @@
 //! One module an op: a host entry that asserts shapes, and the CPU reference every device is held to.
 pub mod adamw;
 pub mod attention;
+pub mod checksum;
 pub mod cross_entropy;
 pub mod embedding;
 pub mod gemm_fp8;
