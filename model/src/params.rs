@@ -358,6 +358,18 @@ mod tests {
     use super::*;
 
     #[test]
+    fn a_weight_is_quantised_once_until_it_is_written() {
+        let mut table = ParamTable::default();
+        let id = table.add("w", &[16, 32], Init::Normal { std: 0.5 }, Role::Matrix);
+        let mut weights = Weights::initial(Rc::new(table), Precision::Fp8, 1, Device::Cpu);
+        let value = |weights: &Weights| (weights.blocks(id).plain.values.data_ptr(), weights.blocks(id).plain.dequantise(Kind::Float));
+        let (place, before) = value(&weights);
+        assert_eq!(value(&weights).0, place, "made once for all micro-batches");
+        weights.set(id, &(&before * 2.0));
+        assert!(value(&weights).1.equal(&(before * 2.0)), "and again of the new values");
+    }
+
+    #[test]
     fn initial_values_depend_on_seed_and_name_and_look_normal() {
         let spec = |name: &str| ParamSpec { name: name.into(), shape: vec![100, 200], init: Init::Normal { std: 0.5 }, role: Role::Matrix, start: 0, total: 100 };
         let a = spec("a").initial(1, Kind::Double);

@@ -46,6 +46,7 @@ fn values_that_do_not_fit_together_are_refused_with_their_numbers() {
     refused(&Run::new("vocab", &["model.vocab_size=100"]).train_args(), &["512", "model.vocab_size is 100"]);
     let text = mpirun(2, &Run::new("dp-mpi", &["parallel.dp=3"]).train_args(), 1);
     assert!(text.contains("world size 2 ≠ pp 1 × dp 3 = 3"), "{text}");
+    refused(&Run::new("fp8", &["run.precision=fp8"]).train_args(), &["model.kv_lora_rank = 12", "multiple of 16 where run.precision = \"fp8\""]);
     refused(&Run::new("ep", &["parallel.ep=2"]).train_args(), &["dp 1 does not divide by ep 2"]);
 }
 

@@ -16,13 +16,18 @@ const BATCH: usize = 16;
 const LENGTH: i64 = 12;
 
 /// (pp, dp, ep, schedule, sequences of a micro-batch, other settings)
-type Layout = (usize, usize, usize, &'static str, usize, &'static [&'static str]);
+pub type Layout = (usize, usize, usize, &'static str, usize, &'static [&'static str]);
 
 const UNEVEN: &[&str] = &["parallel.layers=[1, 4]"];
 const LAST_EMPTY: &[&str] = &["parallel.layers=[2, 2, 1, 0]"];
 const FIRST_EMPTY: &[&str] = &["parallel.layers=[0, 1, 3, 1]"];
 const TWO_A_NODE: &[&str] = &["parallel.ranks_per_node=2"];
 const ONE_A_NODE: &[&str] = &["parallel.ranks_per_node=1"];
+
+/// Everything that can be made again is, and nothing is.
+const AGAIN: &[&str] = &["recompute.rms_norm=true", "recompute.mla_up_projection=true"];
+const KEPT: &[&str] = &["recompute.swiglu=false"];
+const AGAIN_TWO_A_NODE: &[&str] = &["recompute.rms_norm=true", "recompute.mla_up_projection=true", "parallel.ranks_per_node=2"];
 
 const LAYOUTS: &[Layout] = &[
     (1, 1, 1, "gpipe", 1, &[]),
@@ -59,18 +64,22 @@ const LAYOUTS: &[Layout] = &[
     (4, 2, 1, "dualpipe", 1, TWO_A_NODE),
     // Too few micro-batches for DualPipe: ZB1P on one copy, the other's gradients are zero.
     (4, 2, 2, "dualpipe", 2, LAST_EMPTY),
+    (1, 1, 1, "paired", 2, AGAIN),
+    (1, 4, 4, "paired", 1, AGAIN_TWO_A_NODE),
+    (2, 2, 2, "dualpipe", 1, AGAIN),
+    (2, 2, 2, "zb1p", 2, KEPT),
 ];
 
 /// What a step found before its update: losses and counts, and every gradient, whole, by name.
-struct Found {
-    losses: Vec<f64>,
-    gradients: BTreeMap<String, Tensor>,
+pub struct Found {
+    pub losses: Vec<f64>,
+    pub gradients: BTreeMap<String, Tensor>,
 }
 
 /// One rank's: (name, first row, rows of the whole, the part).
 type Part = (String, i64, i64, Tensor);
 
-fn find(run: &Run, (pp, dp, ep, schedule, size, _): Layout) -> Found {
+pub fn find(run: &Run, (pp, dp, ep, schedule, size, _): Layout) -> Found {
     let config = run.config();
     let plan = Plan::new(&config.phase, &config.data.mixture);
     let one_rank = |world: Comm| -> (Vec<f64>, Vec<Part>) {
@@ -118,11 +127,37 @@ fn find(run: &Run, (pp, dp, ep, schedule, size, _): Layout) -> Found {
     Found { losses: ranks[0].0.clone(), gradients: gradients.into_iter().map(whole).collect() }
 }
 
-fn run(name: &str, precision: &str, (pp, dp, ep, schedule, size, more): Layout) -> Run {
+/// Bit for bit: what is made again is what was not kept.
+#[test]
+fn recomputation_changes_nothing() {
+    const UP: &[&str] = &["recompute.mla_up_projection=true"];
+    const NORMS: &[&str] = &["recompute.rms_norm=true"];
+    for precision in ["f64", "bf16", "fp8"] {
+        let of = |more| {
+            let layout: Layout = (1, 1, 1, "1f1b", 4, more);
+            find(&run("recompute", precision, layout), layout)
+        };
+        // An FP8 run keeps SwiGLU's input in FP8, so there its output made again is another.
+        let kept = of(if precision == "fp8" { &[] } else { KEPT });
+        for more in [AGAIN, UP, NORMS] {
+            let again = of(more);
+            assert_eq!(again.losses, kept.losses, "{precision}, {more:?}");
+            for (name, gradient) in &again.gradients {
+                assert!(gradient.equal(&kept.gradients[name]), "{precision}, {more:?}: the gradient of {name} differs");
+            }
+        }
+    }
+}
+
+pub fn run(name: &str, precision: &str, (pp, dp, ep, schedule, size, more): Layout) -> Run {
     let mut set = vec![format!("run.precision={precision}"), "model.num_hidden_layers=5".into(), format!("phase.0.sequence_length={LENGTH}")];
     set.extend([format!("phase.0.batch={BATCH}"), format!("phase.0.micro_batch={size}"), "phase.0.balance_weight=0.01".into()]);
     set.extend([format!("parallel.pp={pp}"), format!("parallel.dp={dp}"), format!("parallel.ep={ep}"), format!("parallel.schedule={schedule}")]);
     set.extend(["phase.1.batch=16".into(), "phase.1.micro_batch=1".into()]);
+    if precision == "fp8" {
+        // Rows of FP8 are multiples of 16.
+        set.extend(["kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"].map(|key| format!("model.{key}=16")));
+    }
     set.extend(more.iter().map(|text| text.to_string()));
     Run::new(name, &set.iter().map(String::as_str).collect::<Vec<_>>())
 }

@@ -7,7 +7,7 @@ use meter::{Meter, Meters, metered};
 use model::MicroBatch;
 use parallel::comm::local::run_local;
 use parallel::dispatch::bytes::{count_bytes, row_bytes, rows_sent};
-use parallel::dispatch::{Plan as DispatchPlan, Rows, Wire};
+use parallel::dispatch::{Plan as DispatchPlan, Rows};
 use parallel::mesh::Mesh;
 use serde_json::json;
 use std::path::PathBuf;
@@ -165,7 +165,7 @@ fn dispatch_bytes(trainer: &Trainer, meters: &Meters, tokens: i64) -> Result<([u
     let listed = |rank: usize| routes(rank).chunk(tokens, 0).iter().map(|row| Vec::<i64>::try_from(row.view([-1])).expect("i64")).collect();
     let rows = rows_sent(&(0..ranks).map(listed).collect::<Vec<Vec<Vec<i64>>>>(), experts, &nodes)[rank];
     let (kind, master) = (trainer.weights.precision.compute(), trainer.weights.precision.master());
-    let row = row_bytes(Wire::Own, width, kind, top_k, master);
+    let row = row_bytes(group.wire(), width, kind, top_k, master);
     let peers = |inside: bool| (0..ranks).filter(|&r| r != rank && (nodes[r] == nodes[rank]) == inside).count() as u64;
     let formula = |outward: u64, inward: u64, peers: u64| {
         outward * (row.dispatch + row.combine_backward)

@@ -40,6 +40,10 @@ impl ExpertGroup {
         ExpertGroup { wire, ..self }
     }
 
+    pub fn wire(&self) -> Wire {
+        self.wire
+    }
+
     /// The groups that a row crosses, outermost first; none for a group of one.
     pub(super) fn hops(&self) -> &[Comm] {
         &self.hops
