@@ -2,6 +2,8 @@
 # Every figure that the README quotes: scripts/bench.sh NAME [--json FILE] [--rounds N] [--threads N]
 #   gpu [forward] [wgrad] [grouped] [passes] [sweep]   on one H100: our kernels, cuBLASLt beside each in the same run,
 #                and then what a PyTorch user has (benches/rivals/gemm.py, passes_gpu.py); card and clocks are printed
+#   gpu-step     a training step of V3's widths on one H100, ours in BF16 and FP8 beside torchtitan's, compiled, in one run:
+#                times, memory, and the kernels that the milliseconds go to
 #   train-cpu    our training step and transformers', same model, batch, threads and machine, in turn
 #   parallel-cpu layouts of 1 to 8 ranks (threads): step time, bytes by axis, share of communication, peak memory,
 #                MoE dispatch's bytes over their formula, and how much of the transfers a paired step hides
@@ -39,13 +41,20 @@ data | data-index | prepare)
     what=${name#data-}
     .deps/bench-venv/bin/python benches/data.py "${what/#data/read}" "$@"
     ;;
-gpu)
+gpu | gpu-step)
     python=${TIEFSEE_PYTHON:-python3} # one whose torch has CUDA; libtorch is taken from there
     torch=$("$python" -c 'import os, torch; assert torch.cuda.is_available(), "no GPU"; print(os.path.dirname(torch.__file__))')
     export LD_LIBRARY_PATH="$torch/lib:$(dirname "$torch")/nvidia/cu13/lib${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}"
     clocks() { nvidia-smi --query-gpu=name,driver_version,clocks.sm,clocks.mem,power.draw,power.limit,temperature.gpu --format=csv; }
     clocks
     # A machine with a GPU may have no Rust: a program built elsewhere can be named.
+    if [ "$name" = gpu-step ]; then
+        tiefsee=${TIEFSEE:-"cargo run --release --quiet -p trainer --"}
+        "$python" benches/gpu_step.py --ours "$tiefsee bench --gpu --config configs/run/bench-gpu.toml" \
+            --rival "$python benches/rivals/step_gpu.py" "$@"
+        clocks
+        exit
+    fi
     ours=${TIEFSEE_BENCH_GPU:-"cargo run --release --quiet -p kernels --example bench_gpu --"}
     $ours "$@"
     clocks

@@ -33,6 +33,7 @@ def build(config, length, fp8):
         q_lora_rank=config["q_lora_rank"], kv_lora_rank=config["kv_lora_rank"], qk_nope_head_dim=config["qk_nope_head_dim"],
         qk_rope_head_dim=config["qk_rope_head_dim"], v_head_dim=config["v_head_dim"],
     )
+    args.moe_impl = "standard"  # 0.2.2 reads it and does not declare it
     with torch.device("cuda"):
         model = DeepSeekV3Model(args)
     with torch.no_grad():

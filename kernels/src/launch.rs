@@ -150,7 +150,10 @@ fn encode(tensor: &Tensor, boxes: &[usize], swizzle: sys::CUtensorMapSwizzle) ->
     // The engine counts from the innermost dimension. The encoding refuses one without elements; a kernel that gets such
     // a tensor never reads it.
     let dims: Vec<u64> = tensor.size().iter().rev().map(|&n| n.max(1) as u64).collect();
-    let strides: Vec<u64> = tensor.stride().iter().rev().map(|&n| n as u64 * element).collect();
+    // A dimension of one has no stride of its own: torch may say anything.
+    let stride = |(&n, &stride): (&u64, &i64)| if n > 1 { stride as u64 * element } else { (element * n).next_multiple_of(16) };
+    let mut strides: Vec<u64> = dims.iter().zip(tensor.stride().iter().rev()).map(stride).collect();
+    strides[0] = tensor.stride().last().map_or(0, |&n| n as u64 * element);
     let boxes: Vec<u32> = boxes.iter().rev().map(|&n| n as u32).collect();
     assert_eq!(dims.len(), boxes.len(), "boxes of {:?}", tensor.size());
     assert_eq!(strides[0], element, "the copy engine reads rows");

@@ -1,7 +1,8 @@
 //! What tch has no call for, through a few lines of C++ (`shim/shim.cpp`, built against libtorch's headers): attention
-//! that returns its log-sum-exp, and what torch's allocator holds.
+//! that returns its log-sum-exp, what torch's allocator holds, and a trace of what a GPU does.
 #![allow(unsafe_code)]
-use std::ffi::{CStr, c_char, c_int};
+use std::ffi::{CStr, CString, c_char, c_int};
+use std::path::Path;
 use tch::{Device, Tensor};
 use torch_sys::C_tensor;
 
@@ -20,6 +21,8 @@ unsafe extern "C" {
     ) -> *const c_char;
     fn tiefsee_memory(device: c_int, bytes: *mut i64) -> *const c_char;
     fn tiefsee_reset_peak(device: c_int) -> *const c_char;
+    fn tiefsee_profile_start() -> *const c_char;
+    fn tiefsee_profile_stop(path: *const c_char) -> *const c_char;
 }
 
 /// Bytes that torch's allocator has given out and holds.
@@ -76,4 +79,15 @@ pub fn memory(device: Device) -> Result<Memory, TorchError> {
 pub fn reset_peak(device: Device) -> Result<(), TorchError> {
     // SAFETY: only numbers go in.
     check(unsafe { tiefsee_reset_peak(index(device)) })
+}
+
+/// Runs `work` and writes what the GPU did meanwhile to `path`, as a Chrome trace. `work` ends with a synchronisation.
+pub fn profile<R>(path: &Path, work: impl FnOnce() -> R) -> Result<R, TorchError> {
+    let path = CString::new(path.as_os_str().as_encoded_bytes()).expect("a path has no zero byte");
+    // SAFETY: nothing goes in.
+    check(unsafe { tiefsee_profile_start() })?;
+    let result = work();
+    // SAFETY: a zero-terminated path.
+    check(unsafe { tiefsee_profile_stop(path.as_ptr()) })?;
+    Ok(result)
 }

@@ -263,10 +263,16 @@ impl Weights {
     /// Writes `value` (any kind, the spec's shape) over the weight.
     pub fn set(&mut self, id: ParamId, value: &Tensor) {
         assert_eq!(value.size(), self.table.spec(id).shape, "shape of {}", self.table.spec(id).name);
-        let _ = self.write(id).shallow_clone().copy_(value);
+        self.write(id).shallow_clone().copy_(value);
     }
     pub fn device(&self) -> Device {
         self.tensors[0].device()
+    }
+    /// All that it holds, blocks too.
+    pub fn bytes(&self) -> i64 {
+        let of = |tensor: &Tensor| tensor.numel() as i64 * tensor.kind().elt_size_in_bytes() as i64;
+        let blocks = self.blocks.iter().filter_map(OnceCell::get).flat_map(|both| [&both.plain, &both.transposed]);
+        self.tensors.iter().map(of).sum::<i64>() + blocks.map(|blocks| of(&blocks.values) + of(&blocks.scales)).sum::<i64>()
     }
 }
 

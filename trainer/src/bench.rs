@@ -18,6 +18,7 @@ use trainer::RunConfig;
 use trainer::phase::{Moment, Plan};
 use trainer::step::Trainer;
 
+mod gpu;
 mod meter;
 mod overlap;
 
@@ -40,12 +41,21 @@ pub struct Args {
     /// Instead: how much of the transfers of a paired step is hidden under its computation.
     #[arg(long)]
     overlap: bool,
+    /// Instead: one rank on a GPU, with its memory.
+    #[arg(long)]
+    gpu: bool,
+    /// With --gpu: write a Chrome trace of one step here.
+    #[arg(long, requires = "gpu")]
+    trace: Option<PathBuf>,
 }
 
 pub fn run(args: &Args) -> Result<()> {
     let config = RunConfig::load(&args.config, &args.set)?;
     if args.overlap {
         return overlap::run(args, &config);
+    }
+    if args.gpu {
+        return gpu::run(args, &config);
     }
     let mesh = config.mesh(&vec![0; args.ranks])?;
     let ranks = run_local(args.ranks, |world| one_rank(&config, &mesh, world, args.steps));

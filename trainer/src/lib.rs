@@ -6,6 +6,7 @@ pub mod coordinator;
 pub mod device;
 pub mod ema;
 pub mod guard;
+pub mod memory;
 pub mod metrics;
 pub mod optimizer;
 pub mod phase;

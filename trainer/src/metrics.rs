@@ -1,5 +1,6 @@
 //! What a run says of itself: JSONL on every rank; on rank 0 TensorBoard scalars, one line a step, and a bar where
 //! the output is a terminal.
+use crate::memory::MemoryReport;
 use anyhow::{Context, Result};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
@@ -29,6 +30,9 @@ pub struct StepLine {
     /// First and last sample of the global batch, in sample order `order`.
     pub order: u64,
     pub samples: [u64; 2],
+    /// What a checkpoint held the run up before this step.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub save_stall_ms: Option<f64>,
 }
 
 #[derive(Clone, Debug, Serialize)]
@@ -82,8 +86,9 @@ impl Metrics {
         scalar("tokens_per_s", line.tokens_per_s);
         let mtp = line.mtp_loss.map(|mtp| format!(" | mtp {mtp:.4}")).unwrap_or_default();
         let skipped = if line.applied { "" } else { " | SKIPPED" };
+        let stall = line.save_stall_ms.map(|ms| format!(" | save stall {ms:.0} ms")).unwrap_or_default();
         front.say(&format!(
-            "step {}/{} | loss {:.4}{mtp} | norm {:.3} | lr {:.2e} | load {:.2} | {:.0} ms | {} tok/s{skipped}",
+            "step {}/{} | loss {:.4}{mtp} | norm {:.3} | lr {:.2e} | load {:.2} | {:.0} ms | {} tok/s{stall}{skipped}",
             line.step, front.total_steps, line.loss, line.grad_norm, line.lr, line.load_max, line.step_ms, short(line.tokens_per_s)
         ));
         front.bar.set_position(line.step);
@@ -97,6 +102,16 @@ impl Metrics {
             front.say(&format!("step {}/{} | validation loss {:.4}", line.step, front.total_steps, line.validation_loss));
         }
         Ok(())
+    }
+
+    /// Of rank 0's GPU.
+    pub fn memory(&mut self, step: u64, report: &MemoryReport) {
+        let Some(front) = &mut self.front else { return };
+        let MemoryReport { weights, gradients, optimizer, activations, peak, reserved, .. } = *report;
+        let named = [("weights", weights), ("gradients", gradients), ("optimizer", optimizer), ("activations", activations), ("peak", peak), ("reserved", reserved)];
+        for (name, bytes) in named {
+            front.tensorboard.add_scalar(&format!("memory/{name}_gib"), bytes as f32 / (1u64 << 30) as f32, step as usize);
+        }
     }
 
     /// A line for people, on rank 0.

@@ -1,5 +1,5 @@
 //! A run from its first step (or its newest checkpoint) to its last.
-use crate::checkpoint::{self, Cursor, Manifest, Progress, Reader};
+use crate::checkpoint::{self, Cursor, Manifest, Progress, Reader, Retention, Saved, Saver};
 use crate::config::RunConfig;
 use crate::coordinator::{StopSignal, agree, all_or_none, gather_layout, nodes};
 use crate::device;
@@ -12,7 +12,7 @@ use anyhow::{Context, Result, bail, ensure};
 use data::{Loader, LoaderOptions, OrderSpec, Sample, Source, Split};
 use kernels::ops::rope::RopeScaling;
 use model::{MicroBatch, ModelConfig};
-use parallel::comm::{Comm, barrier, broadcast_bytes};
+use parallel::comm::{Comm, barrier};
 use parallel::mesh::Mesh;
 use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
@@ -39,10 +39,15 @@ struct Run<'a> {
     corpus: Corpus,
     metrics: Metrics,
     state: State,
+    saver: Saver,
+    /// The newest whole one.
     last_checkpoint: Option<(u64, PathBuf)>,
+    /// What the newest save held the run up, until a step's line has said it.
+    stall_ms: Option<f64>,
     validated: Option<u64>,
     /// Of the newest step's phase: what an export must say.
     rope_scaling: Option<RopeScaling>,
+    memory_said: bool,
 }
 
 /// What a checkpoint remembers beside the tensors.
@@ -77,7 +82,7 @@ pub fn train(config: &RunConfig, world: Comm, start: Start, stop: &StopSignal) -
     let ready = if world.rank() == 0 && start == Start::Fresh { prepare_dir(config) } else { Ok(()) };
     all_or_none(&*world, ready)?;
     let metrics = all_or_none(&*world, Metrics::open(&config.run.dir, world.rank(), state.step, plan.num_steps()))?;
-    let mut run = Run { config, plan, world, trainer, corpus, metrics, state, last_checkpoint, validated: None, rope_scaling: config.model.rope_scaling.clone() };
+    let mut run = Run { config, plan, world, trainer, corpus, metrics, state, last_checkpoint, validated: None, rope_scaling: config.model.rope_scaling.clone(), memory_said: false };
     run.announce(start, &[notes, schedules].concat())?;
     let finished = run.steps(stop)?;
     run.finish(finished)
@@ -152,11 +157,9 @@ fn restore(config: &RunConfig, world: &Comm, start: Start, trainer: &mut Trainer
         return Ok((State::default(), None, Vec::new()));
     }
     let dir = &config.run.dir;
-    // Rank 0 reads every byte once and decides for all.
-    let found = all_or_none(&**world, if world.rank() == 0 { checkpoint::newest_whole(dir) } else { Ok((None, Vec::new())) })?;
-    let found: (Option<PathBuf>, Vec<String>) = serde_json::from_slice(&broadcast_bytes(&**world, &serde_json::to_vec(&found)?, 0)?)?;
-    let (Some(path), mut notes) = found else {
-        bail!("{} holds no whole checkpoint to resume from{}", dir.display(), found.1.iter().map(|note| format!("\n  {note}")).collect::<String>());
+    let (found, mut notes) = checkpoint::newest_whole(&**world, dir)?;
+    let Some(path) = found else {
+        bail!("{} holds no whole checkpoint to resume from{}", dir.display(), notes.iter().map(|note| format!("\n  {note}")).collect::<String>());
     };
     let mut reader = all_or_none(&**world, Reader::open(&path))?;
     all_or_none(&**world, trainer.load_all(&mut reader))?;
@@ -220,7 +223,10 @@ impl Run<'_> {
             self.state.cursor.next += moment.batch;
             let seconds = self.take_time(&mut mark);
             self.record(&report, (tokens, seconds, moment.lr), [first, first + moment.batch - 1])?;
+            self.report_memory()?;
             self.judge(&report, moment.batch)?;
+            let ended = self.saver.poll(&*self.world)?;
+            self.saved(ended);
             if self.due(self.config.validation.every) {
                 self.validate(&mut mark)?;
             }
@@ -295,8 +301,19 @@ impl Run<'_> {
             applied: report.applied(),
             order: self.state.cursor.order,
             samples,
+            save_stall_ms: self.stall_ms.take(),
         };
         self.metrics.step(&line)
+    }
+
+    /// On a GPU; for people once, when the first step has shown the peak.
+    fn report_memory(&mut self) -> Result<()> {
+        let Some(report) = self.trainer.memory()? else { return Ok(()) };
+        self.metrics.memory(self.state.step, &report);
+        if !std::mem::replace(&mut self.memory_said, true) {
+            self.metrics.say(&report.to_string());
+        }
+        Ok(())
     }
 
     fn judge(&mut self, report: &StepReport, batch: u64) -> Result<()> {
@@ -306,7 +323,7 @@ impl Run<'_> {
         let samples = format!("samples {} to {} of order {}", next - batch, next - 1, self.state.cursor.order);
         self.metrics.say(&format!("step {}: {reason}; the update was skipped ({samples})", self.state.step));
         if self.trainer.guard.gives_up() {
-            self.save()?;
+            self.save_whole()?;
             let skipped = self.trainer.guard.state.in_a_row;
             bail!("{skipped} steps in a row were skipped, the last because {reason}: stopped, with a checkpoint at step {}", self.state.step);
         }
@@ -334,9 +351,40 @@ impl Run<'_> {
         let model = ModelConfig { rope_scaling: self.rope_scaling.clone(), ..head.model.clone() };
         let progress = Progress { guard: self.trainer.guard.state.clone(), ..progress };
         let head = Manifest { step, tokens, cursor, progress, model, corpus: self.corpus.fingerprint(), ..head };
-        let path = checkpoint::save(&*self.world, &self.config.run.dir, head, self.trainer.state(), self.config.checkpoint.keep_last)?;
-        self.metrics.say(&format!("checkpoint {}", path.display()));
-        self.last_checkpoint = Some((step, path));
+        let start = Instant::now();
+        let ended = self.saver.begin(&*self.world, head, self.trainer.state())?;
+        self.stall_ms = Some(start.elapsed().as_secs_f64() * 1e3);
+        self.saved(ended);
+        Ok(())
+    }
+
+    /// A failed save is no end of the run: the one before stays, and the next may go well.
+    fn saved(&mut self, ended: Option<Saved>) {
+        match ended {
+            Some(Saved { step, path, seconds, outcome: Ok(()) }) => {
+                self.metrics.say(&format!("checkpoint {} | written in {seconds:.1} s", path.display()));
+                self.last_checkpoint = Some((step, path));
+            }
+            Some(Saved { path, outcome: Err(error), .. }) => {
+                let newest = self.last_checkpoint.as_ref().map_or("there is none yet".into(), |(_, path)| format!("the newest whole one is {}", path.display()));
+                self.metrics.say(&format!("checkpoint {} was NOT written: {error}; {newest}", path.display()));
+            }
+            None => {}
+        }
+    }
+
+    /// A checkpoint of this very step, on the disk when it returns.
+    fn save_whole(&mut self) -> Result<()> {
+        let step = self.state.step;
+        let whole = |run: &Self| run.last_checkpoint.as_ref().is_some_and(|(at, _)| *at == step);
+        let ended = self.saver.wait(&*self.world)?;
+        self.saved(ended);
+        if !whole(self) {
+            self.save()?;
+            let ended = self.saver.wait(&*self.world)?;
+            self.saved(ended);
+        }
+        ensure!(whole(self), "there is no checkpoint of step {step}: see above");
         Ok(())
     }
 
@@ -344,9 +392,7 @@ impl Run<'_> {
         if finished && self.validated != Some(self.state.step) {
             self.validate(&mut Instant::now())?;
         }
-        if self.last_checkpoint.as_ref().is_none_or(|(step, _)| *step != self.state.step) {
-            self.save()?;
-        }
+        self.save_whole()?;
         let progress = &self.state.progress;
         let summary = Summary {
             steps: self.state.step,

@@ -1,9 +1,11 @@
-// What tch has no call for, over libtorch's own dispatcher: attention that returns its log-sum-exp, and the allocator's
-// statistics. Needs no CUDA header and links to no CUDA library: libtorch_cuda registers itself when it is loaded.
+// What tch has no call for, over libtorch's own dispatcher: attention that returns its log-sum-exp, the allocator's
+// statistics, and a trace of what the device does. Needs no CUDA header and links to no CUDA library: libtorch_cuda registers itself when it is loaded.
 // Every function returns null, or the text of the error, which lives until the thread's next call.
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/_scaled_dot_product_cudnn_attention.h>
 #include <c10/core/CachingDeviceAllocator.h>
+#include <torch/csrc/autograd/profiler_kineto.h>
+#include <set>
 #include <string>
 
 static thread_local std::string error;
@@ -46,5 +48,20 @@ const char* tiefsee_memory(int device, int64_t* bytes) {
 
 const char* tiefsee_reset_peak(int device) {
   return guarded([&] { c10::getDeviceAllocator(c10::DeviceType::CUDA)->resetPeakStats((c10::DeviceIndex)device); });
+}
+
+// Everything the device does from here to tiefsee_profile_stop, which writes it as a Chrome trace.
+const char* tiefsee_profile_start() {
+  return guarded([] {
+    using namespace torch::profiler::impl;
+    const ProfilerConfig config(ProfilerState::KINETO);
+    const std::set<ActivityType> activities{ActivityType::CUDA};
+    torch::autograd::profiler::prepareProfiler(config, activities);
+    torch::autograd::profiler::enableProfiler(config, activities);
+  });
+}
+
+const char* tiefsee_profile_stop(const char* path) {
+  return guarded([&] { torch::autograd::profiler::disableProfiler()->save(path); });
 }
 }

@@ -1,0 +1,65 @@
+//! What a rank's memory on a GPU goes to.
+use crate::step::Trainer;
+use anyhow::Result;
+use kernels::{device, shim};
+use serde::Serialize;
+use tch::{Device, Tensor};
+
+/// Bytes; also TensorBoard's tags below `memory/`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct MemoryReport {
+    /// What the layers compute with, and in FP8 runs its blocks.
+    pub weights: i64,
+    /// A gradient of every parameter, as they are at most at one time.
+    pub gradients: i64,
+    /// Masters, where they are not the weights themselves, and moments.
+    pub optimizer: i64,
+    /// The rest of the peak: what forward keeps for backward, and what lives between two operations.
+    pub activations: i64,
+    /// Most that torch had given out at one time.
+    pub peak: i64,
+    /// What torch holds of the device's memory, and all there is.
+    pub reserved: i64,
+    pub total: i64,
+}
+
+fn bytes(tensor: &Tensor) -> i64 {
+    tensor.numel() as i64 * tensor.kind().elt_size_in_bytes() as i64
+}
+
+impl Trainer {
+    /// After a step; None on a CPU.
+    pub fn memory(&self) -> Result<Option<MemoryReport>> {
+        let on = self.weights.device();
+        let Device::Cuda(_) = on else { return Ok(None) };
+        let held = shim::memory(on)?;
+        let master = self.weights.precision.master().elt_size_in_bytes() as i64;
+        let weights = self.weights.bytes();
+        let gradients: i64 = self.zero.shards().iter().map(|shard| shard.spec(self.weights.table.spec(shard.id)).numel() * master).sum();
+        let own = |slot: &crate::optimizer::Slot| match slot.master.kind() == self.weights.get(slot.shard.id).kind() {
+            true => 0,
+            false => bytes(&slot.master),
+        };
+        let optimizer: i64 = self.optimizer.slots.iter().map(|slot| own(slot) + bytes(&slot.first) + bytes(&slot.second)).sum();
+        let activations = (held.peak - weights - gradients - optimizer).max(0);
+        let total = device::gpu(on).memory()?.total_bytes as i64;
+        Ok(Some(MemoryReport { weights, gradients, optimizer, activations, peak: held.peak, reserved: held.reserved, total }))
+    }
+}
+
+impl std::fmt::Display for MemoryReport {
+    fn fmt(&self, f: &mut std::fmt::Formatter) -> std::fmt::Result {
+        let gib = |bytes: i64| bytes as f64 / (1u64 << 30) as f64;
+        write!(
+            f,
+            "memory (GiB): weights {:.2}, gradients {:.2}, optimizer {:.2}, activations {:.2}; peak {:.2}, held {:.2} of {:.1}",
+            gib(self.weights),
+            gib(self.gradients),
+            gib(self.optimizer),
+            gib(self.activations),
+            gib(self.peak),
+            gib(self.reserved),
+            gib(self.total)
+        )
+    }
+}
