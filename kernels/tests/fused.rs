@@ -6,6 +6,8 @@ use kernels::device::Gpu;
 use kernels::fp8::{Columns, Rows, ScaleRule, TILE, relative_error};
 use kernels::ops::adamw::{AdamW, Fp8, Outputs, State, Step};
 use kernels::ops::quantise::{self, Want};
+use kernels::ops::mla_heads::{self, Widths};
+use kernels::ops::rope::RopeTable;
 use kernels::ops::{cross_entropy, gradient_norm, rms_norm, swiglu, unpermute};
 use support::{counts_tensor, gpu, poison, random, same};
 use tch::{Device, Kind, Tensor};
@@ -72,6 +74,71 @@ fn gathered_rows_are_the_cpus() {
         let real = |scales: &Tensor| scales.narrow(1, 0, rows).contiguous();
         assert!(same(&real(&got_rows.scales), &real(&want_rows.scales)), "{tokens}x{d}: scales");
         assert_columns(&format!("{tokens}x{d} by columns"), &got.columns, &want.columns, &sizes);
+    }
+}
+
+#[test]
+fn rows_in_fp8_are_transposed_as_on_the_cpu() {
+    let Some(gpu) = gpu("rows_in_fp8_are_transposed_as_on_the_cpu") else {
+        return;
+    };
+    for (d, counts) in [(16, vec![1i64]), (272, vec![0, 200, 3, 129, 0]), (1024, vec![0, 0]), (384, vec![300])] {
+        let rows = counts.iter().sum::<i64>();
+        let (sizes, counts) = (counts.clone(), counts_tensor(gpu, &counts));
+        let x = quantise::rows(&random(gpu, &[rows, d], 0.2), ScaleRule::PowerOfTwo);
+        let on_cpu = Rows { values: cpu(&x.values), scales: cpu(&x.scales) };
+        poison(gpu);
+        let got = quantise::columns_of(&x, Some(&counts), ScaleRule::PowerOfTwo);
+        let want = quantise::columns_of(&on_cpu, Some(&cpu(&counts)), ScaleRule::PowerOfTwo);
+        assert_columns(&format!("{rows}x{d}"), &Some(got), &Some(want), &sizes);
+    }
+}
+
+#[test]
+fn e5m6_is_the_cpus() {
+    let Some(gpu) = gpu("e5m6_is_the_cpus") else {
+        return;
+    };
+    for scale in [1.0, 1e-5, 3e4] {
+        let x = (random(gpu, &[64, 40], 0.0).to_kind(Kind::Float) * scale).to_kind(Kind::BFloat16);
+        poison(gpu);
+        assert!(same(&quantise::round_e5m6(&x), &quantise::round_e5m6(&cpu(&x))), "{scale}");
+    }
+}
+
+#[test]
+fn heads_of_latent_attention_are_the_cpus() {
+    let Some(gpu) = gpu("heads_of_latent_attention_are_the_cpus") else {
+        return;
+    };
+    for (b, s, w) in [
+        (1, 5, Widths { heads: 3, nope: 8, rotary: 8, value: 16 }),
+        (2, 77, Widths { heads: 16, nope: 128, rotary: 64, value: 128 }),
+        (3, 64, Widths { heads: 4, nope: 48, rotary: 16, value: 48 }),
+    ] {
+        let table = |device| RopeTable::new(s + 3, w.rotary, 10000.0, None, (Kind::Float, device));
+        let (on_gpu, on_cpu) = (table(gpu.device()), table(Device::Cpu));
+        let close = |what: &str, got: &Tensor, want: &Tensor| {
+            let error = relative_error(&cpu(got), want);
+            assert!(error < 2e-3, "{what} of {b}x{s} {w:?}: {error}");
+        };
+        let q = random(gpu, &[b * s, w.heads * (w.nope + w.rotary)], 0.1);
+        let kv = random(gpu, &[b * s, w.heads * (w.nope + w.value)], 0.1);
+        let key = random(gpu, &[b * s, w.rotary], 0.1);
+        let want = mla_heads::queries(cpu(&q), b, &on_cpu, w);
+        poison(gpu);
+        close("q", &mla_heads::queries(q.copy(), b, &on_gpu, w), &want);
+        let (want_k, want_v) = mla_heads::keys_and_values(&cpu(&kv), &cpu(&key), b, &on_cpu, w);
+        let (k, v) = mla_heads::keys_and_values(&kv, &key, b, &on_gpu, w);
+        close("k", &k, &want_k);
+        assert!(same(&v.contiguous(), &want_v), "v");
+        let (dq, dk, dv) = (random(gpu, &want.size(), 0.1), random(gpu, &want_k.size(), 0.1), random(gpu, &want_v.size(), 0.1));
+        let want = mla_heads::queries_backward(cpu(&dq), &on_cpu, w);
+        close("dq", &mla_heads::queries_backward(dq, &on_gpu, w), &want);
+        let (want_dkv, want_dkey) = mla_heads::keys_and_values_backward(&cpu(&dk), &cpu(&dv), &on_cpu, w);
+        let (dkv, dkey) = mla_heads::keys_and_values_backward(&dk, &dv, &on_gpu, w);
+        assert!(same(&dkv, &want_dkv), "dkv");
+        close("d(rotary key)", &dkey, &want_dkey);
     }
 }
 

@@ -67,8 +67,8 @@ impl Layer for Experts {
         let dactivation = dout.grouped_backward_input(w, self.down, &counts); // [R, I]
         let d = swiglu::backward(w.precision, dactivation, saved.activation, Some(OfExperts { weights: &weights, counts: &counts }));
         let drows = d.gate_up.grouped_backward_input(w, self.gate_up, &counts);
-        let gate_up = LinearWork { dy: d.gate_up.for_weight(), x: rows.for_expert_weight(&counts, w.precision) };
-        let down = LinearWork { dy: dout.for_expert_weight(&counts, w.precision), x: d.out };
+        let gate_up = LinearWork { dy: d.gate_up.for_weight(), x: rows.for_expert_weight(&counts) };
+        let down = LinearWork { dy: dout.for_expert_weight(&counts), x: d.out };
         (RoutedGrad { rows: drows, weights: d.weights.expect("the rows were weighted") }, ExpertsWork { counts, gate_up, down })
     }
 

@@ -8,9 +8,10 @@ use crate::norm::{NormSaved, RmsNorm};
 use crate::operand::Operand;
 use crate::{Grads, Layer, ModelConfig, ParamTable, Recompute, Weights};
 use kernels::Precision;
-use kernels::fp8::{ScaleRule, round_e5m6};
-use kernels::ops::quantise::Want;
-use kernels::ops::{attention, rope, rope::RopeTable};
+use kernels::fp8::ScaleRule;
+use kernels::ops::mla_heads::{self, Widths};
+use kernels::ops::quantise::{self, Want};
+use kernels::ops::{attention, rope::RopeTable};
 use std::rc::Rc;
 use tch::Tensor;
 
@@ -121,20 +122,18 @@ impl Mla {
         }
     }
 
+    fn widths(&self) -> Widths {
+        Widths { heads: self.heads, nope: self.nope, rotary: self.rotary, value: self.value }
+    }
+
     /// x · Wᵀ [T, H (N + R)] → [B, H, S, N + R], the last R rotated.
     fn queries(&self, w: &Weights, linear: &Linear, x: &Operand, sequences: i64, positions: &Positions) -> Tensor {
-        let q = x.forward(w, linear.weight).view([sequences, -1, self.heads, self.nope + self.rotary]);
-        let parts = q.split_with_sizes([self.nope, self.rotary], 3);
-        Tensor::cat(&[parts[0].shallow_clone(), rope::forward(&parts[1], &positions.table)], 3).transpose(1, 2).contiguous()
+        mla_heads::queries(x.forward(w, linear.weight), sequences, &positions.table, self.widths())
     }
 
     /// The latent [T, Lkv] and the shared rotary key [T, R] → k [B, H, S, N + R], v [B, H, S, Dv].
     fn keys_and_values(&self, w: &Weights, latent: &Operand, rotary_key: &Tensor, sequences: i64, positions: &Positions) -> (Tensor, Tensor) {
-        let kv = latent.forward(w, self.kv_b.weight).view([sequences, -1, self.heads, self.nope + self.value]);
-        let parts = kv.split_with_sizes([self.nope, self.value], 3);
-        let rotary_key = rope::forward(&rotary_key.reshape([sequences, -1, 1, self.rotary]), &positions.table);
-        let rotary_key = rotary_key.expand([-1, -1, self.heads, -1], false);
-        (Tensor::cat(&[parts[0].shallow_clone(), rotary_key], 3).transpose(1, 2).contiguous(), parts[1].transpose(1, 2).contiguous())
+        mla_heads::keys_and_values(&latent.forward(w, self.kv_b.weight), rotary_key, sequences, &positions.table, self.widths())
     }
 
     /// A latent as backward reads it: for Wgrad and, where the up-projection is made again, for Fprop.
@@ -183,7 +182,7 @@ impl Layer for Mla {
         let (context, attention) = attention::forward(&q, &k, &v, positions.softmax_scale, positions.repeatable); // [B, H, S, Dv]
         let context = context.transpose(1, 2).reshape([-1, self.heads * self.value]);
         let out_in = Operand::with_rule(w.precision, context.shallow_clone(), Want::ROWS, ScaleRule::PowerOfTwo);
-        let context = if w.precision == Precision::Fp8 { round_e5m6(&context).to_kind(context.kind()) } else { context };
+        let context = if w.precision == Precision::Fp8 { quantise::round_e5m6(&context) } else { context };
         let saved = MlaSaved {
             query,
             kv_norm,
@@ -202,7 +201,7 @@ impl Layer for Mla {
         let (sequences, positions, table) = (s.sequences, &s.positions, &s.positions.table);
         let out_in = Operand::with_rule(w.precision, s.context, Want::COLUMNS, ScaleRule::PowerOfTwo);
         let (dcontext, out) = self.out.backward_input(w, dy, out_in);
-        let dcontext = dcontext.view([sequences, -1, self.heads, self.value]).transpose(1, 2).contiguous();
+        let dcontext = dcontext.view([sequences, -1, self.heads, self.value]).transpose(1, 2);
         let (q, query) = match (&self.query, s.query) {
             (Query::Direct(_), QuerySaved::Direct { q }) => (q, None),
             (Query::Latent { norm, b, .. }, QuerySaved::Latent { norm: norm_saved, latent, q }) => {
@@ -216,18 +215,12 @@ impl Layer for Mla {
         let (k, v) = s.kv.unwrap_or_else(|| self.keys_and_values(w, &kv_latent, &s.rotary_key, sequences, positions));
         let (dq, dk, dv) = attention::backward(&dcontext, &q, &k, &v, &s.attention, positions.softmax_scale);
 
-        let dk = dk.transpose(1, 2); // [B, S, H, N + R]
-        let dk = dk.split_with_sizes([self.nope, self.rotary], 3);
-        let dkv = Tensor::cat(&[dk[0].shallow_clone(), dv.transpose(1, 2)], 3).reshape([-1, self.heads * (self.nope + self.value)]);
-        // One rotary key served all heads, so its gradient is their sum.
-        let drotary = rope::backward(&dk[1].sum_dim_intlist(&[2i64][..], true, None), table).reshape([-1, self.rotary]);
+        let (dkv, drotary) = mla_heads::keys_and_values_backward(&dk, &dv, table, self.widths());
         let (dlatent, kv_b) = self.kv_b.backward_input(w, dkv, kv_latent.for_weight());
         let (dlatent, kv_norm) = self.kv_norm.backward_input(w, dlatent, s.kv_norm);
         let (dx_kv, kv_a) = self.kv_a.backward_input(w, Tensor::cat(&[dlatent, drotary], 1), x.share());
 
-        let dq = dq.transpose(1, 2);
-        let dq = dq.split_with_sizes([self.nope, self.rotary], 3);
-        let dq = Tensor::cat(&[dq[0].shallow_clone(), rope::backward(&dq[1], table)], 3).reshape([-1, self.heads * (self.nope + self.rotary)]);
+        let dq = mla_heads::queries_backward(dq, table, self.widths());
         let (dx_q, query) = match (&self.query, query) {
             (Query::Latent { a, norm, b }, Some((norm_saved, latent))) => {
                 let (dlatent, b) = b.backward_input(w, dq, latent.for_weight());

@@ -87,11 +87,11 @@ impl Operand {
 
     /// Rows that came quantised by rows, as the experts' Wgrad reads them. Their scales are powers of two and so are the
     /// new ones: nothing is rounded twice.
-    pub fn for_expert_weight(self, counts: &RowCounts, precision: Precision) -> Operand {
+    pub fn for_expert_weight(self, counts: &RowCounts) -> Operand {
         match self {
             Operand::Fp8(Quantised { rows: Some(rows), columns: None }) => {
-                let rows = rows.dequantise(precision.compute());
-                Operand::Fp8(quantise::activation(&rows, Some(&counts.device), Want::COLUMNS, ScaleRule::PowerOfTwo))
+                let columns = quantise::columns_of(&rows, Some(&counts.device), ScaleRule::PowerOfTwo);
+                Operand::Fp8(Quantised { rows: None, columns: Some(columns) })
             }
             other => other.for_weight(),
         }

@@ -249,6 +249,10 @@ impl Weights {
         self.blocks[id.0].take();
         &self.tensors[id.0]
     }
+    /// The weight, and its blocks where there are any: whoever asks writes all of both.
+    pub fn write_whole(&mut self, id: ParamId) -> (&Tensor, Option<&WeightBlocks>) {
+        (&self.tensors[id.0], self.blocks[id.0].get())
+    }
     /// New values of `ids` are on their way; `land` waits for them and writes them.
     pub fn expect(&mut self, ids: Vec<ParamId>, land: impl FnOnce(&mut Weights) -> Result<(), CommError> + 'static) {
         self.arrivals.push(Arrival { ids, land: Box::new(land) });

@@ -2,7 +2,8 @@
 //! the weights the layers use are written in the same pass.
 use crate::config::{Moments, OptimizerSection};
 use crate::zero::Shard;
-use kernels::ops::adamw::{AdamW, Outputs, State, Step};
+use kernels::fp8::ScaleRule;
+use kernels::ops::adamw::{AdamW, Fp8, Outputs, State, Step};
 use model::Weights;
 use model::params::ParamSpec;
 use tch::{Kind, Tensor};
@@ -57,10 +58,14 @@ impl Optimizer {
             let spec: &ParamSpec = table.spec(slot.shard.id);
             assert_eq!(gradient.size(), slot.master.size(), "shape of the gradient of {}", spec.name);
             let at = Step { lr, step: self.updates, clip, decay: spec.decayed() };
-            let rows = slot.shard.of(weights.write(slot.shard.id));
+            let id = slot.shard.id;
+            let whole = slot.shard.rows == spec.shape[0];
+            let (weight, blocks) = if whole { weights.write_whole(id) } else { (weights.write(id), None) };
+            let rows = slot.shard.of(weight);
+            let fp8 = blocks.map(|both| Fp8 { plain: &both.plain, transposed: &both.transposed, rule: ScaleRule::Amax });
             let weight = (rows.kind() != slot.master.kind()).then_some(&rows); // else they are one tensor
             let state = State { master: &mut slot.master, first: &mut slot.first, second: &mut slot.second };
-            self.rule.update_fused(state, gradient, &self.one, Outputs { weight, fp8: None }, at);
+            self.rule.update_fused(state, gradient, &self.one, Outputs { weight, fp8 }, at);
         }
     }
 }

@@ -5,6 +5,7 @@
 //!
 //! Legend: V rows here, K slots a row, P ranks of the hop, S rows sent, X experts a rank.
 use crate::comm::{Comm, CommError, Pending};
+use kernels::ops::unpermute;
 use tch::{Kind, Tensor};
 
 /// Between which ranks, and how many rows.
@@ -103,6 +104,10 @@ pub(super) fn with_zero(rows: &Tensor) -> Tensor {
 /// rows [R, D], places [M, P] (R: nowhere) → the sum over P of the rows there, [M, D], taken in at least FP32.
 pub(super) fn sum_places(rows: &Tensor, places: &Tensor) -> Tensor {
     let (count, each) = places.size2().expect("places [M, P]");
+    if rows.device().is_cuda() && rows.kind() == Kind::BFloat16 && rows.size()[1] % 8 == 0 {
+        let index = places.masked_fill(&places.eq(rows.size()[0]), -1).to_kind(Kind::Int);
+        return unpermute::forward(&rows.contiguous(), &index, None, None);
+    }
     let wide = if rows.kind() == Kind::Double { Kind::Double } else { Kind::Float };
     let picked = with_zero(rows).index_select(0, &places.flatten(0, -1)).view([count, each, rows.size()[1]]);
     picked.sum_dim_intlist(&[1i64][..], false, wide).to_kind(rows.kind())

@@ -74,7 +74,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   }
 }
 
-// The same for [matrices, R, C], with blocks of the new master and of its transpose.
+// The same for [matrices, R, C], with blocks of the new weight, BF16, and of its transpose.
 extern "C" __global__ void __launch_bounds__(THREADS, 2)
     adamw_blocks(float* master, moment* first, moment* second, const float* gradient, u16* weight, const float* clip_at, float clip_by,
                  float beta1, float beta2, float eps, float decay, float step_size, float correction, u8* values,
@@ -93,6 +93,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
   for (int r = 0; r < 8; r++) {
     if (column < C && row + r < R) {
       update_eight(rule, t.v[r], master, first, second, gradient, weight, clip, start + (long long)(row + r) * C + column);
+      unpack_bf16(t.v[r], bf16_eight(t.v[r]));  // the blocks are those of the weight
     } else {
 #pragma unroll
       for (int c = 0; c < 8; c++) t.v[r][c] = 0;

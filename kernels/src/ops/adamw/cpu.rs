@@ -1,7 +1,7 @@
 //! AdamW done in pieces that stay in a core's cache, so that every state is read from memory once and written once.
 use super::{AdamW, Fp8, Outputs, State, Step};
 use crate::ops::quantise;
-use tch::Tensor;
+use tch::{Kind, Tensor};
 
 /// Elements of a piece: large enough for two threads to share, small enough for a core's caches.
 const PIECE: i64 = 64 * 1024;
@@ -74,7 +74,7 @@ pub(super) fn update_fused(adamw: &AdamW, state: State, gradient: &Tensor, clip:
         weight.shallow_clone().copy_(master);
     }
     if let Some(Fp8 { plain, transposed, rule }) = out.fp8 {
-        let (new, new_transposed) = quantise::weights(master, rule);
+        let (new, new_transposed) = quantise::weights(&master.to_kind(Kind::BFloat16), rule);
         for (to, from) in [(plain, new), (transposed, new_transposed)] {
             to.values.shallow_clone().copy_(&from.values);
             to.scales.shallow_clone().copy_(&from.scales);
@@ -85,7 +85,7 @@ pub(super) fn update_fused(adamw: &AdamW, state: State, gradient: &Tensor, clip:
 #[cfg(test)]
 mod tests {
     use super::*;
-    use tch::{Device, Kind};
+    use tch::Device;
 
     /// A number that looks random, of an index.
     fn noise(seed: i64, count: i64) -> Tensor {

@@ -50,7 +50,7 @@ pub struct Outputs<'a> {
     pub fp8: Option<Fp8<'a>>,
 }
 
-/// Blocks of the master and of its transpose, as `quantise::weights` gives them.
+/// Blocks of the new weight, rounded to BF16, and of its transpose, as `quantise::weights` gives them.
 #[derive(Clone, Copy)]
 pub struct Fp8<'a> {
     pub plain: &'a Blocks,

@@ -3,9 +3,9 @@
 //! `counts` [E] i32, on the tensor's device, cuts the rows into experts; None is one group with all rows.
 //! Of columns, the tiles of experts that have rows are written; the rest of the room is nobody's.
 use crate::device::{self, Kernel};
-use crate::fp8::{Blocks, Columns, Rows, ScaleRule};
+use crate::fp8::{self, Blocks, Columns, Rows, ScaleRule};
 use crate::jit::Source;
-use crate::launch::Launch;
+use crate::launch::{Launch, aligned};
 use std::sync::Arc;
 use tch::{Device, Kind, Tensor};
 
@@ -65,6 +65,40 @@ pub fn gathered(x: &Tensor, source: &Tensor, counts: Option<&Tensor>, want: Want
         Device::Cuda(_) => on_gpu(x, Some(source), counts, want, rule),
         _ => cpu::activation(&cpu::gather(x, source), counts, want, rule),
     }
+}
+
+/// Rows that came in FP8 → 128×1 tiles, transposed, for Wgrad. C is a multiple of 16.
+pub fn columns_of(rows: &Rows, counts: Option<&Tensor>, rule: ScaleRule) -> Columns {
+    let (r, c) = rows.values.size2().expect("values are [R, C]");
+    if !rows.values.device().is_cuda() {
+        return cpu::activation(&rows.dequantise(Kind::BFloat16), counts, Want::COLUMNS, rule).columns.expect("they were wanted");
+    }
+    let num_experts = counts.map_or(1, |counts| counts.size1().expect("counts are [E]"));
+    let columns = Quantised::empty([r, c], num_experts, Want::COLUMNS, rows.values.device()).columns.expect("they were wanted");
+    let key = format!("quantise/{:?}/{rule:?}", Kind::BFloat16);
+    let gpu = device::gpu(rows.values.device());
+    let kernel = gpu.kernel(&key, "transpose", || source(Kind::BFloat16, rule)).expect("our own kernels compile and load");
+    let launch = Launch::new(gpu, &kernel).tensor(&rows.values, Kind::Float8e4m3fn).tensor(&rows.scales, Kind::Float);
+    let launch = launch.tensor(&columns.values, Kind::Float8e4m3fn).tensor(&columns.scales, Kind::Float);
+    let launch = launch.tensor_or_null(counts, Kind::Int).int(num_experts).int(r).int(c);
+    tiles::strides(launch, [r, c], num_experts).run(shape(tiles_of(c), tiles::row_tiles(r, num_experts)));
+    columns
+}
+
+/// x in E5M6, of its own kind: what the linear after attention keeps of its input (report §3.3.3).
+pub fn round_e5m6(x: &Tensor) -> Tensor {
+    let count = x.numel() as i64;
+    if !x.device().is_cuda() || x.kind() != Kind::BFloat16 || count % 8 != 0 {
+        return fp8::round_e5m6(x).to_kind(x.kind());
+    }
+    let (x, y) = (aligned(x), x.empty_like());
+    let kernel = kernel(&x, ScaleRule::Amax, "round_e5m6");
+    Launch::new(device::gpu(x.device()), &kernel)
+        .tensor(&x, Kind::BFloat16)
+        .tensor(&y, Kind::BFloat16)
+        .int(count)
+        .run(shape((count / 8 + tiles::THREADS as i64 - 1) / tiles::THREADS as i64, 1));
+    y
 }
 
 /// w [R, C] or [E, R, C], R and C multiples of 16 → 128×128 blocks of w and of its transpose, which Dgrad reads.

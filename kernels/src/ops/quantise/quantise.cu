@@ -27,6 +27,53 @@ extern "C" __global__ void __launch_bounds__(THREADS, 4)
   emit(t, out, place, row_tile, column_tile, scratch);
 }
 
+// Rows in FP8 (values [R, C], a scale for each 1×128 tile) → the transposed layout, rounded to BF16 on the way.
+extern "C" __global__ void __launch_bounds__(THREADS, 4)
+    transpose(const u8* from, const float* from_scales, u8* transposed, float* scales_transposed, const int* counts,
+              int num_experts, int R, int C, int P, int scale_stride, int scale_stride_transposed) {
+  __shared__ Scratch scratch;
+  const Out out = {nullptr, nullptr, transposed, scales_transposed, C, P, scale_stride, scale_stride_transposed};
+  const int column_tile = blockIdx.x, row_tile = blockIdx.y;
+  const Place place = find(counts, num_experts, R, row_tile);
+  if (place.valid_rows <= 0) return;
+  Tile t = empty_tile<Tile>();
+  const int column = column_tile * TILE + t.column, there = column < C ? place.valid_rows - t.row : 0;
+  const int first = place.first_row + t.row;
+  uint2 raw[8];
+  float scale[8];
+#pragma unroll
+  for (int r = 0; r < 8; r++) {
+    raw[r] = r < there ? __ldcs((const uint2*)(from + (long long)(first + r) * C + column)) : make_uint2(0, 0);
+    scale[r] = r < there ? __ldg(from_scales + (long long)column_tile * scale_stride + first + r) : 0;
+  }
+#pragma unroll
+  for (int r = 0; r < 8; r++) {
+    float v[8];
+    unpack_fp8(v, raw[r], scale[r]);
+    set_row(t, r, bf16_eight(v));
+  }
+  emit(t, out, place, row_tile, column_tile, scratch);
+}
+
+// To E5M6: six bits of fraction, ties to even, at most 65024, steps of 2⁻²⁰ below 2⁻¹⁴.
+static __device__ __forceinline__ float e5m6(float x) {
+  x = fminf(fmaxf(x, -65024.0f), 65024.0f);
+  const u32 bits = __float_as_uint(x);
+  const float normal = __uint_as_float((bits + (bits >> 17 & 1) + 0xffffu) & ~0x1ffffu);
+  return fabsf(x) < 0x1p-14f ? rintf(x * 0x1p20f) * 0x1p-20f : normal;
+}
+
+// BF16 → BF16, count a multiple of 8.
+extern "C" __global__ void __launch_bounds__(THREADS) round_e5m6(const u16* x, u16* y, int count) {
+  const long long at = ((long long)blockIdx.x * THREADS + threadIdx.x) * 8;
+  if (at >= count) return;
+  float v[8];
+  unpack_bf16(v, __ldcs((const uint4*)(x + at)));
+#pragma unroll
+  for (int i = 0; i < 8; i++) v[i] = e5m6(v[i]);
+  *(uint4*)(y + at) = bf16_eight(v);
+}
+
 static __device__ __forceinline__ void load(float (&v)[8], const void* x, long long at, bool there) {
   if (INPUT_FP32) {
     const float4* from = (const float4*)((const float*)x + at);
