@@ -4,6 +4,7 @@ mod balance;
 mod chaos;
 mod corpus;
 mod faces;
+mod faults;
 mod fp8;
 mod gpu;
 mod launching;

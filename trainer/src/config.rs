@@ -1,6 +1,8 @@
 //! The config of one run: TOML in, defaults filled, every value checked against the others and the world, and
 //! written back as `resolved.toml`, from which `resume` needs nothing else.
+use crate::checks::ChecksSection;
 use crate::ema::EmaSection;
+use crate::faults::FaultsSection;
 use crate::guard::GuardSection;
 use crate::phase::Phase;
 use anyhow::{Context, Result, bail, ensure};
@@ -31,6 +33,10 @@ pub struct RunConfig {
     pub validation: ValidationSection,
     #[serde(default)]
     pub guard: GuardSection,
+    #[serde(default)]
+    pub checks: ChecksSection,
+    #[serde(default)]
+    pub faults: FaultsSection,
     /// In order; each lasts `tokens` tokens.
     pub phase: Vec<Phase>,
     /// A path to a file of model keys, relative to this file, or the keys themselves.
@@ -174,9 +180,11 @@ impl RunConfig {
         }
         ensure!(optimizer.weight_decay >= 0.0, "optimizer.weight_decay = {}: must not be negative", optimizer.weight_decay);
         self.ema.validate()?;
+        self.faults.validate()?;
         for (key, value) in [("loss_spike", self.guard.loss_spike), ("norm_spike", self.guard.norm_spike)] {
             ensure!(value == 0.0 || value > 1.0, "guard.{key} = {value}: must be 0 (off) or above 1 median");
         }
+        ensure!(self.guard.gradient_limit >= 0.0, "guard.gradient_limit = {}: must be 0 (off) or positive", self.guard.gradient_limit);
         ensure!(self.guard.window >= 1, "guard.window = 0: a median needs a step");
         ensure!(self.guard.max_skipped >= 1, "guard.max_skipped = 0: must be at least 1");
         ensure!(self.validation.sequences >= 1, "validation.sequences = 0: validation.every = 0 turns validation off");

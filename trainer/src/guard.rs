@@ -14,13 +14,16 @@ pub struct GuardSection {
     pub loss_spike: f64,
     /// A spike is a gradient norm above so many medians; 0: none is.
     pub norm_spike: f64,
+    /// No element of a gradient, which is a mean over the batch, comes to so much: an exponent whose top bit flipped does.
+    /// 0: any may.
+    pub gradient_limit: f64,
     /// After so many skipped steps in a row the run stops, with a checkpoint: something is wrong that skipping will not mend.
     pub max_skipped: u32,
 }
 
 impl Default for GuardSection {
     fn default() -> Self {
-        GuardSection { window: 128, loss_spike: 2.0, norm_spike: 50.0, max_skipped: 10 }
+        GuardSection { window: 128, loss_spike: 2.0, norm_spike: 50.0, gradient_limit: 2.0, max_skipped: 10 }
     }
 }
 
@@ -44,18 +47,41 @@ pub struct Guard {
 pub enum Verdict {
     Apply,
     Skip(Reason),
+    /// Nothing to be judged: the step is to be done again.
+    Again,
+}
+
+/// The largest element of all gradients.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Worst {
+    /// Whose share of the sum it is in.
+    pub rank: usize,
+    pub tensor: String,
+    /// Its absolute value, or not a number.
+    pub value: f64,
+}
+
+impl fmt::Display for Worst {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "the gradient of {} holds {:.3e} on rank {}", self.tensor, self.value, self.rank)
+    }
 }
 
 #[derive(Clone, Debug, PartialEq)]
 pub enum Reason {
-    NotFinite { loss: f64, grad_norm: f64 },
+    NotFinite { loss: f64, grad_norm: f64, worst: Option<Worst> },
+    Gradient { worst: Worst, limit: f64 },
     Spike { what: &'static str, value: f64, median: f64, limit: f64 },
 }
 
 impl fmt::Display for Reason {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Reason::NotFinite { loss, grad_norm } => write!(f, "loss {loss} and gradient norm {grad_norm} are not both finite"),
+            Reason::NotFinite { loss, grad_norm, worst } => {
+                write!(f, "loss {loss:.4} and gradient norm {grad_norm:.4} are not both finite")?;
+                worst.as_ref().map_or(Ok(()), |worst| write!(f, "; {worst}"))
+            }
+            Reason::Gradient { worst, limit } => write!(f, "{worst}, the limit is {limit}"),
             Reason::Spike { what, value, median, limit } => {
                 write!(f, "{what} {value:.4} is {:.1} times the median {median:.4} of the steps before, the limit is {limit}", value / median)
             }
@@ -68,12 +94,20 @@ impl Guard {
         Guard { config, state: GuardState::default() }
     }
 
+    /// Is the gradients' largest element of interest? Where their norm is below the limit, so is every element.
+    pub fn wants_worst(&self, grad_norm: f64) -> bool {
+        let limit = self.config.gradient_limit;
+        !grad_norm.is_finite() || limit > 0.0 && grad_norm >= limit
+    }
+
     /// `loss` is not finite if any of the step's losses is not.
-    pub fn judge(&mut self, loss: f64, grad_norm: f64) -> Verdict {
-        let GuardSection { window, loss_spike, norm_spike, .. } = self.config;
+    pub fn judge(&mut self, loss: f64, grad_norm: f64, worst: Option<Worst>) -> Verdict {
+        let GuardSection { window, loss_spike, norm_spike, gradient_limit: limit, .. } = self.config;
         let state = &mut self.state;
         let reason = if !(loss.is_finite() && grad_norm.is_finite()) {
-            Some(Reason::NotFinite { loss, grad_norm })
+            Some(Reason::NotFinite { loss, grad_norm, worst: worst.filter(|worst| !worst.value.is_finite()) })
+        } else if let Some(worst) = worst.filter(|worst| limit > 0.0 && worst.value >= limit) {
+            Some(Reason::Gradient { worst, limit })
         } else {
             spike("loss", loss, &state.losses, window, loss_spike)
                 .or_else(|| spike("gradient norm", grad_norm, &state.norms, window, norm_spike))
@@ -113,46 +147,59 @@ mod tests {
     use super::*;
 
     fn guard(window: usize) -> Guard {
-        Guard::new(GuardSection { window, loss_spike: 2.0, norm_spike: 10.0, max_skipped: 2 })
+        Guard::new(GuardSection { window, loss_spike: 2.0, norm_spike: 10.0, gradient_limit: 2.0, max_skipped: 2 })
     }
 
     #[test]
     fn only_finite_steps_are_applied_and_skips_are_counted_in_a_row() {
         let mut guard = guard(4);
-        assert!(matches!(guard.judge(1.0, f64::NAN), Verdict::Skip(Reason::NotFinite { .. })));
+        assert!(matches!(guard.judge(1.0, f64::NAN, None), Verdict::Skip(Reason::NotFinite { .. })));
         assert!(!guard.gives_up());
-        assert!(matches!(guard.judge(f64::INFINITY, 1.0), Verdict::Skip(Reason::NotFinite { .. })));
+        assert!(matches!(guard.judge(f64::INFINITY, 1.0, None), Verdict::Skip(Reason::NotFinite { .. })));
         assert!(guard.gives_up());
-        assert_eq!(guard.judge(1.0, 1.0), Verdict::Apply);
-        assert!(matches!(guard.judge(f64::NAN, 1.0), Verdict::Skip(_)));
+        assert_eq!(guard.judge(1.0, 1.0, None), Verdict::Apply);
+        assert!(matches!(guard.judge(f64::NAN, 1.0, None), Verdict::Skip(_)));
         assert_eq!(guard.state.in_a_row, 1);
+    }
+
+    #[test]
+    fn a_gradients_impossible_element_is_named_and_counts_for_nothing() {
+        let mut guard = guard(1);
+        assert!(!guard.wants_worst(1.9) && guard.wants_worst(2.0) && guard.wants_worst(f64::NAN));
+        let worst = |value| Some(Worst { rank: 3, tensor: "lm_head.weight".into(), value });
+        assert_eq!(guard.judge(1.0, 2.5, worst(1.9)), Verdict::Apply);
+        let Verdict::Skip(reason) = guard.judge(1.0, 2.5, worst(2.0)) else { panic!("2 has the top bit of its exponent set") };
+        assert_eq!(reason.to_string(), "the gradient of lm_head.weight holds 2.000e0 on rank 3, the limit is 2");
+        let Verdict::Skip(reason) = guard.judge(1.0, f64::NAN, worst(f64::NAN)) else { panic!("not finite") };
+        assert_eq!(reason.to_string(), "loss 1.0000 and gradient norm NaN are not both finite; the gradient of lm_head.weight holds NaN on rank 3");
+        assert_eq!(guard.state.norms, [2.5]);
     }
 
     #[test]
     fn a_spike_is_measured_by_the_median_of_applied_steps_once_the_window_is_full() {
         let mut guard = guard(3);
         for loss in [1.0, 5.0, 1.1] {
-            assert_eq!(guard.judge(loss, 1.0), Verdict::Apply, "the window is not full");
+            assert_eq!(guard.judge(loss, 1.0, None), Verdict::Apply, "the window is not full");
         }
         // The median is 1.1: the outlier in the window does not raise it.
-        assert_eq!(guard.judge(2.3, 1.0), Verdict::Skip(Reason::Spike { what: "loss", value: 2.3, median: 1.1, limit: 2.0 }));
-        assert!(matches!(guard.judge(1.0, 10.5), Verdict::Skip(Reason::Spike { what: "gradient norm", .. })));
+        assert_eq!(guard.judge(2.3, 1.0, None), Verdict::Skip(Reason::Spike { what: "loss", value: 2.3, median: 1.1, limit: 2.0 }));
+        assert!(matches!(guard.judge(1.0, 10.5, None), Verdict::Skip(Reason::Spike { what: "gradient norm", .. })));
         assert_eq!(guard.state.in_a_row, 2);
         // What was skipped did not enter: [5.0, 1.1, 2.1] next, its median 2.1.
-        assert_eq!(guard.judge(2.1, 9.0), Verdict::Apply);
-        assert_eq!(guard.judge(4.1, 1.0), Verdict::Apply);
+        assert_eq!(guard.judge(2.1, 9.0, None), Verdict::Apply);
+        assert_eq!(guard.judge(4.1, 1.0, None), Verdict::Apply);
     }
 
     #[test]
     fn it_goes_on_from_its_saved_state() {
         let mut whole = guard(2);
         for (loss, norm) in [(1.2, 1.0), (1.0, 2.0), (1.5, 2.0)] {
-            assert_eq!(whole.judge(loss, norm), Verdict::Apply);
+            assert_eq!(whole.judge(loss, norm, None), Verdict::Apply);
         }
         let text = serde_json::to_string(&whole.state).expect("JSON");
         let mut resumed = guard(2);
         resumed.state = serde_json::from_str(&text).expect("a state");
-        assert_eq!(resumed.judge(4.0, 1.0), whole.judge(4.0, 1.0));
+        assert_eq!(resumed.judge(4.0, 1.0, None), whole.judge(4.0, 1.0, None));
         assert_eq!(resumed.state, whole.state);
         assert_eq!(resumed.state.in_a_row, 1);
     }

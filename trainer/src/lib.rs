@@ -1,10 +1,12 @@
 //! One training run: config, coordinator, step, optimizer, checkpoint, metrics. Holds no maths of a layer.
 pub mod balance;
 pub mod checkpoint;
+pub mod checks;
 pub mod config;
 pub mod coordinator;
 pub mod device;
 pub mod ema;
+pub mod faults;
 pub mod guard;
 pub mod memory;
 pub mod metrics;

@@ -1,5 +1,6 @@
 //! AdamW over the masters (report §4.2): FP32 masters, moments in the masters' kind or BF16, of this rank's shards alone;
 //! the weights the layers use are written in the same pass.
+use crate::checks::Sums;
 use crate::config::{Moments, OptimizerSection};
 use crate::zero::Shard;
 use kernels::fp8::ScaleRule;
@@ -25,6 +26,8 @@ pub struct Slot {
     pub master: Tensor,
     pub first: Tensor,
     pub second: Tensor,
+    /// Of what the last update wrote; None: nobody keeps them.
+    pub sums: Option<Sums>,
 }
 
 impl Optimizer {
@@ -41,7 +44,7 @@ impl Optimizer {
             let (first, second) = (zeros(), zeros());
             // A BF16 weight has lost bits of the initial value: the master starts from the seed again.
             let master = if rows.kind() == kind { rows } else { spec.initial(seed, kind).to_device(rows.device()) };
-            Slot { shard: *shard, master, first, second }
+            Slot { shard: *shard, master, first, second, sums: None }
         });
         let rule = AdamW { beta1: config.beta1, beta2: config.beta2, eps: config.eps, weight_decay: config.weight_decay };
         let one = Tensor::ones([1], (Kind::Float, weights.device()));
@@ -67,5 +70,24 @@ impl Optimizer {
             let state = State { master: &mut slot.master, first: &mut slot.first, second: &mut slot.second };
             self.rule.update_fused(state, gradient, &self.one, Outputs { weight, fp8 }, at);
         }
+    }
+
+    /// The checksums of every slot and its weight's rows as they are now.
+    pub fn sum_up(&mut self, weights: &Weights) {
+        for slot in &mut self.slots {
+            slot.sums = Some(Sums::of(slot, weights));
+        }
+    }
+
+    /// The weights' rows from the masters, with the sums that AdamW left.
+    pub fn rewrite(&self, weights: &mut Weights) {
+        for slot in &self.slots {
+            slot.shard.of(weights.write(slot.shard.id)).copy_(&slot.master);
+        }
+    }
+
+    /// Of the weights' rows.
+    pub fn weight_sums(&self) -> Option<Vec<&Tensor>> {
+        self.slots.iter().map(|slot| slot.sums.as_ref().map(|sums| &sums.weight)).collect()
     }
 }

@@ -1,5 +1,6 @@
 //! One rank's part of the model under a pipeline schedule: which stages it holds, and what the schedule's actions
 //! do with them.
+use crate::checks::{BACKWARD, FORWARD, Probe};
 use anyhow::{Result, ensure};
 use model::flow::{Backward, Forward, StageSaved, StageWork, forward_backward};
 use model::stage::{StageIn, StageOut};
@@ -117,6 +118,8 @@ pub struct Pipeline<'a, 'g> {
     pub batch: &'a [MicroBatch],
     pub hidden_size: i64,
     pub sums: Sums,
+    /// Follows one micro-batch.
+    pub probe: Option<Probe>,
     saved: HashMap<Chunk, StageSaved>,
     /// Weight gradients put off, first made first.
     queue: VecDeque<(Chunk, StageWork)>,
@@ -125,15 +128,23 @@ pub struct Pipeline<'a, 'g> {
 impl<'a, 'g> Pipeline<'a, 'g> {
     pub fn new(step: &'a StepContext, stages: &'a LocalStages, weights: &'a mut Weights, grads: Option<&'a mut Grads<'g>>, batch: &'a [MicroBatch], config: &ModelConfig) -> Self {
         let sums = Sums::new(stages, weights, config.n_routed_experts);
-        Pipeline { step, stages, weights, grads, batch, hidden_size: config.hidden_size, sums, saved: HashMap::new(), queue: VecDeque::new() }
+        Pipeline { step, stages, weights, grads, batch, hidden_size: config.hidden_size, sums, probe: None, saved: HashMap::new(), queue: VecDeque::new() }
     }
 
     fn start(&mut self, chunk: Chunk, input: Parcel) -> Forward<'a> {
+        if let Some(probe) = self.probed(chunk) {
+            probe.came(FORWARD, &input);
+        }
         let x = input.map_or(StageIn::Tokens, |tensors| StageIn::Hidden(one(tensors)));
         Forward::new(self.stages.direction(chunk.direction), self.step, self.weights, &self.batch[chunk.micro_batch], x)
     }
 
     fn keep(&mut self, chunk: Chunk, (out, stats, saved): (StageOut, StageStats, StageSaved)) -> Parcel {
+        if let Some(probe) = self.probed(chunk) {
+            let StageStats { main, mtp, balance, expert_counts } = &stats;
+            let hidden = if let StageOut::Hidden(hidden) = &out { Some(hidden) } else { None };
+            probe.went(FORWARD, &hidden.into_iter().chain([main, mtp, balance, expert_counts]).collect::<Vec<_>>());
+        }
         self.sums.add(self.stages.index(chunk.direction), &stats);
         if self.grads.is_some() {
             self.saved.insert(chunk, saved);
@@ -141,6 +152,23 @@ impl<'a, 'g> Pipeline<'a, 'g> {
         match out {
             StageOut::Hidden(hidden) => Some(vec![hidden]),
             StageOut::Loss => None,
+        }
+    }
+
+    fn probed(&mut self, chunk: Chunk) -> Option<&mut Probe> {
+        self.probe.as_mut().filter(|probe| probe.chunk == chunk)
+    }
+
+    /// What comes back down the pipe, and what goes on.
+    fn came_back(&mut self, chunk: Chunk, gradient: &Parcel) {
+        if let Some(probe) = self.probed(chunk) {
+            probe.came(BACKWARD, gradient);
+        }
+    }
+
+    fn went_back(&mut self, chunk: Chunk, dx: &Parcel) {
+        if let Some(probe) = self.probed(chunk) {
+            probe.went(BACKWARD, &dx.iter().flatten().collect::<Vec<_>>());
         }
     }
 
@@ -174,6 +202,7 @@ impl Stages for Pipeline<'_, '_> {
     }
 
     fn backward(&mut self, chunk: Chunk, gradient: Parcel, split: bool) -> Result<Parcel, CommError> {
+        self.came_back(chunk, &gradient);
         let (stage, saved) = (self.stages.direction(chunk.direction), self.saved(chunk));
         let mut work = StageWork::new();
         let grads = Self::grads(&mut self.grads);
@@ -184,7 +213,9 @@ impl Stages for Pipeline<'_, '_> {
         if split {
             self.queue.push_back((chunk, work));
         }
-        Ok(dx.map(|dx| vec![dx]))
+        let dx = dx.map(|dx| vec![dx]);
+        self.went_back(chunk, &dx);
+        Ok(dx)
     }
 
     fn backward_weight(&mut self, chunk: Chunk) -> Result<(), CommError> {
@@ -196,9 +227,12 @@ impl Stages for Pipeline<'_, '_> {
     }
 
     fn pair(&mut self, (f, input): (Chunk, Parcel), (b, gradient): (Chunk, Parcel)) -> Result<(Parcel, Parcel), CommError> {
+        self.came_back(b, &gradient);
         let forward = self.start(f, input);
         let backward = Backward::new(self.stages.direction(b.direction), gradient.map(one), self.saved(b));
         let (out, dx) = forward_backward(forward, backward, self.weights, Self::grads(&mut self.grads))?;
-        Ok((self.keep(f, out), dx.map(|dx| vec![dx])))
+        let dx = dx.map(|dx| vec![dx]);
+        self.went_back(b, &dx);
+        Ok((self.keep(f, out), dx))
     }
 }

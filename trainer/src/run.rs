@@ -1,4 +1,8 @@
 //! A run from its first step (or its newest checkpoint) to its last.
+mod mend;
+
+pub use mend::StateLost;
+
 use crate::checkpoint::{self, Cursor, Manifest, Progress, Reader, Retention, Saved, Saver};
 use crate::config::RunConfig;
 use crate::coordinator::{StopSignal, agree, all_or_none, gather_layout, nodes};
@@ -45,6 +49,8 @@ struct Run<'a> {
     /// What the newest save held the run up, until a step's line has said it.
     stall_ms: Option<f64>,
     validated: Option<u64>,
+    /// How often the step under way was done again.
+    again: u32,
     /// Of the newest step's phase: what an export must say.
     rope_scaling: Option<RopeScaling>,
     memory_said: bool,
@@ -81,8 +87,9 @@ pub fn train(config: &RunConfig, world: Comm, start: Start, stop: &StopSignal) -
     // Only now, with everything checked, is anything written.
     let ready = if world.rank() == 0 && start == Start::Fresh { prepare_dir(config) } else { Ok(()) };
     all_or_none(&*world, ready)?;
+    trainer.seal()?;
     let metrics = all_or_none(&*world, Metrics::open(&config.run.dir, world.rank(), state.step, plan.num_steps()))?;
-    let mut run = Run { config, plan, world, trainer, corpus, metrics, state, last_checkpoint, validated: None, rope_scaling: config.model.rope_scaling.clone(), memory_said: false };
+    let mut run = Run { config, plan, world, trainer, corpus, metrics, state, last_checkpoint, validated: None, again: 0, rope_scaling: config.model.rope_scaling.clone(), memory_said: false };
     run.announce(start, &[notes, schedules].concat())?;
     let finished = run.steps(stop)?;
     run.finish(finished)
@@ -213,9 +220,16 @@ impl Run<'_> {
             if self.state.cursor.order != moment.order {
                 self.state.cursor = Cursor { order: moment.order, next: 0 };
             }
+            self.trainer.number = self.state.step + 1;
+            self.trainer.faults.before_step(self.trainer.number, &*self.world)?;
             let first = self.state.cursor.next;
             let batches = self.read_batch(&plan, first)?;
             let report = self.trainer.step(&moment, &batches, stop.raised())?;
+            if !report.found.is_empty() {
+                self.mend(&report.found)?;
+                continue;
+            }
+            self.again = 0;
             self.rope_scaling = moment.phase.rope_scaling.clone().or_else(|| self.config.model.rope_scaling.clone());
             let tokens = moment.batch * moment.phase.sequence_length;
             self.state.step += 1;
@@ -346,6 +360,7 @@ impl Run<'_> {
     }
 
     fn save(&mut self) -> Result<()> {
+        self.verified()?;
         let head = Manifest::head(self.config, &self.trainer.mesh, self.trainer.optimizer.updates);
         let State { step, tokens, cursor, progress } = self.state.clone();
         let model = ModelConfig { rope_scaling: self.rope_scaling.clone(), ..head.model.clone() };

@@ -2,9 +2,11 @@
 //!
 //! Legend: B sequences of a micro-batch, L positions, E experts.
 use crate::balance;
+use crate::checks::{Checks, Finding};
 use crate::config::RunConfig;
 use crate::device;
 use crate::ema::Ema;
+use crate::faults::Faults;
 use crate::guard::{Guard, Reason, Verdict};
 use crate::optimizer::Optimizer;
 use crate::phase::Moment;
@@ -33,6 +35,10 @@ pub struct Trainer {
     pub optimizer: Optimizer,
     pub ema: Option<Ema>,
     pub guard: Guard,
+    pub checks: Checks,
+    pub faults: Faults,
+    /// Of the step under way, as the log counts: from 1.
+    pub number: u64,
     pub max_grad_norm: f64,
     pub groups: Groups,
     deterministic: bool,
@@ -55,13 +61,15 @@ pub struct StepReport {
     pub load: (f64, f64),
     /// Why the update was not applied, if it was not.
     pub skipped: Option<Reason>,
+    /// Corruption in this step's computation or in what it rests on: nothing was changed, and the step is to be done again.
+    pub found: Vec<Finding>,
     /// Some rank was asked to stop.
     pub stop: bool,
 }
 
 impl StepReport {
     pub fn applied(&self) -> bool {
-        self.skipped.is_none()
+        self.skipped.is_none() && self.found.is_empty()
     }
 }
 
@@ -90,6 +98,9 @@ impl Trainer {
             ema: (config.ema.decay > 0.0).then(|| Ema::new(config.ema.decay, &optimizer.slots)),
             optimizer,
             guard: Guard::new(config.guard.clone()),
+            checks: Checks::new(config.checks.clone()),
+            faults: Faults::open(&config.faults, &config.run.dir, (groups.world.rank(), groups.world.size()))?,
+            number: 0,
             max_grad_norm: config.optimizer.max_grad_norm,
             groups,
             deterministic: config.run.deterministic,
@@ -120,20 +131,32 @@ impl Trainer {
     /// Forward, backward, reduce, judge, update. `batch`: this pipe's micro-batches; `stop` is this rank's own wish.
     pub fn step(&mut self, moment: &Moment, batch: &[MicroBatch], stop: bool) -> Result<StepReport, CommError> {
         let step = self.context(moment, moment.batch);
+        self.faults.in_memory(self.number, &mut self.weights, &self.zero, &self.optimizer)?;
         let (losses, counts, gradients) = self.gradients(&step, batch, stop)?;
+        self.faults.in_gradients(self.number, &gradients);
+        let found = if losses[4] > 0.0 { self.findings()? } else { Vec::new() };
         let norm = self.grad_norm(&gradients)?;
 
         let loss = losses[0] / step.main_targets as f64;
         let load = self.load(&counts)?;
-        let verdict = self.guard.judge(if losses.iter().all(|loss| loss.is_finite()) { loss } else { f64::NAN }, norm);
+        let verdict = if found.is_empty() {
+            let worst = if self.guard.wants_worst(norm) { self.worst_gradient(&gradients)? } else { None };
+            self.guard.judge(if losses.iter().all(|loss| loss.is_finite()) { loss } else { f64::NAN }, norm, worst)
+        } else {
+            Verdict::Again
+        };
         if verdict == Verdict::Apply {
             let clip = if norm > self.max_grad_norm { self.max_grad_norm / norm } else { 1.0 };
             self.optimizer.step(&mut self.weights, &gradients, clip, moment.lr);
-            self.zero.gather(&mut self.weights)?;
+            if self.checks.config.memory {
+                self.optimizer.sum_up(&self.weights);
+            }
+            self.gather()?;
             if let Some(ema) = &mut self.ema {
                 ema.update(&self.optimizer.slots);
             }
             balance::update(&mut self.weights, &self.biases, &counts, moment.phase.bias_speed);
+            self.checks.set_biases(&self.weights);
         }
         Ok(StepReport {
             loss,
@@ -142,11 +165,12 @@ impl Trainer {
             grad_norm: norm,
             load,
             skipped: if let Verdict::Skip(reason) = verdict { Some(reason) } else { None },
+            found,
             stop: losses[3] > 0.0,
         })
     }
 
-    /// ([main, mtp, balance, stop] over the world, expert counts of this rank's layers over all that hold them,
+    /// ([main, mtp, balance, stop, what is corrupt] over the world, expert counts of this rank's layers over all that hold them,
     /// gradients of this rank's shards over all that hold them).
     pub fn gradients(
         &mut self,
@@ -155,17 +179,23 @@ impl Trainer {
         stop: bool,
     ) -> Result<(Vec<f64>, Tensor, Vec<Tensor>), CommError> {
         let actions = self.actions(batch.len());
+        let probe = self.probe(&actions);
         let mut reduction = self.zero.begin();
         let mut grads = Grads::new(&self.weights, self.stages.uses(&actions), &mut reduction);
         let mut pipeline = Pipeline::new(step, &self.stages, &mut self.weights, Some(&mut grads), batch, &self.config);
+        pipeline.probe = probe;
         run_schedule(&actions, &*self.groups.pipe, &mut pipeline)?;
-        let sums = pipeline.sums;
+        let Pipeline { sums, probe, .. } = pipeline;
         grads.finish();
         let gradients = reduction.finish()?;
 
         let counts = self.groups.data.all_reduce(vec![sums.counts()], Reduce::Sum)?;
+        if let Some(probe) = probe {
+            self.compute_again(step, batch, &probe)?;
+        }
+        let corrupt = self.inspect()?;
         let stop = Tensor::from_slice(&[stop as i64 as f64]).to_device(sums.losses.device());
-        let losses = self.groups.world.all_reduce(vec![Tensor::cat(&[sums.losses, stop], 0)], Reduce::Sum)?.wait()?;
+        let losses = self.groups.world.all_reduce(vec![Tensor::cat(&[sums.losses, stop, corrupt], 0)], Reduce::Sum)?.wait()?;
         let losses = Vec::<f64>::try_from(&losses[0]).expect("f64 sums");
         Ok((losses, counts.wait()?.pop().expect("one went in"), gradients))
     }

@@ -18,6 +18,7 @@ use model::params::{ParamSpec, Role};
 use model::{ParamId, ParamTable, Weights};
 use parallel::comm::{Comm, CommError};
 use parallel::mesh::Groups;
+use std::cell::RefCell;
 use std::ops::Range;
 use std::rc::Rc;
 use tch::{Device, Kind, Tensor};
@@ -102,6 +103,8 @@ struct Bucket {
     reduce: Layout,
     /// Of the weights, a buffer for each kind that the layers compute with.
     gather: Vec<(Kind, Layout)>,
+    /// The checksums of every rank's runs, [N, most runs of a rank], as they came with the newest weights.
+    sums: RefCell<Option<Tensor>>,
 }
 
 impl Zero {
@@ -187,17 +190,38 @@ impl Zero {
         Reduction::new(self)
     }
 
+    /// Every run of rows that this rank computes with, its own and the others'.
+    pub fn held(&self) -> Vec<Shard> {
+        let alone = self.shards.iter().filter(|shard| self.routes[shard.id.0] == Route::Alone).copied();
+        alone.chain(self.buckets.iter().flat_map(|bucket| bucket.reduce.runs.iter().map(|run| run.shard))).collect()
+    }
+
+    /// The others' rows that have landed, each with the checksum that its owner sent along: [] i64.
+    pub fn received(&self) -> Vec<(Shard, Tensor)> {
+        let of = |bucket: &Rc<Bucket>| match &*bucket.sums.borrow() {
+            Some(sums) => bucket.others().map(|(run, place)| (run.shard, sums.get(run.owner as i64).get(place))).collect(),
+            None => Vec::new(),
+        };
+        self.buckets.iter().flat_map(of).collect()
+    }
+
     /// Sends the new values of this rank's rows, which the optimizer has written into `weights`, and announces those of the
-    /// others: they land when `weights.ready` asks for them. In the order in which a forward does.
-    pub fn gather(&self, weights: &mut Weights) -> Result<(), CommError> {
+    /// others: they land when `weights.ready` asks for them. In the order in which a forward does. `sums`: the checksum of
+    /// each of `shards`, to go with them.
+    pub fn gather(&self, weights: &mut Weights, sums: Option<&[&Tensor]>) -> Result<(), CommError> {
         let mut forward: Vec<&Rc<Bucket>> = self.buckets.iter().collect();
         forward.sort_by_key(|bucket| bucket.ids.iter().min().copied());
         for bucket in forward {
-            let mine = bucket.gather.iter().map(|(kind, layout)| bucket.pack(weights, *kind, layout)).collect();
+            let mut mine: Vec<Tensor> = bucket.gather.iter().map(|(kind, layout)| bucket.pack(weights, *kind, layout)).collect();
+            if let Some(sums) = sums {
+                let own: Vec<&Tensor> = bucket.reduce.owned(bucket.rank).map(|run| sums[self.index(run.shard.id)]).collect();
+                mine.push(bucket.pack_sums(&own, self.device));
+            }
             let arriving = self.lanes[bucket.lane].comm.all_gather(mine)?;
             let (ids, bucket) = (bucket.ids.clone(), bucket.clone());
             weights.expect(ids, move |weights| {
-                let arrived = arriving.wait()?;
+                let mut arrived = arriving.wait()?;
+                bucket.sums.replace(arrived.split_off(bucket.gather.len()).pop());
                 bucket.gather.iter().zip(arrived).for_each(|((_, layout), whole)| bucket.unpack(layout, &whole, weights));
                 Ok(())
             });
@@ -218,7 +242,7 @@ impl Bucket {
         });
         let of_kind = |wanted: Kind| Layout::new(comm.size(), runs.iter().filter(move |run| kind(run) == wanted).cloned());
         let gather = kinds.into_iter().map(|kind| (kind, of_kind(kind))).collect();
-        Bucket { lane, rank: comm.rank(), ids, gather, reduce: Layout::new(comm.size(), runs.iter().cloned()) }
+        Bucket { lane, rank: comm.rank(), ids, gather, reduce: Layout::new(comm.size(), runs.iter().cloned()), sums: RefCell::new(None) }
     }
 
     /// This rank's rows, [1, width].
@@ -228,6 +252,27 @@ impl Bucket {
             run.within(&piece).copy_(&run.shard.of(weights.get(run.shard.id)).view(-1));
         }
         piece
+    }
+
+    /// The others' runs, each with its place among its owner's.
+    fn others(&self) -> impl Iterator<Item = (&Run, i64)> {
+        let mut next = vec![0; self.reduce.ranks];
+        let place = move |run: &Run| {
+            next[run.owner] += 1;
+            next[run.owner] - 1
+        };
+        let placed: Vec<i64> = self.reduce.runs.iter().map(place).collect();
+        self.reduce.runs.iter().zip(placed).filter(|(run, _)| run.owner != self.rank)
+    }
+
+    /// The sums of this rank's runs, [1, most runs of a rank].
+    fn pack_sums(&self, own: &[&Tensor], device: Device) -> Tensor {
+        let most = (0..self.reduce.ranks).map(|rank| self.reduce.owned(rank).count()).max().unwrap_or(0);
+        let packed = Tensor::zeros([1, most as i64], (Kind::Int64, device));
+        if !own.is_empty() {
+            packed.get(0).narrow(0, 0, own.len() as i64).copy_(&Tensor::stack(own, 0));
+        }
+        packed
     }
 
     /// The others' rows of `whole` [N, width] into the weights.

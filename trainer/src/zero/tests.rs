@@ -206,7 +206,7 @@ fn new_values_reach_every_holder_in_the_kinds_that_layers_compute_with() {
                     let new = &rows * 2.0 + 1.0;
                     rows.copy_(&new);
                 }
-                zero.gather(&mut weights).expect("it starts");
+                zero.gather(&mut weights, None).expect("it starts");
                 weights.ready(|_| true).expect("it lands");
                 for id in weights.table.ids() {
                     let before = &before[id.0];
@@ -233,7 +233,7 @@ fn alone_nothing_is_copied() {
     let square = |x: &Tensor| x.square().sum(Kind::Double).double_value(&[]);
     let expected: f64 = gradients.iter().map(square).sum();
     assert!((sum_of_squares(&sums) / expected - 1.0).abs() < 1e-12);
-    zero.gather(&mut weights).expect("nothing to gather");
+    zero.gather(&mut weights, None).expect("nothing to gather");
 }
 
 #[test]

@@ -1,0 +1,114 @@
+//! Injected faults: what changes in memory or in a computation is found before the next update on every rank, and mended; what
+//! cannot be mended is skipped or ends the world, which then goes on from its newest checkpoint.
+use crate::support::{Run, mpirun};
+use parallel::comm::local::run_local;
+use serde_json::Value;
+use trainer::coordinator::StopSignal;
+use trainer::run::{Start, StateLost, train};
+
+/// One run over `ranks` threads, to its end.
+fn over_threads(run: &Run, ranks: usize) {
+    let config = run.config();
+    run_local(ranks, |world| train(&config, world, Start::Fresh, &StopSignal::default()).map(|_| ()).expect("the run"));
+}
+
+fn happened(run: &Run) -> Vec<Value> {
+    let text = std::fs::read_to_string(run.dir().join("log/faults.jsonl")).expect("faults have happened");
+    text.lines().map(|line| serde_json::from_str(line).expect("JSON")).collect()
+}
+
+/// The same losses, samples and final state, bit for bit.
+#[track_caller]
+fn assert_undisturbed(run: &Run, clean: &Run) {
+    assert_eq!(run.samples(), clean.samples());
+    for key in ["loss", "grad_norm"] {
+        assert_eq!(run.series(key), clean.series(key), "{key}");
+    }
+    let (a, b) = (run.state(), clean.state());
+    assert_eq!(a.keys().collect::<Vec<_>>(), b.keys().collect::<Vec<_>>());
+    a.iter().for_each(|(name, tensor)| assert!(tensor.equal(&b[name]), "{name} is not the undisturbed run's"));
+}
+
+fn skipped(run: &Run) -> Vec<u64> {
+    let lines = run.lines();
+    lines.iter().filter(|line| line["applied"] == false).map(|line| line["step"].as_u64().expect("a number")).collect()
+}
+
+#[test]
+fn flipped_weights_masters_and_computations_leave_no_trace() {
+    // Layouts whose weights are rows of a master and which are not; experts on one rank, on two, in two copies.
+    let layouts = [
+        (2, "f64", "parallel.pp=1", "parallel.ep=2", "parallel.schedule=paired"),
+        (4, "bf16", "parallel.pp=2", "parallel.ep=2", "parallel.schedule=1f1b"),
+        (2, "bf16", "parallel.pp=2", "parallel.ep=1", "parallel.schedule=dualpipe"),
+    ];
+    for (number, (ranks, precision, pp, ep, schedule)) in layouts.into_iter().enumerate() {
+        let precision = format!("run.precision={precision}");
+        let set = [precision.as_str(), pp, ep, schedule, "validation.every=0"];
+        let clean = Run::new(&format!("faults-clean-{number}"), &set);
+        over_threads(&clean, ranks);
+        let kinds = ["flip-weight", "flip-master", "flip-activation"];
+        let faults: Vec<String> =
+            (0..18).map(|at| format!("{{kind=\"{}\",rank={},step={}}}", kinds[at % 3], at / 3 % ranks, 2 + at + at / 9)).collect();
+        let faults = format!("faults.inject=[{}]", faults.join(","));
+        let set = [&set[..], &[&faults, "checks.recompute_every=1", "checkpoint.every=1"]].concat();
+        let run = Run::new(&format!("faults-flips-{number}"), &set);
+        over_threads(&run, ranks);
+        assert_eq!(happened(&run).len(), 18);
+        assert_eq!(skipped(&run), [0; 0]);
+        assert_undisturbed(&run, &clean);
+    }
+}
+
+#[test]
+fn a_finding_names_rank_tensor_and_remedy() {
+    let faults = "faults.inject=[{kind=\"flip-weight\",rank=1,step=3},{kind=\"flip-activation\",rank=1,step=5},{kind=\"flip-master\",rank=0,step=7}]";
+    let run = Run::new(
+        "faults-said",
+        &["run.precision=bf16", "parallel.ep=2", faults, "checks.recompute_every=1", "checkpoint.every=3", "run.stop_after=8"],
+    );
+    let said = mpirun(2, &run.train_args(), 75);
+    for text in [
+        "step 3: rank 1: the weight ",
+        " is not what AdamW wrote",
+        "step 3: the weights are made again from the masters, and the step is done again",
+        "step 5: rank 1: the forward pass of micro-batch ",
+        ", computed twice, is not the same twice",
+        "step 7: rank 0: the ",
+        "changed since AdamW wrote it",
+        "step 7: the state of step 6 is restored from ",
+    ] {
+        assert!(said.contains(text), "not said: {text}\n{said}");
+    }
+}
+
+#[test]
+fn a_lost_master_ends_every_rank_where_there_is_no_copy_of_the_step() {
+    let run = Run::new(
+        "faults-lost",
+        &["run.precision=bf16", "faults.inject=[{kind=\"flip-master\",rank=1,step=6}]", "checkpoint.every=2", "run.stop_after=4"],
+    );
+    let mut config = run.config();
+    over_threads(&run, 2);
+    config.run.stop_after = None;
+    config.checkpoint.every = 3;
+    let errors = run_local(2, |world| {
+        let error = train(&config, world, Start::Resume, &StopSignal::default()).map(|_| ()).expect_err("the state is lost");
+        assert!(error.downcast_ref::<StateLost>().is_some(), "{error:#}");
+        error.to_string()
+    });
+    assert!(errors[0].starts_with("state lost: rank 1: the ") && errors[0].contains("there is no copy of step 5"), "{}", errors[0]);
+    assert_eq!(errors[0], errors[1]);
+}
+
+#[test]
+fn bad_gradients_are_skipped_and_named_and_the_run_goes_on() {
+    let faults = "faults.inject=[{kind=\"nan\",rank=1,step=6},{kind=\"flip-gradient\",rank=0,step=9},{kind=\"spike\",rank=1,step=12}]";
+    for precision in ["f64", "bf16"] {
+        let precision = format!("run.precision={precision}");
+        let set = [precision.as_str(), "parallel.pp=2", faults, "guard.window=4", "guard.gradient_limit=2.0"];
+        let run = Run::new(&format!("faults-{precision}"), &set);
+        over_threads(&run, 2);
+        assert_eq!(skipped(&run), [6, 9, 12]);
+    }
+}

@@ -1,0 +1,74 @@
+//! What a run does about corruption that a check has found: nothing was changed by the step, so once what it rests on is
+//! whole again the step is done again, on the same samples, and comes to what it would have come to.
+use super::Run;
+use crate::checkpoint::{self, Reader};
+use crate::checks::Finding;
+use crate::coordinator::all_or_none;
+use anyhow::{Context, Result, bail};
+use parallel::comm::broadcast_bytes;
+use std::path::PathBuf;
+
+/// What only a checkpoint can give back: the world must start again from one.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub struct StateLost(String);
+
+impl Run<'_> {
+    /// Collective; `found` is the same on every rank.
+    pub(super) fn mend(&mut self, found: &[Finding]) -> Result<()> {
+        let step = self.state.step + 1;
+        found.iter().for_each(|finding| self.metrics.say(&format!("step {step}: {finding}")));
+        self.again += 1;
+        if self.again > self.config.guard.max_skipped {
+            bail!(
+                "step {step} found corruption {} times in a row, the last: {}: a machine is broken, and doing it again does not help",
+                self.again,
+                found[0]
+            );
+        }
+        match found.iter().find(|finding| finding.place.lost()) {
+            Some(lost) => self.reload(lost)?,
+            None => {
+                self.trainer.rewrite_weights()?;
+                self.metrics.say(&format!("step {step}: the weights are made again from the masters, and the step is done again"));
+            }
+        }
+        Ok(())
+    }
+
+    /// The state that is to be saved is whole, or was made so.
+    pub(super) fn verified(&mut self) -> Result<()> {
+        let found = self.trainer.verify()?;
+        if found.is_empty() { Ok(()) } else { self.mend(&found) }
+    }
+
+    /// Everything from a copy of this very step, where there is one.
+    fn reload(&mut self, lost: &Finding) -> Result<()> {
+        let step = self.state.step;
+        let Some(path) = self.copy_of_this_step()? else {
+            return Err(StateLost(format!(
+                "state lost: {lost}, and there is no copy of step {step}; the run can go on from its newest whole checkpoint"
+            ))
+            .into());
+        };
+        let mut reader = all_or_none(&*self.world, Reader::open(&path))?;
+        all_or_none(&*self.world, self.trainer.load_all(&mut reader))?;
+        self.trainer.seal()?;
+        self.metrics.say(&format!(
+            "step {}: the state of step {step} is restored from {}, and the step is done again",
+            step + 1,
+            path.display()
+        ));
+        Ok(())
+    }
+
+    fn copy_of_this_step(&mut self) -> Result<Option<PathBuf>> {
+        let ended = self.saver.wait(&*self.world)?;
+        self.saved(ended);
+        let newest = self.last_checkpoint.as_ref().filter(|(at, _)| *at == self.state.step).map(|(_, path)| path.clone());
+        // Rank 0 reads every byte and decides for all.
+        let whole = newest.filter(|path| self.world.rank() > 0 || checkpoint::verify(path).is_ok());
+        let told = broadcast_bytes(&*self.world, &serde_json::to_vec(&whole)?, 0)?;
+        serde_json::from_slice(&told).context("rank 0's word")
+    }
+}
