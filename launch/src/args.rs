@@ -129,7 +129,8 @@ Exit codes:
   16  the ranks could not be started
   17  another launcher is at work in this run directory
   18  stopped on request, but the ranks did not checkpoint in time and were ended; an older checkpoint may be there
-For 10 to 15, --max-restarts were used up, or a restart could not help.
+  19  what the ranks held in memory was damaged, and no copy of that step was left
+For 10 to 15 and 19, --max-restarts were used up, or a restart could not help.
 
 Examples:
   tiefsee-launch --standalone --nproc-per-node 2 -- train --config configs/run/quickstart.toml

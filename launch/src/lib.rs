@@ -34,4 +34,6 @@ pub mod rendezvous;
 pub mod run_dir;
 pub mod serve;
 pub mod supervise;
+pub mod waits;
 pub mod wire;
+pub mod work;

@@ -7,6 +7,8 @@ pub const STOPPED: u8 = 75;
 pub const USAGE: u8 = 2;
 pub const TAKEN: u8 = 17;
 pub const STOPPED_LATE: u8 = 18;
+/// As `tiefsee` has it: memory was damaged beyond what the ranks can mend.
+const STATE_LOST: i32 = 76;
 /// What mpirun answers when one of its daemons, or the link to it, is gone.
 const DAEMON_LOST: i32 = 205;
 const SIGABRT: i32 = 6;
@@ -26,6 +28,7 @@ pub enum Class {
     Abort,
     LinkLost,
     Hung,
+    StateLost,
     CannotStart,
 }
 
@@ -60,6 +63,7 @@ impl Outcome {
             Class::Hung => 15,
             Class::CannotStart => 16,
             Class::StoppedLate => STOPPED_LATE,
+            Class::StateLost => 19,
         }
     }
 
@@ -71,7 +75,7 @@ impl Outcome {
     pub fn worth_a_restart(&self, made_a_step: bool) -> bool {
         match self.class {
             Class::Error | Class::Abort => made_a_step,
-            Class::Killed | Class::OutOfMemory | Class::LinkLost | Class::Hung => true,
+            Class::Killed | Class::OutOfMemory | Class::LinkLost | Class::Hung | Class::StateLost => true,
             Class::Finished | Class::Stopped | Class::StoppedLate | Class::CannotStart => false,
         }
     }
@@ -162,6 +166,7 @@ pub fn classify(code: i32, evidence: &Evidence, (asked, oom_kills): (bool, bool)
     };
     match (code, killed) {
         (0, _) => Outcome::new(Class::Finished, "finished"),
+        (STATE_LOST, _) => Outcome::new(Class::StateLost, evidence.reason.clone().unwrap_or_else(|| "memory was damaged".to_string())),
         (75, _) => Outcome::new(Class::Stopped, "stopped on request, with a checkpoint"),
         (_, Some(SIGUSR1)) if asked => Outcome::new(Class::Stopped, "stopped on request, before the ranks had begun"),
         (DAEMON_LOST, _) => lost(),
@@ -199,6 +204,7 @@ mod tests {
             (0, &[][..], Class::Finished),
             (75, &[], Class::Stopped),
             (5, &[], Class::Error),
+            (76, &["MPI_ABORT was invoked on rank 0 in communicator MPI_COMM_WORLD"], Class::StateLost),
             (137, &[], Class::Killed),
             (139, &["mpirun noticed that process rank 1 with PID 0 on node a exited on signal 11 (Segmentation fault)."], Class::Killed),
             (134, &["memory allocation of 99999999 bytes failed"], Class::OutOfMemory),

@@ -1,5 +1,7 @@
 //! The step watchdog: how far each rank is, by the lines that it appends to RUN_DIR/log/rank-N.jsonl.
 use crate::processes::{activity, descendants, rank};
+use crate::waits::waits;
+use crate::work::{Worked, median};
 use serde::Deserialize;
 use std::collections::{BTreeMap, VecDeque};
 use std::fs::{self, File};
@@ -41,14 +43,15 @@ struct Followed {
     step: Option<u64>,
     /// Of its last steps.
     busy_ms: VecDeque<f64>,
+    /// Its place in the pipe.
+    stage: usize,
     called_slow: bool,
 }
 
 /// A rank that keeps the others waiting.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Slow {
-    pub rank: usize,
-    pub busy_ms: f64,
+    pub worked: Worked,
     /// Of the median rank.
     pub usual_ms: f64,
 }
@@ -60,6 +63,7 @@ struct Line {
     step_ms: Option<f64>,
     /// How long the rank itself worked in the step, without waiting for others. Where it is not told, nobody is called slow.
     busy_ms: Option<f64>,
+    stage: Option<usize>,
 }
 
 impl Progress {
@@ -104,6 +108,7 @@ impl Progress {
             for line in text[..end].lines().filter_map(|line| serde_json::from_str::<Line>(line).ok()) {
                 followed.step = Some(line.step);
                 followed.busy_ms.extend(line.busy_ms);
+                followed.stage = line.stage.unwrap_or_default();
                 if let Some(step_ms) = line.step_ms {
                     self.stepped = true;
                     self.step_seconds.push_back(step_ms / 1e3);
@@ -137,15 +142,25 @@ impl Progress {
         median(self.step_seconds.iter().copied())
     }
 
+    /// Of every rank that has made enough steps.
+    pub fn worked(&self) -> Vec<Worked> {
+        let judged = self.ranks.iter().filter(|(_, followed)| followed.busy_ms.len() == JUDGED);
+        judged.map(|(&rank, followed)| Worked { rank, stage: followed.stage, busy_ms: median(followed.busy_ms.iter().copied()) }).collect()
+    }
+
     /// A slow rank, each told once.
     pub fn slow(&mut self) -> Option<Slow> {
-        let judged = self.ranks.iter().filter(|(_, followed)| followed.busy_ms.len() == JUDGED);
-        let times: Vec<(usize, f64)> = judged.map(|(rank, followed)| (*rank, median(followed.busy_ms.iter().copied()))).collect();
-        let usual_ms = median(times.iter().map(|(_, busy_ms)| *busy_ms));
-        let slow = times.iter().find(|(rank, busy_ms)| *busy_ms > SLOW * usual_ms && !self.ranks[rank].called_slow);
-        let (rank, busy_ms) = *slow.filter(|_| times.len() > 1)?;
-        self.ranks.get_mut(&rank)?.called_slow = true;
-        Some(Slow { rank, busy_ms, usual_ms })
+        let all = self.worked();
+        let usual_ms = median(all.iter().map(|worked| worked.busy_ms));
+        let slow = all.iter().find(|worked| worked.busy_ms > SLOW * usual_ms && !self.ranks[&worked.rank].called_slow);
+        let worked = *slow.filter(|_| all.len() > 1)?;
+        self.ranks.get_mut(&worked.rank)?.called_slow = true;
+        Some(Slow { worked, usual_ms })
+    }
+
+    /// Who waits for whom, of a world of so many ranks.
+    pub fn waits(&self, ranks: usize) -> Option<String> {
+        waits(&self.log, ranks)
     }
 
     /// The one rank whose log ends before the others', if there is one.
@@ -167,13 +182,6 @@ impl Progress {
         let late: Vec<String> = steps.iter().filter(|(_, step)| *step == least).map(|(rank, _)| rank.to_string()).collect();
         format!("rank {} stands at step {least}, the furthest at {most}", late.join(", "))
     }
-}
-
-/// The lower one of two; 0 of none.
-fn median(values: impl Iterator<Item = f64>) -> f64 {
-    let mut sorted: Vec<f64> = values.collect();
-    sorted.sort_by(f64::total_cmp);
-    sorted.get(sorted.len().saturating_sub(1) / 2).copied().unwrap_or(0.0)
 }
 
 fn read_from(path: &Path, offset: u64) -> std::io::Result<String> {
@@ -255,7 +263,7 @@ mod tests {
             }
         }
         progress.poll(now);
-        assert_eq!(progress.slow(), Some(Slow { rank: 1, busy_ms: 170.0, usual_ms: 100.0 }));
+        assert_eq!(progress.slow(), Some(Slow { worked: Worked { rank: 1, stage: 0, busy_ms: 170.0 }, usual_ms: 100.0 }));
         assert_eq!(progress.slow(), None);
     }
 

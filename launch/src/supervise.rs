@@ -10,9 +10,10 @@ use crate::layout::{Layout, listed};
 use crate::outcome::{Class, Outcome, STOPPED, STOPPED_LATE, TAKEN, USAGE, classify};
 use crate::output::Output;
 use crate::program::{Kind, Program};
-use crate::progress::{Limits, Progress, idle_ranks};
+use crate::progress::{Limits, Progress, Slow, idle_ranks};
 use crate::run_dir::{self, Holds};
 use crate::serve::{Node, serve};
+use crate::work::{Worked, report};
 use anyhow::{Context, Result};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGUSR1};
 use signal_hook::iterator::Signals;
@@ -175,6 +176,9 @@ impl Supervisor {
         let evidence = output.finish();
         if let Some(progress) = &mut progress {
             progress.poll(Instant::now());
+            if let Some(words) = report(&progress.worked()) {
+                self.incidents.add("work", progress.step(), words);
+            }
         }
         let host_of = |rank| layout.host_of(rank).map(str::to_string).or_else(|| (layout.nodes == 1).then(host_name));
         let mut outcome = verdict.unwrap_or_else(|| classify(code, &evidence, (self.requests > 0, oom_kills() > kills_before), host_of));
@@ -214,13 +218,15 @@ impl Supervisor {
             if let Some(progress) = progress {
                 progress.poll(now);
                 if let Some(slow) = progress.slow() {
-                    let at = layout.host_of(slow.rank).map(|host| format!(" on host {host}")).unwrap_or_default();
-                    let words = format!("rank {}{at} is slow: it works {:.0} ms a step, the median rank {:.0} ms; the others wait for it", slow.rank, slow.busy_ms, slow.usual_ms);
+                    let Slow { worked: Worked { rank, stage, busy_ms }, usual_ms } = slow;
+                    let at = layout.host_of(rank).map(|host| format!(" on host {host}")).unwrap_or_default();
+                    let words = format!("rank {rank}{at}, stage {stage}, is slow: it works {busy_ms:.0} ms a step, the median rank {usual_ms:.0} ms; the others wait for it");
                     self.incidents.add("slow", progress.step(), words);
                 }
                 if let Some(quiet) = progress.hung(now).filter(|_| !ending.begun() && !ending.asked()) {
                     let idle = idle_ranks(guarded.pid(), LOOK).map(|idle| format!("; {idle}")).unwrap_or_default();
-                    let words = format!("hung: no step for {:.0} s; {}{idle}", quiet.as_secs_f64(), progress.behind());
+                    let waits = progress.waits(layout.ranks()).map(|waits| format!("; {waits}")).unwrap_or_default();
+                    let words = format!("hung: no step for {:.0} s; {}{idle}{waits}", quiet.as_secs_f64(), progress.behind());
                     self.incidents.add("hung", progress.step(), words.clone());
                     let host = progress.last_rank().and_then(|rank| layout.host_of(rank)).map(str::to_string);
                     ending.end(guarded, self.args.kill_after, Outcome::new(Class::Hung, words).at(host));

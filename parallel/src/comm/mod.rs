@@ -11,6 +11,7 @@ pub mod local;
 pub mod mpi;
 pub mod nccl;
 mod sum;
+pub mod watched;
 
 use std::rc::Rc;
 use tch::{Device, Kind, Tensor};
