@@ -40,6 +40,10 @@ def kernels(trace):
     return rows, (last - first) / 1e3
 
 
+# Kernels of GEMMs outside attention, by the precision of their operands.
+GEMMS = {"FP8": r"gemm_(forward|wgrad)$", "BF16": r"nvjet_.*_ts[ts]_|_bf16_|bf16bf16", "FP32": r"_f32f32_f32f32_f32_.*gemm|_gemm_f32f32_f32f32"}
+
+
 def show(ours, trace, top):
     memory = ours["memory"]
     print(f"\n{ours['precision']}: forward+backward {ours['fwd_bwd_ms']:.1f} ms, step {ours['step_ms']:.1f} ms, loss {ours['loss']:.4f}")
@@ -52,6 +56,9 @@ def show(ours, trace, top):
     rows, wall = kernels(trace)
     busy = sum(ms for ms, _, _ in rows)
     print(f"  one step under the tracer: {busy:.1f} ms of kernels in {wall:.1f} ms")
+    of = lambda pattern: [(ms, count) for ms, count, name in rows if re.search(pattern, name)]
+    counts = {kind: (sum(c for _, c in of(pattern)), sum(ms for ms, _ in of(pattern))) for kind, pattern in GEMMS.items()}
+    print("  GEMM kernels: " + ", ".join(f"{count} {kind} ({ms:.1f} ms)" for kind, (count, ms) in counts.items()))
     for ms, count, name in rows[:top]:
         print(f"  {ms:8.3f} ms {count:5}  {name}")
     rest = rows[top:]

@@ -128,7 +128,9 @@ impl Layer for Gate {
         let routes = self.choose(w, &scores);
         let chosen = scores.gather(1, &routes, false);
         let weights = if self.renormalise { &chosen / (chosen.sum_dim_intlist(&[1i64][..], true, None) + 1e-20) } else { chosen } * self.factor;
-        let counts = routes.flatten(0, -1).bincount(None::<&Tensor>, self.experts);
+        let chosen_by = routes.flatten(0, -1);
+        // bincount would make the host wait for a GPU.
+        let counts = Tensor::zeros([self.experts], (Kind::Int64, routes.device())).scatter_add(0, &chosen_by, &chosen_by.ones_like());
         let (f, balance) = self.balance(&scores, sequences);
         let saved = GateSaved { scores, routes: routes.shallow_clone(), balance: f * balance_scale };
         (GateOut { routes, weights, counts, balance }, saved)

@@ -68,7 +68,8 @@ pub struct MlaSaved {
     rotary_key: Tensor,           // [T, R]
     kv: Option<(Tensor, Tensor)>, // [B, H, S, N + R] and [B, H, S, Dv]
     attention: attention::Saved,
-    context: Tensor, // [T, H Dv]; in FP8 runs of E5M6 values
+    /// [T, H Dv], in FP8 runs rounded to E5M6. None: attention's own output has it.
+    context: Option<Tensor>,
     sequences: i64,
     positions: Positions,
 }
@@ -136,6 +137,11 @@ impl Mla {
         mla_heads::keys_and_values(&latent.forward(w, self.kv_b.weight), rotary_key, sequences, &positions.table, self.widths())
     }
 
+    /// [B, H, S, Dv] → [T, H Dv].
+    fn tokens(&self, context: &Tensor) -> Tensor {
+        context.transpose(1, 2).reshape([-1, self.heads * self.value])
+    }
+
     /// A latent as backward reads it: for Wgrad and, where the up-projection is made again, for Fprop.
     fn latent_again(&self, w: &Weights, norm: &RmsNorm, saved: &NormSaved, kept: Option<Operand>) -> Operand {
         let want = if self.recompute.mla_up_projection { Want::BOTH } else { Want::COLUMNS };
@@ -149,6 +155,11 @@ impl Mla {
             (false, false) => Some(latent.for_weight()),
         }
     }
+}
+
+/// What the linear after attention keeps of its input (report §3.3.3).
+fn rounded(precision: Precision, context: Tensor) -> Tensor {
+    if precision == Precision::Fp8 { quantise::round_e5m6(&context) } else { context }
 }
 
 impl Layer for Mla {
@@ -180,9 +191,9 @@ impl Layer for Mla {
         let (latent, rotary_key) = (Operand::new(w.precision, latent, Want::BOTH), parts[1].contiguous());
         let (k, v) = self.keys_and_values(w, &latent, &rotary_key, sequences, &positions);
         let (context, attention) = attention::forward(&q, &k, &v, positions.softmax_scale, positions.repeatable); // [B, H, S, Dv]
-        let context = context.transpose(1, 2).reshape([-1, self.heads * self.value]);
+        let context = self.tokens(&context);
         let out_in = Operand::with_rule(w.precision, context.shallow_clone(), Want::ROWS, ScaleRule::PowerOfTwo);
-        let context = if w.precision == Precision::Fp8 { quantise::round_e5m6(&context) } else { context };
+        let context = attention.out().is_none().then(|| rounded(w.precision, context));
         let saved = MlaSaved {
             query,
             kv_norm,
@@ -199,7 +210,8 @@ impl Layer for Mla {
 
     fn backward_input(&self, w: &Weights, MlaGrad { dy, x }: MlaGrad, s: MlaSaved) -> (Tensor, MlaWork) {
         let (sequences, positions, table) = (s.sequences, &s.positions, &s.positions.table);
-        let out_in = Operand::with_rule(w.precision, s.context, Want::COLUMNS, ScaleRule::PowerOfTwo);
+        let context = s.context.unwrap_or_else(|| rounded(w.precision, self.tokens(s.attention.out().expect("one of the two is kept"))));
+        let out_in = Operand::with_rule(w.precision, context, Want::COLUMNS, ScaleRule::PowerOfTwo);
         let (dcontext, out) = self.out.backward_input(w, dy, out_in);
         let dcontext = dcontext.view([sequences, -1, self.heads, self.value]).transpose(1, 2);
         let (q, query) = match (&self.query, s.query) {

@@ -15,6 +15,16 @@ pub enum Saved {
     Cudnn { made: CudnnAttention, repeatable: bool },
 }
 
+impl Saved {
+    /// The output [B, H, S, Dv], where backward needs it.
+    pub fn out(&self) -> Option<&Tensor> {
+        match self {
+            Saved::Probabilities(_) => None,
+            Saved::Cudnn { made, .. } => Some(&made.out),
+        }
+    }
+}
+
 /// Most bytes of one head group's FP32 scores in the repeatable backward, which has four such tensors.
 const GROUP_BYTES: i64 = 512 << 20;
 

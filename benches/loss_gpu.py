@@ -1,0 +1,78 @@
+"""Does FP8 train as BF16 does? One model, one seed, the same samples in the same order: BF16, BF16 with another order of
+the sums in attention's backward, and FP8, one after the other on one GPU.
+
+    python3 benches/loss_gpu.py --tiefsee "COMMAND" --corpus DIR --out DIR
+
+Prints the mean loss of the last 200 steps of each and their gaps, and draws the curves into OUT/loss.svg.
+"""
+import argparse
+import json
+import shlex
+import subprocess
+from pathlib import Path
+
+RUNS = {
+    "bf16": ["run.precision=bf16"],
+    "bf16, sums in another order": ["run.precision=bf16", "run.deterministic=true"],
+    "fp8": ["run.precision=fp8"],
+}
+LAST = 200
+
+
+def losses(command, config, corpus, folder, name, sets):
+    directory = folder / name.replace(", ", "-").replace(" ", "-")
+    sets = [*sets, f"run.dir={directory}", f"data.mixture.0.path={corpus}"]
+    words = [*shlex.split(command), "train", "--config", config, *(word for value in sets for word in ("--set", value))]
+    run = subprocess.run(words, capture_output=True, text=True)
+    if run.returncode != 0:
+        raise SystemExit(f"{name}: {(run.stdout + run.stderr)[-2000:]}")
+    lines = [json.loads(line) for line in (directory / "log/rank-0.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if "loss" in line]
+    milliseconds = sorted(line["step_ms"] for line in steps)[len(steps) // 2]
+    print(f"{name:<28} {len(steps)} steps, median {milliseconds:.1f} ms, {sum(not line['applied'] for line in steps)} skipped", flush=True)
+    return [line["loss"] for line in steps]
+
+
+def smooth(values, width=20):
+    return [sum(values[max(0, i - width + 1): i + 1]) / len(values[max(0, i - width + 1): i + 1]) for i in range(len(values))]
+
+
+def draw(curves, path):
+    width, height, edge = 900, 480, 50
+    low = min(min(curve) for curve in curves.values())
+    high = max(max(curve) for curve in curves.values())
+    lines = [f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" font-family="sans-serif" font-size="12">']
+    lines.append(f'<rect width="{width}" height="{height}" fill="white"/>')
+    for (name, curve), colour in zip(curves.items(), ("#1f77b4", "#2ca02c", "#d62728")):
+        x = lambda i: edge + i * (width - 2 * edge) / max(1, len(curve) - 1)
+        y = lambda v: edge + (high - v) * (height - 2 * edge) / (high - low)
+        points = " ".join(f"{x(i):.1f},{y(v):.1f}" for i, v in enumerate(curve))
+        lines.append(f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="1.2" opacity="0.8"/>')
+        row = list(curves).index(name)
+        lines.append(f'<text x="{width - 280}" y="{edge + 16 * row}" fill="{colour}">{name}</text>')
+    for value in (low, high):
+        lines.append(f'<text x="4" y="{edge + (high - value) * (height - 2 * edge) / (high - low):.0f}">{value:.2f}</text>')
+    lines.append(f'<text x="{edge}" y="{height - 12}">loss, mean of 20 steps, over {len(curve)} steps</text></svg>')
+    path.write_text("\n".join(lines) + "\n")
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--tiefsee", default="target/release/tiefsee")
+    parser.add_argument("--config", default="configs/run/loss-gpu.toml")
+    parser.add_argument("--corpus", required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    curves = {name: losses(args.tiefsee, args.config, args.corpus, args.out, name, sets) for name, sets in RUNS.items()}
+    means = {name: sum(curve[-LAST:]) / LAST for name, curve in curves.items()}
+    first = means["bf16"]
+    for name, mean in means.items():
+        print(f"{name:<28} mean of the last {LAST} steps {mean:.5f}, {(mean / first - 1) * 100:+.3f} %")
+    between, fp8 = (abs(means[name] / first - 1) for name in list(RUNS)[1:])
+    print(f"FP8 {'passes' if fp8 < 0.0025 or fp8 < 2 * between else 'FAILS'}: its gap is {fp8:.3%}, that of two orders of sums {between:.3%}")
+    draw({name: smooth(curve) for name, curve in curves.items()}, args.out / "loss.svg")
+
+
+if __name__ == "__main__":
+    main()
