@@ -3,9 +3,10 @@
 //!
 //! Legend: T tokens, D hidden size.
 use crate::experts::ExpertsWork;
+use crate::flow::Other;
 use crate::mla::{Mla, MlaGrad, MlaIn, MlaSaved, MlaWork, Positions};
 use crate::mlp::{Mlp, MlpGrad, MlpWork};
-use crate::moe::{Load, Moe, MoeBackCombining, MoeBackDispatched, MoeCombining, MoeDispatched, MoeSaved, MoeWork};
+use crate::moe::{Load, Moe, MoeBackCombining, MoeBackDispatched, MoeCombining, MoeDispatched, MoeSaved, MoeWork, UnderWay};
 use crate::norm::{NormSaved, RmsNorm};
 use crate::operand::Operand;
 use crate::swiglu::SwigluSaved;
@@ -74,6 +75,12 @@ pub struct BlockSent<S> {
     moe: Box<S>,
 }
 
+impl<S: UnderWay> UnderWay for BlockSent<S> {
+    fn onward(&mut self) -> Result<bool, CommError> {
+        self.moe.onward()
+    }
+}
+
 pub struct BlockWork {
     attention_norm: Tensor,
     attention: MlaWork,
@@ -138,8 +145,8 @@ impl Block {
         (input, Some(kept))
     }
 
-    pub fn forward_experts(&self, w: &Weights, sent: BlockSent<MoeDispatched>) -> Result<BlockSent<MoeCombining>, CommError> {
-        Ok(BlockSent { h: sent.h, before: sent.before, moe: Box::new(self.moe().compute(w, *sent.moe)?) })
+    pub fn forward_experts(&self, w: &Weights, sent: BlockSent<MoeDispatched>, other: Other) -> Result<BlockSent<MoeCombining>, CommError> {
+        Ok(BlockSent { h: sent.h, before: sent.before, moe: Box::new(self.moe().compute(w, *sent.moe, other)?) })
     }
 
     pub fn forward_end(&self, sent: BlockSent<MoeCombining>) -> Result<BlockOut, CommError> {
@@ -170,8 +177,10 @@ impl Block {
         })
     }
 
-    pub fn backward_experts(&self, w: &Weights, sent: BlockSent<MoeBackDispatched>) -> Result<(BlockSent<MoeBackCombining>, ExpertsWork), CommError> {
-        let (moe, work) = self.moe().backward_compute(w, *sent.moe)?;
+    pub fn backward_experts(
+        &self, w: &Weights, sent: BlockSent<MoeBackDispatched>, other: Other,
+    ) -> Result<(BlockSent<MoeBackCombining>, ExpertsWork), CommError> {
+        let (moe, work) = self.moe().backward_compute(w, *sent.moe, other)?;
         Ok((BlockSent { h: sent.h, before: sent.before, moe: Box::new(moe) }, work))
     }
 

@@ -5,12 +5,14 @@
 //!     backward  [head, send dy]            [wait, experts' dgrad, send, wgrad]       [wait, attention, …
 //!     forward               [attention, gate, send]              [wait, experts, send]          [wait, …
 //!
-//! The two lists may differ in length: dense blocks join the segment before them.
+//! The two lists may differ in length: dense blocks join the segment before them. A transfer of two hops (to the node,
+//! then to the rank) has its second posted by the other micro-batch amid its segment, `Other`: so that, too, passes under
+//! computation.
 use crate::block::{Block, BlockContext, BlockOut, BlockSaved, BlockSent, BlockWork, Started};
 use crate::embedding::EmbeddingWork;
 use crate::experts::ExpertsWork;
 use crate::head::{HeadIn, HeadSaved};
-use crate::moe::{MoeBackCombining, MoeBackDispatched, MoeCombining, MoeDispatched};
+use crate::moe::{MoeBackCombining, MoeBackDispatched, MoeCombining, MoeDispatched, UnderWay};
 use crate::mtp::{MtpInSaved, MtpInWork, MtpOutSaved, MtpOutWork};
 use crate::norm::NormSaved;
 use crate::stage::{Last, MicroBatch, Stage, StageIn, StageOut, StageStats, StepContext, Sums};
@@ -75,6 +77,14 @@ impl Stage {
     }
 }
 
+/// Called amid a segment: the other micro-batch's transfer goes on.
+pub type Other<'a> = &'a mut dyn FnMut() -> Result<(), CommError>;
+
+/// There is no other.
+pub fn alone() -> Result<(), CommError> {
+    Ok(())
+}
+
 /// What a finished forward hands on.
 pub type StageResult = (StageOut, StageStats, StageSaved);
 
@@ -106,13 +116,11 @@ impl<'a> Forward<'a> {
     }
 
     /// The next segment. False: it was the last.
-    pub fn advance(&mut self, w: &mut Weights) -> Result<bool, CommError> {
+    pub fn advance(&mut self, w: &mut Weights, other: Other) -> Result<bool, CommError> {
         let h = match std::mem::replace(&mut self.at, ForwardAt::Moving) {
             ForwardAt::Start(x) => self.enter(w, x)?,
             ForwardAt::Sent(sent) => {
-                event("forward", "wait");
-                self.at = ForwardAt::Combining(self.stage.block(self.saved.blocks.len()).forward_experts(w, sent)?);
-                event("forward", "send");
+                self.at = ForwardAt::Combining(self.stage.block(self.saved.blocks.len()).forward_experts(w, sent, other)?);
                 return Ok(true);
             }
             ForwardAt::Combining(sent) => {
@@ -122,7 +130,21 @@ impl<'a> Forward<'a> {
             }
             ForwardAt::Over(_) | ForwardAt::Moving => panic!("a forward was advanced past its end"),
         };
+        other()?;
         self.run(w, h)
+    }
+
+    /// The next hop of what is under way.
+    fn onward(&mut self) -> Result<(), CommError> {
+        let posted = match &mut self.at {
+            ForwardAt::Sent(sent) => sent.onward()?,
+            ForwardAt::Combining(sent) => sent.onward()?,
+            _ => false,
+        };
+        if posted {
+            event("forward", "onward");
+        }
+        Ok(())
     }
 
     pub fn finish(self) -> StageResult {
@@ -237,14 +259,12 @@ impl<'a> Backward<'a> {
     }
 
     /// The next segment; `work` takes what the weights' gradients need. False: it was the last.
-    pub fn advance(&mut self, w: &Weights, work: &mut dyn FnMut(Work)) -> Result<bool, CommError> {
+    pub fn advance(&mut self, w: &Weights, work: &mut dyn FnMut(Work), other: Other) -> Result<bool, CommError> {
         let index = self.saved.blocks.len(); // of the block under way
         let dh = match std::mem::replace(&mut self.at, BackwardAt::Moving) {
             BackwardAt::Start(dy) => self.enter(w, dy, work),
             BackwardAt::Sent(sent) => {
-                event("backward", "wait");
-                let (sent, experts) = self.stage.block(index).backward_experts(w, sent)?;
-                event("backward", "send");
+                let (sent, experts) = self.stage.block(index).backward_experts(w, sent, other)?;
                 self.at = BackwardAt::Combining(sent);
                 work(Work::Experts(index, experts));
                 return Ok(true);
@@ -252,12 +272,29 @@ impl<'a> Backward<'a> {
             BackwardAt::Combining(sent) => {
                 event("backward", "wait");
                 let (dx, block) = self.stage.block(index).backward_end(w, sent)?;
+                other()?;
+                // What can be sent goes first: the weights' gradients hide its first hop.
+                let more = self.run(w, dx, work)?;
                 work(Work::Block(index, Box::new(block)));
-                dx
+                return Ok(more);
             }
             BackwardAt::Over(_) | BackwardAt::Moving => panic!("a backward was advanced past its end"),
         };
+        other()?;
         self.run(w, dh, work)
+    }
+
+    /// The next hop of what is under way.
+    fn onward(&mut self) -> Result<(), CommError> {
+        let posted = match &mut self.at {
+            BackwardAt::Sent(sent) => sent.onward()?,
+            BackwardAt::Combining(sent) => sent.onward()?,
+            _ => false,
+        };
+        if posted {
+            event("backward", "onward");
+        }
+        Ok(())
     }
 
     /// The gradient of `StageIn::Hidden`, none on the first stage.
@@ -344,16 +381,17 @@ pub fn forward_backward(mut forward: Forward, mut backward: Backward, w: &mut We
     let (mut forward_runs, mut backward_runs) = (true, true);
     while forward_runs || backward_runs {
         if backward_runs {
-            backward_runs = backward.advance(w, &mut |work| stage.backward_weight(work, grads))?;
+            backward_runs = backward.advance(w, &mut |work| stage.backward_weight(work, grads), &mut || forward.onward())?;
         }
         if forward_runs {
-            forward_runs = forward.advance(w)?;
+            forward_runs = forward.advance(w, &mut || backward.onward())?;
         }
     }
     Ok((forward.finish(), backward.finish()))
 }
 
-/// For the log of what overlaps: a transfer was posted, or is waited on, by this direction.
-fn event(direction: &'static str, what: &'static str) {
+/// For the log of what overlaps: this direction posted a transfer ("send"), its second hop ("onward"), or waits for it
+/// ("wait").
+pub(crate) fn event(direction: &'static str, what: &'static str) {
     tracing::trace!(target: "overlap", direction, what);
 }

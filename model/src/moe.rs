@@ -5,6 +5,7 @@
 //! Legend: T tokens, D hidden size, K experts a token, R rows routed here.
 use crate::block::BlockContext;
 use crate::experts::{Experts, ExpertsSaved, ExpertsWork, Routed};
+use crate::flow::{Other, event};
 use crate::gate::{Gate, GateGrad, GateIn, GateSaved, GateWork};
 use crate::mlp::{Mlp, MlpGrad, MlpWork};
 use crate::operand::{Operand, RowCounts};
@@ -62,6 +63,36 @@ pub struct MoeBackCombining {
     gate: GateSaved,
 }
 
+/// A transfer that may have another hop to go.
+pub trait UnderWay {
+    /// Posts the next hop; false: there is none.
+    fn onward(&mut self) -> Result<bool, CommError>;
+}
+
+impl UnderWay for MoeDispatched {
+    fn onward(&mut self) -> Result<bool, CommError> {
+        self.rows.advance()
+    }
+}
+
+impl UnderWay for MoeCombining {
+    fn onward(&mut self) -> Result<bool, CommError> {
+        self.rows.advance()
+    }
+}
+
+impl UnderWay for MoeBackDispatched {
+    fn onward(&mut self) -> Result<bool, CommError> {
+        self.drows.advance()
+    }
+}
+
+impl UnderWay for MoeBackCombining {
+    fn onward(&mut self) -> Result<bool, CommError> {
+        self.dx.advance()
+    }
+}
+
 /// All but the routed experts', which come a segment earlier.
 pub struct MoeWork {
     gate: GateWork,
@@ -94,13 +125,18 @@ impl Moe {
         Ok(MoeDispatched { x, gate, plan, load, rows })
     }
 
-    pub fn compute(&self, w: &Weights, state: MoeDispatched) -> Result<MoeCombining, CommError> {
+    /// The shared experts need no rows from elsewhere, so they come first.
+    pub fn compute(&self, w: &Weights, state: MoeDispatched, other: Other) -> Result<MoeCombining, CommError> {
         let MoeDispatched { x, gate, plan, load, rows } = state;
+        let counts = RowCounts::new(plan.counts().to_vec(), &x);
+        let (out, shared) = self.shared.as_ref().map(|shared| shared.forward(w, Operand::new(w.precision, x, Want::ROWS))).unzip();
+        other()?;
+        event("forward", "wait");
         let Dispatched { rows, weights } = rows.wait()?;
-        let routed = Routed { counts: RowCounts::new(plan.counts().to_vec(), &x), rows: Operand::arrived(rows), weights };
+        let routed = Routed { counts, rows: Operand::arrived(rows), weights };
         let (rows, experts) = self.experts.forward(w, routed);
         let rows = plan.combine(&rows)?;
-        let (out, shared) = self.shared.as_ref().map(|shared| shared.forward(w, Operand::new(w.precision, x, Want::ROWS))).unzip();
+        event("forward", "send");
         Ok(MoeCombining { rows, shared: out, load, saved: MoeSaved { gate, plan, experts, shared } })
     }
 
@@ -115,11 +151,14 @@ impl Moe {
         Ok(MoeBackDispatched { x, drows: saved.plan.combine_backward(&dy)?, dy, saved })
     }
 
-    pub fn backward_compute(&self, w: &Weights, state: MoeBackDispatched) -> Result<(MoeBackCombining, ExpertsWork), CommError> {
+    pub fn backward_compute(&self, w: &Weights, state: MoeBackDispatched, other: Other) -> Result<(MoeBackCombining, ExpertsWork), CommError> {
         let MoeBackDispatched { x, dy, drows, saved: MoeSaved { gate, plan, experts, shared } } = state;
+        event("backward", "wait");
         let (droutes, work) = self.experts.backward_input(w, Operand::arrived(drows.wait()?), experts);
         // The backward of dispatch is a combine.
         let dx = plan.dispatch_backward(&droutes.rows, &droutes.weights)?;
+        event("backward", "send");
+        other()?;
         let shared = self.shared.as_ref().zip(shared).map(|(shared, saved)| {
             let x = Operand::new(w.precision, x.shallow_clone(), Want::COLUMNS);
             shared.backward_input(w, MlpGrad { dy, x }, saved)

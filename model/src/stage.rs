@@ -4,7 +4,7 @@
 //! Legend: B sequences, L positions, T = B·L, D hidden size, E experts.
 use crate::block::{Block, BlockContext, Ffn, Started};
 use crate::embedding::Embedding;
-use crate::flow::{Backward, Forward, StageResult, StageSaved, StageWork, Work};
+use crate::flow::{alone, Backward, Forward, StageResult, StageSaved, StageWork, Work};
 use crate::head::LmHead;
 use crate::mla::Positions;
 use crate::moe::Load;
@@ -182,7 +182,7 @@ impl Stage {
         for block in &self.blocks {
             h = match block.forward(w, h, &context)? {
                 Started::Done((y, ..)) => y,
-                Started::Sent(sent) => block.forward_end(block.forward_experts(w, sent)?)?.0,
+                Started::Sent(sent) => block.forward_end(block.forward_experts(w, sent, &mut alone)?)?.0,
             };
         }
         let (h, _) = last.norm.forward(w, h);
@@ -191,7 +191,7 @@ impl Stage {
 
     pub fn forward(&self, step: &StepContext, w: &mut Weights, mb: &MicroBatch, x: StageIn) -> Result<StageResult, CommError> {
         let mut run = Forward::new(self, step, w, mb, x);
-        while run.advance(w)? {}
+        while run.advance(w, &mut alone)? {}
         Ok(run.finish())
     }
 
@@ -199,7 +199,7 @@ impl Stage {
     /// gradients need, piece by piece.
     pub fn backward(&self, w: &Weights, dy: Option<Tensor>, saved: StageSaved, work: &mut dyn FnMut(Work)) -> Result<Option<Tensor>, CommError> {
         let mut run = Backward::new(self, dy, saved);
-        while run.advance(w, work)? {}
+        while run.advance(w, work, &mut alone)? {}
         Ok(run.finish())
     }
 

@@ -37,15 +37,17 @@ impl<S: tracing::Subscriber> Layer<S> for Keep {
 
 const MICRO_BATCHES: usize = 4;
 
-/// What one rank of two that share the experts did in a step.
-fn log(schedule: &str) -> Log {
-    let run = Run::new("overlap", &["parallel.ep=2", &format!("parallel.schedule={schedule}"), "phase.0.batch=8", "phase.0.micro_batch=1"]);
+/// What one rank of `ranks` that share the experts did in a step; they are on two nodes where they are four.
+fn log(schedule: &str, ranks: usize) -> Log {
+    let batch = format!("phase.0.batch={}", MICRO_BATCHES * ranks);
+    let set = [&format!("parallel.ep={ranks}"), &format!("parallel.schedule={schedule}"), &batch, "phase.0.micro_batch=1", "parallel.ranks_per_node=2"];
+    let run = Run::new("overlap", &set);
     let config = run.config();
     let plan = Plan::new(&config.phase, &config.data.mixture);
-    let logs = run_local(2, |world| {
+    let logs = run_local(ranks, |world| {
         let log = Arc::new(Mutex::new(Log::new()));
         let rank = world.rank() as u64;
-        let mut trainer = Trainer::new(&config, &config.mesh(&[0, 0]).expect("a layout"), world).expect("a trainer");
+        let mut trainer = Trainer::new(&config, &config.mesh(&vec![0; ranks]).expect("a layout"), world).expect("a trainer");
         let moment = plan.at(0).expect("a phase");
         let batch = |index| MicroBatch { tokens: tokens(10 * rank + index, &[1, 33], config.model.vocab_size) };
         let batch: Vec<MicroBatch> = (0..MICRO_BATCHES as u64).map(batch).collect();
@@ -54,8 +56,8 @@ fn log(schedule: &str) -> Log {
         let log = log.lock().expect("one thread");
         log.clone()
     });
-    assert_eq!(logs[0], logs[1], "both ranks run the same segments");
-    logs.into_iter().next().expect("two ranks")
+    assert!(logs.iter().all(|log| *log == logs[0]), "all ranks run the same segments");
+    logs.into_iter().next().expect("a rank")
 }
 
 /// (transfers with a segment of the other direction between post and wait, all transfers)
@@ -74,9 +76,30 @@ fn overlapped(log: &Log) -> (usize, usize) {
 fn in_a_pair_every_transfer_is_under_way_while_the_other_micro_batch_computes() {
     // Two MoE layers and MTP's, with a dispatch and a combine each way.
     let transfers = 3 * 2;
-    let (hidden, all) = overlapped(&log("paired"));
+    let (hidden, all) = overlapped(&log("paired", 2));
     assert_eq!(all, MICRO_BATCHES * 2 * transfers);
     assert_eq!(all - hidden, 2 * transfers, "only the first forward and the last backward have no partner");
-    let (hidden, all) = overlapped(&log("1f1b"));
+    let (hidden, all) = overlapped(&log("1f1b", 2));
     assert_eq!((hidden, all), (0, MICRO_BATCHES * 2 * transfers), "forward, then backward hides nothing");
+}
+
+#[test]
+fn a_second_hop_is_posted_while_the_other_micro_batch_computes() {
+    let log = log("paired", 4);
+    let mut onward = 0;
+    for (at, (direction, what)) in log.iter().enumerate().filter(|(_, (_, what))| what == "send") {
+        let wait = at + 1 + log[at + 1..].iter().position(|(other, what)| other == direction && what == "wait").expect("it is waited on");
+        let between = &log[at + 1..wait];
+        let own = between.iter().filter(|(other, _)| other == direction).count();
+        assert!(own <= 1 && what == "send", "only its second hop comes between");
+        let Some(hop) = between.iter().position(|(other, what)| other == direction && what == "onward") else {
+            assert!(between.is_empty(), "a transfer with a partner goes on under the partner's segment: {between:?}");
+            continue;
+        };
+        onward += 1;
+        // After it the partner posts or waits for something of its own, or its segment's weight gradients are made.
+        assert!(between.len() > hop || between.len() == 1, "{between:?}");
+    }
+    let transfers = 3 * 2;
+    assert_eq!(onward, 2 * transfers * (MICRO_BATCHES - 1), "every transfer of a pair");
 }

@@ -2,7 +2,7 @@
 //! do with them.
 use crate::checks::{BACKWARD, FORWARD, Probe};
 use anyhow::{Result, ensure};
-use model::flow::{Backward, Forward, StageSaved, StageWork, forward_backward};
+use model::flow::{Backward, Forward, StageSaved, StageWork, alone, forward_backward};
 use model::stage::{StageIn, StageOut};
 use model::{Grads, MicroBatch, ModelConfig, ParamId, ParamTable, Stage, StagePart, StageStats, StepContext, Weights};
 use parallel::comm::{CommError, TensorSpec};
@@ -197,7 +197,7 @@ impl Stages for Pipeline<'_, '_> {
 
     fn forward(&mut self, chunk: Chunk, input: Parcel) -> Result<Parcel, CommError> {
         let mut run = self.start(chunk, input);
-        while run.advance(self.weights)? {}
+        while run.advance(self.weights, &mut alone)? {}
         Ok(self.keep(chunk, run.finish()))
     }
 

@@ -76,12 +76,14 @@ impl<T: 'static> Pending<T> {
     }
     /// Posts the transfer that follows from the one under way, if there is one, so that it, too, can pass while
     /// something is computed. Waits for the one under way. A collective like any: at the same place on all ranks.
-    pub fn advance(&mut self) -> Result<(), CommError> {
-        self.0 = match self.take() {
-            PendingState::Staged(next) => next()?.take(),
-            state => state,
+    /// Whether there was one to post.
+    pub fn advance(&mut self) -> Result<bool, CommError> {
+        let (state, posted) = match self.take() {
+            PendingState::Staged(next) => (next()?.take(), true),
+            state => (state, false),
         };
-        Ok(())
+        self.0 = state;
+        Ok(posted)
     }
     pub fn wait(mut self) -> Result<T, CommError> {
         loop {
