@@ -129,19 +129,24 @@ fn in_f32_the_number_of_ranks_shows_only_in_rounding() {
 }
 
 #[test]
-fn bf16_trains_with_bf16_moments_and_resumes_bit_for_bit() {
-    let set = ["run.precision=bf16", "optimizer.moments=bf16"];
-    let whole = Run::new("bf16-whole", &set);
-    over_threads(&whole, 1, Start::Fresh, None);
-    let parts = Run::new("bf16-parts", &set);
-    over_threads(&parts, 1, Start::Fresh, Some(11));
-    over_threads(&parts, 1, Start::Resume, None);
-    assert_eq!(parts.series("loss"), whole.series("loss"));
-    let (a, b) = (parts.state(), whole.state());
-    assert!(a.iter().all(|(name, tensor)| tensor.equal(&b[name])), "masters or moments differ");
-    assert_eq!(a["second/lm_head.weight"].kind(), tch::Kind::BFloat16);
-    let losses = whole.series("loss");
-    assert!(losses[STEPS - 1] < losses[0] - 0.1, "{} is not below {}", losses[STEPS - 1], losses[0]);
+fn bf16_and_fp8_train_with_bf16_moments_and_resume_bit_for_bit() {
+    let sizes = ["kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"].map(|key| format!("model.{key}=16"));
+    for precision in ["bf16", "fp8"] {
+        let set = [format!("run.precision={precision}"), "optimizer.moments=bf16".into()].into_iter().chain(sizes.clone());
+        let set: Vec<String> = set.collect();
+        let set: Vec<&str> = set.iter().map(String::as_str).collect();
+        let whole = Run::new(&format!("{precision}-whole"), &set);
+        over_threads(&whole, 1, Start::Fresh, None);
+        let parts = Run::new(&format!("{precision}-parts"), &set);
+        over_threads(&parts, 1, Start::Fresh, Some(11));
+        over_threads(&parts, 1, Start::Resume, None);
+        assert_eq!(parts.series("loss"), whole.series("loss"), "{precision}");
+        let (a, b) = (parts.state(), whole.state());
+        assert!(a.iter().all(|(name, tensor)| tensor.equal(&b[name])), "{precision}: masters or moments differ");
+        assert_eq!(a["second/lm_head.weight"].kind(), tch::Kind::BFloat16);
+        let losses = whole.series("loss");
+        assert!(losses[STEPS - 1] < losses[0] - 0.1, "{precision}: {} is not below {}", losses[STEPS - 1], losses[0]);
+    }
 }
 
 #[test]
