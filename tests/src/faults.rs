@@ -1,5 +1,6 @@
 //! Injected faults: what changes in memory or in a computation is found before the next update on every rank, and mended; what
 //! cannot be mended is skipped or ends the world, which then goes on from its newest checkpoint.
+use crate::launching::{Started, local};
 use crate::support::{Run, mpirun};
 use parallel::comm::local::run_local;
 use serde_json::Value;
@@ -111,4 +112,58 @@ fn bad_gradients_are_skipped_and_named_and_the_run_goes_on() {
         over_threads(&run, 2);
         assert_eq!(skipped(&run), [6, 9, 12]);
     }
+}
+
+/// Restarts at once; hung after some seconds.
+const SUPERVISED: &str = "--standalone --nproc-per-node 2 --back-off 0 --hang-floor 6 --hang-steps 20 --max-restarts 9";
+
+/// A supervised run with these faults, to its end: what was said, and incidents.jsonl's (event, words).
+fn supervised(run: &Run) -> (String, Vec<(String, String)>) {
+    let mut started = Started::train(local(SUPERVISED), run, "launcher");
+    assert_eq!(started.code(), 0, "{}", started.said());
+    let text = std::fs::read_to_string(run.dir().join("log/incidents.jsonl")).expect("incidents");
+    let incident = |line: &str| {
+        let value: Value = serde_json::from_str(line).expect("JSON");
+        let word = |key: &str| value[key].as_str().expect("text").to_string();
+        (word("event"), word("words"))
+    };
+    (started.said(), text.lines().map(incident).collect())
+}
+
+#[test]
+fn killed_hung_and_waiting_ranks_are_named_and_the_run_goes_on() {
+    let set = ["run.precision=bf16", "parallel.ep=2", "checkpoint.every=2", "validation.every=0"];
+    let clean = Run::new("faults-supervised-clean", &set);
+    over_threads(&clean, 2);
+    // The last one is found at the step's end: the newest checkpoint is a step older.
+    let faults = "faults.inject=[{kind=\"kill\",rank=0,step=4},{kind=\"hang\",rank=1,step=8},{kind=\"lost-message\",rank=0,step=12},{kind=\"flip-master\",rank=1,step=16},{kind=\"full-disk\",rank=1,step=22}]";
+    let run = Run::new("faults-supervised", &[&set[..], &[faults]].concat());
+    let (said, incidents) = supervised(&run);
+    let failures: Vec<&str> = incidents.iter().filter(|(event, _)| event == "failed").map(|(_, words)| words.as_str()).collect();
+    assert_eq!(failures.len(), 4, "{said}");
+    for (failure, texts) in failures.iter().zip([
+        &["rank 0 on host ", " was killed by signal 9 (SIGKILL)"][..],
+        &["hung: no step for ", "rank 1 uses no processor time while others wait", "rank 1 waits for nobody"],
+        &["hung: no step for ", "rank 0 waits for messages between it and rank 1"],
+        &["state lost: rank 1: the ", "there is no copy of step 15"],
+    ]) {
+        assert!(texts.iter().all(|text| failure.contains(text)), "{failure}");
+    }
+    assert!(said.contains("checkpoint") && said.contains("was NOT written: rank 1: "), "{said}");
+    assert_eq!(happened(&run).len(), 5, "each once, over all restarts");
+    assert_undisturbed(&run, &clean);
+}
+
+#[test]
+fn a_slow_rank_is_named_while_it_is_slow_and_in_the_report_at_the_end() {
+    let faults = "faults.inject=[{kind=\"slow\",rank=1,step=3,ms=120,steps=40}]";
+    let run = Run::new("faults-slow", &["run.precision=bf16", "parallel.pp=2", "validation.every=0", "phase.1.tokens=11520", faults]);
+    let (said, incidents) = supervised(&run);
+    let words = |event: &str| incidents.iter().find(|(kind, _)| kind == event).unwrap_or_else(|| panic!("no {event}: {said}")).1.as_str();
+    assert!(words("slow").starts_with("rank 1, stage 1, is slow: it works "), "{said}");
+    let work = words("work");
+    assert!(
+        work.starts_with("work a step, without waiting: stage 0 (rank 0) ") && work.contains("; rank 1 ") && work.contains(" is the most"),
+        "{work}"
+    );
 }

@@ -93,7 +93,7 @@ fn launcher() -> PathBuf {
     path
 }
 
-fn local(options: &str) -> Command {
+pub fn local(options: &str) -> Command {
     let mut command = Command::new(launcher());
     command.args(options.split_whitespace());
     command

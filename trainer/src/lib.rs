@@ -18,6 +18,7 @@ pub mod state;
 pub mod step;
 pub mod summary;
 pub mod validate;
+pub mod waiting;
 pub mod zero;
 
 pub use config::RunConfig;

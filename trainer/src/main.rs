@@ -14,11 +14,13 @@ use std::process::ExitCode;
 use tch::Kind;
 use trainer::checkpoint::hf::Values;
 use trainer::coordinator::StopSignal;
-use trainer::run::{Start, resolved, train};
+use trainer::run::{Start, StateLost, resolved, train};
 use trainer::{RunConfig, checkpoint};
 
 /// Stopped on request, with a checkpoint: resume me (EX_TEMPFAIL).
 const EXIT_STOPPED: u8 = 75;
+/// What this world held is damaged: start it again, from its newest whole checkpoint.
+const EXIT_STATE_LOST: u8 = 76;
 
 #[derive(Parser)]
 #[command(name = "tiefsee", version, about = "Pre-trains DeepSeek-V3-class models.")]
@@ -146,15 +148,16 @@ fn in_world(config: impl FnOnce() -> Result<RunConfig>, start: Start) -> Result<
         Ok(_) => Ok(ExitCode::from(EXIT_STOPPED)),
         Err(error) => {
             let text = format!("{error:#}");
-            // "rank N: …" was another rank's failure, which it prints itself.
-            if rank == 0 || !text.starts_with("rank ") {
+            // "rank N: …" was another rank's failure, which it prints itself; a lost state is every rank's.
+            let (lost, others) = (error.is::<StateLost>(), text.starts_with("rank "));
+            if rank == 0 || !lost && !others {
                 eprintln!("error (rank {rank}): {text}");
             }
             if let Some(mpi) = mpi {
                 std::thread::sleep(std::time::Duration::from_millis(300)); // let every rank print its reason
-                mpi.abort(1);
+                mpi.abort(if lost { EXIT_STATE_LOST.into() } else { 1 });
             }
-            Ok(ExitCode::FAILURE)
+            Ok(ExitCode::from(if lost { EXIT_STATE_LOST } else { 1 }))
         }
     }
 }

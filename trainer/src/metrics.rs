@@ -25,6 +25,10 @@ pub struct StepLine {
     pub load_min: f64,
     pub tokens_per_s: f64,
     pub step_ms: f64,
+    /// Of it, what this rank did not spend waiting for others.
+    pub busy_ms: f64,
+    /// This rank's place in the pipe.
+    pub stage: usize,
     /// False: the update was skipped.
     pub applied: bool,
     /// First and last sample of the global batch, in sample order `order`.
@@ -88,8 +92,8 @@ impl Metrics {
         let skipped = if line.applied { "" } else { " | SKIPPED" };
         let stall = line.save_stall_ms.map(|ms| format!(" | save stall {ms:.0} ms")).unwrap_or_default();
         front.say(&format!(
-            "step {}/{} | loss {:.4}{mtp} | norm {:.3} | lr {:.2e} | load {:.2} | {:.0} ms | {} tok/s{stall}{skipped}",
-            line.step, front.total_steps, line.loss, line.grad_norm, line.lr, line.load_max, line.step_ms, short(line.tokens_per_s)
+            "step {}/{} | loss {:.4}{mtp} | norm {:.3} | lr {:.2e} | load {:.2} | {:.0} ms, {:.0} busy | {} tok/s{stall}{skipped}",
+            line.step, front.total_steps, line.loss, line.grad_norm, line.lr, line.load_max, line.step_ms, line.busy_ms, short(line.tokens_per_s)
         ));
         front.bar.set_position(line.step);
         Ok(())

@@ -1,6 +1,8 @@
 //! A run from its first step (or its newest checkpoint) to its last.
+mod corpus;
 mod mend;
 
+pub use corpus::open_checked;
 pub use mend::StateLost;
 
 use crate::checkpoint::{self, Cursor, Manifest, Progress, Reader, Retention, Saved, Saver};
@@ -12,13 +14,16 @@ use crate::phase::{Moment, Phase, Plan};
 use crate::step::{StepReport, Trainer};
 use crate::summary::Summary;
 use crate::validate::held_out_loss;
+use crate::waiting::Reporter;
 use anyhow::{Context, Result, bail, ensure};
-use data::{Loader, LoaderOptions, OrderSpec, Sample, Source, Split};
+use corpus::Corpus;
+use data::{Sample, Source};
 use kernels::ops::rope::RopeScaling;
 use model::{MicroBatch, ModelConfig};
+use parallel::comm::watched::{Watch, watched};
 use parallel::comm::{Comm, barrier};
 use parallel::mesh::Mesh;
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 use tch::{Device, Tensor};
@@ -42,6 +47,9 @@ struct Run<'a> {
     trainer: Trainer,
     corpus: Corpus,
     metrics: Metrics,
+    watch: Watch,
+    /// Of the time that was last taken.
+    waited_ms: f64,
     state: State,
     saver: Saver,
     /// The newest whole one.
@@ -68,6 +76,7 @@ struct State {
 /// Runs to the end of the phases, a stop signal or `run.stop_after`. Collective over `world`.
 pub fn train(config: &RunConfig, world: Comm, start: Start, stop: &StopSignal) -> Result<Outcome> {
     device::open(config, &*world)?; // before the long part: a machine without what it needs says so at once
+    let (world, watch) = watched(world);
     let layout = config.mesh(&nodes(&*world)?)?;
     let plan = Plan::new(&config.phase, &config.data.mixture);
     let schedules = prove_schedules(&plan, &layout)?;
@@ -89,7 +98,10 @@ pub fn train(config: &RunConfig, world: Comm, start: Start, stop: &StopSignal) -
     all_or_none(&*world, ready)?;
     trainer.seal()?;
     let metrics = all_or_none(&*world, Metrics::open(&config.run.dir, world.rank(), state.step, plan.num_steps()))?;
-    let mut run = Run { config, plan, world, trainer, corpus, metrics, state, last_checkpoint, validated: None, again: 0, rope_scaling: config.model.rope_scaling.clone(), memory_said: false };
+    let retention = Retention { last: config.checkpoint.keep_last, every: config.checkpoint.keep_every };
+    let (saver, rope_scaling) = (Saver::new(&config.run.dir, retention), config.model.rope_scaling.clone());
+    let mut run = Run { config, plan, world, trainer, corpus, metrics, watch, waited_ms: 0.0, state, saver, last_checkpoint, stall_ms: None, validated: None, again: 0, rope_scaling, memory_said: false };
+    let _reporter = Reporter::start(&run.watch, &config.run.dir, run.world.rank());
     run.announce(start, &[notes, schedules].concat())?;
     let finished = run.steps(stop)?;
     run.finish(finished)
@@ -264,6 +276,7 @@ impl Run<'_> {
     fn take_time(&mut self, mark: &mut Instant) -> f64 {
         let seconds = mark.elapsed().as_secs_f64();
         self.state.progress.seconds += seconds;
+        self.waited_ms = self.watch.take_waited().as_secs_f64() * 1e3;
         *mark = Instant::now();
         seconds
     }
@@ -312,6 +325,8 @@ impl Run<'_> {
             load_min: report.load.1,
             tokens_per_s: tokens as f64 / seconds,
             step_ms: seconds * 1e3,
+            busy_ms: (seconds * 1e3 - self.waited_ms).max(0.0),
+            stage: self.trainer.mesh.place(self.world.rank()).pp,
             applied: report.applied(),
             order: self.state.cursor.order,
             samples,
@@ -367,6 +382,7 @@ impl Run<'_> {
         let progress = Progress { guard: self.trainer.guard.state.clone(), ..progress };
         let head = Manifest { step, tokens, cursor, progress, model, corpus: self.corpus.fingerprint(), ..head };
         let start = Instant::now();
+        self.saver.injected = self.trainer.faults.disk(step).err();
         let ended = self.saver.begin(&*self.world, head, self.trainer.state())?;
         self.stall_ms = Some(start.elapsed().as_secs_f64() * 1e3);
         self.saved(ended);
@@ -436,61 +452,6 @@ pub fn micro_batches(samples: &[Sample], size: usize, device: Device) -> Vec<Mic
         MicroBatch { tokens: Tensor::from_slice(&tokens).view([chunk.len() as i64, -1]).to_device(device) }
     };
     samples.chunks(size).map(batch).collect()
-}
-
-/// The sample orders of a run's phases, and the held-out split of the first.
-struct Corpus {
-    orders: HashMap<u64, Loader>,
-    held_out: Option<Loader>,
-    unigram_entropy: Option<f64>,
-}
-
-impl Corpus {
-    fn open(config: &RunConfig, plan: &Plan) -> Result<Self> {
-        let mut orders = HashMap::new();
-        let mut tokens = 0;
-        while let Some(moment) = plan.at(tokens) {
-            if let std::collections::hash_map::Entry::Vacant(entry) = orders.entry(moment.order) {
-                let spec = spec(config, plan.mixture(moment.phase), moment.phase.sequence_length, moment.order, Split::Train);
-                entry.insert(open_checked(config, spec)?);
-            }
-            tokens += moment.phase.tokens;
-        }
-        let held_out = match config.validation.every {
-            0 => None,
-            _ => {
-                let spec = spec(config, &config.data.mixture, config.phase[0].sequence_length, 0, Split::HeldOut);
-                let loader = open_checked(config, spec)?;
-                ensure!(loader.num_samples() > 0, "the held-out split of {} has not one sequence of {} tokens", config.data.mixture[0].path.display(), config.phase[0].sequence_length);
-                Some(loader)
-            }
-        };
-        let unigram_entropy = Some(orders[&0].unigram_entropy(0));
-        Ok(Corpus { orders, held_out, unigram_entropy })
-    }
-
-    fn loader(&self, order: u64) -> &Loader {
-        &self.orders[&order]
-    }
-
-    fn fingerprint(&self) -> String {
-        let mut orders: Vec<_> = self.orders.iter().collect();
-        orders.sort_by_key(|(order, _)| **order);
-        orders.iter().map(|(order, loader)| format!("{order}:{}", loader.fingerprint())).collect::<Vec<_>>().join(" ")
-    }
-}
-
-fn spec(config: &RunConfig, sources: &[Source], sequence_length: u64, phase: u64, split: Split) -> OrderSpec {
-    OrderSpec { sources: sources.to_vec(), sequence_length: sequence_length as usize, seed: config.run.seed, phase, split }
-}
-
-/// A corpus whose tokens the model has embeddings for.
-pub fn open_checked(config: &RunConfig, spec: OrderSpec) -> Result<Loader> {
-    let name = spec.sources[0].path.clone();
-    let loader = Loader::open(spec, LoaderOptions::default())?;
-    let (corpus, model) = (loader.vocab_size() as i64, config.model.vocab_size);
-    ensure!(corpus <= model, "the tokenizer of {} has {corpus} tokens, model.vocab_size is {model}", name.display());
-    Ok(loader)
 }
 
 /// Where `resume` finds the run's config.
