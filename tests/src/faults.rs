@@ -167,3 +167,27 @@ fn a_slow_rank_is_named_while_it_is_slow_and_in_the_report_at_the_end() {
         "{work}"
     );
 }
+
+/// Twenty faults at random steps of five hundred, with a copy of every step to restore a master from.
+#[test]
+fn a_run_with_twenty_faults_ends_as_the_clean_one_does() {
+    const STEPS: u64 = 500;
+    let tokens = format!("phase.1.tokens={}", (STEPS - 18) * 360);
+    let set = ["run.precision=bf16", "parallel.ep=2", "validation.every=500", "guard.window=32", "checks.recompute_every=1", &tokens];
+    let clean = Run::new("faults-500-clean", &set);
+    over_threads(&clean, 2);
+    assert_eq!(skipped(&clean), [0; 0]);
+    let kinds = "[\"nan\",\"spike\",\"flip-gradient\",\"flip-weight\",\"flip-master\",\"flip-activation\"]";
+    let faults = format!("faults.random={{seed=1,count=20,first=40,last=490,kinds={kinds}}}");
+    let run = Run::new("faults-500", &[&set[..], &[&faults, "checkpoint.every=1"]].concat());
+    over_threads(&run, 2);
+    let happened = happened(&run);
+    let unheard: Vec<u64> =
+        happened.iter().filter(|fault| ["nan", "spike", "flip-gradient"].contains(&fault["kind"].as_str().expect("a kind"))).map(|fault| fault["step"].as_u64().expect("a number")).collect();
+    assert_eq!((happened.len(), run.lines().len() as u64), (20, STEPS));
+    assert_eq!(skipped(&run), unheard, "what is skipped, and nothing else");
+    let loss = |run: &Run| trainer::checkpoint::load(&run.newest_checkpoint(), |_| false).expect("a checkpoint").0.progress.val_loss.expect("a validation");
+    let (faulty, clean) = (loss(&run), loss(&clean));
+    println!("held-out loss after {STEPS} steps with 20 faults, {} of them skipped: {faulty:.4}, clean {clean:.4}", unheard.len());
+    assert!((faulty / clean - 1.0).abs() < 0.01, "{faulty} and {clean}");
+}
