@@ -8,7 +8,7 @@ use kernels::ops::adamw::{AdamW, Fp8, Outputs, State, Step};
 use kernels::ops::quantise::{self, Want};
 use kernels::ops::mla_heads::{self, Widths};
 use kernels::ops::rope::RopeTable;
-use kernels::ops::{cross_entropy, gradient_norm, rms_norm, swiglu, unpermute};
+use kernels::ops::{checksum, cross_entropy, gradient_norm, rms_norm, swiglu, unpermute};
 use support::{counts_tensor, gpu, poison, random, same};
 use tch::{Device, Kind, Tensor};
 
@@ -277,6 +277,24 @@ fn cross_entropy_is_the_cpus() {
         let mut in_place = logits.shallow_clone();
         let again = cross_entropy::forward(logits, &targets, &mut in_place);
         assert!(same(&again, &loss) && same(&in_place, &dlogits), "{t}x{v}: in place");
+    }
+}
+
+#[test]
+fn a_checksum_is_the_cpus_and_sees_a_flipped_bit() {
+    let Some(gpu) = gpu("a_checksum_is_the_cpus_and_sees_a_flipped_bit") else {
+        return;
+    };
+    for kind in [Kind::Float, Kind::BFloat16, Kind::Double, Kind::Int64] {
+        let tensors: Vec<Tensor> =
+            [1, 3, 7, 4096, 1_000_003].iter().map(|&n| (Tensor::randn([n], (Kind::Float, gpu.device())) * 1e6).to_kind(kind)).collect();
+        let on_cpu: Vec<Tensor> = tensors.iter().map(cpu).collect();
+        let sums = checksum::checksums(&tensors);
+        assert!(same(&cpu(&sums), &checksum::checksums(&on_cpu)), "{kind:?}");
+        assert!(same(&sums, &checksum::checksums(&tensors)), "{kind:?}: again");
+        tensors.iter().for_each(|tensor| drop(tensor.narrow(0, tensor.size()[0] - 1, 1).g_mul_scalar_(-1)));
+        let differ = sums.ne_tensor(&checksum::checksums(&tensors)).sum(Kind::Int64).int64_value(&[]);
+        assert_eq!(differ, tensors.len() as i64, "{kind:?}: the last element's sign");
     }
 }
 

@@ -1,12 +1,12 @@
 //! The reference: a piece that fits a core's cache at a time.
-use super::word;
+use super::words;
 use tch::{Kind, Tensor};
 
 /// Words of a piece: twice as many fit a 32-bit factor.
 const PIECE: i64 = 32 * 1024;
 
 pub(super) fn checksum(tensor: &Tensor) -> i64 {
-    let words = tensor.view(-1).view_dtype(word(tensor.kind()).0);
+    let words = words(tensor);
     let (mut wide, mut narrow) = (vec![0_i32; PIECE as usize], vec![0_i16; PIECE as usize]);
     let mut sum = 0_u64;
     for (piece, first) in words.split(PIECE, 0).iter().zip((0_u64..).step_by(PIECE as usize)) {

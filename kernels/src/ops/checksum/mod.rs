@@ -1,39 +1,59 @@
 //! A checksum of tensors' bits, to notice memory that changed by itself: Σ (2i + 1) · word i, mod 2⁶⁴, over the words of a
 //! tensor, which are 32 bits wide, or 16 where its elements are. A flipped bit changes one word by a power of two below
 //! 2³², and times an odd number that is never 0 mod 2⁶⁴. The sum has no order: a pass that writes a tensor may take it as it goes.
+use crate::device;
+use crate::jit::Source;
+use crate::launch::{Launch, Shape, aligned};
+use tch::{Kind, Tensor};
+
 mod cpu;
 
-use tch::{Kind, Tensor};
+const TEXT: &str = include_str!("checksum.cu");
+const THREADS: i64 = 256;
+/// Of a launch: enough for any GPU.
+const MOST_BLOCKS: i64 = 1056;
+
+fn source(narrow: bool) -> Source {
+    let define = ("NARROW", i64::from(narrow).to_string());
+    Source { name: "checksum", text: TEXT.to_string(), defines: vec![define] }
+}
+
+/// Every variant, for a test that compiles them all.
+pub fn sources() -> Vec<(Source, &'static str)> {
+    [false, true].map(|narrow| (source(narrow), "checksum")).into()
+}
 
 /// Of each tensor (contiguous, all on one device) → [n] i64, there. On a GPU without a wait of the host.
 pub fn checksums(tensors: &[Tensor]) -> Tensor {
-    match tensors.first() {
-        Some(first) if first.device().is_cuda() => Tensor::stack(&tensors.iter().map(sum_of_words).collect::<Vec<_>>(), 0),
-        _ => Tensor::from_slice(&tensors.iter().map(cpu::checksum).collect::<Vec<i64>>()),
+    let Some(first) = tensors.first().filter(|first| first.device().is_cuda()) else {
+        return Tensor::from_slice(&tensors.iter().map(cpu::checksum).collect::<Vec<i64>>());
+    };
+    let gpu = device::gpu(first.device());
+    let sums = Tensor::zeros([tensors.len() as i64], (Kind::Int64, first.device()));
+    for (index, tensor) in tensors.iter().enumerate() {
+        let words = &words(&aligned(tensor));
+        let narrow = words.kind() == Kind::Int16;
+        let name = if narrow { "checksum of 16 bits" } else { "checksum of 32 bits" };
+        let kernel = gpu.kernel(name, "checksum", || source(narrow)).expect("our own kernels compile and load");
+        let count = words.numel() as i64;
+        let blocks = (count / (4 * THREADS) + 1).min(MOST_BLOCKS);
+        Launch::new(gpu, &kernel).tensor(words, words.kind()).tensor(&sums.narrow(0, index as i64, 1), Kind::Int64).int(count).run(Shape {
+            grid: [blocks as usize, 1],
+            block: THREADS as usize,
+            shared_bytes: 0,
+        });
     }
+    sums
 }
 
-/// A word's kind, read as signed; and the bits of it that count.
-fn word(kind: Kind) -> (Kind, i64) {
-    match kind.elt_size_in_bytes() {
-        4 | 8 => (Kind::Int, 0xffff_ffff),
-        2 => (Kind::Int16, 0xffff),
-        bytes => panic!("no checksum of {kind:?}, whose elements have {bytes} bytes"),
-    }
-}
-
-/// In whole-tensor operations, a piece at a time: [] i64. Any device.
-fn sum_of_words(tensor: &Tensor) -> Tensor {
-    /// Words of a piece: what it needs beside the tensor is 16 bytes a word.
-    const PIECE: i64 = 1 << 22;
-    let (kind, bits) = word(tensor.kind());
-    let words = tensor.view(-1).view_dtype(kind);
-    let mut sum = Tensor::zeros([0; 0], (Kind::Int64, tensor.device()));
-    for (piece, first) in words.split(PIECE, 0).iter().zip((0..).step_by(PIECE as usize)) {
-        let factors = Tensor::arange_start_step(2 * first + 1, 2 * (first + piece.size()[0]) + 1, 2, (Kind::Int64, tensor.device()));
-        let _ = sum.g_add_(&(piece.to_kind(Kind::Int64).bitwise_and(bits) * factors).sum(Kind::Int64));
-    }
-    sum
+/// The words of a tensor's bits, flat.
+fn words(tensor: &Tensor) -> Tensor {
+    let kind = match tensor.kind().elt_size_in_bytes() {
+        4 | 8 => Kind::Int,
+        2 => Kind::Int16,
+        bytes => panic!("no checksum of {:?}, whose elements have {bytes} bytes", tensor.kind()),
+    };
+    tensor.view(-1).view_dtype(kind)
 }
 
 #[cfg(test)]
@@ -51,7 +71,11 @@ mod tests {
             [(Kind::Float, 1), (Kind::Float, 300_000), (Kind::Double, 70_001), (Kind::BFloat16, 131_073), (Kind::Int64, 17)]
         {
             let tensor = values(kind, count);
-            assert_eq!(cpu::checksum(&tensor), sum_of_words(&tensor).int64_value(&[]), "{count} of {kind:?}");
+            let words = words(&tensor);
+            let bits = if words.kind() == Kind::Int { 0xffff_ffff } else { 0xffff };
+            let factors = Tensor::arange_start_step(1, 2 * words.numel() as i64, 2, (Kind::Int64, Device::Cpu));
+            let sum = (words.to_kind(Kind::Int64).bitwise_and(bits) * factors).sum(Kind::Int64);
+            assert_eq!(cpu::checksum(&tensor), sum.int64_value(&[]), "{count} of {kind:?}");
         }
         // By hand: 1.0 is 0x3f800000, −2.0 is 0xc0000000.
         let by_hand = 0x3f80_0000 + 3 * 0xc000_0000_i64;
@@ -64,7 +88,7 @@ mod tests {
         for kind in [Kind::Float, Kind::Double, Kind::BFloat16] {
             let tensor = values(kind, 70_000);
             let before = cpu::checksum(&tensor);
-            let words = tensor.view_dtype(word(kind).0);
+            let words = words(&tensor);
             let width = if words.kind() == Kind::Int { 32 } else { 16 };
             for (index, bit) in (0..width).map(|bit| (bit * 1097 + 30_000, bit)) {
                 let mut place = words.narrow(0, index, 1);
