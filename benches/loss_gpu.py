@@ -65,7 +65,7 @@ def main():
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     curves = {name: losses(args.tiefsee, args.config, args.corpus, args.out, name, sets) for name, sets in RUNS.items()}
-    means = {name: sum(curve[-LAST:]) / LAST for name, curve in curves.items()}
+    means = {name: sum(curve[-LAST:]) / len(curve[-LAST:]) for name, curve in curves.items()}
     first = means["bf16"]
     for name, mean in means.items():
         print(f"{name:<28} mean of the last {LAST} steps {mean:.5f}, {(mean / first - 1) * 100:+.3f} %")

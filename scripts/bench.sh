@@ -4,6 +4,8 @@
 #                and then what a PyTorch user has (benches/rivals/gemm.py, passes_gpu.py); card and clocks are printed
 #   gpu-step     a training step of V3's widths on one H100, ours in BF16 and FP8 beside torchtitan's, compiled, in one run:
 #                times, memory, and the kernels that the milliseconds go to
+#   gpu-loss     a 150M model over 1050 steps of real text (--corpus DIR of `prepare --vocab 16384`) in BF16, BF16 with other
+#                orders of sums, and FP8: the gaps, and the curves in --out DIR/loss.svg
 #   train-cpu    our training step and transformers', same model, batch, threads and machine, in turn
 #   parallel-cpu layouts of 1 to 8 ranks (threads): step time, bytes by axis, share of communication, peak memory,
 #                MoE dispatch's bytes over their formula, and how much of the transfers a paired step hides
@@ -41,7 +43,7 @@ data | data-index | prepare)
     what=${name#data-}
     .deps/bench-venv/bin/python benches/data.py "${what/#data/read}" "$@"
     ;;
-gpu | gpu-step)
+gpu | gpu-step | gpu-loss)
     python=${TIEFSEE_PYTHON:-python3} # one whose torch has CUDA; libtorch is taken from there
     torch=$("$python" -c 'import os, torch; assert torch.cuda.is_available(), "no GPU"; print(os.path.dirname(torch.__file__))')
     export LD_LIBRARY_PATH="$torch/lib:$(dirname "$torch")/nvidia/cu13/lib${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}"
@@ -53,6 +55,10 @@ gpu | gpu-step)
         "$python" benches/gpu_step.py --ours "$tiefsee bench --gpu --config configs/run/bench-gpu.toml" \
             --rival "$python benches/rivals/step_gpu.py" "$@"
         clocks
+        exit
+    fi
+    if [ "$name" = gpu-loss ]; then
+        "$python" benches/loss_gpu.py --tiefsee "${TIEFSEE:-"cargo run --release --quiet -p trainer --"}" --out runs/gpu-loss "$@"
         exit
     fi
     ours=${TIEFSEE_BENCH_GPU:-"cargo run --release --quiet -p kernels --example bench_gpu --"}

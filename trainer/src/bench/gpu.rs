@@ -1,6 +1,6 @@
 //! `tiefsee bench --gpu`: one rank's step on a GPU: forward and backward alone, the whole step, what memory goes to, and a
 //! trace of one step for the table of kernels (benches/gpu_step.py).
-use super::{WARM, batch};
+use super::batch;
 use anyhow::{Context, Result, ensure};
 use kernels::{device, shim};
 use model::stage::StageIn;
@@ -13,6 +13,9 @@ use trainer::RunConfig;
 use trainer::config::DeviceChoice;
 use trainer::phase::Plan;
 use trainer::step::Trainer;
+
+/// Steps before those that are timed: cuBLAS loads a kernel when a shape first asks for it, and experts' shapes vary.
+const WARM: usize = 16;
 
 pub fn run(args: &super::Args, config: &RunConfig) -> Result<()> {
     ensure!(config.run.device == DeviceChoice::Cuda, "bench --gpu: run.device = \"cpu\"; --set run.device=cuda");
