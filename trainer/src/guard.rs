@@ -106,10 +106,10 @@ impl Guard {
         let state = &mut self.state;
         let reason = if !(loss.is_finite() && grad_norm.is_finite()) {
             Some(Reason::NotFinite { loss, grad_norm, worst: worst.filter(|worst| !worst.value.is_finite()) })
-        } else if let Some(worst) = worst.filter(|worst| limit > 0.0 && worst.value >= limit) {
-            Some(Reason::Gradient { worst, limit })
         } else {
+            let gradient = worst.filter(|worst| limit > 0.0 && worst.value >= limit).map(|worst| Reason::Gradient { worst, limit });
             spike("loss", loss, &state.losses, window, loss_spike)
+                .or(gradient)
                 .or_else(|| spike("gradient norm", grad_norm, &state.norms, window, norm_spike))
         };
         if let Some(reason) = reason {
