@@ -103,6 +103,20 @@ fn a_lost_master_ends_every_rank_where_there_is_no_copy_of_the_step() {
 }
 
 #[test]
+fn what_could_not_happen_is_refused() {
+    let refused = |set: &[&str]| {
+        let all = [&["data.mixture.0.path=nowhere"], set].concat().into_iter().map(String::from).collect::<Vec<_>>();
+        format!("{:#}", trainer::RunConfig::load(&crate::support::root().join("configs/run/tiny.toml"), &all).expect_err("refused"))
+    };
+    let text = refused(&["run.device=cuda", "checks.recompute_every=5"]);
+    assert!(text.ends_with("checks.recompute_every = 5: on a GPU it needs run.deterministic = true, else two results may differ"), "{text}");
+    let text = refused(&["faults.inject=[{kind=\"flip-activation\",rank=0,step=1}]"]);
+    assert!(text.ends_with("faults: a flip-activation needs checks.recompute_every"), "{text}");
+    let text = refused(&["faults.inject=[{kind=\"kill\",rank=0,step=1,when=2}]"]);
+    assert!(text.contains("unknown field `when`"), "{text}");
+}
+
+#[test]
 fn bad_gradients_are_skipped_and_named_and_the_run_goes_on() {
     let faults = "faults.inject=[{kind=\"nan\",rank=1,step=6},{kind=\"flip-gradient\",rank=0,step=9},{kind=\"spike\",rank=1,step=12}]";
     for precision in ["f64", "bf16"] {

@@ -2,7 +2,7 @@
 //! written back as `resolved.toml`, from which `resume` needs nothing else.
 use crate::checks::ChecksSection;
 use crate::ema::EmaSection;
-use crate::faults::FaultsSection;
+use crate::faults::{FaultKind, FaultsSection};
 use crate::guard::GuardSection;
 use crate::phase::Phase;
 use anyhow::{Context, Result, bail, ensure};
@@ -181,6 +181,12 @@ impl RunConfig {
         ensure!(optimizer.weight_decay >= 0.0, "optimizer.weight_decay = {}: must not be negative", optimizer.weight_decay);
         self.ema.validate()?;
         self.faults.validate()?;
+        let every = self.checks.recompute_every;
+        ensure!(
+            every == 0 || self.run.device == DeviceChoice::Cpu || self.run.deterministic,
+            "checks.recompute_every = {every}: on a GPU it needs run.deterministic = true, else two results may differ"
+        );
+        ensure!(every > 0 || !self.faults.has(FaultKind::FlipActivation), "faults: a flip-activation needs checks.recompute_every");
         for (key, value) in [("loss_spike", self.guard.loss_spike), ("norm_spike", self.guard.norm_spike)] {
             ensure!(value == 0.0 || value > 1.0, "guard.{key} = {value}: must be 0 (off) or above 1 median");
         }

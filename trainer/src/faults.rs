@@ -99,6 +99,11 @@ impl FaultsSection {
         Ok(())
     }
 
+    /// May this kind happen?
+    pub fn has(&self, kind: FaultKind) -> bool {
+        self.inject.iter().any(|fault| fault.kind == kind) || self.random.as_ref().is_some_and(|random| random.kinds.contains(&kind))
+    }
+
     /// All of a world's faults; a function of the section and the number of ranks.
     pub fn plan(&self, ranks: usize) -> Result<Vec<Fault>> {
         for (index, Fault { rank, kind, .. }) in self.inject.iter().enumerate() {

@@ -75,6 +75,7 @@ fn copies(weights: &Weights, zero: &Zero, optimizer: &Optimizer) -> Vec<Shard> {
 }
 
 fn pick<'a, T>(dice: &mut Dice, of: &'a [T]) -> &'a T {
+    assert!(!of.is_empty(), "a fault in a tensor of a rank that owns none");
     &of[dice.below(of.len() as u64) as usize]
 }
 
