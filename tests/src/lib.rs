@@ -2,7 +2,9 @@
 #![cfg(test)]
 mod balance;
 mod chaos;
+mod checkpoint;
 mod corpus;
+mod corruption;
 mod faces;
 mod faults;
 mod fp8;

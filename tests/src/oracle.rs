@@ -17,6 +17,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::rc::Rc;
 use tch::{Device, Kind, Tensor};
+use trainer::checkpoint::hf::{Format, Values};
 use trainer::checkpoint::{self, Manifest};
 use trainer::state::StatePart;
 
@@ -73,9 +74,9 @@ impl Subject {
         };
         let tensors = table.ids().map(part).collect();
         let manifest = Manifest::imported(self.config.clone(), self.weights.precision);
-        let path = checkpoint::save(&*solo(), &scratch().join("oracle").join(name), manifest, tensors, 1).expect("a checkpoint");
+        let path = checkpoint::save(&*solo(), &scratch().join("oracle").join(name), manifest, tensors).expect("a checkpoint");
         let out = scratch().join("oracle").join(format!("{name}-hf"));
-        checkpoint::hf::export(&path, &out, self.weights.precision.compute(), checkpoint::hf::Values::Newest).expect("an export");
+        checkpoint::hf::export(&path, &out, Format::Plain(self.weights.precision.compute()), Values::Newest).expect("an export");
         out
     }
 
@@ -211,7 +212,7 @@ fn import_is_the_inverse_of_export() {
     let subject = Subject::new(&small(), Precision::F32, 31, 8);
     let exported = subject.export("round");
     let run_dir = scratch().join("oracle/imported");
-    let imported = checkpoint::hf::import(&exported, &run_dir, &solo()).expect("an import");
+    let imported = checkpoint::hf::import(&exported, &run_dir).expect("an import");
     let (manifest, tensors) = checkpoint::load(&imported, |_| true).expect("a checkpoint");
     assert_eq!(manifest.model, subject.config);
     let table = &subject.weights.table;

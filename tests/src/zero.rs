@@ -143,7 +143,7 @@ fn a_rank_reads_the_rows_it_needs_and_no_more() {
         let (mut trainer, mesh) = trainer(&writers, world.clone());
         steps(&mut trainer, &mesh, &writers, 2);
         let head = Manifest { updates: trainer.optimizer.updates, ..Manifest::imported(config.model.clone(), config.run.precision) };
-        checkpoint::save(&*world, &dir, head, trainer.state(), 1).expect("a checkpoint");
+        checkpoint::save(&*world, &dir, head, trainer.state()).expect("a checkpoint");
         state(&mut trainer).0
     });
     let written = whole(written.into_iter().flatten());
@@ -232,10 +232,10 @@ fn an_export_of_averages_that_were_not_kept_is_refused() {
     let refused = checkpoint::hf::export(
         &run.newest_checkpoint(),
         &scratch().join("ema-refused"),
-        tch::Kind::Double,
+        checkpoint::hf::Format::Plain(tch::Kind::Double),
         checkpoint::hf::Values::Averaged,
     );
-    assert!(refused.expect_err("no averages").to_string().contains("no [ema] decay"));
+    assert!(refused.err().expect("no averages").to_string().contains("no [ema] decay"));
     let wrong = Run::new("ema-wrong", &["ema.decay=1.0"]);
     let output = tiefsee(&wrong.train_args()).output().expect("tiefsee starts");
     assert!(String::from_utf8_lossy(&output.stderr).contains("ema.decay = 1"), "{}", String::from_utf8_lossy(&output.stderr));

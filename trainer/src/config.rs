@@ -113,12 +113,15 @@ impl Default for OptimizerSection {
 pub struct CheckpointSection {
     /// Steps between checkpoints; 0: only at the end and on a stop.
     pub every: u64,
+    /// The newest so many stay.
     pub keep_last: usize,
+    /// And those of steps that are multiples of this; 0: none besides.
+    pub keep_every: u64,
 }
 
 impl Default for CheckpointSection {
     fn default() -> Self {
-        CheckpointSection { every: 1000, keep_last: 3 }
+        CheckpointSection { every: 1000, keep_last: 3, keep_every: 0 }
     }
 }
 

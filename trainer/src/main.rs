@@ -12,7 +12,8 @@ use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use tch::Kind;
-use trainer::checkpoint::hf::Values;
+use trainer::checkpoint::Retention;
+use trainer::checkpoint::hf::{Format, Values};
 use trainer::coordinator::StopSignal;
 use trainer::run::{Start, StateLost, resolved, train};
 use trainer::{RunConfig, checkpoint};
@@ -69,13 +70,38 @@ enum Command {
 enum CheckpointCommand {
     /// Print what a checkpoint holds.
     Show { checkpoint: PathBuf },
-    /// Read every byte and check it against the manifest.
-    #[command(after_help = "Example: tiefsee checkpoint verify runs/a/checkpoints/step-00001000")]
+    /// Read every byte and check it against the manifest: of one checkpoint, or of all that a run has.
+    #[command(after_help = "Examples: tiefsee checkpoint verify runs/a/checkpoints/step-00001000\n          tiefsee checkpoint verify runs/a")]
     Verify { checkpoint: PathBuf },
+    /// Write a checkpoint again with another number of files. A resume needs none of it: it reads any checkpoint on any layout.
+    #[command(
+        after_help = "Example: tiefsee checkpoint reshard runs/a/checkpoints/step-00001000 runs/b/checkpoints/step-00001000 --files 64"
+    )]
+    Reshard {
+        checkpoint: PathBuf,
+        /// The new checkpoint; must not exist.
+        out: PathBuf,
+        #[arg(long)]
+        files: usize,
+    },
+    /// Remove a run's old checkpoints. Reads those it keeps, and counts no damaged one among the newest.
+    #[command(after_help = "Example: tiefsee checkpoint prune runs/a --keep-last 2 --keep-every 10000 --dry-run")]
+    Prune {
+        run_dir: PathBuf,
+        /// The newest so many stay.
+        #[arg(long)]
+        keep_last: usize,
+        /// And those of steps that are multiples of this; 0: none besides.
+        #[arg(long, default_value_t = 0)]
+        keep_every: u64,
+        /// Say what would go, and remove nothing.
+        #[arg(long)]
+        dry_run: bool,
+    },
     /// Write a folder that transformers loads as it is.
     #[command(
         name = "export-hf",
-        after_help = "Example: tiefsee checkpoint export-hf runs/a/checkpoints/step-00001000 exported --dtype bf16"
+        after_help = "Example: tiefsee checkpoint export-hf runs/a/checkpoints/step-00001000 exported --dtype fp8"
     )]
     ExportHf {
         checkpoint: PathBuf,
@@ -93,6 +119,8 @@ enum CheckpointCommand {
 
 #[derive(Clone, Copy, ValueEnum)]
 enum Dtype {
+    /// As DeepSeek releases its weights: E4M3 with `weight_scale_inv` for each 128 × 128 block, the rest BF16.
+    Fp8,
     Bf16,
     F32,
     F64,
@@ -193,27 +221,55 @@ fn checkpoint_command(command: CheckpointCommand) -> Result<()> {
                 println!("  {:<6} {:?} {name}", tensor.dtype, tensor.shape);
             }
         }
-        CheckpointCommand::Verify { checkpoint } => {
-            let manifest = checkpoint::verify(&checkpoint)?;
-            println!(
-                "{}: whole ({} files, {} tensors, step {})",
-                checkpoint.display(),
-                manifest.files.len(),
-                manifest.tensors.len(),
-                manifest.step
-            );
+        CheckpointCommand::Verify { checkpoint } => verify(&checkpoint)?,
+        CheckpointCommand::Reshard { checkpoint, out, files } => {
+            let done = checkpoint::reshard(&checkpoint, &out, files)?;
+            println!("{}: {} files, {:.1} MB of tensors read once", out.display(), done.manifest.files.len(), done.bytes_read as f64 / 1e6);
+        }
+        CheckpointCommand::Prune { run_dir, keep_last, keep_every, dry_run } => {
+            anyhow::ensure!(keep_last >= 1, "--keep-last 0: the newest checkpoint is always kept");
+            let done = checkpoint::prune(&run_dir, Retention { last: keep_last, every: keep_every }, dry_run)?;
+            done.damaged.iter().for_each(|line| println!("{line}"));
+            done.removed.iter().for_each(|path| println!("{} {}", if dry_run { "would remove" } else { "removed" }, path.display()));
+            done.kept.iter().for_each(|path| println!("kept {}", path.display()));
         }
         CheckpointCommand::ExportHf { checkpoint, out, dtype, ema } => {
-            let kind = match dtype {
-                Dtype::Bf16 => Kind::BFloat16,
-                Dtype::F32 => Kind::Float,
-                Dtype::F64 => Kind::Double,
+            let format = match dtype {
+                Dtype::Fp8 => Format::Fp8,
+                Dtype::Bf16 => Format::Plain(Kind::BFloat16),
+                Dtype::F32 => Format::Plain(Kind::Float),
+                Dtype::F64 => Format::Plain(Kind::Double),
             };
             let values = if ema { Values::Averaged } else { Values::Newest };
-            checkpoint::hf::export(&checkpoint, &out, kind, values)?;
+            let exported = checkpoint::hf::export(&checkpoint, &out, format, values)?;
             println!("{}", out.display());
+            if exported.uneven > 0 {
+                println!("{} matrices have a side above 128 that is no multiple of it: transformers 5.24 dequantises those wrongly", exported.uneven);
+            }
         }
-        CheckpointCommand::ImportHf { folder, run_dir } => println!("{}", checkpoint::hf::import(&folder, &run_dir, &solo())?.display()),
+        CheckpointCommand::ImportHf { folder, run_dir } => println!("{}", checkpoint::hf::import(&folder, &run_dir)?.display()),
     }
+    Ok(())
+}
+
+/// One line for each checkpoint; an error if any is damaged.
+fn verify(path: &Path) -> Result<()> {
+    let of_run = if path.join("manifest.json").exists() { Vec::new() } else { checkpoint::list(path)? };
+    let paths = if of_run.is_empty() { vec![path.to_path_buf()] } else { of_run.into_iter().map(|(_, path)| path).collect() };
+    let mut damaged = 0;
+    for path in &paths {
+        match checkpoint::verify(path) {
+            Ok(manifest) => {
+                let (files, tensors) = (manifest.files.len(), manifest.tensors.len());
+                println!("{}: whole ({files} files, {tensors} tensors, step {})", path.display(), manifest.step);
+            }
+            Err(error) if paths.len() == 1 => return Err(error),
+            Err(error) => {
+                println!("{}: DAMAGED: {error:#}", path.display());
+                damaged += 1;
+            }
+        }
+    }
+    anyhow::ensure!(damaged == 0, "{damaged} of {} checkpoints are damaged", paths.len());
     Ok(())
 }

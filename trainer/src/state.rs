@@ -5,7 +5,7 @@ use crate::step::Trainer;
 use crate::zero::holders;
 use anyhow::Result;
 use model::params::ParamSpec;
-use tch::Tensor;
+use tch::{Device, Tensor};
 
 /// One tensor of a rank's state: rows of a logical tensor that no other rank writes.
 pub struct StatePart {
@@ -49,13 +49,15 @@ impl Trainer {
         let table = self.weights.table.clone();
         for slot in &mut self.optimizer.slots {
             let spec = slot.shard.spec(table.spec(slot.shard.id));
-            slot.first.copy_(&read(from, "first", &spec)?);
-            slot.second.copy_(&read(from, "second", &spec)?);
+            fill(from, "first", &spec, &slot.first)?;
+            fill(from, "second", &spec, &slot.second)?;
         }
         self.optimizer.updates = from.manifest().updates;
         if let Some(ema) = self.ema.as_mut().filter(|_| from.manifest().tensors.keys().any(|name| name.starts_with("ema/"))) {
             for (index, slot) in self.optimizer.slots.iter().enumerate() {
-                ema.load(index, &read(from, "ema", &slot.shard.spec(table.spec(slot.shard.id)))?.to_kind(slot.master.kind()));
+                let average = slot.master.empty_like();
+                fill(from, "ema", &slot.shard.spec(table.spec(slot.shard.id)), &average)?;
+                ema.load(index, &average);
             }
         }
         Ok(())
@@ -67,12 +69,18 @@ impl Trainer {
         let table = self.weights.table.clone();
         let mut slots = self.optimizer.slots.iter_mut().peekable();
         for id in table.ids() {
-            let part = read(from, "weight", table.spec(id))?;
-            self.weights.set(id, &part);
+            let spec = table.spec(id);
             // Slots come in the table's order.
-            if let Some(slot) = slots.next_if(|slot| slot.shard.id == id) {
-                slot.master.copy_(&slot.shard.of(&part));
+            let slot = slots.next_if(|slot| slot.shard.id == id);
+            let weight = self.weights.write(id).shallow_clone();
+            if slot.as_ref().is_none_or(|slot| slot.master.data_ptr() == slot.shard.of(&weight).data_ptr()) {
+                fill(from, "weight", spec, &weight)?; // the master, if there is one, is the weight's own rows
+                continue;
             }
+            let part = Tensor::empty(&spec.shape, (self.weights.precision.master(), Device::Cpu));
+            fill(from, "weight", spec, &part)?;
+            self.weights.set(id, &part);
+            slot.into_iter().for_each(|slot| slot.master.copy_(&slot.shard.of(&part)));
         }
         if let Some(ema) = &mut self.ema {
             ema.restart(&self.optimizer.slots);
@@ -81,7 +89,7 @@ impl Trainer {
     }
 }
 
-/// The rows of a logical tensor that `spec` describes.
-fn read(from: &mut Reader, prefix: &str, spec: &ParamSpec) -> Result<Tensor> {
-    from.rows(&format!("{prefix}/{}", spec.name), &spec.whole_shape(), spec.start, spec.shape[0])
+/// Into `target` the rows of a logical tensor that `spec` describes.
+fn fill(from: &mut Reader, prefix: &str, spec: &ParamSpec, target: &Tensor) -> Result<()> {
+    from.fill(&format!("{prefix}/{}", spec.name), &spec.whole_shape(), spec.start, target)
 }

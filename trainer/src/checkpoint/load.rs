@@ -1,64 +1,97 @@
-//! Reading: nothing is taken from a file whose hash is not the manifest's.
-use super::manifest::{FORMAT, FileEntry, Manifest};
-use super::shard;
-use anyhow::{Context, Result, bail, ensure};
+//! Checking: nothing is taken from a file whose hash is not the manifest's.
+use super::manifest::{FileEntry, Manifest, TensorEntry};
+use super::shard::Summed;
+use super::{Reader, list, unfinished};
+use anyhow::{Context, Result, ensure};
+use parallel::comm::{Communicator, broadcast_bytes, gather_bytes};
 use std::collections::HashMap;
-use std::path::Path;
-use tch::{Device, Tensor};
-
-pub(super) fn read_manifest(checkpoint: &Path) -> Result<Manifest> {
-    let path = checkpoint.join("manifest.json");
-    let bytes = std::fs::read(&path).with_context(|| format!("cannot read {}", path.display()))?;
-    let manifest: Manifest = serde_json::from_slice(&bytes).with_context(|| format!("{} is not a checkpoint manifest", path.display()))?;
-    ensure!(manifest.format == FORMAT, "{}: format `{}`, expected `{FORMAT}`", path.display(), manifest.format);
-    Ok(manifest)
-}
-
-/// The bytes of one file, if they are the ones that were written.
-fn read_file(checkpoint: &Path, entry: &FileEntry) -> Result<Vec<u8>> {
-    let path = checkpoint.join(&entry.name);
-    let bytes = std::fs::read(&path).with_context(|| format!("cannot read {}", path.display()))?;
-    if bytes.len() as u64 != entry.bytes {
-        bail!("{} has {} bytes, the manifest says {}", path.display(), bytes.len(), entry.bytes);
-    }
-    ensure!(blake3::hash(&bytes).to_hex().as_str() == entry.blake3, "{} is not what was written: its BLAKE3 differs from the manifest's", path.display());
-    Ok(bytes)
-}
+use std::path::{Path, PathBuf};
+use tch::Tensor;
 
 /// Every file present, whole and unchanged, and every tensor complete.
 pub fn verify(checkpoint: &Path) -> Result<Manifest> {
-    let manifest = read_manifest(checkpoint)?;
-    for entry in &manifest.files {
-        let bytes = read_file(checkpoint, entry)?;
-        shard::parse(&checkpoint.join(&entry.name), &bytes)?;
+    let manifest = check_manifest(checkpoint)?;
+    manifest.files.iter().try_for_each(|entry| check_file(checkpoint, entry))?;
+    Ok(manifest)
+}
+
+/// The manifest is sound, is its folder's, and every row of every tensor is in some file.
+fn check_manifest(checkpoint: &Path) -> Result<Manifest> {
+    let manifest = Manifest::read(checkpoint)?;
+    if let Some(step) = step_of(checkpoint) {
+        ensure!(manifest.step == step, "{} holds step {}: it was renamed", checkpoint.display(), manifest.step);
     }
     for (name, tensor) in &manifest.tensors {
-        let rows: i64 = tensor.slices.iter().map(|slice| slice.rows).sum();
-        let expected = tensor.shape.first().copied().unwrap_or(1);
-        ensure!(rows == expected, "{}: {name} has {rows} of {expected} rows", checkpoint.display());
+        complete(tensor).with_context(|| format!("{}: {name}", checkpoint.display()))?;
     }
     Ok(manifest)
 }
 
-/// The tensors whose name `wanted` accepts, whole, on the CPU.
-pub fn load(checkpoint: &Path, wanted: impl Fn(&str) -> bool) -> Result<(Manifest, HashMap<String, Tensor>)> {
-    let manifest = read_manifest(checkpoint)?;
-    let mut tensors: HashMap<String, Tensor> = HashMap::new();
-    for entry in &manifest.files {
-        let path = checkpoint.join(&entry.name);
-        for (name, piece) in shard::parse(&path, &read_file(checkpoint, entry)?)? {
-            if !wanted(&name) {
-                continue;
-            }
-            let logical = manifest.tensors.get(&name).with_context(|| format!("{} holds {name}, which the manifest does not know", path.display()))?;
-            if logical.slices.len() == 1 {
-                tensors.insert(name, piece);
-                continue;
-            }
-            let slice = logical.slices.iter().find(|slice| slice.file == entry.name).with_context(|| format!("the manifest has no slice of {name} in {}", entry.name))?;
-            let whole = tensors.entry(name).or_insert_with(|| Tensor::empty(&logical.shape, (piece.kind(), Device::Cpu)));
-            whole.narrow(0, slice.start, slice.rows).copy_(&piece);
+/// Of `…/step-00000120`.
+pub(super) fn step_of(checkpoint: &Path) -> Option<u64> {
+    checkpoint.file_name()?.to_str()?.strip_prefix("step-")?.parse().ok()
+}
+
+fn complete(tensor: &TensorEntry) -> Result<()> {
+    let total = tensor.shape.first().copied().unwrap_or(1);
+    let mut slices: Vec<(i64, i64)> = tensor.slices.iter().map(|slice| (slice.start, slice.rows)).collect();
+    slices.sort();
+    let mut covered = 0;
+    for (start, rows) in slices {
+        ensure!(start == covered, "row {} of {total} is in no file or in two", start.min(covered));
+        covered += rows;
+    }
+    ensure!(covered == total, "has {covered} of {total} rows");
+    Ok(())
+}
+
+fn check_file(checkpoint: &Path, entry: &FileEntry) -> Result<()> {
+    Summed { bytes: entry.bytes, blake3: entry.blake3.clone() }.check(&checkpoint.join(&entry.name))
+}
+
+/// The newest checkpoint whose every byte is right, and a line for each newer one that was passed over. Collective: the
+/// ranks share out the files, and all get the same answer.
+pub fn newest_whole(world: &dyn Communicator, run_dir: &Path) -> Result<(Option<PathBuf>, Vec<String>)> {
+    let listed: Result<(Vec<PathBuf>, Vec<PathBuf>), String> = match world.rank() {
+        0 => list(run_dir).and_then(|all| Ok((all.into_iter().map(|(_, path)| path).collect(), unfinished(run_dir)?))),
+        _ => Ok(Default::default()),
+    }
+    .map_err(|error: anyhow::Error| format!("{error:#}"));
+    let listed: Result<(Vec<PathBuf>, Vec<PathBuf>), String> =
+        serde_json::from_slice(&broadcast_bytes(world, &serde_json::to_vec(&listed)?, 0)?)?;
+    let (all, unfinished) = listed.map_err(|text| anyhow::anyhow!(text))?;
+    let mut notes: Vec<String> = unfinished.iter().map(|path| format!("{} was never finished", path.display())).collect();
+    for path in all.into_iter().rev() {
+        match first_error(world, check_share(world, &path))? {
+            None => return Ok((Some(path), notes)),
+            Some(error) => notes.push(format!("{} is damaged and was passed over: {error}", path.display())),
         }
     }
+    Ok((None, notes))
+}
+
+fn check_share(world: &dyn Communicator, checkpoint: &Path) -> Result<()> {
+    let manifest = check_manifest(checkpoint)?;
+    let mine = manifest.files.iter().skip(world.rank()).step_by(world.size());
+    mine.into_iter().try_for_each(|entry| check_file(checkpoint, entry))
+}
+
+/// Of the lowest rank that has one; the same on all.
+pub(super) fn first_error(world: &dyn Communicator, mine: Result<()>) -> Result<Option<String>> {
+    let mine = mine.err().map(|error| format!("{error:#}"));
+    for bytes in gather_bytes(world, &serde_json::to_vec(&mine)?)? {
+        if let Some(error) = serde_json::from_slice::<Option<String>>(&bytes)? {
+            return Ok(Some(error));
+        }
+    }
+    Ok(None)
+}
+
+/// The tensors whose name `wanted` accepts, whole, on the CPU; of a checkpoint whose every byte is right.
+pub fn load(checkpoint: &Path, wanted: impl Fn(&str) -> bool) -> Result<(Manifest, HashMap<String, Tensor>)> {
+    let manifest = verify(checkpoint)?;
+    let mut reader = Reader::open(checkpoint)?;
+    let names = manifest.tensors.keys().filter(|name| wanted(name));
+    let tensors = names.map(|name| Ok((name.clone(), reader.whole(name)?))).collect::<Result<_>>()?;
     Ok((manifest, tensors))
 }

@@ -1,15 +1,21 @@
-//! `manifest.json`: what a checkpoint holds, where, and the hash of every byte of it.
+//! `manifest.json`: what a checkpoint holds, where, and the hash of every byte of it, its own included.
 use crate::guard::GuardState;
+use anyhow::{Context, Result, ensure};
 use kernels::Precision;
 use model::ModelConfig;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
+use std::path::Path;
 
-pub const FORMAT: &str = "tiefsee-checkpoint-1";
+pub const FORMAT: &str = "tiefsee-checkpoint-2";
+/// Stands for the manifest's own hash while that is taken.
+const UNSEALED: &str = "0000000000000000000000000000000000000000000000000000000000000000";
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Manifest {
     pub format: String,
+    /// BLAKE3 of this file with 64 zeros in this place.
+    pub blake3: String,
     /// Steps done, skipped ones counted.
     pub step: u64,
     /// Optimizer updates done.
@@ -91,6 +97,7 @@ impl Manifest {
     pub fn imported(model: ModelConfig, precision: Precision) -> Self {
         Manifest {
             format: FORMAT.to_string(),
+            blake3: UNSEALED.to_string(),
             step: 0,
             updates: 0,
             tokens: 0,
@@ -104,5 +111,41 @@ impl Manifest {
             files: Vec::new(),
             tensors: BTreeMap::new(),
         }
+    }
+
+    /// Adds a rank's shard.
+    pub fn add(&mut self, file: FileEntry, tensors: Vec<(String, TensorEntry)>) {
+        self.files.push(file);
+        for (name, entry) in tensors {
+            match self.tensors.get_mut(&name) {
+                Some(known) => known.slices.extend(entry.slices),
+                None => drop(self.tensors.insert(name, entry)),
+            }
+        }
+    }
+
+    /// Writes and syncs CHECKPOINT/manifest.json.
+    pub fn write(&self, checkpoint: &Path) -> Result<()> {
+        let path = checkpoint.join("manifest.json");
+        let open = serde_json::to_string_pretty(&Manifest { blake3: UNSEALED.into(), ..self.clone() })?;
+        let sealed = open.replacen(UNSEALED, blake3::hash(open.as_bytes()).to_hex().as_str(), 1);
+        let write = || -> std::io::Result<()> {
+            std::fs::write(&path, sealed)?;
+            std::fs::File::open(&path)?.sync_all()
+        };
+        write().with_context(|| format!("cannot write {}", path.display()))
+    }
+
+    /// CHECKPOINT/manifest.json, if every byte of it is what was written.
+    pub fn read(checkpoint: &Path) -> Result<Manifest> {
+        let path = checkpoint.join("manifest.json");
+        let text = std::fs::read(&path).with_context(|| format!("cannot read {}", path.display()))?;
+        let text = String::from_utf8(text).with_context(|| format!("{} is not text", path.display()))?;
+        let manifest: Manifest = serde_json::from_str(&text).with_context(|| format!("{} is not a checkpoint manifest", path.display()))?;
+        ensure!(manifest.format == FORMAT, "{}: format `{}`, expected `{FORMAT}`", path.display(), manifest.format);
+        let open = text.replacen(&manifest.blake3, UNSEALED, 1);
+        let whole = manifest.blake3.len() == UNSEALED.len() && blake3::hash(open.as_bytes()).to_hex().as_str() == manifest.blake3;
+        ensure!(whole, "{} is not what was written: its BLAKE3 differs", path.display());
+        Ok(manifest)
     }
 }

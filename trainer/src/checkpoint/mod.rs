@@ -6,13 +6,21 @@ pub mod hf;
 mod load;
 mod manifest;
 mod read;
+mod reshard;
+mod retention;
 mod save;
+mod saver;
 mod shard;
+mod staging;
 
-pub use load::{load, verify};
+pub use load::{load, newest_whole, verify};
 pub use manifest::{Cursor, Manifest, Mesh, Progress};
 pub use read::Reader;
+pub use reshard::{Resharded, reshard};
+pub use retention::{Pruned, Retention, prune};
 pub use save::save;
+pub use saver::{Saved, Saver};
+pub use staging::Staging;
 
 use anyhow::{Context, Result};
 use std::path::{Path, PathBuf};
@@ -44,16 +52,4 @@ fn entries(folder: &Path) -> Result<Vec<PathBuf>> {
     }
     let read = std::fs::read_dir(folder).with_context(|| format!("cannot list {}", folder.display()))?;
     read.map(|entry| Ok(entry?.path())).collect()
-}
-
-/// The newest checkpoint whose every byte is right, and a line for each newer one that was passed over.
-pub fn newest_whole(run_dir: &Path) -> Result<(Option<PathBuf>, Vec<String>)> {
-    let mut notes: Vec<String> = unfinished(run_dir)?.iter().map(|path| format!("{} was never finished", path.display())).collect();
-    for (_, path) in list(run_dir)?.into_iter().rev() {
-        match verify(&path) {
-            Ok(_) => return Ok((Some(path), notes)),
-            Err(error) => notes.push(format!("{} is damaged: {error:#}", path.display())),
-        }
-    }
-    Ok((None, notes))
 }

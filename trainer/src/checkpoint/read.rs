@@ -1,33 +1,46 @@
 //! Reading parts: a rank of any layout reads the rows that it needs, and no other byte, from whatever slices hold them.
-use super::load::read_manifest;
+use super::manifest::SliceEntry;
+use super::shard::CHUNK;
 use super::{Manifest, shard};
 use anyhow::{Context, Result, ensure};
-use safetensors::tensor::Metadata;
+use safetensors::tensor::{Metadata, TensorInfo};
 use std::collections::HashMap;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use tch::Tensor;
+use tch::{Device, Kind, Tensor};
 
-/// A checkpoint that `verify` has passed, on this rank or on one that decides for all: hashes are not checked again.
+/// A checkpoint that `verify` has passed, on this rank or shared out among several: hashes are not checked again.
 pub struct Reader {
     path: PathBuf,
     manifest: Manifest,
     files: HashMap<String, Opened>,
     bytes_read: u64,
+    header_bytes: u64,
+    chunk: Vec<u8>,
 }
 
-struct Opened {
+/// A safetensors file, with what it says it holds.
+pub(super) struct Opened {
+    path: PathBuf,
     file: File,
     tensors: Metadata,
     /// Where the tensors' bytes begin.
     data: u64,
 }
 
+/// Rows of one slice that are wanted: from row `low` of the whole on, into row `to` of what is filled.
+struct Part {
+    slice: SliceEntry,
+    low: i64,
+    rows: i64,
+    to: i64,
+}
+
 impl Reader {
     pub fn open(checkpoint: &Path) -> Result<Reader> {
-        let manifest = read_manifest(checkpoint)?;
-        Ok(Reader { path: checkpoint.to_path_buf(), manifest, files: HashMap::new(), bytes_read: 0 })
+        let manifest = Manifest::read(checkpoint)?;
+        Ok(Reader { path: checkpoint.to_path_buf(), manifest, files: HashMap::new(), bytes_read: 0, header_bytes: 0, chunk: Vec::new() })
     }
 
     pub fn manifest(&self) -> &Manifest {
@@ -36,53 +49,88 @@ impl Reader {
 
     /// Of tensors and of the headers that say where they are.
     pub fn bytes_read(&self) -> u64 {
+        self.bytes_read + self.header_bytes
+    }
+
+    /// Of tensors alone.
+    pub fn tensor_bytes_read(&self) -> u64 {
         self.bytes_read
     }
 
-    /// Rows start..start + rows of the tensor `name`, whose whole shape must be `whole`.
+    /// Of the whole tensor `name`.
+    pub fn shape(&self, name: &str) -> Result<Vec<i64>> {
+        Ok(self.entry(name)?.shape.clone())
+    }
+
+    pub fn kind(&self, name: &str) -> Result<Kind> {
+        let entry = self.entry(name)?;
+        let dtype = serde_json::from_value(serde_json::Value::String(entry.dtype.clone())).ok().and_then(shard::kind);
+        dtype.with_context(|| format!("{}: {name} is {}, which is not read here", self.path.display(), entry.dtype))
+    }
+
+    fn entry(&self, name: &str) -> Result<&super::manifest::TensorEntry> {
+        self.manifest.tensors.get(name).with_context(|| format!("{} holds no {name}", self.path.display()))
+    }
+
+    /// The whole tensor, on the CPU.
+    pub fn whole(&mut self, name: &str) -> Result<Tensor> {
+        let shape = self.shape(name)?;
+        self.rows(name, &shape, 0, shape[0])
+    }
+
+    /// Rows start..start + rows of the tensor `name`, whose whole shape must be `whole`, on the CPU.
     pub fn rows(&mut self, name: &str, whole: &[i64], start: i64, rows: i64) -> Result<Tensor> {
-        let Reader { path, manifest, files, bytes_read } = self;
-        let entry = manifest.tensors.get(name).with_context(|| format!("{} holds no {name}", path.display()))?;
-        ensure!(entry.shape == whole, "{}: {name} is {:?}, the model's is {whole:?}", path.display(), entry.shape);
         let mut shape = whole.to_vec();
         shape[0] = rows;
-        let (mut bytes, mut kind, mut found) = (Vec::new(), None, 0);
-        for slice in &entry.slices {
+        let target = Tensor::empty(&shape, (self.kind(name)?, Device::Cpu));
+        self.fill(name, whole, start, &target)?;
+        Ok(target)
+    }
+
+    /// Into `target`, of any kind and device, the rows from `start` on that it has room for.
+    pub fn fill(&mut self, name: &str, whole: &[i64], start: i64, target: &Tensor) -> Result<()> {
+        let entry = self.entry(name)?;
+        ensure!(entry.shape == whole, "{}: {name} is {:?}, the model's is {whole:?}", self.path.display(), entry.shape);
+        let rows = target.size()[0];
+        let part = |slice: &SliceEntry| {
             let (low, high) = (start.max(slice.start), (start + rows).min(slice.start + slice.rows));
-            if low >= high {
-                continue;
-            }
-            let name_of = || path.join(&slice.file);
-            let opened = match files.get(&slice.file) {
-                Some(opened) => opened,
-                None => {
-                    let opened = Opened::new(&name_of(), bytes_read)?;
-                    files.entry(slice.file.clone()).or_insert(opened)
-                }
-            };
-            let info = opened.tensors.info(name).with_context(|| format!("{} holds no {name}", name_of().display()))?;
-            let row = (info.data_offsets.1 - info.data_offsets.0) / slice.rows as usize;
-            kind = Some(
-                shard::kind(info.dtype)
-                    .with_context(|| format!("{}: {name} is {:?}, which is not read here", name_of().display(), info.dtype))?,
-            );
-            bytes.resize(rows as usize * row, 0);
-            let part = &mut bytes[(low - start) as usize * row..(high - start) as usize * row];
-            let at = opened.data + (info.data_offsets.0 + (low - slice.start) as usize * row) as u64;
-            opened.file.read_exact_at(part, at).with_context(|| format!("cannot read {}", name_of().display()))?;
-            *bytes_read += part.len() as u64;
-            found += high - low;
+            (low < high).then(|| Part { slice: slice.clone(), low, rows: high - low, to: low - start })
+        };
+        let parts: Vec<Part> = entry.slices.iter().filter_map(part).collect();
+        let found: i64 = parts.iter().map(|part| part.rows).sum();
+        ensure!(found == rows, "{}: {name} has {found} of the {rows} rows from {start} on", self.path.display());
+        parts.iter().try_for_each(|part| self.fill_part(name, part, &target.narrow(0, part.to, part.rows)))
+    }
+
+    fn fill_part(&mut self, name: &str, part: &Part, target: &Tensor) -> Result<()> {
+        let Reader { path, files, bytes_read, header_bytes, chunk, .. } = self;
+        let file = &part.slice.file;
+        if !files.contains_key(file) {
+            let opened = Opened::new(path.join(file))?;
+            *header_bytes += opened.data;
+            files.insert(file.clone(), opened);
         }
-        ensure!(found == rows, "{}: {name} has {found} of the {rows} rows from {start} on", path.display());
-        let kind = kind.with_context(|| format!("{}: no row of {name} was asked for", path.display()))?;
-        Ok(Tensor::from_data_size(&bytes, &shape, kind))
+        let opened = &files[file];
+        let (info, kind) = opened.find(name)?;
+        let row = (info.data_offsets.1 - info.data_offsets.0) / part.slice.rows as usize;
+        let (width, flat) = (kind.elt_size_in_bytes(), target.view(-1));
+        let first = opened.data + (info.data_offsets.0 + (part.low - part.slice.start) as usize * row) as u64;
+        let bytes = part.rows as usize * row;
+        for at in (0..bytes).step_by(CHUNK) {
+            chunk.resize(CHUNK.min(bytes - at), 0);
+            opened.file.read_exact_at(chunk, first + at as u64).with_context(|| format!("cannot read {}", opened.path.display()))?;
+            let count = (chunk.len() / width) as i64;
+            flat.narrow(0, (at / width) as i64, count).copy_(&Tensor::from_data_size(chunk, &[count], kind));
+        }
+        *bytes_read += bytes as u64;
+        Ok(())
     }
 }
 
 impl Opened {
-    fn new(path: &Path, bytes_read: &mut u64) -> Result<Opened> {
+    pub fn new(path: PathBuf) -> Result<Opened> {
         let read = || -> Result<(File, Vec<u8>)> {
-            let file = File::open(path)?;
+            let file = File::open(&path)?;
             let mut length = [0; 8];
             file.read_exact_at(&mut length, 0)?;
             let length = u64::from_le_bytes(length);
@@ -93,7 +141,27 @@ impl Opened {
         };
         let (file, header) = read().with_context(|| format!("cannot read {}", path.display()))?;
         let tensors = serde_json::from_slice(&header).with_context(|| format!("{} is not a safetensors file", path.display()))?;
-        *bytes_read += 8 + header.len() as u64;
-        Ok(Opened { file, tensors, data: 8 + header.len() as u64 })
+        Ok(Opened { path, file, tensors, data: 8 + header.len() as u64 })
+    }
+
+    pub fn names(&self) -> impl Iterator<Item = String> {
+        self.tensors.tensors().into_keys()
+    }
+
+    pub fn find(&self, name: &str) -> Result<(&TensorInfo, Kind)> {
+        let info = self.tensors.info(name).with_context(|| format!("{} holds no {name}", self.path.display()))?;
+        let kind = shard::kind(info.dtype)
+            .with_context(|| format!("{}: {name} is {:?}, which is not read here", self.path.display(), info.dtype))?;
+        Ok((info, kind))
+    }
+
+    /// Whole, on the CPU.
+    pub fn tensor(&self, name: &str) -> Result<Tensor> {
+        let (info, kind) = self.find(name)?;
+        let mut bytes = vec![0; info.data_offsets.1 - info.data_offsets.0];
+        let at = self.data + info.data_offsets.0 as u64;
+        self.file.read_exact_at(&mut bytes, at).with_context(|| format!("cannot read {}", self.path.display()))?;
+        let shape: Vec<i64> = info.shape.iter().map(|&n| n as i64).collect();
+        Ok(Tensor::from_data_size(&bytes, &shape, kind))
     }
 }

@@ -1,10 +1,18 @@
-//! Tensors to and from safetensors.
-use anyhow::{Context, Result, bail};
-use safetensors::tensor::{Dtype, View};
-use safetensors::{SafeTensors, serialize_to_file};
-use std::borrow::Cow;
+//! Tensors to and from safetensors, hashed on the way by a thread of their own: the disk sets the pace.
+use anyhow::{Context, Result, ensure};
+use safetensors::tensor::{Dtype, Metadata, TensorInfo};
+use std::collections::HashSet;
+use std::fs::File;
+use std::io::{Read, Write};
 use std::path::Path;
-use tch::{Kind, Tensor};
+use std::sync::mpsc::{Receiver, channel, sync_channel};
+use std::thread::scope;
+use tch::{Device, Kind, Tensor};
+
+/// What is hashed and written, or read, at a time.
+pub(super) const CHUNK: usize = 4 << 20;
+/// Chunks that one side may be ahead of the other.
+const AHEAD: usize = 4;
 
 pub fn dtype(kind: Kind) -> Dtype {
     match kind {
@@ -12,6 +20,7 @@ pub fn dtype(kind: Kind) -> Dtype {
         Kind::Float => Dtype::F32,
         Kind::BFloat16 => Dtype::BF16,
         Kind::Int64 => Dtype::I64,
+        Kind::Float8e4m3fn => Dtype::F8_E4M3,
         other => panic!("a checkpoint holds no {other:?}"),
     }
 }
@@ -22,53 +31,147 @@ pub fn kind(dtype: Dtype) -> Option<Kind> {
         Dtype::F32 => Some(Kind::Float),
         Dtype::BF16 => Some(Kind::BFloat16),
         Dtype::I64 => Some(Kind::Int64),
+        Dtype::F8_E4M3 => Some(Kind::Float8e4m3fn),
         _ => None,
     }
 }
 
-/// A contiguous host tensor as safetensors sees it: bytes are copied out one tensor at a time.
-struct Bytes {
-    tensor: Tensor,
-    shape: Vec<usize>,
+/// A tensor of a file to be written.
+#[derive(Clone, Debug)]
+pub struct Entry {
+    pub name: String,
+    pub kind: Kind,
+    pub shape: Vec<i64>,
 }
 
-impl View for Bytes {
-    fn dtype(&self) -> Dtype {
-        dtype(self.tensor.kind())
+impl Entry {
+    pub fn of(name: impl Into<String>, tensor: &Tensor) -> Entry {
+        Entry { name: name.into(), kind: tensor.kind(), shape: tensor.size() }
     }
-    fn shape(&self) -> &[usize] {
-        &self.shape
-    }
-    fn data(&self) -> Cow<'_, [u8]> {
-        let mut bytes = vec![0u8; self.data_len()];
-        self.tensor.copy_data_u8(&mut bytes, self.tensor.numel());
-        Cow::Owned(bytes)
-    }
-    fn data_len(&self) -> usize {
-        self.tensor.numel() * self.tensor.kind().elt_size_in_bytes()
+
+    pub fn bytes(&self) -> usize {
+        self.shape.iter().product::<i64>() as usize * self.kind.elt_size_in_bytes()
     }
 }
 
-/// Writes and syncs the file. A zero-dim or empty tensor is fine.
-pub fn write(path: &Path, tensors: Vec<(String, Tensor)>) -> Result<()> {
-    let views = tensors.into_iter().map(|(name, tensor)| {
-        let tensor = tensor.to_device(tch::Device::Cpu).contiguous();
-        let shape = tensor.size().iter().map(|&n| n as usize).collect();
-        (name, Bytes { tensor, shape })
-    });
-    let metadata = [("format".to_string(), "pt".to_string())].into();
-    serialize_to_file(views, Some(metadata), path).with_context(|| format!("cannot write {}", path.display()))?;
-    std::fs::File::open(path)?.sync_all().with_context(|| format!("cannot sync {}", path.display()))
+/// Length and BLAKE3 of a file.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Summed {
+    pub bytes: u64,
+    pub blake3: String,
 }
 
-/// Every tensor of a safetensors file's bytes.
-pub fn parse(path: &Path, bytes: &[u8]) -> Result<Vec<(String, Tensor)>> {
-    let file = SafeTensors::deserialize(bytes).with_context(|| format!("{} is not a safetensors file", path.display()))?;
-    let mut tensors = Vec::new();
-    for (name, view) in file.tensors() {
-        let Some(kind) = kind(view.dtype()) else { bail!("{}: {name} is {:?}, which is not read here", path.display(), view.dtype()) };
-        let shape: Vec<i64> = view.shape().iter().map(|&n| n as i64).collect();
-        tensors.push((name.to_string(), Tensor::from_data_size(view.data(), &shape, kind)));
+/// Writes and syncs the file. `tensor(i)` makes the i-th entry's tensor; one exists at a time. Widest kinds come first, so
+/// that every tensor is aligned.
+pub fn write(path: &Path, entries: &[Entry], tensor: impl FnMut(usize) -> Result<Tensor> + Send) -> Result<Summed> {
+    let mut order: Vec<usize> = (0..entries.len()).collect();
+    order.sort_by_key(|&index| std::cmp::Reverse(entries[index].kind.elt_size_in_bytes()));
+    let head = header(order.iter().map(|&index| &entries[index]))?;
+    let mut file = File::create(path).with_context(|| format!("cannot make {}", path.display()))?;
+    let (full, chunks) = sync_channel(AHEAD);
+    let (used, spare) = channel();
+    scope(|scope| {
+        let hashing = scope.spawn(move || produce(head, entries, &order, tensor, (&spare, &mut |chunk| full.send(chunk).is_ok())));
+        let mut bytes = 0;
+        let put = || -> std::io::Result<()> {
+            for chunk in chunks {
+                file.write_all(&chunk)?;
+                bytes += chunk.len() as u64;
+                let _ = used.send(chunk);
+            }
+            file.sync_all()
+        };
+        put().with_context(|| format!("cannot write {}", path.display()))?;
+        let blake3 = hashing.join().expect("hashing does not panic")?;
+        Ok(Summed { bytes, blake3 })
+    })
+}
+
+type Sink<'a> = (&'a Receiver<Vec<u8>>, &'a mut dyn FnMut(Vec<u8>) -> bool);
+
+/// The file's bytes in chunks, and their hash; ends early where nobody takes them any more.
+fn produce(
+    head: Vec<u8>,
+    entries: &[Entry],
+    order: &[usize],
+    mut tensor: impl FnMut(usize) -> Result<Tensor>,
+    (spare, take): Sink,
+) -> Result<String> {
+    let mut hasher = blake3::Hasher::new();
+    hasher.update(&head);
+    let mut going = take(head);
+    for &index in order {
+        let (entry, tensor) = (&entries[index], tensor(index)?);
+        assert_eq!((tensor.kind(), tensor.size()), (entry.kind, entry.shape.clone()), "{} is not what was announced", entry.name);
+        let flat = tensor.to_device(Device::Cpu).contiguous().view(-1);
+        let (width, numel) = (entry.kind.elt_size_in_bytes(), flat.numel() as i64);
+        let each = (CHUNK / width) as i64;
+        let mut start = 0;
+        while going && start < numel {
+            let count = each.min(numel - start);
+            let mut chunk: Vec<u8> = spare.try_recv().unwrap_or_default();
+            chunk.resize(count as usize * width, 0);
+            flat.narrow(0, start, count).copy_data_u8(&mut chunk, count as usize);
+            hasher.update(&chunk);
+            going = take(chunk);
+            start += count;
+        }
     }
-    Ok(tensors)
+    Ok(hasher.finalize().to_hex().to_string())
+}
+
+/// Length and names, as the format has them: what comes after starts at a multiple of eight.
+fn header<'a>(entries: impl Iterator<Item = &'a Entry>) -> Result<Vec<u8>> {
+    let mut at = 0;
+    let mut names = HashSet::new();
+    let info = |entry: &Entry| {
+        ensure!(names.insert(entry.name.clone()), "two tensors are named {}", entry.name);
+        let data_offsets = (at, at + entry.bytes());
+        at = data_offsets.1;
+        let shape = entry.shape.iter().map(|&n| n as usize).collect();
+        Ok((entry.name.clone(), TensorInfo { dtype: dtype(entry.kind), shape, data_offsets }))
+    };
+    let tensors = entries.map(info).collect::<Result<_>>()?;
+    let metadata = Metadata::new(Some([("format".to_string(), "pt".to_string())].into()), tensors)?;
+    let mut text = serde_json::to_vec(&metadata)?;
+    text.resize(text.len().next_multiple_of(8), b' ');
+    Ok([&(text.len() as u64).to_le_bytes(), text.as_slice()].concat())
+}
+
+/// Of the file as it is now.
+pub fn sum(path: &Path) -> Result<Summed> {
+    let mut file = File::open(path).with_context(|| format!("cannot read {}", path.display()))?;
+    let (full, chunks) = sync_channel::<Vec<u8>>(AHEAD);
+    let (used, spare) = channel::<Vec<u8>>();
+    scope(|scope| {
+        let reading = scope.spawn(move || -> std::io::Result<()> {
+            loop {
+                let mut chunk = spare.try_recv().unwrap_or_else(|_| vec![0; CHUNK]);
+                chunk.resize(CHUNK, 0);
+                let count = file.read(&mut chunk)?;
+                chunk.truncate(count);
+                if count == 0 || full.send(chunk).is_err() {
+                    return Ok(());
+                }
+            }
+        });
+        let (mut hasher, mut bytes) = (blake3::Hasher::new(), 0);
+        for chunk in chunks {
+            hasher.update(&chunk);
+            bytes += chunk.len() as u64;
+            let _ = used.send(chunk);
+        }
+        reading.join().expect("reading does not panic").with_context(|| format!("cannot read {}", path.display()))?;
+        Ok(Summed { bytes, blake3: hasher.finalize().to_hex().to_string() })
+    })
+}
+
+impl Summed {
+    /// The error says how the file at `path` differs from what was written.
+    pub fn check(&self, path: &Path) -> Result<()> {
+        let length = path.metadata().with_context(|| format!("cannot read {}", path.display()))?.len();
+        ensure!(length == self.bytes, "{} has {length} bytes, {} were written", path.display(), self.bytes);
+        ensure!(sum(path)? == *self, "{} is not what was written: its BLAKE3 differs", path.display());
+        Ok(())
+    }
 }

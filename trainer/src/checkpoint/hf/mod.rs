@@ -1,15 +1,19 @@
-//! To and from the released layout: a folder that Hugging Face transformers loads as it is.
-use super::{load, manifest::Manifest, save, shard};
+//! To and from the released layout: a folder that Hugging Face transformers loads as it is. One tensor is in memory at a
+//! time, whatever the model's size.
+mod import;
+
+pub use import::import;
+
+use super::save::refuse_existing;
+use super::{Reader, shard, verify};
 use crate::run::resolved;
-use crate::state::StatePart;
 use anyhow::{Context, Result, ensure};
-use kernels::Precision;
-use model::hf::{config_json, copies, parse_config, pieces};
-use model::params::ParamSpec;
+use kernels::fp8::{ScaleRule, TILE, quantise_blocks};
+use model::hf::{Piece, config_json, copies, pieces};
+use model::params::{ParamSpec, Role};
 use model::{ModelConfig, ParamTable, Stage};
-use parallel::comm::Comm;
 use serde_json::{Value, json};
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use tch::{Kind, Tensor};
 
@@ -30,77 +34,176 @@ pub enum Values {
     Averaged,
 }
 
-/// Writes `out`, which must not exist: safetensors of `kind`, config.json, and the run's tokenizer where it is found.
-pub fn export(checkpoint: &Path, out: &Path, kind: Kind, values: Values) -> Result<()> {
-    ensure!(!out.exists(), "{} exists already", out.display());
+/// What they are written as.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Format {
+    Plain(Kind),
+    /// As DeepSeek releases them: what an FP8 run multiplies in FP8 is E4M3 with a `weight_scale_inv` for each 128 × 128
+    /// block, quantised from the masters; the rest BF16.
+    Fp8,
+}
+
+impl Format {
+    /// The expert bias is FP32 in every release.
+    fn plain(self, spec: &ParamSpec) -> Kind {
+        match self {
+            Format::Plain(Kind::Double) => Kind::Double,
+            _ if !spec.trained() => Kind::Float,
+            Format::Plain(kind) => kind,
+            Format::Fp8 => Kind::BFloat16,
+        }
+    }
+
+    fn in_blocks(self, spec: &ParamSpec) -> bool {
+        let inside = spec.name.contains(".self_attn.") || spec.name.contains(".mlp.");
+        self == Format::Fp8 && inside && matches!(spec.role, Role::Matrix | Role::Experts)
+    }
+}
+
+/// A released tensor, and how it is made.
+struct Released {
+    entry: shard::Entry,
+    /// The checkpoint's tensor that it is a part of, and that one's shape.
+    from: String,
+    whole: Vec<i64>,
+    piece: Piece,
+    part: Part,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Part {
+    Plain,
+    /// E4M3 of a matrix in blocks.
+    Blocks,
+    /// And its FP32 scales.
+    Scales,
+}
+
+impl Released {
+    fn new(spec: &ParamSpec, from: String, piece: Piece, part: Part, format: Format) -> Released {
+        let mut shape = spec.shape.clone();
+        if piece.expert.is_some() {
+            shape.remove(0);
+        }
+        if let Some((_, rows)) = piece.rows {
+            shape[0] = rows;
+        }
+        let (name, kind) = match part {
+            Part::Plain => (piece.name.clone(), format.plain(spec)),
+            Part::Blocks => (piece.name.clone(), Kind::Float8e4m3fn),
+            Part::Scales => (format!("{}_scale_inv", piece.name), Kind::Float),
+        };
+        if part == Part::Scales {
+            shape.iter_mut().for_each(|side| *side = (*side + TILE - 1) / TILE);
+        }
+        Released { entry: shard::Entry { name, kind, shape }, from, whole: spec.shape.clone(), piece, part }
+    }
+
+    fn read(&self, reader: &mut Reader) -> Result<Tensor> {
+        let value = match (self.piece.expert, self.piece.rows) {
+            (None, None) => reader.rows(&self.from, &self.whole, 0, self.whole[0])?,
+            (None, Some((start, rows))) => reader.rows(&self.from, &self.whole, start, rows)?,
+            (Some(expert), rows) => {
+                let matrix = reader.rows(&self.from, &self.whole, expert, 1)?.squeeze_dim(0);
+                rows.map_or_else(|| matrix.shallow_clone(), |(start, rows)| matrix.narrow(0, start, rows))
+            }
+        };
+        Ok(match self.part {
+            Part::Plain => value.to_kind(self.entry.kind).contiguous(),
+            Part::Blocks => quantise_blocks(&value, ScaleRule::Amax).values,
+            Part::Scales => quantise_blocks(&value, ScaleRule::Amax).scales.contiguous(),
+        })
+    }
+}
+
+/// What an export came to.
+pub struct Exported {
+    /// Matrices in FP8 that transformers' own dequantisation cannot read: it takes the blocks of a side that is above 128
+    /// and no multiple of it to be equal.
+    pub uneven: usize,
+}
+
+/// Writes `out`, which must not exist: safetensors, config.json, and the run's tokenizer where it is found.
+pub fn export(checkpoint: &Path, out: &Path, format: Format, values: Values) -> Result<Exported> {
+    refuse_existing(out)?;
+    let manifest = verify(checkpoint)?;
+    let mut reader = Reader::open(checkpoint)?;
     let averaged = values == Values::Averaged;
-    let (manifest, tensors) = load(checkpoint, |name| name.starts_with("weight/") || averaged && name.starts_with("ema/"))?;
     ensure!(
-        !averaged || tensors.keys().any(|name| name.starts_with("ema/")),
+        !averaged || manifest.tensors.keys().any(|name| name.starts_with("ema/")),
         "{} holds no averages: its run had no [ema] decay",
         checkpoint.display()
     );
     let table = table(&manifest.model);
-    let value = |spec: &ParamSpec| {
-        let name = format!("{}/{}", if averaged && spec.trained() { "ema" } else { "weight" }, spec.name);
-        tensors.get(&name).with_context(|| format!("{} holds no {name}", checkpoint.display()))
-    };
-    let mut released: Vec<(String, Tensor)> = Vec::new();
+    let from = |spec: &ParamSpec| format!("{}/{}", if averaged && spec.trained() { "ema" } else { "weight" }, spec.name);
+    let mut released: Vec<Released> = Vec::new();
     for spec in table.specs() {
-        let whole = value(spec)?;
+        let parts: &[Part] = if format.in_blocks(spec) { &[Part::Blocks, Part::Scales] } else { &[Part::Plain] };
         for piece in pieces(spec) {
-            let part = piece.expert.map_or_else(|| whole.shallow_clone(), |expert| whole.select(0, expert));
-            let part = piece.rows.map_or_else(|| part.shallow_clone(), |(start, rows)| part.narrow(0, start, rows));
-            // The expert bias is FP32 in every release.
-            let kind = if spec.trained() || kind == Kind::Double { kind } else { Kind::Float };
-            released.push((piece.name, part.to_kind(kind).contiguous()));
+            released.extend(parts.iter().map(|&part| Released::new(spec, from(spec), piece.clone(), part, format)));
         }
     }
     for (name, ours) in copies(&manifest.model) {
         let spec = table.spec(table.find(ours).expect("a copy is of a parameter"));
-        released.push((name, value(spec)?.to_kind(kind)));
+        released.push(Released::new(spec, from(spec), Piece { name, expert: None, rows: None }, Part::Plain, format));
     }
     let partial = PathBuf::from(format!("{}.partial", out.display()));
     if partial.exists() {
         std::fs::remove_dir_all(&partial).with_context(|| format!("cannot remove {}", partial.display()))?;
     }
     std::fs::create_dir_all(&partial).with_context(|| format!("cannot make {}", partial.display()))?;
-    write_files(&partial, released)?;
-    let dtype = match kind {
-        Kind::BFloat16 => "bfloat16",
-        Kind::Double => "float64",
-        _ => "float32",
-    };
-    std::fs::write(partial.join("config.json"), serde_json::to_vec_pretty(&config_json(&manifest.model, dtype))?)?;
+    write_files(&partial, &released, &mut reader)?;
+    write_json(&partial.join("config.json"), &config(&manifest.model, format))?;
     copy_tokenizer(checkpoint, &partial)?;
-    std::fs::rename(&partial, out).with_context(|| format!("cannot rename {} into place", partial.display()))
+    std::fs::rename(&partial, out).with_context(|| format!("cannot rename {} into place", partial.display()))?;
+    let uneven =
+        |released: &&Released| released.part == Part::Blocks && released.entry.shape.iter().any(|&side| side > TILE && side % TILE != 0);
+    Ok(Exported { uneven: released.iter().filter(uneven).count() })
 }
 
-fn write_files(folder: &Path, tensors: Vec<(String, Tensor)>) -> Result<()> {
-    let mut files: Vec<Vec<(String, Tensor)>> = vec![Vec::new()];
+fn config(model: &ModelConfig, format: Format) -> Value {
+    let dtype = match format {
+        Format::Plain(Kind::Double) => "float64",
+        Format::Plain(Kind::Float) => "float32",
+        _ => "bfloat16",
+    };
+    let mut config = config_json(model, dtype);
+    if format == Format::Fp8 {
+        config["quantization_config"] =
+            json!({"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [TILE, TILE]});
+    }
+    config
+}
+
+fn write_files(folder: &Path, released: &[Released], reader: &mut Reader) -> Result<()> {
+    let mut files: Vec<Vec<&Released>> = vec![Vec::new()];
     let (mut bytes, mut total) = (0, 0);
-    for (name, tensor) in tensors {
-        let size = tensor.numel() * tensor.kind().elt_size_in_bytes();
+    for tensor in released {
+        let size = tensor.entry.bytes();
         if bytes > 0 && bytes + size > FILE_BYTES {
             files.push(Vec::new());
             bytes = 0;
         }
         bytes += size;
         total += size;
-        files.last_mut().expect("starts with one").push((name, tensor));
-    }
-    if files.len() == 1 {
-        return shard::write(&folder.join("model.safetensors"), files.pop().expect("one"));
+        files.last_mut().expect("starts with one").push(tensor);
     }
     let count = files.len();
     let mut map = BTreeMap::new();
     for (index, tensors) in files.into_iter().enumerate() {
-        let file = format!("model-{:05}-of-{count:05}.safetensors", index + 1);
-        map.extend(tensors.iter().map(|(name, _)| (name.clone(), file.clone())));
-        shard::write(&folder.join(&file), tensors)?;
+        let file = if count == 1 { "model.safetensors".into() } else { format!("model-{:05}-of-{count:05}.safetensors", index + 1) };
+        map.extend(tensors.iter().map(|tensor| (tensor.entry.name.clone(), file.clone())));
+        let entries: Vec<shard::Entry> = tensors.iter().map(|tensor| tensor.entry.clone()).collect();
+        shard::write(&folder.join(&file), &entries, |index| tensors[index].read(reader))?;
     }
-    let index = json!({"metadata": {"total_size": total}, "weight_map": map});
-    Ok(std::fs::write(folder.join("model.safetensors.index.json"), serde_json::to_vec_pretty(&index)?)?)
+    if count == 1 {
+        return Ok(());
+    }
+    write_json(&folder.join("model.safetensors.index.json"), &json!({"metadata": {"total_size": total}, "weight_map": map}))
+}
+
+fn write_json(path: &Path, value: &Value) -> Result<()> {
+    std::fs::write(path, serde_json::to_vec_pretty(value)?).with_context(|| format!("cannot write {}", path.display()))
 }
 
 /// The run's config says where its corpus is; the tokenizer lies there.
@@ -111,56 +214,7 @@ fn copy_tokenizer(checkpoint: &Path, out: &Path) -> Result<()> {
     if let Some(tokenizer) = data::fetch(&config.data.mixture[0].path, "tokenizer.json")? {
         std::fs::write(out.join("tokenizer.json"), tokenizer).with_context(|| format!("cannot write {}", out.display()))?;
         let about = json!({"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": false});
-        std::fs::write(out.join("tokenizer_config.json"), serde_json::to_vec_pretty(&about)?)?;
+        write_json(&out.join("tokenizer_config.json"), &about)?;
     }
     Ok(())
-}
-
-/// The inverse: a folder in the released layout → RUN_DIR/checkpoints/step-00000000 with weights alone, for
-/// `run.init_from`. Returns the checkpoint.
-pub fn import(folder: &Path, run_dir: &Path, world: &Comm) -> Result<PathBuf> {
-    let config_path = folder.join("config.json");
-    let text = std::fs::read(&config_path).with_context(|| format!("cannot read {}", config_path.display()))?;
-    let value: Value = serde_json::from_slice(&text).with_context(|| format!("{} is not JSON", config_path.display()))?;
-    let mut model = parse_config(&value).with_context(|| format!("{}", config_path.display()))?;
-    let released = read_folder(folder)?;
-    let mtp = format!("model.layers.{}.enorm.weight", model.num_hidden_layers);
-    model.num_nextn_predict_layers = released.contains_key(&mtp) as i64;
-    model.validate()?;
-    let kind = if released.values().any(|tensor| tensor.kind() == Kind::Double) { Kind::Double } else { Kind::Float };
-    let mut parts = Vec::new();
-    for spec in table(&model).specs() {
-        let whole = Tensor::zeros(&spec.shape, (kind, tch::Device::Cpu));
-        for piece in pieces(spec) {
-            let part = piece.expert.map_or_else(|| whole.shallow_clone(), |expert| whole.select(0, expert));
-            let mut part = piece.rows.map_or_else(|| part.shallow_clone(), |(start, rows)| part.narrow(0, start, rows));
-            let tensor = released.get(&piece.name).with_context(|| format!("{} holds no {}", folder.display(), piece.name))?;
-            ensure!(
-                tensor.size() == part.size(),
-                "{}: {} is {:?}, config.json makes it {:?}",
-                folder.display(),
-                piece.name,
-                tensor.size(),
-                part.size()
-            );
-            part.copy_(tensor);
-        }
-        parts.push(StatePart { name: format!("weight/{}", spec.name), tensor: whole, start: 0, total: spec.total });
-    }
-    let precision = if kind == Kind::Double { Precision::F64 } else { Precision::F32 };
-    save(&**world, run_dir, Manifest::imported(model, precision), parts, usize::MAX)
-}
-
-fn read_folder(folder: &Path) -> Result<HashMap<String, Tensor>> {
-    let mut tensors = HashMap::new();
-    let entries = std::fs::read_dir(folder).with_context(|| format!("cannot list {}", folder.display()))?;
-    for entry in entries {
-        let path = entry?.path();
-        if path.extension().is_some_and(|extension| extension == "safetensors") {
-            let bytes = std::fs::read(&path).with_context(|| format!("cannot read {}", path.display()))?;
-            tensors.extend(shard::parse(&path, &bytes)?);
-        }
-    }
-    ensure!(!tensors.is_empty(), "{} holds no .safetensors file", folder.display());
-    Ok(tensors)
 }

@@ -1,0 +1,196 @@
+//! Checkpoints written behind the steps: what they hold, what stays, what a failed one leaves, and what is read of them.
+use crate::support::{Run, binary, mpirun, random, scratch, tiefsee};
+use parallel::comm::local::run_local;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use tch::Tensor;
+use trainer::checkpoint::{self, Manifest, Reader, Retention, Saver};
+use trainer::state::StatePart;
+
+fn head(step: u64) -> Manifest {
+    Manifest { step, ..Manifest::imported(crate::support::small(), kernels::Precision::F64) }
+}
+
+fn retention() -> Retention {
+    Retention { last: 100, every: 0 }
+}
+
+fn part(rank: usize, tensor: &Tensor) -> StatePart {
+    let rows = tensor.size()[0];
+    StatePart { name: "weight/a".into(), tensor: tensor.shallow_clone(), start: rank as i64 * rows, total: 2 * rows }
+}
+
+#[test]
+fn a_checkpoint_holds_the_state_of_its_step_whatever_the_steps_after_write() {
+    let run_dir = scratch().join("behind");
+    run_local(2, |world| {
+        let mut saver = Saver::new(&run_dir, retention());
+        let mut state = random(world.rank() as u64, &[600, 1000]);
+        let first = state.copy();
+        for step in 1..=3 {
+            let before = saver.begin(&*world, head(step), vec![part(world.rank(), &state)]).expect("a save begins");
+            assert_eq!(
+                before.map(|saved| (saved.step, saved.outcome)),
+                (step > 1).then(|| (step - 1, Ok(()))),
+                "the save before ended first"
+            );
+            state += 1.0; // the next step
+        }
+        let ended = loop {
+            if let Some(saved) = saver.poll(&*world).expect("a poll") {
+                break saved;
+            }
+        };
+        assert_eq!((ended.step, ended.outcome), (3, Ok(())));
+        assert!(saver.poll(&*world).expect("a poll").is_none() && saver.wait(&*world).expect("no wait").is_none());
+        for (step, path) in checkpoint::list(&run_dir).expect("a list") {
+            let (_, tensors) = checkpoint::load(&path, |_| true).expect("whole");
+            let mine = tensors["weight/a"].narrow(0, 600 * world.rank() as i64, 600);
+            assert!(mine.equal(&(&first + (step - 1) as f64)), "step {step}");
+        }
+    });
+    assert_eq!(checkpoint::list(&run_dir).expect("a list").len(), 3);
+}
+
+#[test]
+fn a_rank_that_cannot_write_fails_the_save_on_all_and_leaves_the_one_before() {
+    let run_dir = scratch().join("cannot-write");
+    run_local(2, |world| {
+        let mut saver = Saver::new(&run_dir, retention());
+        let state = random(1, &[4, 4]);
+        saver.begin(&*world, head(1), vec![part(world.rank(), &state)]).expect("a save begins");
+        saver.wait(&*world).expect("an end");
+        // Two tensors of one name are no file.
+        let parts = if world.rank() == 1 { vec![part(1, &state), part(1, &state)] } else { vec![part(0, &state)] };
+        saver.begin(&*world, head(2), parts).expect("a save begins");
+        let ended = saver.wait(&*world).expect("an end").expect("of step 2");
+        let error = ended.outcome.expect_err("a failure");
+        assert!(error.starts_with("rank 1: "), "{error}");
+        saver.begin(&*world, head(3), vec![part(world.rank(), &state)]).expect("a save begins");
+        assert_eq!(saver.wait(&*world).expect("an end").map(|saved| saved.outcome), Some(Ok(())));
+    });
+    let steps: Vec<u64> = checkpoint::list(&run_dir).expect("a list").into_iter().map(|(step, _)| step).collect();
+    assert_eq!(steps, [1, 3]);
+    assert_eq!(fs::read_dir(run_dir.join("checkpoints")).expect("a folder").count(), 2, "nothing half written is left");
+}
+
+/// The files of a process may have so many KiB, as on a disk that is full.
+fn with_room(kib: u64, run: &Run, rest: &[&str]) -> (Option<i32>, String) {
+    let script = format!("trap '' XFSZ; ulimit -f {kib}; exec \"$0\" \"$@\"");
+    let output = Command::new("bash")
+        .args(["-c", &script])
+        .arg(binary())
+        .args(["resume", &run.dir().display().to_string()])
+        .args(rest)
+        .env_remove("OMPI_COMM_WORLD_RANK")
+        .output()
+        .expect("bash starts");
+    let text = format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    (output.status.code(), text)
+}
+
+#[test]
+fn a_full_disk_costs_checkpoints_but_no_step() {
+    let set = ["checkpoint.every=4", "run.stop_after=4", "validation.every=0", "ema.decay=0.5"];
+    let whole = Run::new("disk-whole", &["validation.every=0", "ema.decay=0.5"]);
+    assert_eq!(tiefsee(&whole.train_args()).status().expect("tiefsee starts").code(), Some(0));
+    let run = Run::new("disk-full", &set);
+    assert_eq!(tiefsee(&run.train_args()).status().expect("tiefsee starts").code(), Some(75));
+    let (code, said) = with_room(200, &run, &["--stop-after", "10"]);
+    assert_eq!(code, Some(1), "no checkpoint, no 75: {said}");
+    let failed = |step: u64| said.lines().any(|line| line.contains(&format!("step-{step:08} was NOT written: rank 0: cannot write")));
+    assert!(failed(8) && failed(10), "{said}");
+    assert!(said.contains("the newest whole one is") && said.contains("there is no checkpoint of step 10"), "{said}");
+    assert_eq!(run.lines().len(), 10, "it went on");
+    assert!(run.newest_checkpoint().ends_with("step-00000004"));
+    assert_eq!(fs::read_dir(run.dir().join("checkpoints")).expect("a folder").count(), 1, "nothing half written is left");
+    // With room again it is the undisturbed run: averages and the guard's medians, too.
+    assert_eq!(tiefsee(&["resume".into(), run.dir().display().to_string()]).status().expect("tiefsee starts").code(), Some(0));
+    assert_eq!(run.series("loss"), whole.series("loss"));
+    let (a, b) = (run.state(), whole.state());
+    assert!(a.keys().eq(b.keys()) && a.iter().all(|(name, tensor)| tensor.equal(&b[name])));
+    assert!(a.keys().any(|name| name.starts_with("ema/")));
+    let guard = |run: &Run| run.manifest()["progress"]["guard"].clone();
+    assert_eq!(guard(&run), guard(&whole));
+    assert_eq!(guard(&run)["losses"].as_array().map(Vec::len), Some(30));
+}
+
+#[test]
+fn the_newest_and_every_so_many_stay_and_each_save_says_its_stall() {
+    let set = ["checkpoint.every=1", "checkpoint.keep_last=2", "checkpoint.keep_every=4", "run.stop_after=10", "validation.every=0"];
+    let run = Run::new("kept", &set);
+    mpirun(2, &run.train_args(), 75);
+    let steps = || checkpoint::list(run.dir()).expect("a list").into_iter().map(|(step, _)| step).collect::<Vec<u64>>();
+    assert_eq!(steps(), [4, 8, 9, 10]);
+    let stalls: Vec<bool> = run.lines().iter().map(|line| line["save_stall_ms"].as_f64().is_some_and(|ms| ms > 0.0)).collect();
+    assert_eq!(stalls, [vec![false], vec![true; 9]].concat(), "a save before every step but the first");
+    // By hand: no whole one goes for the sake of a damaged one.
+    fs::write(run.newest_checkpoint().join("manifest.json"), "{}").expect("the manifest");
+    let prune = |more: &[&str]| {
+        let words: Vec<String> = ["checkpoint", "prune", &run.dir().display().to_string(), "--keep-last", "2"]
+            .into_iter()
+            .chain(more.iter().copied())
+            .map(String::from)
+            .collect();
+        let output = tiefsee(&words).output().expect("tiefsee starts");
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        String::from_utf8_lossy(&output.stdout).to_string()
+    };
+    let said = prune(&["--dry-run"]);
+    assert!(said.contains("step-00000010 is damaged") && said.contains("would remove") && said.contains("step-00000004"), "{said}");
+    assert_eq!(steps(), [4, 8, 9, 10]);
+    prune(&[]);
+    assert_eq!(steps(), [8, 9, 10]);
+}
+
+/// One checkpoint by `ranks` ranks: rows of two tensors, the second too small for all of them to have some.
+fn sharded(run_dir: &Path, ranks: usize) -> PathBuf {
+    run_local(ranks, |world| {
+        let whole = [("weight/a", random(1, &[40, 3, 5])), ("weight/b", random(2, &[5, 2]))];
+        let share = |of: i64| (of * world.rank() as i64 / ranks as i64, of * (world.rank() as i64 + 1) / ranks as i64);
+        let part = |(name, whole): &(&str, Tensor)| {
+            let total = whole.size()[0];
+            let (start, end) = share(total);
+            (start < end).then(|| StatePart { name: name.to_string(), tensor: whole.narrow(0, start, end - start), start, total })
+        };
+        checkpoint::save(&*world, run_dir, head(1), whole.iter().filter_map(part).collect()).expect("a checkpoint")
+    })
+    .remove(0)
+}
+
+#[test]
+fn a_reshard_reads_every_byte_once_and_changes_none() {
+    let bytes = 8 * (40 * 3 * 5 + 5 * 2);
+    for (from, to) in [(1, 8), (8, 3)] {
+        let checkpoint = sharded(&scratch().join(format!("reshard-{from}")), from);
+        let out = scratch().join(format!("reshard-{from}-{to}"));
+        let done = checkpoint::reshard(&checkpoint, &out, to).expect("a reshard");
+        assert_eq!(done.bytes_read, bytes, "{from} to {to}");
+        let written = checkpoint::verify(&out).expect("whole");
+        assert_eq!(written.files.len(), to);
+        let (a, b) = (checkpoint::load(&checkpoint, |_| true).expect("the old").1, checkpoint::load(&out, |_| true).expect("the new").1);
+        assert!(a.len() == 2 && a.iter().all(|(name, tensor)| tensor.equal(&b[name])));
+        assert!(checkpoint::reshard(&checkpoint, &out, to).err().is_some_and(|error| error.to_string().contains("exists already")));
+        // A reader of another layout takes its rows and no other byte.
+        let mut reader = Reader::open(&out).expect("a reader");
+        let rows = reader.rows("weight/a", &[40, 3, 5], 13, 14).expect("rows");
+        assert!(rows.equal(&a["weight/a"].narrow(0, 13, 14)));
+        assert_eq!(reader.tensor_bytes_read(), 8 * 14 * 15);
+    }
+}
+
+#[test]
+fn a_resharded_checkpoint_resumes() {
+    let run = Run::new("resharded", &["run.stop_after=6", "validation.every=0"]);
+    mpirun(2, &run.train_args(), 75);
+    let whole = Run::new("resharded-not", &["run.stop_after=9", "validation.every=0"]);
+    mpirun(2, &whole.train_args(), 75);
+    let old = run.newest_checkpoint();
+    let aside = run.dir().join("old");
+    fs::rename(&old, &aside).expect("aside");
+    let words = ["checkpoint", "reshard", &aside.display().to_string(), &old.display().to_string(), "--files", "5"].map(String::from);
+    assert!(tiefsee(&words).status().expect("tiefsee starts").success());
+    mpirun(2, &["resume".into(), run.dir().display().to_string(), "--stop-after".into(), "9".into()], 75);
+    assert_eq!(run.series("loss"), whole.series("loss"));
+}

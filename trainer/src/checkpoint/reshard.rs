@@ -1,0 +1,54 @@
+//! A checkpoint's tensors shared out anew over another number of files. Any layout reads any checkpoint; this is for storage
+//! and readers that want more, or fewer, files than there were writers.
+use super::manifest::FileEntry;
+use super::save::{Place, described, put_in_place, refuse_existing, shard_name};
+use super::{Manifest, Reader, shard, verify};
+use anyhow::{Context, Result, ensure};
+use std::path::{Path, PathBuf};
+
+pub struct Resharded {
+    pub manifest: Manifest,
+    /// Of tensors: each byte once.
+    pub bytes_read: u64,
+}
+
+/// `checkpoint` → `out`, which must not exist, in so many files: the k-th holds the k-th of equal shares of every tensor's
+/// rows. One tensor's share is in memory at a time.
+pub fn reshard(checkpoint: &Path, out: &Path, files: usize) -> Result<Resharded> {
+    ensure!(files >= 1, "--files 0: a checkpoint has at least one");
+    refuse_existing(out)?;
+    let mut manifest = verify(checkpoint)?;
+    let mut reader = Reader::open(checkpoint)?;
+    let out = &std::path::absolute(out)?;
+    let name = out.file_name().and_then(|name| name.to_str()).with_context(|| format!("{} names no folder", out.display()))?;
+    let place = Place { name: name.into(), partial: out.with_file_name(format!(".{name}.partial")), target: PathBuf::from(out) };
+    if place.partial.exists() {
+        std::fs::remove_dir_all(&place.partial).with_context(|| format!("cannot remove {}", place.partial.display()))?;
+    }
+    std::fs::create_dir_all(&place.partial).with_context(|| format!("cannot make {}", place.partial.display()))?;
+    let tensors = std::mem::take(&mut manifest.tensors);
+    manifest.files.clear();
+    for file in 0..files {
+        let (mut entries, mut starts) = (Vec::new(), Vec::new());
+        for (name, tensor) in &tensors {
+            let share = |part: usize| tensor.shape[0] * part as i64 / files as i64;
+            let (start, end) = (share(file), share(file + 1));
+            if start < end {
+                let mut shape = tensor.shape.clone();
+                shape[0] = end - start;
+                entries.push(shard::Entry { name: name.clone(), kind: reader.kind(name)?, shape });
+                starts.push((start, tensor.shape[0]));
+            }
+        }
+        let name = shard_name(file, files);
+        let read = |index: usize| {
+            let entry: &shard::Entry = &entries[index];
+            reader.rows(&entry.name, &tensors[&entry.name].shape, starts[index].0, entry.shape[0])
+        };
+        let summed = shard::write(&place.partial.join(&name), &entries, read)?;
+        let described = described(&name, &entries, starts.iter().copied());
+        manifest.add(FileEntry { name, bytes: summed.bytes, blake3: summed.blake3 }, described);
+    }
+    put_in_place(&place, &manifest)?;
+    Ok(Resharded { manifest, bytes_read: reader.tensor_bytes_read() })
+}

@@ -1,0 +1,92 @@
+//! Which checkpoints of a run are kept.
+use super::{list, verify};
+use anyhow::{Context, Result};
+use std::collections::HashSet;
+use std::path::{Path, PathBuf};
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Retention {
+    /// The newest so many.
+    pub last: usize,
+    /// And those of every step that is a multiple of this; 0: none besides.
+    pub every: u64,
+}
+
+impl Retention {
+    /// Of `steps`, in rising order, those that may go.
+    fn expired(&self, steps: &[u64]) -> Vec<u64> {
+        let old = &steps[..steps.len().saturating_sub(self.last)];
+        old.iter().copied().filter(|step| self.every == 0 || !step.is_multiple_of(self.every)).collect()
+    }
+
+    /// Those up to `step` alone: a later one was passed over as damaged and counts for nothing.
+    pub(super) fn apply(&self, run_dir: &Path, step: u64) -> Result<()> {
+        let all: Vec<(u64, PathBuf)> = list(run_dir)?.into_iter().filter(|(at, _)| *at <= step).collect();
+        remove(&self.select(&all))
+    }
+
+    fn select(&self, all: &[(u64, PathBuf)]) -> Vec<PathBuf> {
+        let expired = self.expired(&all.iter().map(|(step, _)| *step).collect::<Vec<_>>());
+        all.iter().filter(|(step, _)| expired.contains(step)).map(|(_, path)| path.clone()).collect()
+    }
+}
+
+/// What `tiefsee checkpoint prune` would remove, or removed.
+pub struct Pruned {
+    pub removed: Vec<PathBuf>,
+    pub kept: Vec<PathBuf>,
+    /// A line for each damaged one: it is left where it is, and does not count among the newest.
+    pub damaged: Vec<String>,
+}
+
+/// Reads every checkpoint that would be kept, so that no whole one goes for a damaged one's sake.
+pub fn prune(run_dir: &Path, retention: Retention, dry_run: bool) -> Result<Pruned> {
+    let mut all = list(run_dir)?;
+    let (mut damaged, mut whole) = (Vec::new(), HashSet::new());
+    loop {
+        let going = retention.select(&all);
+        let kept: Vec<PathBuf> = all.iter().map(|(_, path)| path.clone()).filter(|path| !going.contains(path)).collect();
+        let mut error = |path: &PathBuf| {
+            let found = if whole.contains(path) { None } else { verify(path).err() };
+            whole.insert(path.clone());
+            found.map(|error| (path.clone(), format!("{error:#}")))
+        };
+        let Some((broken, error)) = kept.iter().find_map(&mut error) else {
+            if !dry_run {
+                remove(&going)?;
+            }
+            return Ok(Pruned { removed: going, kept, damaged });
+        };
+        damaged.push(format!("{} is damaged: {error}", broken.display()));
+        all.retain(|(_, path)| *path != broken);
+    }
+}
+
+/// Renamed first: a folder that is half removed must not look like a checkpoint.
+fn remove(paths: &[PathBuf]) -> Result<()> {
+    for path in paths {
+        let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
+        let aside = path.with_file_name(format!(".{name}.removed"));
+        let gone = || -> std::io::Result<()> {
+            std::fs::rename(path, &aside)?;
+            std::fs::remove_dir_all(&aside)
+        };
+        gone().with_context(|| format!("cannot remove {}", path.display()))?;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_newest_and_every_so_many_steps_are_kept() {
+        let steps = [100, 200, 300, 400, 500];
+        assert_eq!(Retention { last: 2, every: 0 }.expired(&steps), [100, 200, 300]);
+        assert_eq!(Retention { last: 1, every: 200 }.expired(&steps), [100, 300]);
+        assert_eq!(Retention { last: 9, every: 0 }.expired(&steps), [0u64; 0]);
+        // The newest stays whatever its number.
+        assert_eq!(Retention { last: 1, every: 1000 }.expired(&steps[..3]), [100, 200]);
+    }
+}

@@ -1,0 +1,131 @@
+//! Checkpoints behind the steps: a save copies the state at the step's boundary, and a thread hashes and writes the copy
+//! while the run goes on.
+//!
+//! Invariant: the thread takes part in no collective. Ranks learn at step boundaries, by a reduced value, that all threads
+//! are done; then the hashes are gathered, and rank 0's thread writes the manifest. At most one save is under way.
+use super::save::{Place, Written, begin, commit, gather_written, share, write_shard};
+use super::{Manifest, Retention, Staging};
+use crate::state::StatePart;
+use anyhow::Result;
+use parallel::comm::{Communicator, Reduce};
+use std::path::{Path, PathBuf};
+use std::thread::{JoinHandle, spawn};
+use std::time::Instant;
+use tch::Tensor;
+
+pub struct Saver {
+    run_dir: PathBuf,
+    retention: Retention,
+    staging: Staging,
+    running: Option<Running>,
+    /// What the next save of this rank's shard comes to, for a test.
+    pub injected: Option<std::io::Error>,
+}
+
+struct Running {
+    head: Manifest,
+    place: Place,
+    began: Instant,
+    stage: Stage,
+}
+
+enum Stage {
+    /// This rank's shard.
+    Writing(JoinHandle<(Vec<StatePart>, Result<Written, String>)>),
+    /// The manifest; None on all ranks but rank 0.
+    Committing(Option<JoinHandle<Result<(), String>>>),
+}
+
+/// How a save ended; the same on every rank.
+#[derive(Clone, Debug)]
+pub struct Saved {
+    pub step: u64,
+    pub path: PathBuf,
+    /// From the copy to the rename.
+    pub seconds: f64,
+    /// Of a failed one nothing is left.
+    pub outcome: Result<(), String>,
+}
+
+impl Saver {
+    pub fn new(run_dir: &Path, retention: Retention) -> Saver {
+        Saver { run_dir: run_dir.to_path_buf(), retention, staging: Staging::default(), running: None, injected: None }
+    }
+
+    /// Collective. The state may change again when it returns. Waits for the save before, whose end it returns. The error
+    /// is of the folder that could not be made: nothing is under way then.
+    pub fn begin(&mut self, world: &dyn Communicator, head: Manifest, parts: Vec<StatePart>) -> Result<Option<Saved>> {
+        let before = self.wait(world)?;
+        let (place, began) = (Place::of(&self.run_dir, head.step), Instant::now());
+        if let Err(error) = begin(world, &place) {
+            let failed = Saved { step: head.step, path: place.target, seconds: 0.0, outcome: Err(format!("{error:#}")) };
+            return Ok(Some(failed));
+        }
+        let parts = self.staging.copy(parts);
+        let (partial, ranks, injected) = (place.partial.clone(), (world.rank(), world.size()), self.injected.take());
+        let writing = spawn(move || {
+            let written = match injected {
+                Some(error) => Err(format!("cannot write {}: {error}", partial.display())),
+                None => write_shard(&partial, ranks, &parts).map_err(|error| format!("{error:#}")),
+            };
+            (parts, written)
+        });
+        self.running = Some(Running { head, place, began, stage: Stage::Writing(writing) });
+        Ok(before)
+    }
+
+    /// Collective, at a step's boundary: the end of the save under way, once there is one. Costs a sum of one number while
+    /// one is, else nothing.
+    pub fn poll(&mut self, world: &dyn Communicator) -> Result<Option<Saved>> {
+        let Some(running) = &self.running else { return Ok(None) };
+        let done = match &running.stage {
+            Stage::Writing(thread) => thread.is_finished(),
+            Stage::Committing(thread) => thread.as_ref().is_none_or(JoinHandle::is_finished),
+        };
+        let all = world.all_reduce(vec![Tensor::from_slice(&[done as i64])], Reduce::Min)?.wait()?;
+        if all[0].int64_value(&[0]) == 1 { self.advance(world) } else { Ok(None) }
+    }
+
+    /// Collective: until the save under way has ended.
+    pub fn wait(&mut self, world: &dyn Communicator) -> Result<Option<Saved>> {
+        while self.running.is_some() {
+            if let Some(saved) = self.advance(world)? {
+                return Ok(Some(saved));
+            }
+        }
+        Ok(None)
+    }
+
+    /// Collective: waits for this stage, and begins the next.
+    fn advance(&mut self, world: &dyn Communicator) -> Result<Option<Saved>> {
+        let Some(Running { head, place, began, stage }) = self.running.take() else { return Ok(None) };
+        let step = head.step;
+        match stage {
+            Stage::Writing(thread) => {
+                let (parts, written) = thread.join().expect("a writer returns its errors");
+                self.staging.give_back(parts);
+                let all = gather_written(world, &written)?;
+                let stage = Stage::Committing((world.rank() == 0).then(|| self.commit(place.clone(), head.clone(), all)));
+                self.running = Some(Running { head, place, began, stage });
+                Ok(None)
+            }
+            Stage::Committing(thread) => {
+                let mine = thread.map_or(Ok(()), |thread| thread.join().expect("a writer returns its errors"));
+                let outcome = share(world, mine)?;
+                Ok(Some(Saved { step, path: place.target, seconds: began.elapsed().as_secs_f64(), outcome }))
+            }
+        }
+    }
+
+    fn commit(&self, place: Place, head: Manifest, all: Vec<Result<Written, String>>) -> JoinHandle<Result<(), String>> {
+        let (run_dir, retention, step) = (self.run_dir.clone(), self.retention, head.step);
+        spawn(move || {
+            commit(&place, head, all).map_err(|error| format!("{error:#}"))?;
+            // The checkpoint is there; what is left too long is no reason to end a run.
+            if let Err(error) = retention.apply(&run_dir, step) {
+                tracing::warn!("{error:#}");
+            }
+            Ok(())
+        })
+    }
+}
