@@ -9,7 +9,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 pub struct Incident {
     /// UTC, RFC 3339.
     pub time: String,
-    pub event: &'static str,
+    pub event: String,
     /// Starts of this launcher, from 1.
     pub attempt: usize,
     /// The last step that every rank had logged.
@@ -32,9 +32,15 @@ impl Incidents {
     }
 
     /// Written, and said at once.
-    pub fn add(&mut self, event: &'static str, step: Option<u64>, words: impl Into<String>) {
-        let incident = Incident { time: now(), event, attempt: self.attempt, step, words: words.into() };
-        say(&format!("{}{}", at(step), incident.words));
+    pub fn add(&mut self, event: &str, step: Option<u64>, words: impl Into<String>) {
+        let words = words.into();
+        say(&format!("{}{words}", at(step)));
+        self.note(event, step, words);
+    }
+
+    /// Written: somebody else has said it.
+    pub fn note(&mut self, event: &str, step: Option<u64>, words: String) {
+        let incident = Incident { time: now(), event: event.to_string(), attempt: self.attempt, step, words };
         if let Some(file) = &mut self.file {
             let mut line = serde_json::to_string(&incident).expect("plain fields");
             line.push('\n');

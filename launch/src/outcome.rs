@@ -155,7 +155,7 @@ pub fn classify(code: i32, evidence: &Evidence, (asked, oom_kills): (bool, bool)
         Some((rank, host)) if killed.is_some() => (Some(*rank), Some(host.clone())),
         _ => {
             let rank = evidence.aborted_rank.or(evidence.exited_rank);
-            (rank, rank.and_then(host_of))
+            (rank, rank.and_then(&host_of))
         }
     };
     let at = host.as_ref().map(|host| format!(" on host {host}")).unwrap_or_default();
@@ -166,7 +166,11 @@ pub fn classify(code: i32, evidence: &Evidence, (asked, oom_kills): (bool, bool)
     };
     match (code, killed) {
         (0, _) => Outcome::new(Class::Finished, "finished"),
-        (STATE_LOST, _) => Outcome::new(Class::StateLost, evidence.reason.clone().unwrap_or_else(|| "memory was damaged".to_string())),
+        (STATE_LOST, _) => {
+            let words = evidence.reason.clone().unwrap_or_else(|| "memory was damaged".to_string());
+            let damaged = words.split_once("state lost: rank ").and_then(|(_, rest)| number(rest)).and_then(&host_of);
+            Outcome::new(Class::StateLost, words).at(damaged)
+        }
         (75, _) => Outcome::new(Class::Stopped, "stopped on request, with a checkpoint"),
         (_, Some(SIGUSR1)) if asked => Outcome::new(Class::Stopped, "stopped on request, before the ranks had begun"),
         (DAEMON_LOST, _) => lost(),
@@ -234,6 +238,7 @@ mod tests {
             ),
             (205, "  Remote daemon: [[45829,0],1] on node h2", "host h2, or the link to it, was lost", "h2"),
             (255, "tiefsee-launch: cannot reach host h3: ssh ended with code 255", "host h3, or the link to it, was lost", "h3"),
+            (76, "error (rank 0): state lost: rank 1: the master of x changed", "error (rank 0): state lost: rank 1: the master of x changed", "c"),
             (5, "  Process name: [[45229,1],2]", "rank 2 on host c ended with code 5", "c"),
         ] {
             let mut evidence = Evidence::default();

@@ -34,6 +34,15 @@ pub struct Progress {
     step_seconds: VecDeque<f64>,
     stepped: bool,
     last_change: Instant,
+    events: Vec<Event>,
+}
+
+/// What a rank says of the run itself.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Event {
+    /// `skipped`, `corruption` or `mended`.
+    pub kind: String,
+    pub words: String,
 }
 
 /// One rank's file.
@@ -64,12 +73,14 @@ struct Line {
     /// How long the rank itself worked in the step, without waiting for others. Where it is not told, nobody is called slow.
     busy_ms: Option<f64>,
     stage: Option<usize>,
+    event: Option<String>,
+    words: Option<String>,
 }
 
 impl Progress {
     /// What earlier attempts wrote is no progress.
     pub fn follow(log: &Path, limits: Limits, now: Instant) -> Self {
-        let mut progress = Progress { log: log.to_path_buf(), limits, ranks: BTreeMap::new(), step_seconds: VecDeque::new(), stepped: false, last_change: now };
+        let mut progress = Progress { log: log.to_path_buf(), limits, ranks: BTreeMap::new(), step_seconds: VecDeque::new(), stepped: false, last_change: now, events: Vec::new() };
         for (rank, _, length) in progress.files() {
             progress.ranks.insert(rank, Followed { read: length, ..Followed::default() });
         }
@@ -106,6 +117,7 @@ impl Progress {
             followed.read += end as u64 + 1;
             self.last_change = now;
             for line in text[..end].lines().filter_map(|line| serde_json::from_str::<Line>(line).ok()) {
+                self.events.extend(line.event.zip(line.words).map(|(kind, words)| Event { kind, words }));
                 followed.step = Some(line.step);
                 followed.busy_ms.extend(line.busy_ms);
                 followed.stage = line.stage.unwrap_or_default();
@@ -119,6 +131,11 @@ impl Progress {
         }
         let surplus = self.step_seconds.len().saturating_sub(REMEMBERED);
         self.step_seconds.drain(..surplus);
+    }
+
+    /// Those since the last call.
+    pub fn take_events(&mut self) -> Vec<Event> {
+        std::mem::take(&mut self.events)
     }
 
     pub fn made_a_step(&self) -> bool {

@@ -176,6 +176,7 @@ impl Supervisor {
         let evidence = output.finish();
         if let Some(progress) = &mut progress {
             progress.poll(Instant::now());
+            progress.take_events().into_iter().for_each(|event| self.incidents.note(&event.kind, None, event.words));
             if let Some(words) = report(&progress.worked()) {
                 self.incidents.add("work", progress.step(), words);
             }
@@ -217,6 +218,7 @@ impl Supervisor {
             }
             if let Some(progress) = progress {
                 progress.poll(now);
+                progress.take_events().into_iter().for_each(|event| self.incidents.note(&event.kind, None, event.words));
                 if let Some(slow) = progress.slow() {
                     let Slow { worked: Worked { rank, stage, busy_ms }, usual_ms } = slow;
                     let at = layout.host_of(rank).map(|host| format!(" on host {host}")).unwrap_or_default();

@@ -150,7 +150,7 @@ fn killed_hung_and_waiting_ranks_are_named_and_the_run_goes_on() {
     let clean = Run::new("faults-supervised-clean", &set);
     over_threads(&clean, 2);
     // The last one is found at the step's end: the newest checkpoint is a step older.
-    let faults = "faults.inject=[{kind=\"kill\",rank=0,step=4},{kind=\"hang\",rank=1,step=8},{kind=\"lost-message\",rank=0,step=12},{kind=\"flip-master\",rank=1,step=16},{kind=\"full-disk\",rank=1,step=22}]";
+    let faults = "faults.inject=[{kind=\"kill\",rank=0,step=4},{kind=\"hang\",rank=1,step=8},{kind=\"lost-message\",rank=0,step=12},{kind=\"flip-master\",rank=1,step=16},{kind=\"full-disk\",rank=1,step=22},{kind=\"flip-weight\",rank=0,step=25}]";
     let run = Run::new("faults-supervised", &[&set[..], &[faults]].concat());
     let (said, incidents) = supervised(&run);
     let failures: Vec<&str> = incidents.iter().filter(|(event, _)| event == "failed").map(|(_, words)| words.as_str()).collect();
@@ -164,7 +164,11 @@ fn killed_hung_and_waiting_ranks_are_named_and_the_run_goes_on() {
         assert!(texts.iter().all(|text| failure.contains(text)), "{failure}");
     }
     assert!(said.contains("checkpoint") && said.contains("was NOT written: rank 1: "), "{said}");
-    assert_eq!(happened(&run).len(), 5, "each once, over all restarts");
+    assert_eq!(happened(&run).len(), 6, "each once, over all restarts");
+    // What the ranks mended by themselves is in the same timeline.
+    for (event, start) in [("corruption", "step 16: rank 1: the "), ("corruption", "step 25: rank 0: the weight "), ("mended", "step 25: the weights are made again")] {
+        assert!(incidents.iter().any(|(kind, words)| kind == event && words.starts_with(start)), "no {event} {start}: {incidents:?}");
+    }
     assert_undisturbed(&run, &clean);
 }
 

@@ -45,6 +45,14 @@ pub struct ValidationLine {
     pub validation_loss: f64,
 }
 
+/// What befell the run, for the launcher's timeline. `step` steps were done by then.
+#[derive(Clone, Debug, Serialize)]
+struct EventLine<'a> {
+    step: u64,
+    event: &'static str,
+    words: &'a str,
+}
+
 pub struct Metrics {
     jsonl: File,
     front: Option<Front>,
@@ -116,6 +124,15 @@ impl Metrics {
         for (name, bytes) in named {
             front.tensorboard.add_scalar(&format!("memory/{name}_gib"), bytes as f32 / (1u64 << 30) as f32, step as usize);
         }
+    }
+
+    /// For people, and on rank 0's log.
+    pub fn event(&mut self, step: u64, event: &'static str, words: &str) -> Result<()> {
+        if self.front.is_some() {
+            self.say(words);
+            write_line(&mut self.jsonl, &EventLine { step, event, words })?;
+        }
+        Ok(())
     }
 
     /// A line for people, on rank 0.

@@ -350,7 +350,7 @@ impl Run<'_> {
         self.state.progress.skipped_steps += 1;
         let next = self.state.cursor.next;
         let samples = format!("samples {} to {} of order {}", next - batch, next - 1, self.state.cursor.order);
-        self.metrics.say(&format!("step {}: {reason}; the update was skipped ({samples})", self.state.step));
+        self.metrics.event(self.state.step, "skipped", &format!("step {}: {reason}; the update was skipped ({samples})", self.state.step))?;
         if self.trainer.guard.gives_up() {
             self.save_whole()?;
             let skipped = self.trainer.guard.state.in_a_row;

@@ -2,7 +2,7 @@
 //! whole again the step is done again, on the same samples, and comes to what it would have come to.
 use super::Run;
 use crate::checkpoint::{self, Reader};
-use crate::checks::Finding;
+use crate::checks::{Finding, Place};
 use crate::coordinator::all_or_none;
 use anyhow::{Context, Result, bail};
 use parallel::comm::broadcast_bytes;
@@ -17,7 +17,7 @@ impl Run<'_> {
     /// Collective; `found` is the same on every rank.
     pub(super) fn mend(&mut self, found: &[Finding]) -> Result<()> {
         let step = self.state.step + 1;
-        found.iter().for_each(|finding| self.metrics.say(&format!("step {step}: {finding}")));
+        found.iter().try_for_each(|finding| self.metrics.event(self.state.step, "corruption", &format!("step {step}: {finding}")))?;
         self.again += 1;
         if self.again > self.config.guard.max_skipped {
             bail!(
@@ -27,13 +27,14 @@ impl Run<'_> {
             );
         }
         match found.iter().find(|finding| finding.place.lost()) {
-            Some(lost) => self.reload(lost)?,
-            None => {
+            Some(lost) => self.reload(lost),
+            None if found.iter().any(|finding| finding.place == Place::Weight) => {
                 self.trainer.rewrite_weights()?;
-                self.metrics.say(&format!("step {step}: the weights are made again from the masters, and the step is done again"));
+                let words = format!("step {step}: the weights are made again from the masters, and the step is done again");
+                self.metrics.event(self.state.step, "mended", &words)
             }
+            None => self.metrics.event(self.state.step, "mended", &format!("step {step} is done again")),
         }
-        Ok(())
     }
 
     /// The state that is to be saved is whole, or was made so.
@@ -54,12 +55,8 @@ impl Run<'_> {
         let mut reader = all_or_none(&*self.world, Reader::open(&path))?;
         all_or_none(&*self.world, self.trainer.load_all(&mut reader))?;
         self.trainer.seal()?;
-        self.metrics.say(&format!(
-            "step {}: the state of step {step} is restored from {}, and the step is done again",
-            step + 1,
-            path.display()
-        ));
-        Ok(())
+        let words = format!("step {}: the state of step {step} is restored from {}, and the step is done again", step + 1, path.display());
+        self.metrics.event(step, "mended", &words)
     }
 
     fn copy_of_this_step(&mut self) -> Result<Option<PathBuf>> {
