@@ -158,7 +158,7 @@ fn killed_hung_and_waiting_ranks_are_named_and_the_run_goes_on() {
     for (failure, texts) in failures.iter().zip([
         &["rank 0 on host ", " was killed by signal 9 (SIGKILL)"][..],
         &["hung: no step for ", "rank 1 uses no processor time while others wait", "rank 1 waits for nobody"],
-        &["hung: no step for ", "rank 0 waits for messages between it and rank 1"],
+        &["hung: no step for ", "they wait in a circle, rank 0 for rank 1, rank 1 for rank 0: a message between two of them was lost"],
         &["state lost: rank 1: the ", "there is no copy of step 15"],
     ]) {
         assert!(texts.iter().all(|text| failure.contains(text)), "{failure}");

@@ -104,10 +104,11 @@ impl Guard {
     pub fn judge(&mut self, loss: f64, grad_norm: f64, worst: Option<Worst>) -> Verdict {
         let GuardSection { window, loss_spike, norm_spike, gradient_limit: limit, .. } = self.config;
         let state = &mut self.state;
+        let worst = worst.filter(|worst| !worst.value.is_finite() || limit > 0.0 && worst.value >= limit);
         let reason = if !(loss.is_finite() && grad_norm.is_finite()) {
-            Some(Reason::NotFinite { loss, grad_norm, worst: worst.filter(|worst| !worst.value.is_finite()) })
+            Some(Reason::NotFinite { loss, grad_norm, worst })
         } else {
-            let gradient = worst.filter(|worst| limit > 0.0 && worst.value >= limit).map(|worst| Reason::Gradient { worst, limit });
+            let gradient = worst.map(|worst| Reason::Gradient { worst, limit });
             spike("loss", loss, &state.losses, window, loss_spike)
                 .or(gradient)
                 .or_else(|| spike("gradient norm", grad_norm, &state.norms, window, norm_spike))
@@ -170,6 +171,9 @@ mod tests {
         assert_eq!(guard.judge(1.0, 2.5, worst(1.9)), Verdict::Apply);
         let Verdict::Skip(reason) = guard.judge(1.0, 2.5, worst(2.0)) else { panic!("2 has the top bit of its exponent set") };
         assert_eq!(reason.to_string(), "the gradient of lm_head.weight holds 2.000e0 on rank 3, the limit is 2");
+        // Whose square passes FP32's range.
+        let Verdict::Skip(reason) = guard.judge(1.0, f64::INFINITY, worst(1e38)) else { panic!("not finite") };
+        assert!(reason.to_string().ends_with("; the gradient of lm_head.weight holds 1.000e38 on rank 3"), "{reason}");
         let Verdict::Skip(reason) = guard.judge(1.0, f64::NAN, worst(f64::NAN)) else { panic!("not finite") };
         assert_eq!(reason.to_string(), "loss 1.0000 and gradient norm NaN are not both finite; the gradient of lm_head.weight holds NaN on rank 3");
         assert_eq!(guard.state.norms, [2.5]);
