@@ -18,4 +18,5 @@ mod runs;
 mod s3;
 mod support;
 mod tidy;
+mod tiers;
 mod zero;

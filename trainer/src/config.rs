@@ -1,5 +1,6 @@
 //! The config of one run: TOML in, defaults filled, every value checked against the others and the world, and
 //! written back as `resolved.toml`, from which `resume` needs nothing else.
+use crate::checkpoint::second_tier::SecondTierSection;
 use crate::checks::ChecksSection;
 use crate::ema::EmaSection;
 use crate::faults::{FaultKind, FaultsSection};
@@ -117,11 +118,13 @@ pub struct CheckpointSection {
     pub keep_last: usize,
     /// And those of steps that are multiples of this; 0: none besides.
     pub keep_every: u64,
+    /// Copies on the nodes themselves, more often than checkpoints.
+    pub second_tier: SecondTierSection,
 }
 
 impl Default for CheckpointSection {
     fn default() -> Self {
-        CheckpointSection { every: 1000, keep_last: 3, keep_every: 0 }
+        CheckpointSection { every: 1000, keep_last: 3, keep_every: 0, second_tier: SecondTierSection::default() }
     }
 }
 

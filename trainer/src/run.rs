@@ -1,10 +1,12 @@
 //! A run from its first step (or its newest checkpoint) to its last.
 mod corpus;
 mod mend;
+mod tier;
 
 pub use corpus::open_checked;
 pub use mend::StateLost;
 
+use crate::checkpoint::second_tier::{self, SecondTier};
 use crate::checkpoint::{self, Cursor, Manifest, Progress, Reader, Retention, Saved, Saver};
 use crate::config::RunConfig;
 use crate::coordinator::{StopSignal, agree, all_or_none, gather_layout, nodes};
@@ -52,6 +54,7 @@ struct Run<'a> {
     waited_ms: f64,
     state: State,
     saver: Saver,
+    tier: Option<SecondTier>,
     /// The newest whole one.
     last_checkpoint: Option<(u64, PathBuf)>,
     /// What the newest save held the run up, until a step's line has said it.
@@ -92,7 +95,10 @@ pub fn train(config: &RunConfig, world: Comm, start: Start, stop: &StopSignal) -
     agree(&*world, &facts)?;
 
     let mut trainer = Trainer::new(config, &layout, world.clone())?;
-    let (state, last_checkpoint, notes) = restore(config, &world, start, &mut trainer, &corpus)?;
+    let second = &config.checkpoint.second_tier;
+    let tier = (second.every > 0).then(|| SecondTier::new(second, &config.run.dir, &layout.nodes, &*world)).transpose()?;
+    let (state, last_checkpoint, notes) = restore((config, start, tier.as_ref()), &world, &mut trainer, &corpus)?;
+    tier.iter().for_each(SecondTier::clear); // the run goes on from a checkpoint, or begins again
     // Only now, with everything checked, is anything written.
     let ready = if world.rank() == 0 && start == Start::Fresh { prepare_dir(config) } else { Ok(()) };
     all_or_none(&*world, ready)?;
@@ -100,7 +106,7 @@ pub fn train(config: &RunConfig, world: Comm, start: Start, stop: &StopSignal) -
     let metrics = all_or_none(&*world, Metrics::open(&config.run.dir, world.rank(), state.step, plan.num_steps()))?;
     let retention = Retention { last: config.checkpoint.keep_last, every: config.checkpoint.keep_every };
     let (saver, rope_scaling) = (Saver::new(&config.run.dir, retention), config.model.rope_scaling.clone());
-    let mut run = Run { config, plan, world, trainer, corpus, metrics, watch, waited_ms: 0.0, state, saver, last_checkpoint, stall_ms: None, validated: None, again: 0, rope_scaling, memory_said: false };
+    let mut run = Run { config, plan, world, trainer, corpus, metrics, watch, waited_ms: 0.0, state, saver, tier, last_checkpoint, stall_ms: None, validated: None, again: 0, rope_scaling, memory_said: false };
     let _reporter = Reporter::start(&run.watch, &config.run.dir, run.world.rank());
     run.announce(start, &[notes, schedules].concat())?;
     let finished = run.steps(stop)?;
@@ -167,7 +173,9 @@ fn prove_schedules(plan: &Plan, mesh: &Mesh) -> Result<Vec<String>> {
 
 type Restored = (State, Option<(u64, PathBuf)>, Vec<String>);
 
-fn restore(config: &RunConfig, world: &Comm, start: Start, trainer: &mut Trainer, corpus: &Corpus) -> Result<Restored> {
+type Begin<'a> = (&'a RunConfig, Start, Option<&'a SecondTier>);
+
+fn restore((config, start, tier): Begin, world: &Comm, trainer: &mut Trainer, corpus: &Corpus) -> Result<Restored> {
     if start == Start::Fresh {
         if let Some(path) = &config.run.init_from {
             all_or_none(&**world, if world.rank() == 0 { checkpoint::verify(path).map(|_| ()) } else { Ok(()) })?;
@@ -176,7 +184,7 @@ fn restore(config: &RunConfig, world: &Comm, start: Start, trainer: &mut Trainer
         return Ok((State::default(), None, Vec::new()));
     }
     let dir = &config.run.dir;
-    let (found, mut notes) = checkpoint::newest_whole(&**world, dir)?;
+    let (found, mut notes) = second_tier::newest(&**world, dir, tier)?;
     let Some(path) = found else {
         bail!("{} holds no whole checkpoint to resume from{}", dir.display(), notes.iter().map(|note| format!("\n  {note}")).collect::<String>());
     };
@@ -258,6 +266,10 @@ impl Run<'_> {
             }
             if self.due(self.config.checkpoint.every) {
                 self.save()?;
+                self.take_time(&mut mark);
+            }
+            if self.due(self.config.checkpoint.second_tier.every) {
+                self.copy_to_tier()?;
                 self.take_time(&mut mark);
             }
             if report.stop {
@@ -374,17 +386,20 @@ impl Run<'_> {
         self.metrics.validation(&ValidationLine { step: self.state.step, validation_loss: loss })
     }
 
-    fn save(&mut self) -> Result<()> {
-        self.verified()?;
+    fn head(&self) -> Manifest {
         let head = Manifest::head(self.config, &self.trainer.mesh, self.trainer.optimizer.updates);
         let State { step, tokens, cursor, progress } = self.state.clone();
         let model = ModelConfig { rope_scaling: self.rope_scaling.clone(), ..head.model.clone() };
         let progress = Progress { guard: self.trainer.guard.state.clone(), ..progress };
-        let head = Manifest { step, tokens, cursor, progress, model, corpus: self.corpus.fingerprint(), ..head };
+        Manifest { step, tokens, cursor, progress, model, corpus: self.corpus.fingerprint(), ..head }
+    }
+
+    fn save(&mut self) -> Result<()> {
+        self.verified()?;
         let start = Instant::now();
-        self.saver.injected = self.trainer.faults.disk(step).err();
-        let ended = self.saver.begin(&*self.world, head, self.trainer.state())?;
-        self.stall_ms = Some(start.elapsed().as_secs_f64() * 1e3);
+        self.saver.injected = self.trainer.faults.disk(self.state.step).err();
+        let ended = self.saver.begin(&*self.world, self.head(), self.trainer.state())?;
+        self.stalled(start);
         self.saved(ended);
         Ok(())
     }
@@ -424,6 +439,7 @@ impl Run<'_> {
             self.validate(&mut Instant::now())?;
         }
         self.save_whole()?;
+        self.leave_tier(finished)?;
         let progress = &self.state.progress;
         let summary = Summary {
             steps: self.state.step,

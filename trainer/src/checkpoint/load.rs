@@ -45,7 +45,7 @@ fn complete(tensor: &TensorEntry) -> Result<()> {
     Ok(())
 }
 
-fn check_file(checkpoint: &Path, entry: &FileEntry) -> Result<()> {
+pub(super) fn check_file(checkpoint: &Path, entry: &FileEntry) -> Result<()> {
     Summed { bytes: entry.bytes, blake3: entry.blake3.clone() }.check(&checkpoint.join(&entry.name))
 }
 

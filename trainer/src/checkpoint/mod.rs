@@ -10,6 +10,7 @@ mod reshard;
 mod retention;
 mod save;
 mod saver;
+pub mod second_tier;
 mod shard;
 mod staging;
 

@@ -64,8 +64,8 @@ impl Reader {
 
     pub fn kind(&self, name: &str) -> Result<Kind> {
         let entry = self.entry(name)?;
-        let dtype = serde_json::from_value(serde_json::Value::String(entry.dtype.clone())).ok().and_then(shard::kind);
-        dtype.with_context(|| format!("{}: {name} is {}, which is not read here", self.path.display(), entry.dtype))
+        let kind = shard::kind_named(&entry.dtype);
+        kind.with_context(|| format!("{}: {name} is {}, which is not read here", self.path.display(), entry.dtype))
     }
 
     fn entry(&self, name: &str) -> Result<&super::manifest::TensorEntry> {

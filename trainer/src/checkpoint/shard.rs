@@ -36,6 +36,11 @@ pub fn kind(dtype: Dtype) -> Option<Kind> {
     }
 }
 
+/// Of a manifest's `dtype`.
+pub fn kind_named(name: &str) -> Option<Kind> {
+    serde_json::from_value(serde_json::Value::String(name.to_string())).ok().and_then(kind)
+}
+
 /// A tensor of a file to be written.
 #[derive(Clone, Debug)]
 pub struct Entry {

@@ -63,6 +63,11 @@ impl Run<'_> {
         let ended = self.saver.wait(&*self.world)?;
         self.saved(ended);
         let newest = self.last_checkpoint.as_ref().filter(|(at, _)| *at == self.state.step).map(|(_, path)| path.clone());
+        // The same on every rank: how a save ended is.
+        let newest = match newest {
+            Some(path) => Some(path),
+            None => self.restore_this_step()?,
+        };
         // Rank 0 reads every byte and decides for all.
         let whole = newest.filter(|path| self.world.rank() > 0 || checkpoint::verify(path).is_ok());
         let told = broadcast_bytes(&*self.world, &serde_json::to_vec(&whole)?, 0)?;

@@ -1,0 +1,313 @@
+//! A second tier of checkpoints: every few steps each rank's shard goes to a folder of its own node's, memory (/dev/shm) or a
+//! local disk, and to one of another node's where there are several. It outlives the processes; and where one node and
+//! what it held are gone, the others' copies still are every shard. What it holds becomes an ordinary checkpoint when it is
+//! needed, so any layout resumes from it.
+//!
+//! On a node: DIR/tiefsee-RUN/node-K/step-N-ATTEMPT/rank-R/{manifest.json, one shard}, a folder for each shard, whole or
+//! absent. A step of which some shard is missing or damaged everywhere counts for nothing.
+//!
+//! Invariant: a step's copies go only after all ranks have said that those of a later one are written.
+use super::load::{check_file, first_error};
+use super::save::{Place, Written, begin, commit, share, write_shard};
+use super::shard::{dtype, kind_named};
+use super::{Manifest, Staging};
+use crate::state::StatePart;
+use anyhow::{Context, Result, anyhow, bail};
+use parallel::comm::{Communicator, TensorSpec, broadcast_bytes, gather_bytes};
+use serde::{Deserialize, Serialize};
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::{Path, PathBuf};
+use std::thread::{JoinHandle, spawn};
+use tch::Device;
+
+/// `[checkpoint.second_tier]` of a run's config.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct SecondTierSection {
+    /// Steps between copies; 0: none are made.
+    pub every: u64,
+    /// A folder that every node has of its own: its memory, or a local disk.
+    pub dir: PathBuf,
+}
+
+impl Default for SecondTierSection {
+    fn default() -> Self {
+        SecondTierSection { every: 0, dir: PathBuf::from("/dev/shm") }
+    }
+}
+
+pub struct SecondTier {
+    /// Of this run on this node, whatever nodes wrote there.
+    root: PathBuf,
+    /// Of every rank.
+    nodes: Vec<usize>,
+    rank: usize,
+    /// Tells this start's copies from those of another, which took other roundings where the run is not deterministic.
+    attempt: String,
+    staging: Staging,
+    running: Option<JoinHandle<(Vec<StatePart>, Result<()>)>>,
+    /// Of the copies under way, and of the newest that all ranks have whole.
+    under_way: String,
+    whole: Option<String>,
+}
+
+/// A shard that a rank sees on its node.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+struct Seen {
+    step: u64,
+    label: String,
+    rank: usize,
+    ranks: usize,
+    path: PathBuf,
+}
+
+/// Where the copy of a rank's shard goes: the same place on the next node; nowhere if there is but one node.
+fn peer(nodes: &[usize], rank: usize) -> Option<usize> {
+    let all: BTreeSet<usize> = nodes.iter().copied().collect();
+    let of = |node: usize| (0..nodes.len()).filter(move |&other| nodes[other] == node);
+    let next = *all.range(nodes[rank] + 1..).next().or(all.first())?;
+    let index = of(nodes[rank]).position(|other| other == rank)?;
+    let there: Vec<usize> = of(next).collect();
+    (next != nodes[rank]).then(|| there[index % there.len()])
+}
+
+impl SecondTier {
+    /// Collective. `nodes` are as the layout has them.
+    pub fn new(section: &SecondTierSection, run_dir: &Path, nodes: &[usize], world: &dyn Communicator) -> Result<SecondTier> {
+        let there = section.dir.is_dir();
+        let named = || anyhow!("rank {}: checkpoint.second_tier.dir = {}: there is no such folder", world.rank(), section.dir.display());
+        if let Some(error) = first_error(world, if there { Ok(()) } else { Err(named()) })? {
+            bail!(error);
+        }
+        let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH)?.as_nanos() as u64;
+        let attempt = String::from_utf8(broadcast_bytes(world, format!("{now:016x}").as_bytes(), 0)?)?;
+        let name = blake3::hash(std::path::absolute(run_dir)?.as_os_str().as_encoded_bytes()).to_hex();
+        Ok(SecondTier {
+            root: section.dir.join(format!("tiefsee-{}", &name[..16])),
+            nodes: nodes.to_vec(),
+            rank: world.rank(),
+            attempt,
+            staging: Staging::default(),
+            running: None,
+            under_way: String::new(),
+            whole: None,
+        })
+    }
+
+    fn node(&self) -> PathBuf {
+        self.root.join(format!("node-{}", self.nodes[self.rank]))
+    }
+
+    /// Collective. The state may change again when it returns. Waits for the copies before; their failure, the same on every
+    /// rank, is returned, and no reason to end a run.
+    pub fn save(&mut self, world: &dyn Communicator, head: &Manifest, parts: Vec<StatePart>) -> Result<Option<String>> {
+        let failed = self.wait(world)?;
+        let mine = self.staging.copy(parts);
+        let received = self.exchange(world, &mine)?;
+        self.under_way = format!("step-{:08}-{}", head.step, self.attempt);
+        let (node, label, kept, rank) = (self.node(), self.under_way.clone(), self.whole.clone(), self.rank);
+        let (head, ranks) = (head.clone(), world.size());
+        self.running = Some(spawn(move || {
+            let write = || {
+                let of = received.iter().map(|(rank, _)| *rank).chain([rank]).collect::<Vec<_>>();
+                clear(&node, &of, kept.as_deref())?;
+                write_copy(&node.join(&label), (rank, ranks), &head, &mine)?;
+                received.iter().try_for_each(|(from, parts)| write_copy(&node.join(&label), (*from, ranks), &head, parts))
+            };
+            let outcome = write();
+            (mine, outcome)
+        }));
+        Ok(failed)
+    }
+
+    /// Collective: until what is under way is written, or has failed somewhere.
+    pub fn wait(&mut self, world: &dyn Communicator) -> Result<Option<String>> {
+        let Some(running) = self.running.take() else { return Ok(None) };
+        let (parts, outcome) = running.join().expect("a writer returns its errors");
+        self.staging.give_back(parts);
+        let named = outcome.map_err(|error| anyhow!("rank {}: {error:#}", self.rank));
+        let failed = first_error(world, named)?;
+        if failed.is_none() {
+            self.whole = Some(self.under_way.clone());
+        }
+        Ok(failed)
+    }
+
+    /// Every rank's parts to its peer; the result is (rank, its parts) for each that has this rank as its peer.
+    fn exchange(&self, world: &dyn Communicator, mine: &[StatePart]) -> Result<Vec<(usize, Vec<StatePart>)>> {
+        let Some(to) = peer(&self.nodes, self.rank) else { return Ok(Vec::new()) };
+        type Description = (String, i64, i64, String, Vec<i64>);
+        let describe =
+            |part: &StatePart| (part.name.clone(), part.start, part.total, format!("{:?}", dtype(part.tensor.kind())), part.tensor.size());
+        let described: Vec<Description> = mine.iter().map(describe).collect();
+        let all = gather_bytes(world, &serde_json::to_vec(&described)?)?;
+        let from: Vec<usize> = (0..self.nodes.len()).filter(|&rank| peer(&self.nodes, rank) == Some(self.rank)).collect();
+        let theirs: Vec<Vec<Description>> = from.iter().map(|&rank| serde_json::from_slice(&all[rank])).collect::<Result<_, _>>()?;
+        let spec = |(rank, (.., kind, shape)): (usize, &Description)| -> Result<(usize, TensorSpec)> {
+            let kind = kind_named(kind).with_context(|| format!("rank {rank} sends {kind}"))?;
+            Ok((rank, TensorSpec { shape: shape.clone(), kind, device: Device::Cpu }))
+        };
+        let each = from.iter().zip(&theirs).flat_map(|(&rank, parts)| parts.iter().map(move |part| (rank, part)));
+        let expected = each.map(spec).collect::<Result<Vec<_>>>()?;
+        let sends = mine.iter().map(|part| (to, part.tensor.shallow_clone())).collect();
+        let mut arrived = world.exchange(sends, expected)?.wait()?.into_iter();
+        let part = |(name, start, total, ..): Description, tensor| StatePart { name, tensor, start, total };
+        let mut parts = |theirs: Vec<Description>| -> Vec<StatePart> {
+            theirs.into_iter().map(|one| part(one, arrived.next().expect("one for each"))).collect()
+        };
+        Ok(from.into_iter().zip(theirs.into_iter().map(&mut parts).collect::<Vec<_>>()).collect())
+    }
+
+    /// Collective: the newest step above `above` of which every shard is somewhere whole, made a checkpoint of the run;
+    /// `above` None: there is none yet. The lines are for the operator.
+    pub fn restore(&self, world: &dyn Communicator, run_dir: &Path, above: Option<u64>) -> Result<(Option<PathBuf>, Vec<String>)> {
+        let all = gather_bytes(world, &serde_json::to_vec(&self.seen())?)?;
+        let mut by_step: BTreeMap<(u64, String), Vec<(usize, Seen)>> = BTreeMap::new();
+        for (holder, bytes) in all.iter().enumerate() {
+            for seen in serde_json::from_slice::<Vec<Seen>>(bytes)? {
+                by_step.entry((seen.step, seen.label.clone())).or_default().push((holder, seen));
+            }
+        }
+        let mut notes = Vec::new();
+        for ((step, _), seen) in by_step.into_iter().rev().filter(|((step, _), _)| above.is_none_or(|above| *step > above)) {
+            match self.restore_step(world, run_dir, step, &seen)? {
+                Ok(path) => {
+                    notes.push(format!("step {step} is restored from the second tier into {}", path.display()));
+                    return Ok((Some(path), notes));
+                }
+                Err(error) => notes.push(format!("step {step} of the second tier was passed over: {error}")),
+            }
+        }
+        Ok((None, notes))
+    }
+
+    /// The inner error is that some shard has no whole copy.
+    fn restore_step(&self, world: &dyn Communicator, run_dir: &Path, step: u64, seen: &[(usize, Seen)]) -> Result<Result<PathBuf, String>> {
+        let ranks = seen[0].1.ranks;
+        let (mut copied, mut refused) = (BTreeMap::<usize, Manifest>::new(), BTreeMap::<(usize, &Path), String>::new());
+        let place = Place::of(run_dir, step);
+        while copied.len() < ranks {
+            // A rank's own copy before its peer's; one that was no good is not tried again.
+            let mut plan: Vec<&(usize, Seen)> = Vec::new();
+            for rank in (0..ranks).filter(|rank| !copied.contains_key(rank)) {
+                let left = seen.iter().filter(|(holder, one)| one.rank == rank && !refused.contains_key(&(*holder, &one.path)));
+                match left.min_by_key(|(holder, _)| *holder != rank) {
+                    Some(one) => plan.push(one),
+                    None => {
+                        let why = refused.values().next().map(|error| format!("; {error}")).unwrap_or_default();
+                        return Ok(Err(format!("no whole copy of rank {rank}'s shard is left{why}")));
+                    }
+                }
+            }
+            if copied.is_empty() && refused.is_empty() {
+                begin(world, &place)?;
+            }
+            let mine = plan.iter().filter(|(holder, _)| *holder == self.rank);
+            let mine: Vec<Result<Manifest, String>> =
+                mine.map(|(_, one)| take(&one.path, &place.partial).map_err(|error| format!("{error:#}"))).collect();
+            let all = gather_bytes(world, &serde_json::to_vec(&mine)?)?;
+            let mut all =
+                all.iter().map(|bytes| serde_json::from_slice(bytes)).collect::<Result<Vec<Vec<Result<Manifest, String>>>, _>>()?;
+            for (holder, one) in plan {
+                match all[*holder].remove(0) {
+                    Ok(manifest) => drop(copied.insert(one.rank, manifest)),
+                    Err(error) => drop(refused.insert((*holder, &one.path), error)),
+                }
+            }
+        }
+        let head = Manifest { files: Vec::new(), tensors: BTreeMap::new(), ..copied[&0].clone() };
+        let written = |manifest: Manifest| -> Option<Written> {
+            Some(Written { file: manifest.files.into_iter().next()?, tensors: manifest.tensors.into_iter().collect() })
+        };
+        let all = copied.into_values().map(|manifest| written(manifest).ok_or_else(|| "a copy without a shard".to_string())).collect();
+        let outcome = if self.rank == 0 { commit(&place, head, all).map_err(|error| format!("{error:#}")) } else { Ok(()) };
+        Ok(share(world, outcome)?.map(|()| place.target))
+    }
+
+    /// Every shard that lies whole on this rank's node; what cannot be read is as if it were not there.
+    fn seen(&self) -> Vec<Seen> {
+        let mut found = Vec::new();
+        for label in folders(&self.root).iter().flat_map(|node| folders(node)) {
+            for path in folders(&label) {
+                let number = path.file_name().and_then(|name| name.to_str()?.strip_prefix("rank-")?.parse().ok());
+                let (Some(rank), Ok(manifest)) = (number, Manifest::read(&path)) else { continue };
+                let label = label.file_name().and_then(|name| name.to_str()).unwrap_or_default().to_string();
+                found.push(Seen { step: manifest.step, label, rank, ranks: manifest.mesh.world, path });
+            }
+        }
+        found
+    }
+
+    /// What other starts of the run left on this node: the run goes on from a checkpoint, or is over.
+    pub fn clear(&self) {
+        // Best effort, and the node's other ranks do the same.
+        let _ = std::fs::remove_dir_all(&self.root);
+    }
+}
+
+/// The newest whole checkpoint of either tier; where it is the second's, it is an ordinary one afterwards. Collective.
+pub fn newest(world: &dyn Communicator, run_dir: &Path, tier: Option<&SecondTier>) -> Result<(Option<PathBuf>, Vec<String>)> {
+    let (found, mut notes) = super::newest_whole(world, run_dir)?;
+    let Some(tier) = tier else { return Ok((found, notes)) };
+    let (newer, said) = tier.restore(world, run_dir, found.as_deref().and_then(super::load::step_of))?;
+    notes.extend(said);
+    Ok((newer.or(found), notes))
+}
+
+fn folders(path: &Path) -> Vec<PathBuf> {
+    let Ok(entries) = std::fs::read_dir(path) else { return Vec::new() };
+    let mut found: Vec<PathBuf> = entries.filter_map(|entry| Some(entry.ok()?.path())).filter(|path| path.is_dir()).collect();
+    found.sort();
+    found
+}
+
+/// Removes the shards of these ranks from every step but `kept`.
+fn clear(node: &Path, ranks: &[usize], kept: Option<&str>) -> Result<()> {
+    for label in folders(node).iter().filter(|label| label.file_name().and_then(|name| name.to_str()) != kept) {
+        for rank in ranks {
+            let path = label.join(format!("rank-{rank}"));
+            if path.exists() {
+                std::fs::remove_dir_all(&path).with_context(|| format!("cannot remove {}", path.display()))?;
+            }
+        }
+        let _ = std::fs::remove_dir(label); // once it is empty
+    }
+    Ok(())
+}
+
+fn write_copy(step: &Path, (rank, ranks): (usize, usize), head: &Manifest, parts: &[StatePart]) -> Result<()> {
+    let target = step.join(format!("rank-{rank}"));
+    let partial = step.join(format!(".rank-{rank}.partial"));
+    std::fs::create_dir_all(&partial).with_context(|| format!("cannot make {}", partial.display()))?;
+    let written = write_shard(&partial, (rank, ranks), parts)?;
+    let mut manifest = head.clone();
+    manifest.add(written.file, written.tensors);
+    manifest.write(&partial)?;
+    std::fs::rename(&partial, &target).with_context(|| format!("cannot rename {} into place", partial.display()))
+}
+
+/// Copies a shard into the folder of a checkpoint to be, and checks what arrived there.
+fn take(from: &Path, partial: &Path) -> Result<Manifest> {
+    let manifest = Manifest::read(from)?;
+    for file in &manifest.files {
+        let (from, to) = (from.join(&file.name), partial.join(&file.name));
+        std::fs::copy(&from, &to).with_context(|| format!("cannot copy {} to {}", from.display(), to.display()))?;
+        std::fs::File::open(&to)?.sync_all()?;
+        check_file(partial, file).with_context(|| format!("the copy of {}", from.display()))?;
+    }
+    Ok(manifest)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::peer;
+
+    #[test]
+    fn a_shard_goes_to_the_same_place_on_the_next_node() {
+        let peers = |nodes: &[usize]| (0..nodes.len()).map(|rank| peer(nodes, rank)).collect::<Vec<_>>();
+        assert_eq!(peers(&[0, 0, 1, 1]), [2, 3, 0, 1].map(Some));
+        assert_eq!(peers(&[0, 1, 2]), [1, 2, 0].map(Some));
+        assert_eq!(peers(&[0, 0, 0, 1]), [3, 3, 3, 0].map(Some));
+        assert_eq!(peers(&[0, 0]), [None, None]);
+    }
+}
