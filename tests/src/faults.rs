@@ -18,6 +18,13 @@ fn happened(run: &Run) -> Vec<Value> {
     text.lines().map(|line| serde_json::from_str(line).expect("JSON")).collect()
 }
 
+/// A copy of every step in the second tier, to restore a master from.
+fn copied(name: &str) -> String {
+    let dir = crate::support::scratch().join("tiers").join(name);
+    std::fs::create_dir_all(&dir).expect("a folder");
+    format!("checkpoint.second_tier={{every=1,dir=\"{}\"}}", dir.display())
+}
+
 /// The same losses, samples and final state, bit for bit.
 #[track_caller]
 fn assert_undisturbed(run: &Run, clean: &Run) {
@@ -52,7 +59,9 @@ fn flipped_weights_masters_and_computations_leave_no_trace() {
         let faults: Vec<String> =
             (0..18).map(|at| format!("{{kind=\"{}\",rank={},step={}}}", kinds[at % 3], at / 3 % ranks, 2 + at + at / 9)).collect();
         let faults = format!("faults.inject=[{}]", faults.join(","));
-        let set = [&set[..], &[&faults, "checks.recompute_every=1", "checkpoint.every=1"]].concat();
+        // A copy of this very step, of either kind.
+        let copies = if number == 0 { "checkpoint.every=1".to_string() } else { copied(&format!("flips-{number}")) };
+        let set = [&set[..], &[&faults, "checks.recompute_every=1", &copies]].concat();
         let run = Run::new(&format!("faults-flips-{number}"), &set);
         over_threads(&run, ranks);
         assert_eq!(happened(&run).len(), 18);
@@ -109,7 +118,10 @@ fn what_could_not_happen_is_refused() {
         format!("{:#}", trainer::RunConfig::load(&crate::support::root().join("configs/run/tiny.toml"), &all).expect_err("refused"))
     };
     let text = refused(&["run.device=cuda", "checks.recompute_every=5"]);
-    assert!(text.ends_with("checks.recompute_every = 5: on a GPU it needs run.deterministic = true, else two results may differ"), "{text}");
+    assert!(
+        text.ends_with("checks.recompute_every = 5: on a GPU it needs run.deterministic = true, else two results may differ"),
+        "{text}"
+    );
     let text = refused(&["faults.inject=[{kind=\"flip-activation\",rank=0,step=1}]"]);
     assert!(text.ends_with("faults: a flip-activation needs checks.recompute_every"), "{text}");
     let text = refused(&["faults.inject=[{kind=\"kill\",rank=0,step=1,when=2}]"]);
@@ -166,7 +178,11 @@ fn killed_hung_and_waiting_ranks_are_named_and_the_run_goes_on() {
     assert!(said.contains("checkpoint") && said.contains("was NOT written: rank 1: "), "{said}");
     assert_eq!(happened(&run).len(), 6, "each once, over all restarts");
     // What the ranks mended by themselves is in the same timeline.
-    for (event, start) in [("corruption", "step 16: rank 1: the "), ("corruption", "step 25: rank 0: the weight "), ("mended", "step 25: the weights are made again")] {
+    for (event, start) in [
+        ("corruption", "step 16: rank 1: the "),
+        ("corruption", "step 25: rank 0: the weight "),
+        ("mended", "step 25: the weights are made again"),
+    ] {
         assert!(incidents.iter().any(|(kind, words)| kind == event && words.starts_with(start)), "no {event} {start}: {incidents:?}");
     }
     assert_undisturbed(&run, &clean);
@@ -186,7 +202,7 @@ fn a_slow_rank_is_named_while_it_is_slow_and_in_the_report_at_the_end() {
     );
 }
 
-/// Twenty faults at random steps of five hundred, with a copy of every step to restore a master from.
+/// Twenty faults at random steps of five hundred.
 #[test]
 fn a_run_with_twenty_faults_ends_as_the_clean_one_does() {
     const STEPS: u64 = 500;
@@ -197,14 +213,19 @@ fn a_run_with_twenty_faults_ends_as_the_clean_one_does() {
     assert_eq!(skipped(&clean), [0; 0]);
     let kinds = "[\"nan\",\"spike\",\"flip-gradient\",\"flip-weight\",\"flip-master\",\"flip-activation\"]";
     let faults = format!("faults.random={{seed=1,count=20,first=40,last=490,kinds={kinds}}}");
-    let run = Run::new("faults-500", &[&set[..], &[&faults, "checkpoint.every=1"]].concat());
+    let run = Run::new("faults-500", &[&set[..], &[&faults, &copied("500")]].concat());
     over_threads(&run, 2);
     let happened = happened(&run);
-    let unheard: Vec<u64> =
-        happened.iter().filter(|fault| ["nan", "spike", "flip-gradient"].contains(&fault["kind"].as_str().expect("a kind"))).map(|fault| fault["step"].as_u64().expect("a number")).collect();
+    let unheard: Vec<u64> = happened
+        .iter()
+        .filter(|fault| ["nan", "spike", "flip-gradient"].contains(&fault["kind"].as_str().expect("a kind")))
+        .map(|fault| fault["step"].as_u64().expect("a number"))
+        .collect();
     assert_eq!((happened.len(), run.lines().len() as u64), (20, STEPS));
     assert_eq!(skipped(&run), unheard, "what is skipped, and nothing else");
-    let loss = |run: &Run| trainer::checkpoint::load(&run.newest_checkpoint(), |_| false).expect("a checkpoint").0.progress.val_loss.expect("a validation");
+    let loss = |run: &Run| {
+        trainer::checkpoint::load(&run.newest_checkpoint(), |_| false).expect("a checkpoint").0.progress.val_loss.expect("a validation")
+    };
     let (faulty, clean) = (loss(&run), loss(&clean));
     println!("held-out loss after {STEPS} steps with 20 faults, {} of them skipped: {faulty:.4}, clean {clean:.4}", unheard.len());
     assert!((faulty / clean - 1.0).abs() < 0.01, "{faulty} and {clean}");
