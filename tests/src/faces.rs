@@ -125,11 +125,12 @@ fn a_full_disk_leaves_no_half_checkpoint() {
     let run_dir = format!("run.dir={}", disk.join("run").display());
     let run = Run::new("full-disk", &[&run_dir, "checkpoint.every=2", "validation.every=0", "model.vocab_size=8000"]);
     let output = tiefsee(&run.train_args()).output().expect("it runs");
-    let text = String::from_utf8_lossy(&output.stderr);
+    let (said, text) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
     let left: Vec<_> = fs::read_dir(disk.join("run/checkpoints")).map(|entries| entries.map(|e| e.expect("an entry").path()).collect()).unwrap_or_default();
     assert!(Command::new("umount").arg(&disk).status().is_ok_and(|status| status.success()));
     assert_eq!(output.status.code(), Some(1), "{text}");
-    assert!(text.contains("step-00000002 was not written") && text.contains("shard-00000"), "{text}");
+    assert!(said.contains("step-00000002 was NOT written: ") && said.contains("shard-00000"), "{said}");
+    assert!(text.contains("there is no checkpoint of step 30"), "the last one must be: {text}");
     assert!(left.is_empty(), "{left:?}");
 }
 
