@@ -9,6 +9,7 @@
 #   train-cpu    our training step and transformers', same model, batch, threads and machine, in turn
 #   parallel-cpu layouts of 1 to 8 ranks (threads): step time, bytes by axis, share of communication, peak memory,
 #                MoE dispatch's bytes over their formula, and how much of the transfers a paired step hides
+#   checkpoint   2 GB saved, loaded and the stall, beside raw I/O and torch.distributed.checkpoint on the same disk
 #   data         packed samples read: ours, a Megatron-style mmap, MosaicML streaming, Hugging Face datasets
 #   data-index   a 14.8T-token source opened and searched, and a tenth, a hundredth, a thousandth of it
 #   prepare      text to shards with a 128K tokenizer beside the encoder alone; ids against Hugging Face tokenizers
@@ -36,6 +37,13 @@ parallel-cpu)
     scripts/setup.sh
     cargo build --release --quiet -p trainer
     python3 benches/parallel.py --ours "target/release/tiefsee bench --config configs/run/bench-parallel.toml" "$@"
+    ;;
+checkpoint)
+    scripts/setup.sh
+    scripts/test-venv.sh
+    cargo build --release --quiet -p trainer --example bench_checkpoint
+    .deps/venv/bin/python benches/checkpoint.py --ours "${CARGO_TARGET_DIR:-target}/release/examples/bench_checkpoint" \
+        --rival ".deps/venv/bin/python benches/rivals/dcp.py" "$@"
     ;;
 data | data-index | prepare)
     scripts/bench-corpus.sh

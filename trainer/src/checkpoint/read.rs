@@ -17,7 +17,6 @@ pub struct Reader {
     files: HashMap<String, Opened>,
     bytes_read: u64,
     header_bytes: u64,
-    chunk: Vec<u8>,
 }
 
 /// A safetensors file, with what it says it holds.
@@ -40,7 +39,7 @@ struct Part {
 impl Reader {
     pub fn open(checkpoint: &Path) -> Result<Reader> {
         let manifest = Manifest::read(checkpoint)?;
-        Ok(Reader { path: checkpoint.to_path_buf(), manifest, files: HashMap::new(), bytes_read: 0, header_bytes: 0, chunk: Vec::new() })
+        Ok(Reader { path: checkpoint.to_path_buf(), manifest, files: HashMap::new(), bytes_read: 0, header_bytes: 0 })
     }
 
     pub fn manifest(&self) -> &Manifest {
@@ -103,7 +102,7 @@ impl Reader {
     }
 
     fn fill_part(&mut self, name: &str, part: &Part, target: &Tensor) -> Result<()> {
-        let Reader { path, files, bytes_read, header_bytes, chunk, .. } = self;
+        let Reader { path, files, bytes_read, header_bytes, .. } = self;
         let file = &part.slice.file;
         if !files.contains_key(file) {
             let opened = Opened::new(path.join(file))?;
@@ -113,15 +112,11 @@ impl Reader {
         let opened = &files[file];
         let (info, kind) = opened.find(name)?;
         let row = (info.data_offsets.1 - info.data_offsets.0) / part.slice.rows as usize;
-        let (width, flat) = (kind.elt_size_in_bytes(), target.view(-1));
+        let (flat, bytes) = (target.view(-1), part.rows as usize * row);
+        let fits = flat.numel() * kind.elt_size_in_bytes() == bytes;
+        ensure!(fits, "{}: {name} is not of the shape that the manifest says", opened.path.display());
         let first = opened.data + (info.data_offsets.0 + (part.low - part.slice.start) as usize * row) as u64;
-        let bytes = part.rows as usize * row;
-        for at in (0..bytes).step_by(CHUNK) {
-            chunk.resize(CHUNK.min(bytes - at), 0);
-            opened.file.read_exact_at(chunk, first + at as u64).with_context(|| format!("cannot read {}", opened.path.display()))?;
-            let count = (chunk.len() / width) as i64;
-            flat.narrow(0, (at / width) as i64, count).copy_(&Tensor::from_data_size(chunk, &[count], kind));
-        }
+        opened.read_into(first, kind, flat)?;
         *bytes_read += bytes as u64;
         Ok(())
     }
@@ -153,6 +148,34 @@ impl Opened {
         let kind = shard::kind(info.dtype)
             .with_context(|| format!("{}: {name} is {:?}, which is not read here", self.path.display(), info.dtype))?;
         Ok((info, kind))
+    }
+
+    /// Elements of `kind` from byte `first` of the file on, into `flat`; by as many threads as torch has, a run of chunks each.
+    fn read_into(&self, first: u64, kind: Kind, flat: Tensor) -> Result<()> {
+        let (width, numel) = (kind.elt_size_in_bytes() as i64, flat.numel() as i64);
+        let step = CHUNK as i64 / width;
+        let each = (numel / tch::get_num_threads().max(1) as i64).max(4 * step);
+        let run = |target: Tensor, start: i64| -> Result<()> {
+            let (mut bytes, count) = (Vec::new(), target.numel() as i64);
+            for at in (0..count).step_by(step as usize) {
+                let here = step.min(count - at);
+                bytes.resize((here * width) as usize, 0);
+                let from = first + ((start + at) * width) as u64;
+                self.file.read_exact_at(&mut bytes, from).with_context(|| format!("cannot read {}", self.path.display()))?;
+                target.narrow(0, at, here).copy_(&Tensor::from_data_size(&bytes, &[here], kind));
+            }
+            Ok(())
+        };
+        std::thread::scope(|scope| {
+            let runs = (each..numel).step_by(each as usize).map(|start| {
+                let target = flat.narrow(0, start, each.min(numel - start));
+                let run = &run;
+                scope.spawn(move || run(target, start))
+            });
+            let others: Vec<_> = runs.collect();
+            let mine = run(flat.narrow(0, 0, each.min(numel)), 0);
+            others.into_iter().map(|other| other.join().expect("reading does not panic")).fold(mine, Result::and)
+        })
     }
 
     /// Whole, on the CPU.

@@ -1,0 +1,93 @@
+//! Save and load of a state of so many bytes on one rank, beside raw fsynced writes and cold raw reads of as many on the same
+//! disk: bench_checkpoint DIR [GB] [ROUNDS]. Prints JSON. Caches are dropped before each measurement where that is allowed.
+use anyhow::{Context, Result, ensure};
+use model::ModelConfig;
+use parallel::comm::local::solo;
+use std::fs::File;
+use std::io::{Read, Write};
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+use tch::{Device, Kind, Tensor};
+use trainer::checkpoint::{Manifest, Reader, Retention, Saver, newest_whole};
+use trainer::state::StatePart;
+
+/// Rows and columns of each tensor of the state, FP32.
+const SHAPE: [i64; 2] = [4096, 1024];
+
+fn main() -> Result<()> {
+    let mut args = std::env::args().skip(1);
+    let dir = PathBuf::from(args.next().context("bench_checkpoint DIR [GB] [ROUNDS]")?);
+    let gb: f64 = args.next().map_or(Ok(2.0), |text| text.parse())?;
+    let rounds: usize = args.next().map_or(Ok(3), |text| text.parse())?;
+    let bytes_each = (SHAPE[0] * SHAPE[1] * 4) as f64;
+    let tensors: Vec<Tensor> =
+        (0..(gb * 1e9 / bytes_each).ceil() as usize).map(|_| Tensor::rand(SHAPE, (Kind::Float, Device::Cpu))).collect();
+    let bytes = bytes_each * tensors.len() as f64;
+    std::fs::create_dir_all(&dir)?;
+    let model: ModelConfig = toml::from_str(include_str!("../../configs/model/tiny.toml"))?;
+    let mut saver = Saver::new(&dir, Retention { last: 1, every: 0 });
+    let mut measured = Vec::new();
+    for round in 0..rounds {
+        let raw_write = timed(|| raw_write(&dir.join("raw"), &tensors))?;
+        let raw_read = timed(|| raw_read(&dir.join("raw"), &tensors))?;
+        std::fs::remove_file(dir.join("raw"))?;
+        let head = Manifest { step: round as u64 + 1, ..Manifest::imported(model.clone(), kernels::Precision::F32) };
+        let parts = |tensors: &[Tensor]| tensors.iter().enumerate().map(|(index, tensor)| part(index, tensor)).collect::<Vec<_>>();
+        drop_caches();
+        let start = Instant::now();
+        saver.begin(&*solo(), head, parts(&tensors))?;
+        let stall = start.elapsed().as_secs_f64();
+        let ended = saver.wait(&*solo())?.context("a save was under way")?;
+        let save = start.elapsed().as_secs_f64();
+        ensure!(ended.outcome.is_ok(), "{ended:?}");
+        let target: Vec<Tensor> = tensors.iter().map(|tensor| tensor.zeros_like()).collect();
+        let load = timed(|| load(&dir, &target))?;
+        ensure!(tensors.iter().zip(&target).all(|(a, b)| a.equal(b)), "what was loaded is not what was saved");
+        measured.push(serde_json::json!({
+            "raw_write_s": raw_write, "raw_read_s": raw_read, "save_s": save, "stall_s": stall, "load_s": load
+        }));
+    }
+    std::fs::remove_dir_all(&dir)?;
+    println!("{}", serde_json::json!({"bytes": bytes, "rounds": measured}));
+    Ok(())
+}
+
+fn part(index: usize, tensor: &Tensor) -> StatePart {
+    StatePart { name: format!("weight/{index}"), tensor: tensor.shallow_clone(), start: 0, total: SHAPE[0] }
+}
+
+fn timed(run: impl FnOnce() -> Result<()>) -> Result<f64> {
+    drop_caches();
+    let start = Instant::now();
+    run()?;
+    Ok(start.elapsed().as_secs_f64())
+}
+
+/// What the disk owes is written, and what it holds is not in memory any more.
+fn drop_caches() {
+    let _ = std::process::Command::new("sync").status();
+    let _ = std::fs::write("/proc/sys/vm/drop_caches", "3");
+}
+
+fn raw_write(path: &Path, tensors: &[Tensor]) -> Result<()> {
+    let mut file = File::create(path)?;
+    let mut bytes = vec![0; tensors[0].numel() * 4];
+    for tensor in tensors {
+        tensor.copy_data_u8(&mut bytes, tensor.numel());
+        file.write_all(&bytes)?;
+    }
+    Ok(file.sync_all()?)
+}
+
+fn raw_read(path: &Path, tensors: &[Tensor]) -> Result<()> {
+    let mut file = File::open(path)?;
+    let mut bytes = vec![0; tensors[0].numel() * 4];
+    tensors.iter().try_for_each(|_| Ok(file.read_exact(&mut bytes)?))
+}
+
+/// As a resume does: every byte is checked, then what is needed is read.
+fn load(dir: &Path, target: &[Tensor]) -> Result<()> {
+    let (found, notes) = newest_whole(&*solo(), dir)?;
+    let mut reader = Reader::open(&found.with_context(|| format!("no whole checkpoint: {notes:?}"))?)?;
+    target.iter().enumerate().try_for_each(|(index, tensor)| reader.fill(&format!("weight/{index}"), &SHAPE, 0, tensor))
+}
