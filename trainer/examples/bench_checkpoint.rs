@@ -8,7 +8,7 @@ use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 use tch::{Device, Kind, Tensor};
-use trainer::checkpoint::{Manifest, Reader, Retention, Saver, newest_whole};
+use trainer::checkpoint::{Manifest, Reader, Retention, Saver, load_newest};
 use trainer::state::StatePart;
 
 /// Rows and columns of each tensor of the state, FP32.
@@ -85,9 +85,12 @@ fn raw_read(path: &Path, tensors: &[Tensor]) -> Result<()> {
     tensors.iter().try_for_each(|_| Ok(file.read_exact(&mut bytes)?))
 }
 
-/// As a resume does: every byte is checked, then what is needed is read.
+/// As a resume does: what is needed is read while every byte is checked.
 fn load(dir: &Path, target: &[Tensor]) -> Result<()> {
-    let (found, notes) = newest_whole(&*solo(), dir)?;
-    let mut reader = Reader::open(&found.with_context(|| format!("no whole checkpoint: {notes:?}"))?)?;
-    target.iter().enumerate().try_for_each(|(index, tensor)| reader.fill(&format!("weight/{index}"), &SHAPE, 0, tensor))
+    let mut fill = |reader: &mut Reader| -> Result<()> {
+        target.iter().enumerate().try_for_each(|(index, tensor)| reader.fill(&format!("weight/{index}"), &SHAPE, 0, tensor))
+    };
+    let (found, notes) = load_newest(&*solo(), dir, None, &mut fill)?;
+    ensure!(found.is_some(), "no whole checkpoint: {notes:?}");
+    Ok(())
 }

@@ -6,7 +6,7 @@ mod tier;
 pub use corpus::open_checked;
 pub use mend::StateLost;
 
-use crate::checkpoint::second_tier::{self, SecondTier};
+use crate::checkpoint::second_tier::SecondTier;
 use crate::checkpoint::{self, Cursor, Manifest, Progress, Reader, Retention, Saved, Saver};
 use crate::config::RunConfig;
 use crate::coordinator::{StopSignal, agree, all_or_none, gather_layout, nodes};
@@ -184,13 +184,10 @@ fn restore((config, start, tier): Begin, world: &Comm, trainer: &mut Trainer, co
         return Ok((State::default(), None, Vec::new()));
     }
     let dir = &config.run.dir;
-    let (found, mut notes) = second_tier::newest(&**world, dir, tier)?;
-    let Some(path) = found else {
+    let (found, mut notes) = checkpoint::load_newest(&**world, dir, tier, &mut |reader| trainer.load_all(reader))?;
+    let Some((path, manifest)) = found else {
         bail!("{} holds no whole checkpoint to resume from{}", dir.display(), notes.iter().map(|note| format!("\n  {note}")).collect::<String>());
     };
-    let mut reader = all_or_none(&**world, Reader::open(&path))?;
-    all_or_none(&**world, trainer.load_all(&mut reader))?;
-    let manifest = reader.manifest().clone();
     ensure!(manifest.seed == config.run.seed, "{} was written with seed {}, the run's is {}", path.display(), manifest.seed, config.run.seed);
     ensure!(manifest.corpus == corpus.fingerprint(), "{} was written over another corpus than {} now is", path.display(), config.data.mixture[0].path.display());
     trainer.guard.state = manifest.progress.guard.clone();

@@ -1,7 +1,9 @@
 //! Checking: nothing is taken from a file whose hash is not the manifest's.
 use super::manifest::{FileEntry, Manifest, TensorEntry};
+use super::second_tier::SecondTier;
 use super::shard::Summed;
 use super::{Reader, list, unfinished};
+use crate::coordinator::all_or_none;
 use anyhow::{Context, Result, ensure};
 use parallel::comm::{Communicator, broadcast_bytes, gather_bytes};
 use std::collections::HashMap;
@@ -52,6 +54,44 @@ pub(super) fn check_file(checkpoint: &Path, entry: &FileEntry) -> Result<()> {
 /// The newest checkpoint whose every byte is right, and a line for each newer one that was passed over. Collective: the
 /// ranks share out the files, and all get the same answer.
 pub fn newest_whole(world: &dyn Communicator, run_dir: &Path) -> Result<(Option<PathBuf>, Vec<String>)> {
+    let (found, notes) = load_newest(world, run_dir, None, &mut |_| Ok(()))?;
+    Ok((found.map(|(path, _)| path), notes))
+}
+
+/// `newest_whole` of both tiers, with `load` reading it while it is checked: the disk is read once. What a call of `load` came
+/// to counts only where the checkpoint then proves whole; of a damaged one it may get anything, or fail.
+pub fn load_newest(
+    world: &dyn Communicator,
+    run_dir: &Path,
+    tier: Option<&SecondTier>,
+    load: &mut dyn FnMut(&mut Reader) -> Result<()>,
+) -> Result<(Option<(PathBuf, Manifest)>, Vec<String>)> {
+    let (all, mut notes) = listed(world, run_dir)?;
+    // Below each checkpoint's step, then below all: what the second tier has that is newer comes first.
+    for path in all.iter().rev().map(Some).chain([None]) {
+        let above = path.and_then(|path| step_of(path));
+        let (restored, said) = tier.map_or(Ok((None, Vec::new())), |tier| tier.restore(world, run_dir, above))?;
+        notes.extend(said.into_iter().filter(|line| !notes.contains(line)).collect::<Vec<_>>());
+        let Some(path) = restored.as_ref().or(path) else { break };
+        let (checked, loaded) = std::thread::scope(|scope| {
+            let (rank, ranks) = (world.rank(), world.size());
+            let check = scope.spawn(move || check_share((rank, ranks), path));
+            let loaded = Reader::open(path).and_then(|mut reader| load(&mut reader));
+            (check.join().expect("a check returns its errors"), loaded)
+        });
+        match first_error(world, checked)? {
+            None => {
+                all_or_none(world, loaded)?;
+                return Ok((Some((path.clone(), Manifest::read(path)?)), notes));
+            }
+            Some(error) => notes.push(format!("{} is damaged and was passed over: {error}", path.display())),
+        }
+    }
+    Ok((None, notes))
+}
+
+/// A run's checkpoints, oldest first, and a line for each that was never finished: rank 0's view, for all.
+fn listed(world: &dyn Communicator, run_dir: &Path) -> Result<(Vec<PathBuf>, Vec<String>)> {
     let listed: Result<(Vec<PathBuf>, Vec<PathBuf>), String> = match world.rank() {
         0 => list(run_dir).and_then(|all| Ok((all.into_iter().map(|(_, path)| path).collect(), unfinished(run_dir)?))),
         _ => Ok(Default::default()),
@@ -60,20 +100,13 @@ pub fn newest_whole(world: &dyn Communicator, run_dir: &Path) -> Result<(Option<
     let listed: Result<(Vec<PathBuf>, Vec<PathBuf>), String> =
         serde_json::from_slice(&broadcast_bytes(world, &serde_json::to_vec(&listed)?, 0)?)?;
     let (all, unfinished) = listed.map_err(|text| anyhow::anyhow!(text))?;
-    let mut notes: Vec<String> = unfinished.iter().map(|path| format!("{} was never finished", path.display())).collect();
-    for path in all.into_iter().rev() {
-        match first_error(world, check_share(world, &path))? {
-            None => return Ok((Some(path), notes)),
-            Some(error) => notes.push(format!("{} is damaged and was passed over: {error}", path.display())),
-        }
-    }
-    Ok((None, notes))
+    Ok((all, unfinished.iter().map(|path| format!("{} was never finished", path.display())).collect()))
 }
 
-fn check_share(world: &dyn Communicator, checkpoint: &Path) -> Result<()> {
+/// The manifest, and every `ranks`-th file from the `rank`-th on.
+fn check_share((rank, ranks): (usize, usize), checkpoint: &Path) -> Result<()> {
     let manifest = check_manifest(checkpoint)?;
-    let mine = manifest.files.iter().skip(world.rank()).step_by(world.size());
-    mine.into_iter().try_for_each(|entry| check_file(checkpoint, entry))
+    manifest.files.iter().skip(rank).step_by(ranks).try_for_each(|entry| check_file(checkpoint, entry))
 }
 
 /// Of the lowest rank that has one; the same on all.

@@ -245,15 +245,6 @@ impl SecondTier {
     }
 }
 
-/// The newest whole checkpoint of either tier; where it is the second's, it is an ordinary one afterwards. Collective.
-pub fn newest(world: &dyn Communicator, run_dir: &Path, tier: Option<&SecondTier>) -> Result<(Option<PathBuf>, Vec<String>)> {
-    let (found, mut notes) = super::newest_whole(world, run_dir)?;
-    let Some(tier) = tier else { return Ok((found, notes)) };
-    let (newer, said) = tier.restore(world, run_dir, found.as_deref().and_then(super::load::step_of))?;
-    notes.extend(said);
-    Ok((newer.or(found), notes))
-}
-
 fn folders(path: &Path) -> Vec<PathBuf> {
     let Ok(entries) = std::fs::read_dir(path) else { return Vec::new() };
     let mut found: Vec<PathBuf> = entries.filter_map(|entry| Some(entry.ok()?.path())).filter(|path| path.is_dir()).collect();
