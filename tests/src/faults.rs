@@ -230,3 +230,30 @@ fn a_run_with_twenty_faults_ends_as_the_clean_one_does() {
     println!("held-out loss after {STEPS} steps with 20 faults, {} of them skipped: {faulty:.4}, clean {clean:.4}", unheard.len());
     assert!((faulty / clean - 1.0).abs() < 0.01, "{faulty} and {clean}");
 }
+
+#[test]
+fn a_copy_that_is_damaged_too_is_set_aside() {
+    let set = ["run.precision=bf16", "validation.every=0", "run.stop_after=5"];
+    let other = Run::new("faults-other", &[&set[..], &["run.seed=8"]].concat());
+    over_threads(&other, 2);
+    over_threads(&Run::new("faults-damaged-copy", &set), 2);
+    // Rank 0 waits before the step whose state is lost: meanwhile its copy becomes another's, whole by its own hashes.
+    let faults = "faults.inject=[{kind=\"slow\",rank=0,step=6,ms=1500,steps=1},{kind=\"flip-master\",rank=1,step=6}]";
+    let run = Run::new("faults-damaged-copy", &[set[0], set[1], faults]);
+    let (begun, copy, others) = (run.dir().join("log/faults.jsonl"), run.newest_checkpoint(), other.newest_checkpoint());
+    let swap = std::thread::spawn(move || {
+        while !begun.exists() {
+            std::thread::sleep(std::time::Duration::from_millis(5));
+        }
+        std::fs::remove_dir_all(&copy).expect("it is there");
+        assert!(std::process::Command::new("cp").arg("-r").args([&others, &copy]).status().expect("cp starts").success());
+    });
+    let config = run.config();
+    let errors = run_local(2, |world| {
+        train(&config, world, Start::Resume, &StopSignal::default()).map(|_| ()).expect_err("the state is lost").to_string()
+    });
+    swap.join().expect("swapped");
+    assert!(errors[0].starts_with("state lost: rank 1: the ") && errors[0].contains(", and so is the copy of step 5;"), "{}", errors[0]);
+    let folder = run.dir().join("checkpoints");
+    assert!(folder.join("damaged-step-00000005/manifest.json").exists() && !folder.join("step-00000005").exists());
+}

@@ -1,12 +1,13 @@
 //! What a run does about corruption that a check has found: nothing was changed by the step, so once what it rests on is
 //! whole again the step is done again, on the same samples, and comes to what it would have come to.
 use super::Run;
+use crate::checkpoint::second_tier::SecondTier;
 use crate::checkpoint::{self, Reader};
 use crate::checks::{Finding, Place};
 use crate::coordinator::all_or_none;
 use anyhow::{Context, Result, bail};
 use parallel::comm::broadcast_bytes;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 /// What only a checkpoint can give back: the world must start again from one.
 #[derive(Debug, thiserror::Error)]
@@ -46,17 +47,31 @@ impl Run<'_> {
     /// Everything from a copy of this very step, where there is one.
     fn reload(&mut self, lost: &Finding) -> Result<()> {
         let step = self.state.step;
+        let lost_for_good = |why: &str| {
+            let words = format!("state lost: {lost}, and {why} of step {step}; the run can go on from its newest whole checkpoint");
+            Err(StateLost(words).into())
+        };
         let Some(path) = self.copy_of_this_step()? else {
-            return Err(StateLost(format!(
-                "state lost: {lost}, and there is no copy of step {step}; the run can go on from its newest whole checkpoint"
-            ))
-            .into());
+            return lost_for_good("there is no copy");
         };
         let mut reader = all_or_none(&*self.world, Reader::open(&path))?;
         all_or_none(&*self.world, self.trainer.load_all(&mut reader))?;
-        self.trainer.seal()?;
+        self.trainer.gather()?;
+        // It is of this very step: it must come to the checksums that AdamW left.
+        if !self.trainer.verify()?.is_empty() {
+            self.set_aside(&path)?;
+            return lost_for_good("so is the copy");
+        }
         let words = format!("step {}: the state of step {step} is restored from {}, and the step is done again", step + 1, path.display());
         self.metrics.event(step, "mended", &words)
+    }
+
+    /// Its hashes are right, but of a state that was damaged before they were taken: nobody shall resume from it.
+    fn set_aside(&mut self, path: &Path) -> Result<()> {
+        self.tier.iter().for_each(SecondTier::clear);
+        let aside = path.with_file_name(format!("damaged-step-{:08}", self.state.step));
+        let rename = || std::fs::rename(path, &aside).with_context(|| format!("cannot rename {}", path.display()));
+        all_or_none(&*self.world, if self.world.rank() == 0 { rename() } else { Ok(()) })
     }
 
     fn copy_of_this_step(&mut self) -> Result<Option<PathBuf>> {
