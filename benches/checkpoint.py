@@ -34,6 +34,7 @@ def main():
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
+    busy = os.getloadavg()[0]
     ours = run(args.ours, args.dir, args.gb, args.rounds)
     rival = run(args.rival, args.dir, args.gb, args.rounds)
     median = lambda side, key: statistics.median(one[key] for one in side["rounds"])
@@ -41,6 +42,7 @@ def main():
     result = {
         "machine": f"{cpu_name()}, {os.cpu_count()} cores",
         "commit": commit(),
+        "load_average_before": busy,
         "bytes": ours["bytes"],
         "rival": f"torch.distributed.checkpoint of torch {rival['torch']}",
         "ours_s": {key: median(ours, key) for key in ours["rounds"][0]},
@@ -59,6 +61,8 @@ def main():
     print(f"  load, checked     {rate(mine['load_s'])}   {result['load_over_raw']:.2f} of raw (goal 0.90); rival, unchecked {rate(theirs['load_s'])}, ratio {theirs['load_s'] / mine['load_s']:.2f} (goal > 1)")
     print(f"  stall             {mine['stall_s'] * 1e3:8.0f} ms   {result['stall_share_of_a_minute']:.2%} of a minute (goal < 2 %); rival {theirs['stall_s'] * 1e3:.0f} ms, ours is {mine['stall_s'] / theirs['stall_s']:.2f} of it (goal 0.50)")
     print(f"  rival: {result['rival']}")
+    if busy > 0.5:
+        print(f"  NOT QUIET: the machine's load was {busy:.1f} before: run it again")
     if args.json:
         args.json.write_text(json.dumps(result, indent=2) + "\n")
         print(f"  written to {args.json}")

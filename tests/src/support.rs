@@ -136,6 +136,10 @@ impl Run {
         all.extend(set.iter().map(|s| s.to_string()));
         Run { dir, set: all }
     }
+    /// One more `--set`.
+    pub fn add(&mut self, set: &str) {
+        self.set.push(set.to_string());
+    }
     pub fn dir(&self) -> &Path {
         &self.dir
     }

@@ -113,3 +113,17 @@ fn a_folder_that_is_not_there_is_an_error() {
     let error = go(&run, Start::Fresh, Some(1)).expect_err("no folder");
     assert!(error.contains("checkpoint.second_tier.dir = /dev/null/none: there is no such folder"), "{error}");
 }
+
+#[test]
+fn a_corrupt_master_is_restored_from_the_copy_of_this_very_step() {
+    let (whole, _) = run("clean");
+    go(&whole, Start::Fresh, Some(9)).expect("nine steps");
+    let (mut bad, _) = run("flipped");
+    bad.add("faults.inject=[{kind=\"flip-master\",rank=1,step=7}]");
+    go(&bad, Start::Fresh, Some(9)).expect("nine steps");
+    let log = fs::read_to_string(bad.dir().join("log/rank-0.jsonl")).expect("a log");
+    assert!(log.contains("step 7: the state of step 6 is restored from ") && !log.contains("state lost"), "{log}");
+    assert_eq!(bad.series("loss"), whole.series("loss"));
+    let (a, b) = (bad.state(), whole.state());
+    assert!(a.keys().eq(b.keys()) && a.iter().all(|(name, tensor)| tensor.equal(&b[name])));
+}
