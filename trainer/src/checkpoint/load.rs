@@ -58,6 +58,9 @@ pub fn newest_whole(world: &dyn Communicator, run_dir: &Path) -> Result<(Option<
     Ok((found.map(|(path, _)| path), notes))
 }
 
+/// What was loaded, and the lines for the operator.
+pub type Found = (Option<(PathBuf, Manifest)>, Vec<String>);
+
 /// `newest_whole` of both tiers, with `load` reading it while it is checked: the disk is read once. What a call of `load` came
 /// to counts only where the checkpoint then proves whole; of a damaged one it may get anything, or fail.
 pub fn load_newest(
@@ -65,7 +68,7 @@ pub fn load_newest(
     run_dir: &Path,
     tier: Option<&SecondTier>,
     load: &mut dyn FnMut(&mut Reader) -> Result<()>,
-) -> Result<(Option<(PathBuf, Manifest)>, Vec<String>)> {
+) -> Result<Found> {
     let (all, mut notes) = listed(world, run_dir)?;
     // Below each checkpoint's step, then below all: what the second tier has that is newer comes first.
     for path in all.iter().rev().map(Some).chain([None]) {
