@@ -56,6 +56,7 @@ def show(ours, trace, top):
     rows, wall = kernels(trace)
     busy = sum(ms for ms, _, _ in rows)
     print(f"  one step under the tracer: {busy:.1f} ms of kernels in {wall:.1f} ms")
+    # A product that is split along K shows as two kernels.
     of = lambda pattern: [(ms, count) for ms, count, name in rows if re.search(pattern, name)]
     counts = {kind: (sum(c for _, c in of(pattern)), sum(ms for ms, _ in of(pattern))) for kind, pattern in GEMMS.items()}
     print("  GEMM kernels: " + ", ".join(f"{count} {kind} ({ms:.1f} ms)" for kind, (count, ms) in counts.items()))
@@ -74,14 +75,14 @@ def main():
     parser.add_argument("--steps", type=int, default=12)
     args = parser.parse_args()
     folder, found = Path(tempfile.mkdtemp()), {}
+    rival, why = last_json(shlex.split(args.rival))
     for precision in ("bf16", "fp8"):
         trace = folder / f"{precision}.json"
         command = [*shlex.split(args.ours), "--set", f"run.precision={precision}", "--steps", str(args.steps), "--trace", str(trace)]
-        found[precision], why = last_json(command)
+        found[precision], failure = last_json(command)
         if found[precision] is None:
-            raise SystemExit(f"ours in {precision} failed:\n{why}")
+            raise SystemExit(f"ours in {precision} failed:\n{failure}")
         show(found[precision], trace, args.top)
-    rival, why = last_json(shlex.split(args.rival))
     if rival is None:
         print(f"\nthe rival failed:\n{why}")
     else:
