@@ -119,6 +119,10 @@ impl Moe {
     pub fn dispatch(&self, w: &Weights, x: Tensor, context: &BlockContext) -> Result<MoeDispatched, CommError> {
         let gate_in = GateIn { x: x.shallow_clone(), sequences: context.sequences, balance_scale: context.balance_scale };
         let (routing, gate) = self.gate.forward(w, gate_in);
+        if tracing::enabled!(target: "routes", tracing::Level::TRACE) {
+            let routes = Vec::<i64>::try_from(routing.routes.flatten(0, -1)).expect("i64 routes");
+            tracing::trace!(target: "routes", ?routes);
+        }
         let plan = Plan::new(&routing.routes, routing.counts.size()[0], &context.experts)?;
         let rows = plan.dispatch(&x, &routing.weights)?;
         let load = Load { counts: routing.counts, balance: routing.balance };

@@ -1,19 +1,21 @@
 //! `tiefsee bench`: training steps on random tokens, timed, without a corpus or a run directory; ranks are threads.
 //! Prints JSON: step time, bytes that all ranks sent in a step by axis, the share of time spent on communication, peak
-//! memory of the process, and bytes of MoE dispatch beside their formula.
-use anyhow::{Context, Result};
+//! memory of the process, and bytes of a step's MoE dispatch beside what the formula says of its routes.
+use anyhow::{Context as _, Result};
 use clap::Parser;
 use meter::{Meter, Meters, metered};
 use model::MicroBatch;
 use parallel::comm::local::run_local;
 use parallel::dispatch::bytes::{count_bytes, row_bytes, rows_sent};
-use parallel::dispatch::{Plan as DispatchPlan, Rows};
 use parallel::mesh::Mesh;
 use serde_json::json;
 use std::path::PathBuf;
 use std::rc::Rc;
+use std::sync::{Arc, Mutex};
 use std::time::Instant;
-use tch::{Device, Kind, Tensor};
+use tch::Tensor;
+use tracing::field::{Field, Visit};
+use tracing_subscriber::layer::{Context, Layer, SubscriberExt};
 use trainer::RunConfig;
 use trainer::phase::{Moment, Plan};
 use trainer::step::Trainer;
@@ -98,7 +100,7 @@ struct Measured {
     threads: i32,
     /// As AXES.
     axes: Vec<Axis>,
-    /// Of one layer and micro-batch, inside nodes and between: bytes sent, and what the formula says.
+    /// Of a step, to experts and back, inside nodes and between: bytes sent, and what the formula says of its routes.
     dispatch: [u64; 2],
     formula: [u64; 2],
 }
@@ -142,8 +144,7 @@ fn one_rank(config: &RunConfig, mesh: &Mesh, world: parallel::comm::Comm, steps:
         times.push(start.elapsed().as_secs_f64());
     }
     let axes = axes.iter().zip(before).map(|(meter, before)| Axis::now(meter).since(before)).collect();
-    let tokens = (moment.phase.micro_batch * moment.phase.sequence_length) as i64;
-    let (dispatch, formula) = dispatch_bytes(&trainer, &meters, tokens)?;
+    let (dispatch, formula) = dispatch_bytes(&mut trainer, &meters, &moment)?;
     Ok(Measured { times: times.split_off(WARM), loss, threads: tch::get_num_threads(), axes, dispatch, formula })
 }
 
@@ -161,41 +162,55 @@ fn batch(trainer: &Trainer, moment: &Moment, step: i64) -> Vec<MicroBatch> {
     (0..count).map(tokens).collect()
 }
 
-/// Random routes of `tokens` through this run's expert group: plan, dispatch, combine and both backwards.
-/// ([inside, between] of the bytes that this rank sent, the same by the formula)
-fn dispatch_bytes(trainer: &Trainer, meters: &Meters, tokens: i64) -> Result<([u64; 2], [u64; 2])> {
+/// One more step, whose routes are recorded: [inside, between] of the bytes that this rank sent to experts and back, and the
+/// same by the formula.
+fn dispatch_bytes(trainer: &mut Trainer, meters: &Meters, moment: &Moment) -> Result<([u64; 2], [u64; 2])> {
+    let (meter, batch): (Rc<Meter>, _) = (meters.of(&trainer.groups.expert.all), batch(trainer, moment, 0));
+    let (before, routes) = (Axis::now(&meter), Routes::default());
+    tracing::subscriber::with_default(tracing_subscriber::registry().with(routes.clone()), || trainer.step(moment, &batch, false))?;
+    let sent = Axis::now(&meter).since(before);
+
     let (config, group) = (&trainer.config, &trainer.groups.expert);
     let nodes = trainer.mesh.expert_nodes(trainer.groups.world.rank());
-    let (experts, top_k, width) = (config.n_routed_experts, config.num_experts_per_tok, config.hidden_size);
-    let (rank, ranks) = (group.all.rank(), group.all.size());
-    let routes = |rank: usize| {
-        let scores = (Tensor::arange(tokens * experts, (Kind::Double, Device::Cpu)) + rank as f64 * 17.0).sin() * 1000.0;
-        (&scores - scores.floor()).view([tokens, experts]).topk(top_k, 1, true, true).1
-    };
-    let listed = |rank: usize| routes(rank).chunk(tokens, 0).iter().map(|row| Vec::<i64>::try_from(row.view([-1])).expect("i64")).collect();
-    let rows = rows_sent(&(0..ranks).map(listed).collect::<Vec<Vec<Vec<i64>>>>(), experts, &nodes)[rank];
+    let (experts, rank) = (config.n_routed_experts, group.all.rank());
     let (kind, master) = (trainer.weights.precision.compute(), trainer.weights.precision.master());
-    let row = row_bytes(group.wire(), width, kind, top_k, master);
-    let peers = |inside: bool| (0..ranks).filter(|&r| r != rank && (nodes[r] == nodes[rank]) == inside).count() as u64;
-    let formula = |outward: u64, inward: u64, peers: u64| {
-        outward * (row.dispatch + row.combine_backward)
-            + inward * (row.combine + row.dispatch_backward)
-            + peers * count_bytes(experts, &nodes)
-    };
-    let formula =
-        [formula(rows.outward.inside, rows.inward.inside, peers(true)), formula(rows.outward.between, rows.inward.between, peers(false))];
-
-    let meter: Rc<Meter> = meters.of(&group.all);
-    let before = Axis::now(&meter);
-    let plan = DispatchPlan::new(&routes(rank), experts, group)?;
-    let x = Tensor::ones([tokens, width], (kind, Device::Cpu));
-    let sent = plan.dispatch(&x, &Tensor::ones([tokens, top_k], (master, Device::Cpu)))?.wait()?;
-    let rows = sent.rows.into_tensor();
-    let _ = plan.combine(&rows)?.wait()?;
-    let _ = plan.combine_backward(&x)?.wait().map(Rows::into_tensor)?;
-    plan.dispatch_backward(&rows, &sent.weights)?.wait()?;
-    let sent = Axis::now(&meter).since(before);
+    let row = row_bytes(group.wire(), config.hidden_size, kind, config.num_experts_per_tok, master);
+    let peers = |inside: bool| (0..nodes.len()).filter(|&r| r != rank && (nodes[r] == nodes[rank]) == inside).count() as u64;
+    let mut formula = [0, 0];
+    for mine in routes.0.lock().expect("one thread").iter() {
+        let all = group.all.all_gather(vec![Tensor::from_slice(mine)])?.wait()?;
+        let all = Vec::<i64>::try_from(&all[0]).expect("i64 routes");
+        let tokens = |routes: &[i64]| routes.chunks(config.num_experts_per_tok as usize).map(<[i64]>::to_vec).collect();
+        let rows = rows_sent(&all.chunks(mine.len()).map(tokens).collect::<Vec<_>>(), experts, &nodes)[rank];
+        for (place, outward, inward) in [(0, rows.outward.inside, rows.inward.inside), (1, rows.outward.between, rows.inward.between)] {
+            formula[place] += outward * (row.dispatch + row.combine_backward)
+                + inward * (row.combine + row.dispatch_backward)
+                + peers(place == 0) * count_bytes(experts, &nodes);
+        }
+    }
     Ok(([sent.inside, sent.between], formula))
+}
+
+/// The experts of every token, [T · K], of each MoE layer and micro-batch of a step in the order of the program.
+#[derive(Clone, Default)]
+struct Routes(Arc<Mutex<Vec<Vec<i64>>>>);
+
+impl<S: tracing::Subscriber> Layer<S> for Routes {
+    fn on_event(&self, event: &tracing::Event<'_>, _: Context<'_, S>) {
+        struct Text(String);
+        impl Visit for Text {
+            fn record_debug(&mut self, field: &Field, value: &dyn std::fmt::Debug) {
+                if field.name() == "routes" {
+                    self.0 = format!("{value:?}");
+                }
+            }
+        }
+        if event.metadata().target() == "routes" {
+            let mut text = Text(String::new());
+            event.record(&mut text);
+            self.0.lock().expect("one thread").push(serde_json::from_str(&text.0).expect("a list of numbers"));
+        }
+    }
 }
 
 /// The most memory that this process had resident.
