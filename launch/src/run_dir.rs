@@ -8,7 +8,8 @@ pub enum Holds {
     Nothing,
     /// Begun, but ended before its first checkpoint.
     HalfRun,
-    /// With a checkpoint that names all its files. Whether they are whole is for `tiefsee resume` to find.
+    /// With a checkpoint that names all its files, or copies in a second tier. Whether they are whole is for
+    /// `tiefsee resume` to find.
     Checkpoint,
 }
 
@@ -16,7 +17,7 @@ pub fn holds(run_dir: &Path) -> Holds {
     let written = |entry: fs::DirEntry| entry.file_name().to_string_lossy().starts_with("step-") && entry.path().join("manifest.json").exists();
     if !run_dir.join("resolved.toml").exists() {
         Holds::Nothing
-    } else if fs::read_dir(run_dir.join("checkpoints")).is_ok_and(|entries| entries.flatten().any(written)) {
+    } else if run_dir.join("second-tier").exists() || fs::read_dir(run_dir.join("checkpoints")).is_ok_and(|entries| entries.flatten().any(written)) {
         Holds::Checkpoint
     } else {
         Holds::HalfRun
@@ -95,6 +96,14 @@ mod tests {
         fs::create_dir_all(folder.path().join("checkpoints/step-00000004")).expect("a folder");
         assert_eq!(holds(folder.path()), Holds::HalfRun);
         fs::write(folder.path().join("checkpoints/step-00000004/manifest.json"), "{}").expect("a file");
+        assert_eq!(holds(folder.path()), Holds::Checkpoint);
+    }
+
+    #[test]
+    fn a_second_tier_counts() {
+        let folder = tempfile::tempdir().expect("a folder");
+        fs::write(folder.path().join("resolved.toml"), "").expect("a file");
+        fs::write(folder.path().join("second-tier"), "step-00000003-1 in /dev/shm/tiefsee-1").expect("a file");
         assert_eq!(holds(folder.path()), Holds::Checkpoint);
     }
 

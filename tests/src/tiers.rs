@@ -47,9 +47,12 @@ fn with_a_node_wiped_a_run_goes_on_from_the_copies_on_the_other() {
     let (whole, kept) = run("whole");
     go(&whole, Start::Fresh, None).expect("the run");
     assert_eq!(fs::read_dir(&kept).expect("a folder").count(), 0, "a run that is over leaves no copies");
+    let marker = |run: &Run| run.dir().join("second-tier"); // by which the launcher knows that there is something to resume
+    assert!(!marker(&whole).exists());
     for (wiped, disk_too) in [(0, false), (1, false), (0, true)] {
         let (run, dir) = crashed(&format!("wiped-{wiped}-{disk_too}"));
         fs::remove_dir_all(node(&dir, wiped)).expect("it goes");
+        assert!(marker(&run).exists());
         if disk_too {
             fs::remove_dir_all(run.dir().join("checkpoints")).expect("they go");
         }

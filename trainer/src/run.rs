@@ -186,6 +186,7 @@ fn restore((config, start, tier): Begin, world: &Comm, trainer: &mut Trainer, co
     let dir = &config.run.dir;
     let (found, mut notes) = checkpoint::load_newest(&**world, dir, tier, &mut |reader| trainer.load_all(reader))?;
     let Some((path, manifest)) = found else {
+        tier.iter().for_each(|tier| tier.clear()); // the launcher is not to try again
         bail!("{} holds no whole checkpoint to resume from{}", dir.display(), notes.iter().map(|note| format!("\n  {note}")).collect::<String>());
     };
     ensure!(manifest.seed == config.run.seed, "{} was written with seed {}, the run's is {}", path.display(), manifest.seed, config.run.seed);

@@ -36,9 +36,13 @@ impl Default for SecondTierSection {
     }
 }
 
+const MARKER: &str = "second-tier";
+
 pub struct SecondTier {
     /// Of this run on this node, whatever nodes wrote there.
     root: PathBuf,
+    /// In the run directory: there are whole copies. The launcher resumes such a run, also where it has no checkpoint.
+    marker: PathBuf,
     /// Of every rank.
     nodes: Vec<usize>,
     rank: usize,
@@ -84,6 +88,7 @@ impl SecondTier {
         let name = blake3::hash(std::path::absolute(run_dir)?.as_os_str().as_encoded_bytes()).to_hex();
         Ok(SecondTier {
             root: section.dir.join(format!("tiefsee-{}", &name[..16])),
+            marker: run_dir.join(MARKER),
             nodes: nodes.to_vec(),
             rank: world.rank(),
             attempt,
@@ -129,6 +134,10 @@ impl SecondTier {
         let failed = first_error(world, named)?;
         if failed.is_none() {
             self.whole = Some(self.under_way.clone());
+            if self.rank == 0 {
+                let text = format!("{} in {}\n", self.under_way, self.root.display());
+                std::fs::write(&self.marker, text).with_context(|| format!("cannot write {}", self.marker.display()))?;
+            }
         }
         Ok(failed)
     }
@@ -242,6 +251,7 @@ impl SecondTier {
     pub fn clear(&self) {
         // Best effort, and the node's other ranks do the same.
         let _ = std::fs::remove_dir_all(&self.root);
+        let _ = std::fs::remove_file(&self.marker);
     }
 }
 
