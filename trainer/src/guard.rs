@@ -14,8 +14,8 @@ pub struct GuardSection {
     pub loss_spike: f64,
     /// A spike is a gradient norm above so many medians; 0: none is.
     pub norm_spike: f64,
-    /// No element of a gradient, which is a mean over the batch, comes to so much: an exponent whose top bit flipped does.
-    /// 0: any may.
+    /// No element of a gradient, which is a mean over the batch, comes to so much; an exponent whose top bit flipped does,
+    /// from 10⁻³⁵ on. (Odd text, the same few tokens over and over, can bring single elements above 2.) 0: any may.
     pub gradient_limit: f64,
     /// After so many skipped steps in a row the run stops, with a checkpoint: something is wrong that skipping will not mend.
     pub max_skipped: u32,
@@ -23,7 +23,7 @@ pub struct GuardSection {
 
 impl Default for GuardSection {
     fn default() -> Self {
-        GuardSection { window: 128, loss_spike: 2.0, norm_spike: 50.0, gradient_limit: 2.0, max_skipped: 10 }
+        GuardSection { window: 128, loss_spike: 2.0, norm_spike: 50.0, gradient_limit: 1000.0, max_skipped: 10 }
     }
 }
 

@@ -46,7 +46,10 @@ impl Faults {
             let mut dice = dice(&fault);
             let gradient = pick(&mut dice, gradients);
             let top = bits(gradient.kind()) - 2; // below the sign
-            flip(gradient, &mut dice, Some(top));
+            // The largest: a zero that becomes 2 moves one weight by one step, and cannot be told from what odd text does.
+            let flat = gradient.view(-1);
+            let largest = flat.abs().argmax(0, false).int64_value(&[]);
+            flip(&flat.narrow(0, largest, 1), &mut dice, Some(top));
         }
     }
 
