@@ -22,7 +22,7 @@ missing_packages() {
     command -v pkg-config >/dev/null || echo pkg-config
     { command -v mpicc && mpicc --showme:version; } >/dev/null 2>&1 || echo libopenmpi-dev
     command -v mpirun >/dev/null || echo openmpi-bin
-    compgen -G '/usr/lib/llvm-*/lib/libclang*.so*' >/dev/null || echo libclang-dev
+    compgen -G '/usr/lib/llvm-*/lib/libclang.so*' >/dev/null || echo libclang-dev
     "$python" -c 'import ensurepip, venv' 2>/dev/null || echo python3-venv
     "$python" -m pip --version >/dev/null 2>&1 || echo python3-pip
 }
