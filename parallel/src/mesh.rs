@@ -24,11 +24,26 @@ pub struct ParallelConfig {
     pub schedule: Schedule,
     /// Layers of each stage, first to last; empty: as even as can be.
     pub layers: Vec<i64>,
+    pub transport: Transport,
+}
+
+/// What carries tensors between GPUs.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Transport {
+    /// Copy engines into each other's memory between GPUs of one host that can, NCCL between others; and as `Staged`
+    /// where ranks share a GPU.
+    #[default]
+    Peer,
+    /// NCCL alone.
+    Nccl,
+    /// MPI, through host memory: slow, and works everywhere.
+    Staged,
 }
 
 impl Default for ParallelConfig {
     fn default() -> Self {
-        ParallelConfig { pp: 1, dp: 0, ep: 1, ranks_per_node: 0, schedule: Schedule::OneFOneB, layers: Vec::new() }
+        ParallelConfig { pp: 1, dp: 0, ep: 1, ranks_per_node: 0, schedule: Schedule::OneFOneB, layers: Vec::new(), transport: Transport::Peer }
     }
 }
 

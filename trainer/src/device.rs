@@ -1,9 +1,11 @@
 //! Where a rank computes: the CPU, or a GPU of its host, found and opened at the start.
 use crate::config::{DeviceChoice, RunConfig};
 use crate::coordinator::{all_or_none, nodes};
-use anyhow::{Result, bail};
+use anyhow::{Result, bail, ensure};
 use kernels::device::{self, Found, Options};
-use parallel::comm::Communicator;
+use parallel::comm::peer::Slots;
+use parallel::comm::{Comm, Communicator, gather_bytes, nccl};
+use parallel::mesh::{Mesh, Transport};
 use std::path::{Path, PathBuf};
 use tch::Device;
 
@@ -23,6 +25,30 @@ fn open_here(options: &Options) -> Result<Device> {
         Found::Gpu(gpu) => Ok(gpu.device()),
         Found::Cpu(why) => bail!("run.device = \"cuda\": {why}"),
     }
+}
+
+/// The world that carries this run's tensors: over GPUs what `parallel.transport` says, else `world` itself, which goes on
+/// carrying what lies in host memory. Collective.
+pub fn connect(config: &RunConfig, mesh: &Mesh, world: Comm) -> Result<Comm> {
+    let Device::Cuda(device) = open(config, &*world)? else { return Ok(world) };
+    let transport = config.parallel.transport;
+    if world.size() == 1 || transport == Transport::Staged {
+        return Ok(world);
+    }
+    let mine = format!("{} {device}", nodes(&*world)?[world.rank()]);
+    let mut gpus = gather_bytes(&*world, mine.as_bytes())?;
+    gpus.sort_unstable();
+    gpus.dedup();
+    if gpus.len() < world.size() {
+        ensure!(transport == Transport::Peer, "parallel.transport = \"nccl\": {} ranks share {} GPU(s)", world.size(), gpus.len());
+        if world.rank() == 0 {
+            tracing::info!("{} ranks share {} GPU(s): their tensors travel through host memory", world.size(), gpus.len());
+        }
+        return Ok(world);
+    }
+    let peers = (transport == Transport::Peer).then(Slots::default);
+    let options = nccl::Options { device, node: mesh.nodes[world.rank()], peers, ..Default::default() };
+    Ok(nccl::connect(world, &options)?)
 }
 
 /// Compiled kernels, beside the run directories: one folder for all runs.

@@ -18,6 +18,8 @@ pub struct MemoryReport {
     pub activations: i64,
     /// Most that torch had given out at one time.
     pub peak: i64,
+    /// What ranks of this host write transfers into, beside torch's memory.
+    pub buffers: i64,
     /// What torch holds of the device's memory, and all there is.
     pub reserved: i64,
     pub total: i64,
@@ -42,8 +44,11 @@ impl Trainer {
         };
         let optimizer: i64 = self.optimizer.slots.iter().map(|slot| own(slot) + bytes(&slot.first) + bytes(&slot.second)).sum();
         let activations = (held.peak - weights - gradients - optimizer).max(0);
+        let g = &self.groups;
+        let axes = [&g.world, &g.pipe, &g.data, &g.samples, &g.embedding, &g.expert.all, &g.expert_data, &g.node];
+        let buffers = axes.iter().map(|axis| axis.buffer_bytes() as i64).sum::<i64>() + g.expert.hop_buffer_bytes() as i64;
         let total = device::gpu(on).memory()?.total_bytes as i64;
-        Ok(Some(MemoryReport { weights, gradients, optimizer, activations, peak: held.peak, reserved: held.reserved, total }))
+        Ok(Some(MemoryReport { weights, gradients, optimizer, activations, peak: held.peak, buffers, reserved: held.reserved, total }))
     }
 }
 
@@ -52,13 +57,14 @@ impl std::fmt::Display for MemoryReport {
         let gib = |bytes: i64| bytes as f64 / (1u64 << 30) as f64;
         write!(
             f,
-            "memory (GiB): weights {:.2}, gradients {:.2}, optimizer {:.2}, activations {:.2}; peak {:.2}, held {:.2} of {:.1}",
+            "memory (GiB): weights {:.2}, gradients {:.2}, optimizer {:.2}, activations {:.2}; peak {:.2}, held {:.2} and {:.2} for transfers of {:.1}",
             gib(self.weights),
             gib(self.gradients),
             gib(self.optimizer),
             gib(self.activations),
             gib(self.peak),
             gib(self.reserved),
+            gib(self.buffers),
             gib(self.total)
         )
     }

@@ -79,8 +79,8 @@ struct State {
 /// Runs to the end of the phases, a stop signal or `run.stop_after`. Collective over `world`.
 pub fn train(config: &RunConfig, world: Comm, start: Start, stop: &StopSignal) -> Result<Outcome> {
     device::open(config, &*world)?; // before the long part: a machine without what it needs says so at once
-    let (world, watch) = watched(world);
     let layout = config.mesh(&nodes(&*world)?)?;
+    let (world, watch) = watched(device::connect(config, &layout, world)?);
     let plan = Plan::new(&config.phase, &config.data.mixture);
     let schedules = prove_schedules(&plan, &layout)?;
     let free = if world.rank() == 0 && start == Start::Fresh { check_free(&config.run.dir) } else { Ok(()) };

@@ -173,6 +173,10 @@ impl Communicator for Checked {
         self.comm.exchange(sends, recvs)
     }
 
+    fn buffer_bytes(&self) -> usize {
+        self.comm.buffer_bytes()
+    }
+
     fn split(&self, colour: usize, key: usize) -> Result<Comm, CommError> {
         self.compare(&Call::new("split", &[]), Location::caller())?;
         let axis = format!("{}/{colour}", self.axis);

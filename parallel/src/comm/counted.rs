@@ -114,6 +114,10 @@ impl Communicator for Counted {
         self.comm.exchange(sends, recvs)
     }
 
+    fn buffer_bytes(&self) -> usize {
+        self.comm.buffer_bytes()
+    }
+
     fn split(&self, colour: usize, key: usize) -> Result<Comm, CommError> {
         let comm = self.comm.split(colour, key)?;
         let mine = Tensor::from_slice(&[self.nodes[self.rank()] as i64]);

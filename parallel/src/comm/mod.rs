@@ -1,5 +1,5 @@
 //! What ranks say to each other. One trait, three back ends with one behaviour: `local` (ranks are threads),
-//! `mpi` (ranks are processes), `nccl` (ranks are GPUs). DESIGN: the order of collectives is the order of the
+//! `mpi` (ranks are processes), `nccl` (ranks are GPUs; on one host `peer` moves what it moves). DESIGN: the order of collectives is the order of the
 //! program; reductions add in rank order, so one layout gives one result whatever carries it.
 //!
 //! Legend: N = size of the group, a "row" = one index of dim 0.
@@ -10,6 +10,7 @@ pub mod counted;
 pub mod local;
 pub mod mpi;
 pub mod nccl;
+pub mod peer;
 mod sum;
 pub mod watched;
 
@@ -145,6 +146,10 @@ pub trait Communicator {
     /// meets the k-th receive.
     #[track_caller]
     fn exchange(&self, sends: Vec<(usize, Tensor)>, recvs: Vec<(usize, TensorSpec)>) -> Result<Pending<Vec<Tensor>>, CommError>;
+    /// GPU memory that this group keeps for transfers, beside torch's.
+    fn buffer_bytes(&self) -> usize {
+        0
+    }
     /// The sub-group of ranks with the same colour, ordered by (key, rank). Collective over this group.
     #[track_caller]
     fn split(&self, colour: usize, key: usize) -> Result<Rc<dyn Communicator>, CommError>;

@@ -1,6 +1,7 @@
-//! Ranks as GPUs, over NCCL 2.28 (loaded at run time): the library, one communicator with one non-blocking stream
-//! an axis, and the events that order it against torch, which works on the null stream. The collectives are in
-//! `nccl/collectives.rs`.
+//! Ranks as GPUs. Between GPUs of one host that reach each other's memory everything moves by copy engine (`peer.rs`);
+//! between others, and where NCCL's own sums are wanted, over NCCL 2.28, loaded at run time (`nccl/library.rs`). Here is
+//! one axis: its streams, and the events that order them against torch, which works on the null stream. The
+//! collectives are in `nccl/collectives.rs`.
 //!
 //! Invariants: a transfer starts after what the null stream was given before the call, and what the null stream
 //! is given after the wait starts after the transfer; the tensors that a transfer touches live until that wait,
@@ -9,22 +10,30 @@
 #![allow(unsafe_code)]
 
 mod collectives;
+mod library;
 
+use super::local::solo;
+use super::peer::{Peers, Slots};
 use super::{Comm, CommError, Reduce, broadcast_bytes};
 use collectives::NcclComm;
 use cudarc::driver::{CudaContext, CudaEvent, CudaStream, DriverError};
 use cudarc::nccl::sys;
-use std::ffi::{CStr, c_char, c_int, c_void};
+use library::{BYTE, Code, IN_PROGRESS, Library, SUCCESS, data_type, reduction};
+use std::ffi::{c_char, c_int, c_void};
 use std::path::PathBuf;
 use std::rc::Rc;
 use std::sync::Arc;
-use tch::{Device, Kind, Tensor};
+use tch::{Device, Tensor};
 
 /// How the GPU group is made.
 #[derive(Clone, Debug, Default)]
 pub struct Options {
     /// This rank's GPU.
     pub device: usize,
+    /// This rank's host; only ranks of one host are tried as peers.
+    pub node: usize,
+    /// How ranks of a host write into each other's memory; absent: they do not, and everything goes over NCCL.
+    pub peers: Option<Slots>,
     /// libnccl.so.2 by its path; absent: as the loader finds it (it is there once libtorch_cuda is loaded).
     pub library: Option<PathBuf>,
     /// Most thread blocks NCCL may occupy at a time on this axis; absent: NCCL's own choice. Axes whose transfers
@@ -37,85 +46,24 @@ pub struct Options {
 /// The GPU communicator of the ranks of `control`, which goes on carrying what lies in host memory (counts, small
 /// messages). Collective. Errors: no such GPU or library, or NCCL's own.
 pub fn connect(control: Comm, options: &Options) -> Result<Comm, CommError> {
-    let library = Rc::new(Library::load(options)?);
+    let library = Rc::new(Library::load(options.library.as_deref())?);
     let context = CudaContext::new(options.device).map_err(|e| driver_error(&*control, "connect", e))?;
-    Ok(Rc::new(NcclComm::new(Axis::new(control, library, context, options)?)))
-}
-
-type Code = c_int;
-const SUCCESS: Code = 0;
-const IN_PROGRESS: Code = 7;
-
-/// NCCL's functions. cudarc's own loader never tries the name `libnccl.so.2`, and reads a result code that it
-/// does not know as an enum; so these are looked up here, with its types and plain integers for codes.
-struct Library {
-    version: unsafe extern "C" fn(*mut c_int) -> Code,
-    unique_id: unsafe extern "C" fn(*mut sys::ncclUniqueId) -> Code,
-    init: unsafe extern "C" fn(*mut sys::ncclComm_t, c_int, sys::ncclUniqueId, c_int, *mut sys::ncclConfig_t) -> Code,
-    finalize: unsafe extern "C" fn(sys::ncclComm_t) -> Code,
-    destroy: unsafe extern "C" fn(sys::ncclComm_t) -> Code,
-    abort: unsafe extern "C" fn(sys::ncclComm_t) -> Code,
-    async_error: unsafe extern "C" fn(sys::ncclComm_t, *mut Code) -> Code,
-    last_error: unsafe extern "C" fn(sys::ncclComm_t) -> *const c_char,
-    group_start: unsafe extern "C" fn() -> Code,
-    group_end: unsafe extern "C" fn() -> Code,
-    send: unsafe extern "C" fn(*const c_void, usize, u32, c_int, sys::ncclComm_t, sys::cudaStream_t) -> Code,
-    recv: unsafe extern "C" fn(*mut c_void, usize, u32, c_int, sys::ncclComm_t, sys::cudaStream_t) -> Code,
-    all_gather: unsafe extern "C" fn(*const c_void, *mut c_void, usize, u32, sys::ncclComm_t, sys::cudaStream_t) -> Code,
-    broadcast: unsafe extern "C" fn(*const c_void, *mut c_void, usize, u32, c_int, sys::ncclComm_t, sys::cudaStream_t) -> Code,
-    all_reduce: unsafe extern "C" fn(*const c_void, *mut c_void, usize, u32, u32, sys::ncclComm_t, sys::cudaStream_t) -> Code,
-    reduce_scatter: unsafe extern "C" fn(*const c_void, *mut c_void, usize, u32, u32, sys::ncclComm_t, sys::cudaStream_t) -> Code,
-}
-
-impl Library {
-    fn load(options: &Options) -> Result<Self, CommError> {
-        let path = options.library.clone().unwrap_or_else(|| "libnccl.so.2".into());
-        let refuse = |e: libloading::Error| CommError::Unsupported { op: "connect", reason: format!("{}: {e}", path.display()) };
-        // SAFETY: NCCL's initialisers have no preconditions; the signatures are those of nccl.h 2.28.
-        unsafe {
-            let library = libloading::Library::new(&path).map_err(refuse)?;
-            macro_rules! symbol {
-                ($name:literal) => {
-                    *library.get($name).map_err(refuse)?
-                };
-            }
-            let functions = Library {
-                version: symbol!(b"ncclGetVersion"),
-                unique_id: symbol!(b"ncclGetUniqueId"),
-                init: symbol!(b"ncclCommInitRankConfig"),
-                finalize: symbol!(b"ncclCommFinalize"),
-                destroy: symbol!(b"ncclCommDestroy"),
-                abort: symbol!(b"ncclCommAbort"),
-                async_error: symbol!(b"ncclCommGetAsyncError"),
-                last_error: symbol!(b"ncclGetLastError"),
-                group_start: symbol!(b"ncclGroupStart"),
-                group_end: symbol!(b"ncclGroupEnd"),
-                send: symbol!(b"ncclSend"),
-                recv: symbol!(b"ncclRecv"),
-                all_gather: symbol!(b"ncclAllGather"),
-                broadcast: symbol!(b"ncclBroadcast"),
-                all_reduce: symbol!(b"ncclAllReduce"),
-                reduce_scatter: symbol!(b"ncclReduceScatter"),
-            };
-            // Never unloaded: the pointers are into it, and NCCL has threads of its own.
-            std::mem::forget(library);
-            Ok(functions)
-        }
+    if control.size() == 1 {
+        return Ok(solo());
     }
-
-    fn error_text(&self) -> String {
-        // SAFETY: takes a null communicator; gives a zero-ended text that stays NCCL's.
-        unsafe {
-            let text = (self.last_error)(std::ptr::null_mut());
-            if text.is_null() { "NCCL gives no reason".into() } else { CStr::from_ptr(text).to_string_lossy().into_owned() }
-        }
+    let axis = Axis::new(control, library, context, options)?;
+    let refused = axis.peers.as_ref().map_or(0, |peers| peers.refused);
+    if refused > 0 && axis.control.rank() == 0 {
+        tracing::info!("{refused} pairs of GPUs of one host do not reach each other's memory: NCCL carries between them");
     }
+    Ok(Rc::new(NcclComm::new(axis)))
 }
 
-/// One axis: an NCCL communicator, its stream, and torch's.
+/// The ranks of one axis.
 struct Axis {
-    raw: sys::ncclComm_t,
-    stream: Arc<CudaStream>,
+    peers: Option<Peers>,
+    /// Absent where all are reached in memory and nobody wants NCCL's sums.
+    nccl: Option<Nccl>,
     compute: Arc<CudaStream>,
     context: Arc<CudaContext>,
     library: Rc<Library>,
@@ -124,39 +72,67 @@ struct Axis {
     options: Options,
 }
 
-/// A point in a stream.
-struct Mark(CudaEvent);
+/// NCCL's communicator and the non-blocking stream that it works on.
+struct Nccl {
+    raw: sys::ncclComm_t,
+    stream: Arc<CudaStream>,
+    library: Rc<Library>,
+}
 
-/// One message of a group.
+/// A point in all streams of an axis.
+struct Mark(Vec<CudaEvent>);
+
+/// One tensor that goes to a rank or comes from it.
 enum Move<'a> {
     Send(&'a Tensor, usize),
     Receive(&'a Tensor, usize),
 }
 
+impl Move<'_> {
+    fn peer(&self) -> usize {
+        match *self {
+            Move::Send(_, peer) | Move::Receive(_, peer) => peer,
+        }
+    }
+}
+
 impl Axis {
     fn new(control: Comm, library: Rc<Library>, context: Arc<CudaContext>, options: &Options) -> Result<Self, CommError> {
+        let connect = |slots| Peers::connect(&*control, &context, options.node, slots);
+        let peers = options.peers.map(connect).transpose()?;
+        let far = |rank: usize| rank != control.rank() && !peers.as_ref().is_some_and(|peers| peers.reaches(rank));
+        // The same on all ranks: a pair is near or far for both.
+        let any_far = super::gather_bytes(&*control, &[(0..control.size()).any(far) as u8])?.concat().contains(&1);
+        let compute = context.default_stream();
+        let mut axis = Axis { peers, nccl: None, compute, context, library, control, options: options.clone() };
+        if any_far || options.native_sums {
+            axis.nccl = Some(axis.open_nccl()?);
+        }
+        Ok(axis)
+    }
+
+    /// Blocks until all ranks are here.
+    fn open_nccl(&self) -> Result<Nccl, CommError> {
         const OP: &str = "connect";
-        let failed = |e| driver_error(&*control, OP, e);
-        let (compute, stream) = (context.default_stream(), context.new_stream().map_err(failed)?);
-        let mut axis = Axis { raw: std::ptr::null_mut(), stream, compute, context, library, control, options: options.clone() };
+        let failed = |e| driver_error(&*self.control, OP, e);
+        let mut nccl = Nccl { raw: std::ptr::null_mut(), stream: self.context.new_stream().map_err(failed)?, library: self.library.clone() };
         // Rank 0 makes the id, MPI carries it.
         let mut id = sys::ncclUniqueId { internal: [0; 128] };
-        if axis.control.rank() == 0 {
+        if self.control.rank() == 0 {
             // SAFETY: a place for one id.
-            axis.check(OP, unsafe { (axis.library.unique_id)(&mut id) })?;
+            self.check(OP, unsafe { (self.library.unique_id)(&mut id) })?;
         }
-        let bytes = broadcast_bytes(&*axis.control, &id.internal.map(|c| c as u8), 0)?;
+        let bytes = broadcast_bytes(&*self.control, &id.internal.map(|c| c as u8), 0)?;
         for (to, from) in id.internal.iter_mut().zip(bytes) {
             *to = from as c_char;
         }
-        let mut config = axis.config()?;
-        let (size, rank) = (axis.control.size() as c_int, axis.control.rank() as c_int);
-        axis.context.bind_to_thread().map_err(|e| driver_error(&*axis.control, OP, e))?;
-        // SAFETY: the id is rank 0's on every rank, the config is whole, this rank's GPU is current. Blocks until
-        // all ranks are here.
-        let code = unsafe { (axis.library.init)(&mut axis.raw, size, id, rank, &mut config) };
-        axis.check(OP, code)?;
-        Ok(axis)
+        let mut config = self.config()?;
+        let (size, rank) = (self.control.size() as c_int, self.control.rank() as c_int);
+        self.context.bind_to_thread().map_err(failed)?;
+        // SAFETY: the id is rank 0's on every rank, the config is whole, this rank's GPU is current.
+        let code = unsafe { (self.library.init)(&mut nccl.raw, size, id, rank, &mut config) };
+        self.check(OP, code)?;
+        Ok(nccl)
     }
 
     /// NCCL_CONFIG_INITIALIZER of nccl.h, with this axis' wishes.
@@ -178,48 +154,75 @@ impl Axis {
         Ok(config)
     }
 
-    /// From here on this axis' stream comes after all that torch has been given.
+    fn streams(&self) -> impl Iterator<Item = &Arc<CudaStream>> {
+        let peers = self.peers.iter().flat_map(|peers| [&peers.out, &peers.into]);
+        peers.chain(self.nccl.iter().map(|nccl| &nccl.stream))
+    }
+
+    /// From here on this axis' streams come after all that torch has been given.
     fn fork(&self, op: &'static str) -> Result<(), CommError> {
-        self.order(&self.stream, &self.compute, op)
+        let failed = |e| driver_error(&*self.control, op, e);
+        let event = self.compute.record_event(None).map_err(failed)?;
+        self.streams().try_for_each(|stream| stream.wait(&event).map_err(failed))
     }
 
-    fn order(&self, later: &CudaStream, earlier: &CudaStream, op: &'static str) -> Result<(), CommError> {
-        let event = earlier.record_event(None).map_err(|e| driver_error(&*self.control, op, e))?;
-        later.wait(&event).map_err(|e| driver_error(&*self.control, op, e))
-    }
-
-    /// Where this axis' stream is now.
+    /// Where this axis' streams are now.
     fn mark(&self, op: &'static str) -> Result<Mark, CommError> {
-        self.stream.record_event(None).map(Mark).map_err(|e| driver_error(&*self.control, op, e))
+        let events = self.streams().map(|stream| stream.record_event(None)).collect::<Result<_, _>>();
+        events.map(Mark).map_err(|e| driver_error(&*self.control, op, e))
     }
 
     /// Torch's later work comes after the mark. The host does not wait.
     fn join(&self, mark: &Mark, op: &'static str) -> Result<(), CommError> {
-        let mut code = SUCCESS;
-        // SAFETY: a live communicator and a place for one code.
-        self.check(op, unsafe { (self.library.async_error)(self.raw, &mut code) })?;
-        self.check(op, code)?;
-        self.compute.wait(&mark.0).map_err(|e| driver_error(&*self.control, op, e))
+        if let Some(nccl) = &self.nccl {
+            let mut code = SUCCESS;
+            // SAFETY: a live communicator and a place for one code.
+            self.check(op, unsafe { (self.library.async_error)(nccl.raw, &mut code) })?;
+            self.check(op, code)?;
+        }
+        mark.0.iter().try_for_each(|event| self.compute.wait(event)).map_err(|e| driver_error(&*self.control, op, e))
     }
 
-    /// All messages as one operation: none waits for another.
-    fn group(&self, op: &'static str, moves: &[Move]) -> Result<(), CommError> {
+    /// All as one operation: none waits for another. `together`: what goes to a rank, and what comes from it, is one
+    /// message, so both sides must post it in one call.
+    fn post(&self, op: &'static str, moves: &[Move], together: bool) -> Result<(), CommError> {
+        let (size, rank) = (self.control.size(), self.control.rank());
+        let near = |peer: usize| self.peers.as_ref().filter(|peers| peers.reaches(peer));
+        let far: Vec<&Move> = moves.iter().filter(|one| near(one.peer()).is_none()).collect();
+        if !far.is_empty() {
+            self.post_nccl(op, &far)?;
+        }
+        // Each rank starts with its successor: no rank is everyone's first target.
+        for peer in (1..size).map(|step| (rank + step) % size) {
+            let Some(peers) = near(peer) else { continue };
+            let (mut sends, mut receives) = (Vec::new(), Vec::new());
+            for one in moves.iter().filter(|one| one.peer() == peer) {
+                let (Move::Send(tensor, _) | Move::Receive(tensor, _)) = one;
+                let (at, bytes) = self.memory(tensor);
+                if matches!(one, Move::Send(..)) { &mut sends } else { &mut receives }.push((at as u64, bytes));
+            }
+            let parts = if together { usize::MAX } else { 1 };
+            let sent = sends.chunks(parts).try_for_each(|parts| peers.send(peer, parts));
+            let posted = sent.and_then(|()| receives.chunks(parts).try_for_each(|parts| peers.receive(peer, parts)));
+            posted.map_err(|e| driver_error(&*self.control, op, e))?;
+        }
+        Ok(())
+    }
+
+    fn post_nccl(&self, op: &'static str, moves: &[&Move]) -> Result<(), CommError> {
+        let nccl = self.nccl.as_ref().expect("a rank that no peer transport reaches");
         // SAFETY: no arguments.
         self.check(op, unsafe { (self.library.group_start)() })?;
         let mut outcome = Ok(());
-        for one in moves {
-            let code = match *one {
-                Move::Send(tensor, peer) if tensor.numel() > 0 => {
-                    let (at, bytes) = self.memory(tensor);
-                    // SAFETY: `bytes` bytes of a live GPU tensor, which the caller keeps until it has joined.
-                    unsafe { (self.library.send)(at, bytes, BYTE, peer as c_int, self.raw, self.raw_stream()) }
-                }
-                Move::Receive(tensor, peer) if tensor.numel() > 0 => {
-                    let (at, bytes) = self.memory(tensor);
-                    // SAFETY: as above; nobody reads the tensor before the join.
-                    unsafe { (self.library.recv)(at, bytes, BYTE, peer as c_int, self.raw, self.raw_stream()) }
-                }
-                _ => SUCCESS,
+        for &one in moves {
+            let (Move::Send(tensor, peer) | Move::Receive(tensor, peer)) = *one;
+            let (at, bytes) = self.memory(tensor);
+            let code = match one {
+                _ if bytes == 0 => SUCCESS,
+                // SAFETY: `bytes` bytes of a live GPU tensor, which the caller keeps until it has joined.
+                Move::Send(..) => unsafe { (self.library.send)(at, bytes, BYTE, peer as c_int, nccl.raw, nccl.raw_stream()) },
+                // SAFETY: as above; nobody reads the tensor before the join.
+                Move::Receive(..) => unsafe { (self.library.recv)(at, bytes, BYTE, peer as c_int, nccl.raw, nccl.raw_stream()) },
             };
             outcome = outcome.and(self.check(op, code));
         }
@@ -229,49 +232,49 @@ impl Axis {
         outcome.and(ended)
     }
 
-    /// `out` = everyone's `input`, in rank order.
-    fn all_gather(&self, input: &Tensor, out: &Tensor) -> Result<(), CommError> {
+    /// `out` = everyone's `input`, in rank order. NCCL crosses to each other host once, not once a rank.
+    fn native_all_gather(&self, nccl: &Nccl, input: &Tensor, out: &Tensor) -> Result<(), CommError> {
         let ((from, bytes), (to, all)) = (self.memory(input), self.memory(out));
         assert_eq!(all, bytes * self.control.size(), "a place for every rank's part");
         // SAFETY: sizes as just asserted; both tensors are kept by the caller until it has joined.
-        self.check("all_gather", unsafe { (self.library.all_gather)(from, to, bytes, BYTE, self.raw, self.raw_stream()) })
+        self.check("all_gather", unsafe { (self.library.all_gather)(from, to, bytes, BYTE, nccl.raw, nccl.raw_stream()) })
     }
 
     /// `root`'s `tensor` into everyone's.
-    fn broadcast(&self, tensor: &Tensor, root: usize) -> Result<(), CommError> {
+    fn native_broadcast(&self, nccl: &Nccl, tensor: &Tensor, root: usize) -> Result<(), CommError> {
         let (at, bytes) = self.memory(tensor);
         // SAFETY: in place; the tensor is kept by the caller until it has joined.
-        self.check("broadcast", unsafe { (self.library.broadcast)(at, at, bytes, BYTE, root as c_int, self.raw, self.raw_stream()) })
+        self.check("broadcast", unsafe { (self.library.broadcast)(at, at, bytes, BYTE, root as c_int, nccl.raw, nccl.raw_stream()) })
     }
 
-    /// NCCL's own all-reduce, in its own order of addition.
-    fn native_all_reduce(&self, input: &Tensor, out: &Tensor, reduce: Reduce) -> Result<(), CommError> {
+    /// NCCL's own sums, in its own order of addition; None: this group's are taken in rank order.
+    fn native_sums(&self) -> Option<&Nccl> {
+        self.nccl.as_ref().filter(|_| self.options.native_sums)
+    }
+
+    fn native_all_reduce(&self, nccl: &Nccl, input: &Tensor, out: &Tensor, reduce: Reduce) -> Result<(), CommError> {
         const OP: &str = "all_reduce";
         let ((from, bytes), (to, same)) = (self.memory(input), self.memory(out));
         assert_eq!((bytes, input.kind()), (same, out.kind()));
         let (kind, op) = (data_type(OP, input.kind())?, reduction(reduce));
         // SAFETY: as many elements of that type as both tensors have; both are kept until the join.
-        self.check(OP, unsafe { (self.library.all_reduce)(from, to, input.numel(), kind, op, self.raw, self.raw_stream()) })
+        self.check(OP, unsafe { (self.library.all_reduce)(from, to, input.numel(), kind, op, nccl.raw, nccl.raw_stream()) })
     }
 
-    fn native_reduce_scatter(&self, input: &Tensor, out: &Tensor) -> Result<(), CommError> {
+    fn native_reduce_scatter(&self, nccl: &Nccl, input: &Tensor, out: &Tensor) -> Result<(), CommError> {
         const OP: &str = "reduce_scatter";
         let ((from, bytes), (to, part)) = (self.memory(input), self.memory(out));
         assert_eq!((bytes, input.kind()), (part * self.control.size(), out.kind()));
         let (kind, op) = (data_type(OP, input.kind())?, reduction(Reduce::Sum));
         // SAFETY: as above; `out` has this rank's part of the elements.
-        self.check(OP, unsafe { (self.library.reduce_scatter)(from, to, out.numel(), kind, op, self.raw, self.raw_stream()) })
+        self.check(OP, unsafe { (self.library.reduce_scatter)(from, to, out.numel(), kind, op, nccl.raw, nccl.raw_stream()) })
     }
 
     /// A tensor's memory on this rank's GPU, and its length in bytes.
     fn memory(&self, tensor: &Tensor) -> (*mut c_void, usize) {
-        assert!(tensor.is_contiguous(), "NCCL takes contiguous memory");
+        assert!(tensor.is_contiguous(), "transfers take contiguous memory");
         assert_eq!(tensor.device(), Device::Cuda(self.options.device), "a tensor of another device");
         (tensor.data_ptr(), tensor.numel() * tensor.kind().elt_size_in_bytes())
-    }
-
-    fn raw_stream(&self) -> sys::cudaStream_t {
-        self.stream.cu_stream().cast()
     }
 
     fn check(&self, op: &'static str, code: Code) -> Result<(), CommError> {
@@ -283,7 +286,13 @@ impl Axis {
     }
 }
 
-impl Drop for Axis {
+impl Nccl {
+    fn raw_stream(&self) -> sys::cudaStream_t {
+        self.stream.cu_stream().cast()
+    }
+}
+
+impl Drop for Nccl {
     fn drop(&mut self) {
         if self.raw.is_null() {
             return;
@@ -299,34 +308,6 @@ impl Drop for Axis {
             }
         }
     }
-}
-
-/// What is only moved is moved as bytes: NCCL need not know FP8.
-const BYTE: u32 = sys::ncclDataType_t::ncclUint8 as u32;
-
-fn data_type(op: &'static str, kind: Kind) -> Result<u32, CommError> {
-    use sys::ncclDataType_t::*;
-    let found = match kind {
-        Kind::Double => ncclFloat64,
-        Kind::Float => ncclFloat32,
-        Kind::Half => ncclFloat16,
-        Kind::BFloat16 => ncclBfloat16,
-        Kind::Int64 => ncclInt64,
-        Kind::Int => ncclInt32,
-        Kind::Int8 => ncclInt8,
-        Kind::Uint8 => ncclUint8,
-        _ => return Err(CommError::Unsupported { op, reason: format!("NCCL has no sum of {kind:?}") }),
-    };
-    Ok(found as u32)
-}
-
-fn reduction(reduce: Reduce) -> u32 {
-    use sys::ncclRedOp_t::*;
-    (match reduce {
-        Reduce::Sum => ncclSum,
-        Reduce::Max => ncclMax,
-        Reduce::Min => ncclMin,
-    }) as u32
 }
 
 fn driver_error(control: &dyn super::Communicator, op: &'static str, error: DriverError) -> CommError {

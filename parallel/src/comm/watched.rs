@@ -111,6 +111,10 @@ impl Communicator for Watched {
         self.under_way(Wait { from, ..self.wait("exchange") }, || self.comm.exchange(sends, recvs))
     }
 
+    fn buffer_bytes(&self) -> usize {
+        self.comm.buffer_bytes()
+    }
+
     fn split(&self, colour: usize, key: usize) -> Result<Comm, CommError> {
         let comm = self.comm.split(colour, key)?;
         let mine = Tensor::from_slice(&[self.members[self.rank()] as i64]);

@@ -49,6 +49,11 @@ impl ExpertGroup {
         &self.hops
     }
 
+    /// As `Communicator::buffer_bytes`, of the groups that a row crosses beside `all`.
+    pub fn hop_buffer_bytes(&self) -> usize {
+        if self.ranks_per_node == 1 { 0 } else { self.hops.iter().map(|hop| hop.buffer_bytes()).sum() }
+    }
+
     /// Ranks that a row reaches through one copy to their node; 1: every rank gets its own.
     pub fn ranks_per_node(&self) -> usize {
         self.ranks_per_node

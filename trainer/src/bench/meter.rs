@@ -112,6 +112,10 @@ impl Communicator for Metered {
         self.under_way(|| self.comm.exchange(sends, recvs))
     }
 
+    fn buffer_bytes(&self) -> usize {
+        self.comm.buffer_bytes()
+    }
+
     fn split(&self, colour: usize, key: usize) -> Result<Comm, CommError> {
         let Some(Axes { plain, node, meters }) = &self.axes else {
             return Ok(Rc::new(Metered { comm: self.comm.split(colour, key)?, meter: self.meter.clone(), axes: None }));

@@ -4,8 +4,9 @@
 //! those of `all_reduce` at once, because what follows them uses the axis' stream again and all ranks must use
 //! it in one order.
 
-use super::{Axis, Move, Options};
+use super::{Axis, Move};
 use crate::comm::call;
+use crate::comm::local::solo;
 use crate::comm::sum;
 use crate::comm::{Comm, CommError, Communicator, Pending, Reduce, TensorSpec};
 use std::rc::Rc;
@@ -76,18 +77,19 @@ impl NcclComm {
         self.axis.fork(op)?;
         let mut shares = Vec::new();
         for (flat, of_tensor) in flats.iter().zip(&parts) {
-            for peer in (0..self.size).filter(|&p| p != self.rank) {
+            for peer in self.others() {
                 let (start, theirs) = share(flat.numel() as i64, peer, self.size);
                 shares.push((flat.narrow(0, start, theirs), &of_tensor[peer], peer));
             }
         }
         let moves: Vec<Move> = shares.iter().flat_map(|(out, part, peer)| [Move::Send(out, *peer), Move::Receive(part, *peer)]).collect();
-        self.axis.group(op, &moves)?;
+        self.axis.post(op, &moves, true)?;
         Ok(parts)
     }
 
-    fn native(&self) -> bool {
-        self.axis.options.native_sums
+    fn others(&self) -> impl Iterator<Item = usize> + use<> {
+        let (rank, size) = (self.rank, self.size);
+        (0..size).filter(move |&peer| peer != rank)
     }
 
     /// Sum in rank order: everything is enqueued here, torch's stream waits in between, the host never.
@@ -108,12 +110,12 @@ impl NcclComm {
         self.axis.fork(OP)?;
         let mut pieces = Vec::new();
         for out in &outs {
-            for peer in (0..self.size).filter(|&p| p != self.rank) {
+            for peer in self.others() {
                 pieces.push((piece(out, self.rank), piece(out, peer), peer));
             }
         }
         let moves: Vec<Move> = pieces.iter().flat_map(|(mine, theirs, peer)| [Move::Send(mine, *peer), Move::Receive(theirs, *peer)]).collect();
-        self.axis.group(OP, &moves)?;
+        self.axis.post(OP, &moves, true)?;
         self.pending(OP, flats, move || outs)
     }
 }
@@ -134,13 +136,11 @@ impl Communicator for NcclComm {
         }
         sum::check_reducible(OP, &tensors, reduce)?;
         let tensors = contiguous(tensors);
-        if !self.native() {
-            return self.ordered_all_reduce(tensors, reduce);
-        }
+        let Some(nccl) = self.axis.native_sums() else { return self.ordered_all_reduce(tensors, reduce) };
         let outs: Vec<Tensor> = tensors.iter().map(|t| empty_like(t, &t.size())).collect();
         self.axis.fork(OP)?;
         for (tensor, out) in tensors.iter().zip(&outs) {
-            self.axis.native_all_reduce(tensor, out, reduce)?;
+            self.axis.native_all_reduce(nccl, tensor, out, reduce)?;
         }
         self.pending(OP, tensors, move || outs)
     }
@@ -159,10 +159,10 @@ impl Communicator for NcclComm {
             shape
         };
         let outs: Vec<Tensor> = tensors.iter().map(|t| empty_like(t, &shape(t))).collect();
-        if self.native() {
+        if let Some(nccl) = self.axis.native_sums() {
             self.axis.fork(OP)?;
             for (tensor, out) in tensors.iter().zip(&outs) {
-                self.axis.native_reduce_scatter(tensor, out)?;
+                self.axis.native_reduce_scatter(nccl, tensor, out)?;
             }
             return self.pending(OP, tensors, move || outs);
         }
@@ -189,10 +189,21 @@ impl Communicator for NcclComm {
             shape
         };
         let outs: Vec<Tensor> = tensors.iter().map(|t| empty_like(t, &shape(t))).collect();
-        self.axis.fork(OP)?;
-        for (tensor, out) in tensors.iter().zip(&outs) {
-            self.axis.all_gather(tensor, out)?;
+        if let Some(nccl) = &self.axis.nccl {
+            self.axis.fork(OP)?;
+            tensors.iter().zip(&outs).try_for_each(|(tensor, out)| self.axis.native_all_gather(nccl, tensor, out))?;
+            return self.pending(OP, tensors, move || outs);
         }
+        let place = |out: &Tensor, rows: i64, rank: usize| out.narrow(0, rank as i64 * rows, rows);
+        let mut pieces = Vec::new();
+        for (tensor, out) in tensors.iter().zip(&outs) {
+            let rows = tensor.size()[0];
+            tch::no_grad(|| place(out, rows, self.rank).copy_(tensor));
+            pieces.extend(self.others().map(|peer| (tensor, place(out, rows, peer), peer)));
+        }
+        self.axis.fork(OP)?;
+        let moves: Vec<Move> = pieces.iter().flat_map(|(mine, theirs, peer)| [Move::Send(mine, *peer), Move::Receive(theirs, *peer)]).collect();
+        self.axis.post(OP, &moves, true)?;
         self.pending(OP, tensors, move || outs)
     }
 
@@ -204,9 +215,16 @@ impl Communicator for NcclComm {
         }
         let outs = if self.rank == root { contiguous(tensors) } else { tensors.iter().map(|t| empty_like(t, &t.size())).collect() };
         self.axis.fork(OP)?;
-        for out in &outs {
-            self.axis.broadcast(out, root)?;
+        if let Some(nccl) = &self.axis.nccl {
+            outs.iter().try_for_each(|out| self.axis.native_broadcast(nccl, out, root))?;
+            return self.pending(OP, Vec::new(), move || outs);
         }
+        let to_all = |out| self.others().map(move |peer| Move::Send(out, peer));
+        let moves: Vec<Move> = match self.rank == root {
+            true => outs.iter().flat_map(to_all).collect(),
+            false => outs.iter().map(|out| Move::Receive(out, root)).collect(),
+        };
+        self.axis.post(OP, &moves, true)?;
         self.pending(OP, Vec::new(), move || outs)
     }
 
@@ -245,7 +263,7 @@ impl Communicator for NcclComm {
         }
         self.axis.fork(OP)?;
         let moves: Vec<Move> = pieces.iter().flat_map(|(from, to, peer)| [Move::Send(from, *peer), Move::Receive(to, *peer)]).collect();
-        self.axis.group(OP, &moves)?;
+        self.axis.post(OP, &moves, true)?;
         self.pending(OP, tensors, move || outs)
     }
 
@@ -260,19 +278,31 @@ impl Communicator for NcclComm {
         let (peers, tensors): (Vec<usize>, Vec<Tensor>) = sends.into_iter().unzip();
         let tensors = contiguous(tensors);
         let outs: Vec<Tensor> = recvs.iter().map(|(_, spec)| Tensor::empty(&spec.shape[..], (spec.kind, spec.device))).collect();
+        // To itself: the k-th of what is sent is the k-th of what comes.
+        let from_self = outs.iter().zip(&recvs).filter(|(_, (peer, _))| *peer == self.rank).map(|(out, _)| out.shallow_clone());
+        let to_self = tensors.iter().zip(&peers).filter(|(_, peer)| **peer == self.rank);
+        tch::no_grad(|| from_self.zip(to_self).for_each(|(mut out, (tensor, _))| out.copy_(tensor)));
         self.axis.fork(OP)?;
-        let mut moves: Vec<Move> = tensors.iter().zip(peers).map(|(tensor, peer)| Move::Send(tensor, peer)).collect();
+        let mut moves: Vec<Move> = tensors.iter().zip(&peers).map(|(tensor, &peer)| Move::Send(tensor, peer)).collect();
         moves.extend(outs.iter().zip(&recvs).map(|(out, (peer, _))| Move::Receive(out, *peer)));
-        self.axis.group(OP, &moves)?;
+        moves.retain(|one| one.peer() != self.rank);
+        // The peer may post what meets these in other calls.
+        self.axis.post(OP, &moves, false)?;
         self.pending(OP, tensors, move || outs)
     }
 
     fn split(&self, colour: usize, key: usize) -> Result<Comm, CommError> {
         let axis = &self.axis;
         let control = axis.control.split(colour, key)?;
-        // A communicator and stream of its own: transfers of different axes may be under way at once.
-        let options: &Options = &axis.options;
-        Ok(Rc::new(NcclComm::new(Axis::new(control, axis.library.clone(), axis.context.clone(), options)?)))
+        if control.size() == 1 {
+            return Ok(solo());
+        }
+        // Streams of its own: transfers of different axes may be under way at once.
+        Ok(Rc::new(NcclComm::new(Axis::new(control, axis.library.clone(), axis.context.clone(), &axis.options)?)))
+    }
+
+    fn buffer_bytes(&self) -> usize {
+        self.axis.peers.as_ref().map_or(0, |peers| peers.bytes)
     }
 }
 
@@ -291,7 +321,7 @@ mod tests {
 
     #[test]
     fn a_missing_library_is_an_error_that_names_it() {
-        let options = Options { library: Some("/nowhere/libnccl.so.2".into()), ..Default::default() };
+        let options = super::super::Options { library: Some("/nowhere/libnccl.so.2".into()), ..Default::default() };
         let error = super::super::connect(crate::comm::local::solo(), &options).err().expect("no library there");
         assert!(error.to_string().contains("/nowhere/libnccl.so.2"), "{error}");
     }

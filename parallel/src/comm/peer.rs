@@ -1,0 +1,271 @@
+//! GPUs of one host that reach each other's memory: what moves between two of them goes by copy engine into slots in
+//! the receiver's memory (CUDA IPC), announced by a flag there and freed by a credit back. No multiprocessor takes part
+//! and no host waits: the streams do. Part of the NCCL back end (`nccl.rs`), which orders these streams against torch.
+//!
+//! A message goes in pieces of a slot. The k-th piece between two ranks uses slot k mod SLOTS: it is written once the
+//! receiver has taken piece k − SLOTS out, and the flag says k when all of it is there.
+//!
+//! Invariants: what is sent and received waits in two streams, so that a rank which sends much can never keep itself
+//! from receiving; the k-th message to a rank meets its k-th receive, of as many bytes; the slots are never freed,
+//! because a peer may still write. A stream that waits for a dead peer waits for ever: the launcher's heartbeat ends
+//! the process. CUDA knows nothing of the order that flags impose: the streams need hardware queues of their own
+//! (`kernels::device::many_queues`), and nothing is loaded or allocated between a flag and its wait.
+#![allow(unsafe_code)]
+
+use super::{CommError, Communicator, gather_bytes};
+use cudarc::driver::sys::{self, CUdeviceptr, CUresult};
+use cudarc::driver::{CudaContext, CudaStream, DriverError};
+use std::cell::Cell;
+use std::ffi::{CString, c_char};
+use std::sync::Arc;
+
+/// How slots are laid out; the same on all ranks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Slots {
+    /// Pieces under way to a rank at a time.
+    pub count: usize,
+    pub bytes: usize,
+}
+
+impl Default for Slots {
+    fn default() -> Self {
+        Slots { count: 2, bytes: 8 << 20 }
+    }
+}
+
+/// Flag and credit lie 128 bytes apart behind the slots.
+const PAGE_BYTES: usize = 4096;
+const CREDIT_AT: usize = 128;
+/// Where a part of a message starts in a slot: copy engines are slow at odd places.
+const ALIGN: usize = 256;
+
+/// The ranks of a group that this one reaches in memory.
+pub(super) struct Peers {
+    links: Vec<Option<Link>>,
+    /// Where sends wait for credit, and receives for data.
+    pub out: Arc<CudaStream>,
+    pub into: Arc<CudaStream>,
+    slots: Slots,
+    /// Device memory of the slots.
+    pub bytes: usize,
+    /// Pairs of ranks on one node that do not reach each other.
+    pub refused: usize,
+}
+
+/// To and from one rank. Addresses are of slots, then flag, then credit.
+struct Link {
+    /// In this GPU's memory; the peer writes.
+    mine: CUdeviceptr,
+    /// In the peer's, mapped here.
+    theirs: CUdeviceptr,
+    sent: Cell<u32>,
+    received: Cell<u32>,
+}
+
+/// What a rank tells the others of its group.
+struct Card {
+    handle: [u8; 64],
+    node: u64,
+    bus: [u8; 16],
+}
+
+impl Peers {
+    /// Collective over `control`. `nodes`: as `nccl::Options::node`. Ranks on another node, or whose memory this GPU
+    /// cannot reach, are left to NCCL; both sides of a pair see it alike.
+    pub fn connect(control: &dyn Communicator, context: &Arc<CudaContext>, node: usize, slots: Slots) -> Result<Peers, CommError> {
+        const OP: &str = "connect";
+        let failed = |e: DriverError| CommError::Lost { rank: control.rank(), size: control.size(), op: OP, reason: format!("CUDA: {e:?}") };
+        let (rank, size) = (control.rank(), control.size());
+        context.bind_to_thread().map_err(failed)?;
+        let each = slots.count * slots.bytes + PAGE_BYTES;
+        let (base, card) = Card::new(context, node, size * each).map_err(failed)?;
+        let cards: Vec<Card> = gather_bytes(control, &card.bytes())?.iter().map(|bytes| Card::read(bytes)).collect();
+        let reached: Vec<u8> = (0..size).map(|peer| (peer != rank && card.reaches(context, &cards[peer])) as u8).collect();
+        let reached = gather_bytes(control, &reached)?;
+        let near = |a: usize, b: usize| reached[a][b] == 1 && reached[b][a] == 1;
+        let pairs = (0..size).flat_map(|b| (0..b).map(move |a| (a, b)));
+        let refused = pairs.filter(|&(a, b)| cards[a].node == cards[b].node && !near(a, b)).count();
+        let mut links = Vec::new();
+        for peer in 0..size {
+            if !near(rank, peer) {
+                links.push(None);
+                continue;
+            }
+            let theirs = cards[peer].open().map_err(failed)? + (rank * each) as u64;
+            let (mine, zero) = (base + (peer * each) as u64, || Cell::new(0));
+            links.push(Some(Link { mine, theirs, sent: zero(), received: zero() }));
+        }
+        let stream = || context.new_stream().map_err(failed);
+        Ok(Peers { links, out: stream()?, into: stream()?, slots, bytes: size * each, refused })
+    }
+
+    pub fn reaches(&self, rank: usize) -> bool {
+        self.links[rank].is_some()
+    }
+
+    /// Posts one message to `rank` of these parts (address, bytes), which live until the out stream has passed.
+    pub fn send(&self, rank: usize, parts: &[(CUdeviceptr, usize)]) -> Result<(), DriverError> {
+        let link = self.links[rank].as_ref().expect("a rank that is reached");
+        let page = (self.slots.count * self.slots.bytes) as u64;
+        let stream = self.out.cu_stream();
+        for piece in cut(parts, self.slots.bytes) {
+            let number = link.sent.get().wrapping_add(1);
+            let slot = link.theirs + self.place(number);
+            // SAFETY: the stream is live; flag, credit and slot lie within the regions mapped in `connect`; the parts are
+            // the caller's and live. Nobody reads the slot before the flag, and the credit says that nobody reads it still.
+            unsafe {
+                ok(sys::cuStreamWaitValue32_v2(stream, link.mine + page + CREDIT_AT as u64, number.wrapping_sub(self.slots.count as u32), GEQ))?;
+                for (from, at, bytes) in piece {
+                    ok(sys::cuMemcpyAsync(slot + at as u64, from, bytes, stream))?;
+                }
+                ok(sys::cuStreamWriteValue32_v2(stream, link.theirs + page, number, 0))?;
+            }
+            link.sent.set(number);
+        }
+        Ok(())
+    }
+
+    /// Posts the receive of one message from `rank` into these parts.
+    pub fn receive(&self, rank: usize, parts: &[(CUdeviceptr, usize)]) -> Result<(), DriverError> {
+        let link = self.links[rank].as_ref().expect("a rank that is reached");
+        let page = (self.slots.count * self.slots.bytes) as u64;
+        let stream = self.into.cu_stream();
+        for piece in cut(parts, self.slots.bytes) {
+            let number = link.received.get().wrapping_add(1);
+            let slot = link.mine + self.place(number);
+            // SAFETY: as in `send`; the parts are the caller's, and nobody reads them before the in stream has passed.
+            unsafe {
+                ok(sys::cuStreamWaitValue32_v2(stream, link.mine + page, number, GEQ))?;
+                for (to, at, bytes) in piece {
+                    ok(sys::cuMemcpyAsync(to, slot + at as u64, bytes, stream))?;
+                }
+                ok(sys::cuStreamWriteValue32_v2(stream, link.theirs + page + CREDIT_AT as u64, number, 0))?;
+            }
+            link.received.set(number);
+        }
+        Ok(())
+    }
+
+    /// Of a piece's slot in its region.
+    fn place(&self, number: u32) -> u64 {
+        (number as usize % self.slots.count * self.slots.bytes) as u64
+    }
+}
+
+/// Counted modulo 2³²: what is less than 2³¹ ahead has not come.
+const GEQ: u32 = sys::CUstreamWaitValue_flags_enum::CU_STREAM_WAIT_VALUE_GEQ as u32;
+
+fn ok(code: CUresult) -> Result<(), DriverError> {
+    code.result()
+}
+
+/// The parts of a message as pieces of at most `slot` bytes, (address, place in the slot, bytes) each. A function of the
+/// parts' lengths alone, so both sides cut alike. Nothing to send: no piece.
+fn cut(parts: &[(CUdeviceptr, usize)], slot: usize) -> Vec<Vec<(CUdeviceptr, usize, usize)>> {
+    let (mut pieces, mut used) = (Vec::<Vec<_>>::new(), slot);
+    for &(start, length) in parts {
+        let mut done = 0;
+        while done < length {
+            if used >= slot {
+                pieces.push(Vec::new());
+                used = 0;
+            }
+            let bytes = (length - done).min(slot - used);
+            pieces.last_mut().expect("just pushed").push((start + done as u64, used, bytes));
+            done += bytes;
+            used = (used + bytes).next_multiple_of(ALIGN);
+        }
+    }
+    pieces
+}
+
+impl Card {
+    /// A region of `bytes`, zeroed, for the peers to open.
+    fn new(context: &Arc<CudaContext>, node: usize, bytes: usize) -> Result<(CUdeviceptr, Card), DriverError> {
+        let (mut base, mut handle, mut bus) = (0, sys::CUipcMemHandle { reserved: [0; 64] }, [0 as c_char; 16]);
+        // SAFETY: places for one value each, the bus id's with its length; the memory is set before anyone else knows of it.
+        unsafe {
+            ok(sys::cuMemAlloc_v2(&mut base, bytes))?;
+            ok(sys::cuMemsetD8_v2(base, 0, bytes))?;
+            ok(sys::cuCtxSynchronize())?;
+            ok(sys::cuIpcGetMemHandle(&mut handle, base))?;
+            ok(sys::cuDeviceGetPCIBusId(bus.as_mut_ptr(), bus.len() as i32, context.cu_device()))?;
+        }
+        Ok((base, Card { handle: handle.reserved.map(|c| c as u8), node: node as u64, bus: bus.map(|c| c as u8) }))
+    }
+
+    fn bytes(&self) -> Vec<u8> {
+        [&self.handle[..], &self.node.to_le_bytes(), &self.bus].concat()
+    }
+
+    fn read(bytes: &[u8]) -> Card {
+        let part = |from: usize, to: usize| &bytes[from..to];
+        Card {
+            handle: part(0, 64).try_into().expect("64 bytes"),
+            node: u64::from_le_bytes(part(64, 72).try_into().expect("8 bytes")),
+            bus: part(72, 88).try_into().expect("16 bytes"),
+        }
+    }
+
+    /// Can this GPU use the other's memory? False where it is on another node, or not to be seen from here.
+    fn reaches(&self, context: &Arc<CudaContext>, other: &Card) -> bool {
+        if self.node != other.node || self.bus == other.bus {
+            return false;
+        }
+        let name: Vec<u8> = other.bus.iter().copied().take_while(|&byte| byte != 0).collect();
+        let name = CString::new(name).expect("cut at its zero");
+        let (mut device, mut can) = (0, 0);
+        // SAFETY: a zero-ended text and places for one value each.
+        unsafe {
+            sys::cuDeviceGetByPCIBusId(&mut device, name.as_ptr()).result().is_ok()
+                && sys::cuDeviceCanAccessPeer(&mut can, context.cu_device(), device).result().is_ok()
+                && can == 1
+        }
+    }
+
+    /// Maps the other's region. This rank's own GPU is current: opened with the other's it would work, through the host.
+    fn open(&self) -> Result<CUdeviceptr, DriverError> {
+        let mut base = 0;
+        let handle = sys::CUipcMemHandle { reserved: self.handle.map(|byte| byte as c_char) };
+        let peer_access = sys::CUipcMem_flags_enum::CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS as u32;
+        // SAFETY: a handle that its owner's driver made, of memory that is never freed.
+        unsafe { ok(sys::cuIpcOpenMemHandle_v2(&mut base, handle, peer_access))? };
+        Ok(base)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pieces_hold_every_byte_once_and_in_order() {
+        for (lengths, slot) in [(&[5usize, 0, 700, 256, 1][..], 512), (&[], 512), (&[0, 0], 512), (&[512, 512], 512), (&[10_000], 512), (&[300, 300, 300], 1024)] {
+            let mut start = 1 << 20;
+            let parts: Vec<(CUdeviceptr, usize)> = lengths.iter().map(|&length| {
+                start += 1 << 16;
+                (start, length)
+            }).collect();
+            let pieces = cut(&parts, slot);
+            let mut next = parts.iter().flat_map(|&(start, length)| (0..length as u64).map(move |byte| start + byte));
+            for piece in &pieces {
+                let mut end = 0;
+                assert!(!piece.is_empty());
+                for &(from, at, bytes) in piece {
+                    assert!(at >= end && at % ALIGN == 0 && bytes > 0, "{lengths:?}: {piece:?}");
+                    end = at + bytes;
+                    (from..from + bytes as u64).for_each(|byte| assert_eq!(next.next(), Some(byte), "{lengths:?}"));
+                }
+                assert!(end <= slot);
+            }
+            assert_eq!(next.next(), None, "{lengths:?}");
+        }
+    }
+
+    #[test]
+    fn a_card_reads_as_it_was_written() {
+        let card = Card { handle: std::array::from_fn(|i| 255 - i as u8), node: 1 << 40, bus: *b"0000:1b:00.0\0\0\0\0" };
+        let read = Card::read(&card.bytes());
+        assert_eq!((read.handle, read.node, read.bus), (card.handle, card.node, card.bus));
+    }
+}
