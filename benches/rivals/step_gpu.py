@@ -1,5 +1,5 @@
 """A training step of V3's widths at three layers (configs/model/v3-slice.toml) as a PyTorch user has it: torchtitan's
-DeepSeek-V3, each layer compiled, BF16 parameters, fused AdamW.
+DeepSeek-V3, each layer compiled, BF16 parameters, fused AdamW; the step also with FP32 masters beside the parameters.
 
     python3 benches/rivals/step_gpu.py [--tokens 4096] [--eager] [--fp8]
 
@@ -60,6 +60,25 @@ def median_ms(work, rounds=12, warm=3):
     return sorted(times)[len(times) // 2]
 
 
+def step_with_masters(parameters, gradients):
+    """As `step`, AdamW over FP32 copies of the parameters, to which the gradients are widened. None: it does not fit."""
+    try:
+        masters = [parameter.detach().float() for parameter in parameters]
+        optimizer = torch.optim.AdamW(masters, lr=1e-4, fused=True)
+
+        def step():
+            gradients()
+            for master, parameter in zip(masters, parameters):
+                master.grad, parameter.grad = parameter.grad.float(), None
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            torch._foreach_copy_([parameter.data for parameter in parameters], masters)
+
+        return median_ms(step)
+    except torch.OutOfMemoryError:
+        return None
+
+
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--tokens", type=int, default=4096)
@@ -88,8 +107,10 @@ def main():
     whole = median_ms(step)
     peak = torch.cuda.max_memory_allocated() / 2**30
     alone = median_ms(gradients)
+    del optimizer
+    masters = step_with_masters(list(model.parameters()), gradients)
     name = "torchtitan 0.2.2" + (" eager" if args.eager else " compiled") + (" + torchao rowwise FP8" if args.fp8 else "")
-    print(json.dumps({"name": name, "fwd_bwd_ms": alone, "step_ms": whole, "peak_gib": peak, "device": torch.cuda.get_device_name()}))
+    print(json.dumps({"name": name, "fwd_bwd_ms": alone, "step_ms": whole, "step_masters_ms": masters, "peak_gib": peak, "device": torch.cuda.get_device_name()}))
 
 
 if __name__ == "__main__":

@@ -9,8 +9,9 @@ use crate::mlp::{Mlp, MlpGrad, MlpWork};
 use crate::moe::{Load, Moe, MoeBackCombining, MoeBackDispatched, MoeCombining, MoeDispatched, MoeSaved, MoeWork, UnderWay};
 use crate::norm::{NormSaved, RmsNorm};
 use crate::operand::Operand;
+use crate::saved::See;
 use crate::swiglu::SwigluSaved;
-use crate::{Grads, Layer, ModelConfig, ParamTable, Recompute, Weights};
+use crate::{Grads, Layer, ModelConfig, ParamId, ParamTable, Recompute, Weights};
 use kernels::ops::quantise::Want;
 use parallel::comm::CommError;
 use parallel::dispatch::ExpertGroup;
@@ -56,6 +57,20 @@ struct BeforeFfn {
     attention: MlaSaved,
     ffn_norm: NormSaved,
     ffn_in: Option<Operand>,
+}
+
+impl BlockSaved {
+    pub(crate) fn each(&self, see: See) {
+        let BeforeFfn { attention_norm, attention_in, attention, ffn_norm, ffn_in } = &self.before;
+        attention_norm.each("norms' inputs", see);
+        ffn_norm.each("norms' inputs", see);
+        attention_in.iter().chain(ffn_in).for_each(|input| input.each("norms' outputs", see));
+        attention.each(see);
+        match &self.ffn {
+            FfnSaved::Dense(dense) => dense.each("dense gate and up", see),
+            FfnSaved::Moe(moe) => moe.each(see),
+        }
+    }
 }
 
 enum FfnSaved {
@@ -114,7 +129,7 @@ impl Block {
     /// x [T, D] → y [T, D], or rows on their way to the experts.
     pub fn forward(&self, w: &Weights, x: Tensor, context: &BlockContext) -> Result<Started<BlockOut, BlockSent<MoeDispatched>>, CommError> {
         let (normed, attention_norm) = self.attention_norm.forward(w, x.shallow_clone());
-        let (input, attention_in) = self.input(w, normed);
+        let (input, attention_in) = self.input(w, normed, &self.attention.readers());
         let mla_in = MlaIn { x: input, sequences: context.sequences, positions: context.positions.clone() };
         let (attended, attention) = self.attention.forward(w, mla_in);
         let h = x + attended;
@@ -122,7 +137,7 @@ impl Block {
         let before = |ffn_in| BeforeFfn { attention_norm, attention_in, attention, ffn_norm, ffn_in };
         Ok(match &self.ffn {
             Ffn::Dense(mlp) => {
-                let (input, ffn_in) = self.input(w, normed);
+                let (input, ffn_in) = self.input(w, normed, &[mlp.gate_up.weight]);
                 let (out, saved) = mlp.forward(w, input);
                 let before = before(ffn_in);
                 Started::Done((h + out, None, BlockSaved { before, ffn: FfnSaved::Dense(saved) }))
@@ -136,11 +151,11 @@ impl Block {
     }
 
     /// A norm's output as the linears read it, and what is kept of that.
-    fn input(&self, w: &Weights, normed: Tensor) -> (Operand, Option<Operand>) {
+    fn input(&self, w: &Weights, normed: Tensor, readers: &[ParamId]) -> (Operand, Option<Operand>) {
         if self.recompute.rms_norm {
-            return (Operand::new(w.precision, normed, Want::ROWS), None);
+            return (Operand::new(w, normed, Want::ROWS, readers), None);
         }
-        let input = Operand::new(w.precision, normed, Want::BOTH);
+        let input = Operand::new(w, normed, Want::BOTH, readers);
         let kept = input.share().for_weight();
         (input, Some(kept))
     }
@@ -161,7 +176,7 @@ impl Block {
         let normed = || self.ffn_norm.again(w, &before.ffn_norm);
         Ok(match (&self.ffn, ffn) {
             (Ffn::Dense(mlp), FfnSaved::Dense(ffn)) => {
-                let x = ffn_in.unwrap_or_else(|| Operand::new(w.precision, normed(), Want::COLUMNS));
+                let x = ffn_in.unwrap_or_else(|| Operand::new(w, normed(), Want::COLUMNS, &[mlp.gate_up.weight]));
                 let (dnormed, work) = mlp.backward_input(w, MlpGrad { dy: dy.shallow_clone(), x }, ffn);
                 Started::Done(self.backward_attention(w, dy, dnormed, before, FfnWork::Dense(work)))
             }
@@ -193,7 +208,7 @@ impl Block {
     fn backward_attention(&self, w: &Weights, dy: Tensor, dnormed: Tensor, saved: BeforeFfn, ffn: FfnWork) -> (Tensor, BlockWork) {
         let (dh, ffn_norm) = self.ffn_norm.backward_input(w, dnormed, saved.ffn_norm);
         let dh = dy + dh;
-        let again = || Operand::new(w.precision, self.attention_norm.again(w, &saved.attention_norm), Want::COLUMNS);
+        let again = || Operand::new(w, self.attention_norm.again(w, &saved.attention_norm), Want::COLUMNS, &self.attention.readers());
         let x = saved.attention_in.unwrap_or_else(again);
         let (dnormed, attention) = self.attention.backward_input(w, MlaGrad { dy: dh.shallow_clone(), x }, saved.attention);
         let (dx, attention_norm) = self.attention_norm.backward_input(w, dnormed, saved.attention_norm);

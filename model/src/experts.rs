@@ -4,8 +4,10 @@
 //! Legend: R rows routed here, E local experts, D hidden size, I expert intermediate size.
 use crate::linear::LinearWork;
 use crate::operand::{self, Operand, RowCounts};
+use crate::saved::See;
 use crate::swiglu::{self, OfExperts, SwigluSaved};
 use crate::{Grads, Layer, ModelConfig, ParamId, ParamTable, Recompute, Weights};
+use parallel::dispatch::Rows;
 use tch::Tensor;
 
 #[derive(Debug)]
@@ -16,7 +18,7 @@ pub struct Experts {
 }
 
 pub struct Routed {
-    pub rows: Operand,     // [R, D], sorted by expert
+    pub rows: Rows,        // [R, D], sorted by expert
     pub counts: RowCounts, // any may be 0
     pub weights: Tensor,   // [R]
 }
@@ -29,6 +31,19 @@ pub struct RoutedGrad {
 pub struct ExpertsSaved {
     routed: Routed,
     activation: SwigluSaved,
+}
+
+impl ExpertsSaved {
+    pub(crate) fn each(&self, see: See) {
+        let Routed { rows, counts, weights } = &self.routed;
+        match rows {
+            Rows::Own(rows) => see("experts' rows", rows),
+            Rows::Fp8(packed) => packed.tensors().into_iter().for_each(|tensor| see("experts' rows", tensor)),
+        }
+        see("experts' rows", &counts.device);
+        see("experts' rows", weights);
+        self.activation.each("experts' gate and up", see);
+    }
 }
 
 /// Operands of both weights' gradients.
@@ -50,24 +65,27 @@ impl Experts {
 impl Layer for Experts {
     type In = Routed;
     type Out = Tensor; // [R, D], weighted
-    type DOut = Operand; // [R, D]
+    type DOut = Rows; // [R, D]
     type DIn = RoutedGrad;
     type Saved = ExpertsSaved;
     type WeightWork = ExpertsWork;
 
     fn forward(&self, w: &Weights, routed: Routed) -> (Tensor, ExpertsSaved) {
         let Routed { rows, counts, weights } = &routed;
-        let gate_up = rows.grouped_forward(w, self.gate_up, counts); // [R, 2I]
-        let (act, activation) = swiglu::forward(w.precision, gate_up, Some(OfExperts { weights, counts }), self.recompute.swiglu);
+        let gate_up = Operand::arrived(w, rows, self.gate_up).grouped_forward(w, self.gate_up, counts); // [R, 2I]
+        let experts = Some(OfExperts { weights, counts });
+        let (act, activation) = swiglu::forward(w, gate_up, experts, (self.down, self.recompute.swiglu));
         (act.grouped_forward(w, self.down, counts), ExpertsSaved { routed, activation })
     }
 
-    fn backward_input(&self, w: &Weights, dout: Operand, saved: ExpertsSaved) -> (RoutedGrad, ExpertsWork) {
+    fn backward_input(&self, w: &Weights, dout: Rows, saved: ExpertsSaved) -> (RoutedGrad, ExpertsWork) {
         let Routed { rows, counts, weights } = saved.routed;
+        let dout = Operand::arrived(w, &dout, self.down);
         let dactivation = dout.grouped_backward_input(w, self.down, &counts); // [R, I]
-        let d = swiglu::backward(w.precision, dactivation, saved.activation, Some(OfExperts { weights: &weights, counts: &counts }));
+        let experts = Some(OfExperts { weights: &weights, counts: &counts });
+        let d = swiglu::backward(w, dactivation, saved.activation, experts, self.gate_up);
         let drows = d.gate_up.grouped_backward_input(w, self.gate_up, &counts);
-        let gate_up = LinearWork { dy: d.gate_up.for_weight(), x: rows.for_expert_weight(&counts) };
+        let gate_up = LinearWork { dy: d.gate_up.for_weight(), x: Operand::arrived(w, &rows, self.gate_up).for_expert_weight(&counts) };
         let down = LinearWork { dy: dout.for_expert_weight(&counts), x: d.out };
         (RoutedGrad { rows: drows, weights: d.weights.expect("the rows were weighted") }, ExpertsWork { counts, gate_up, down })
     }

@@ -15,6 +15,7 @@ use crate::head::{HeadIn, HeadSaved};
 use crate::moe::{MoeBackCombining, MoeBackDispatched, MoeCombining, MoeDispatched, UnderWay};
 use crate::mtp::{MtpInSaved, MtpInWork, MtpOutSaved, MtpOutWork};
 use crate::norm::NormSaved;
+use crate::saved::See;
 use crate::stage::{Last, MicroBatch, Stage, StageIn, StageOut, StageStats, StepContext, Sums};
 use crate::{Grads, Layer, Weights};
 use parallel::comm::CommError;
@@ -28,6 +29,21 @@ pub struct StageSaved {
     blocks: Vec<BlockSaved>,
     turn: Option<TurnSaved>,
     losses: Option<LossesSaved>,
+}
+
+impl StageSaved {
+    pub(crate) fn each(&self, see: See) {
+        self.tokens.iter().for_each(|tokens| see("tokens", tokens));
+        self.blocks.iter().for_each(|block| block.each(see));
+        if let Some(TurnSaved { norm, mtp, .. }) = &self.turn {
+            norm.each("norms' inputs", see);
+            mtp.iter().for_each(|mtp| mtp.each(see));
+        }
+        if let Some(LossesSaved { head, mtp }) = &self.losses {
+            head.each(see);
+            mtp.iter().for_each(|mtp| mtp.each(see));
+        }
+    }
 }
 
 /// Between the trunk and MTP's block.

@@ -4,6 +4,7 @@
 //! Legend: B sequences, S positions, T = B·S, D hidden size, E experts, G groups, K experts a token.
 use crate::config::Scoring;
 use crate::params::{Init, Role};
+use crate::saved::See;
 use crate::{Grads, Layer, ModelConfig, ParamId, ParamTable, Weights};
 use kernels::ops::linear;
 use tch::{Kind, Tensor};
@@ -46,6 +47,12 @@ pub struct GateSaved {
     routes: Tensor,
     /// balance_scale · f_i / S of each sequence, [B, E].
     balance: Tensor,
+}
+
+impl GateSaved {
+    pub(crate) fn each(&self, see: See) {
+        [&self.scores, &self.routes, &self.balance].into_iter().for_each(|tensor| see("routes", tensor));
+    }
 }
 
 pub struct GateWork {
@@ -120,6 +127,7 @@ impl Layer for Gate {
     fn forward(&self, w: &Weights, GateIn { x, sequences, balance_scale }: GateIn) -> (GateOut, GateSaved) {
         let weight = w.get(self.weight);
         let x = x.to_kind(weight.kind());
+        w.gemms.count(x.kind());
         let logits = linear::forward(&x, weight); // [T, E]
         let scores = match self.scoring {
             Scoring::Sigmoid => logits.sigmoid(),
@@ -159,6 +167,7 @@ impl Layer for Gate {
             Scoring::Softmax => Tensor::internal_softmax_backward_data(&dscores, &scores, -1, scores.kind()),
         };
         let weight = w.get(self.weight);
+        w.gemms.count(dlogits.kind());
         let dx = linear::backward_input(&dlogits, weight).to_kind(x.kind());
         (dx, GateWork { dlogits, x: x.to_kind(weight.kind()) })
     }

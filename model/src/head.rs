@@ -1,12 +1,13 @@
-//! Output head with its loss. The logits are made a few rows at a time and turned into their gradient at once, so
-//! the full matrix of logits never exists beside its gradient.
+//! Output head with its loss. The logits are turned into their gradient at once and in their own memory, so that neither
+//! exists beside the other.
 //!
 //! Legend: T targets, D hidden size, V vocabulary.
+use crate::saved::{LOGITS, See};
 use crate::{Grads, Layer, ParamId, Weights};
 use kernels::ops::{cross_entropy, linear};
 use tch::Tensor;
 
-/// Rows of logits that exist at one time: a product this tall is still efficient.
+/// Rows of logits that are turned at one time: in torch ops each takes a few times its memory.
 const ROWS: i64 = 256;
 
 #[derive(Debug)]
@@ -28,6 +29,13 @@ pub struct HeadSaved {
     scale: f64,
 }
 
+impl HeadSaved {
+    pub(crate) fn each(&self, see: See) {
+        see("head's input", &self.hidden);
+        see(LOGITS, &self.dlogits);
+    }
+}
+
 impl Layer for LmHead {
     type In = HeadIn;
     type Out = Tensor; // Σ of the losses, one number
@@ -38,17 +46,19 @@ impl Layer for LmHead {
 
     fn forward(&self, w: &Weights, x: HeadIn) -> (Tensor, HeadSaved) {
         let weight = w.get(self.weight);
-        let (total, vocab) = (x.hidden.size()[0], weight.size()[0]);
-        let dlogits = Tensor::empty([total, vocab], (x.hidden.kind(), x.hidden.device()));
+        w.gemms.count(x.hidden.kind());
+        let dlogits = linear::forward(&x.hidden, weight); // [T, V], the logits so far
+        let total = dlogits.size()[0];
         let mut loss = Tensor::zeros([], (w.precision.master(), x.hidden.device()));
         for start in (0..total).step_by(ROWS as usize) {
             let rows = ROWS.min(total - start);
-            let logits = linear::forward(&x.hidden.narrow(0, start, rows), weight); // [rows, V]
-            loss += cross_entropy::forward(logits, &x.targets.narrow(0, start, rows), &mut dlogits.narrow(0, start, rows));
+            let mut part = dlogits.narrow(0, start, rows);
+            loss += cross_entropy::forward(part.shallow_clone(), &x.targets.narrow(0, start, rows), &mut part);
         }
         (loss, HeadSaved { hidden: x.hidden, dlogits, scale: x.scale })
     }
     fn backward_input(&self, w: &Weights, _: (), saved: HeadSaved) -> (Tensor, HeadSaved) {
+        w.gemms.count(saved.dlogits.kind());
         (linear::backward_input(&saved.dlogits, w.get(self.weight)) * saved.scale, saved)
     }
     fn backward_weight(&self, work: HeadSaved, grads: &mut Grads) {

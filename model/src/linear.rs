@@ -25,7 +25,7 @@ impl Layer for Linear {
         (x.forward(w, self.weight), x.for_weight())
     }
     fn backward_input(&self, w: &Weights, dy: Tensor, x: Operand) -> (Tensor, LinearWork) {
-        let (dx, dy) = x.gradient(dy).backward_input(w, self.weight);
+        let (dx, dy) = x.gradient(w, dy, self.weight).backward_input(w, self.weight);
         (dx, LinearWork { dy, x })
     }
     fn backward_weight(&self, work: LinearWork, grads: &mut Grads) {

@@ -6,7 +6,8 @@
 use crate::linear::{Linear, LinearWork};
 use crate::norm::{NormSaved, RmsNorm};
 use crate::operand::Operand;
-use crate::{Grads, Layer, ModelConfig, ParamTable, Recompute, Weights};
+use crate::saved::{PROBABILITIES, See};
+use crate::{Grads, Layer, ModelConfig, ParamId, ParamTable, Recompute, Weights};
 use kernels::Precision;
 use kernels::fp8::ScaleRule;
 use kernels::ops::mla_heads::{self, Widths};
@@ -79,6 +80,28 @@ enum QuerySaved {
     Latent { norm: NormSaved, latent: Option<Operand>, q: Option<Tensor> },
 }
 
+impl MlaSaved {
+    pub(crate) fn each(&self, see: See) {
+        let q = match &self.query {
+            QuerySaved::Direct { q } => Some(q),
+            QuerySaved::Latent { norm, latent, q } => {
+                norm.each("latents", see);
+                latent.iter().for_each(|latent| latent.each("latents", see));
+                q.as_ref()
+            }
+        };
+        self.kv_norm.each("latents", see);
+        self.kv_latent.iter().for_each(|latent| latent.each("latents", see));
+        see("latents", &self.rotary_key);
+        q.into_iter().chain(self.kv.iter().flat_map(|(k, v)| [k, v])).for_each(|tensor| see("queries, keys and values", tensor));
+        match &self.attention {
+            attention::Saved::Probabilities(probabilities) => see(PROBABILITIES, probabilities),
+            attention::Saved::Cudnn { made, .. } => [&made.out, &made.log_sum_exp].into_iter().for_each(|tensor| see("attention's output", tensor)),
+        }
+        self.context.iter().for_each(|context| see("attention's output", context));
+    }
+}
+
 pub struct MlaWork {
     query: QueryWork,
     kv_a: LinearWork,
@@ -123,6 +146,12 @@ impl Mla {
         }
     }
 
+    /// Of its input.
+    pub fn readers(&self) -> [ParamId; 2] {
+        let (Query::Direct(query) | Query::Latent { a: query, .. }) = &self.query;
+        [query.weight, self.kv_a.weight]
+    }
+
     fn widths(&self) -> Widths {
         Widths { heads: self.heads, nope: self.nope, rotary: self.rotary, value: self.value }
     }
@@ -143,9 +172,14 @@ impl Mla {
     }
 
     /// A latent as backward reads it: for Wgrad and, where the up-projection is made again, for Fprop.
-    fn latent_again(&self, w: &Weights, norm: &RmsNorm, saved: &NormSaved, kept: Option<Operand>) -> Operand {
+    fn latent_again(&self, w: &Weights, norm: &RmsNorm, reader: &Linear, saved: &NormSaved, kept: Option<Operand>) -> Operand {
         let want = if self.recompute.mla_up_projection { Want::BOTH } else { Want::COLUMNS };
-        kept.unwrap_or_else(|| Operand::new(w.precision, norm.again(w, saved), want))
+        kept.unwrap_or_else(|| Operand::new(w, norm.again(w, saved), want, &[reader.weight]))
+    }
+
+    /// [T, H Dv]; scales are powers of two, so that quantising it again by columns loses nothing more (report §3.3.3).
+    fn out_in(&self, w: &Weights, context: Tensor, want: Want) -> Operand {
+        Operand::with_rule(w, context, want, ScaleRule::PowerOfTwo, &[self.out.weight])
     }
 
     fn keep_latent(&self, latent: Operand) -> Option<Operand> {
@@ -179,7 +213,7 @@ impl Layer for Mla {
             }
             Query::Latent { a, norm, b } => {
                 let (latent, norm) = norm.forward(w, x.forward(w, a.weight));
-                let latent = Operand::new(w.precision, latent, Want::BOTH);
+                let latent = Operand::new(w, latent, Want::BOTH, &[b.weight]);
                 let q = self.queries(w, b, &latent, sequences, &positions);
                 let kept = keep.then(|| q.shallow_clone());
                 (q, QuerySaved::Latent { norm, latent: self.keep_latent(latent), q: kept })
@@ -188,11 +222,11 @@ impl Layer for Mla {
         let compressed = x.forward(w, self.kv_a.weight); // [T, Lkv + R]
         let parts = compressed.split_with_sizes([self.latent, self.rotary], 1);
         let (latent, kv_norm) = self.kv_norm.forward(w, parts[0].contiguous());
-        let (latent, rotary_key) = (Operand::new(w.precision, latent, Want::BOTH), parts[1].contiguous());
+        let (latent, rotary_key) = (Operand::new(w, latent, Want::BOTH, &[self.kv_b.weight]), parts[1].contiguous());
         let (k, v) = self.keys_and_values(w, &latent, &rotary_key, sequences, &positions);
         let (context, attention) = attention::forward(&q, &k, &v, positions.softmax_scale, positions.repeatable); // [B, H, S, Dv]
         let context = self.tokens(&context);
-        let out_in = Operand::with_rule(w.precision, context.shallow_clone(), Want::ROWS, ScaleRule::PowerOfTwo);
+        let out_in = self.out_in(w, context.shallow_clone(), Want::ROWS);
         let context = attention.out().is_none().then(|| rounded(w.precision, context));
         let saved = MlaSaved {
             query,
@@ -211,19 +245,19 @@ impl Layer for Mla {
     fn backward_input(&self, w: &Weights, MlaGrad { dy, x }: MlaGrad, s: MlaSaved) -> (Tensor, MlaWork) {
         let (sequences, positions, table) = (s.sequences, &s.positions, &s.positions.table);
         let context = s.context.unwrap_or_else(|| rounded(w.precision, self.tokens(s.attention.out().expect("one of the two is kept"))));
-        let out_in = Operand::with_rule(w.precision, context, Want::COLUMNS, ScaleRule::PowerOfTwo);
+        let out_in = self.out_in(w, context, Want::COLUMNS);
         let (dcontext, out) = self.out.backward_input(w, dy, out_in);
         let dcontext = dcontext.view([sequences, -1, self.heads, self.value]).transpose(1, 2);
         let (q, query) = match (&self.query, s.query) {
             (Query::Direct(_), QuerySaved::Direct { q }) => (q, None),
             (Query::Latent { norm, b, .. }, QuerySaved::Latent { norm: norm_saved, latent, q }) => {
-                let latent = self.latent_again(w, norm, &norm_saved, latent);
+                let latent = self.latent_again(w, norm, b, &norm_saved, latent);
                 let q = q.unwrap_or_else(|| self.queries(w, b, &latent, sequences, positions));
                 (q, Some((norm_saved, latent)))
             }
             _ => unreachable!("forward saved the other form"),
         };
-        let kv_latent = self.latent_again(w, &self.kv_norm, &s.kv_norm, s.kv_latent);
+        let kv_latent = self.latent_again(w, &self.kv_norm, &self.kv_b, &s.kv_norm, s.kv_latent);
         let (k, v) = s.kv.unwrap_or_else(|| self.keys_and_values(w, &kv_latent, &s.rotary_key, sequences, positions));
         let (dq, dk, dv) = attention::backward(&dcontext, &q, &k, &v, &s.attention, positions.softmax_scale);
 

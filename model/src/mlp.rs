@@ -9,7 +9,7 @@ use tch::Tensor;
 
 #[derive(Debug)]
 pub struct Mlp {
-    gate_up: Linear, // [2I, D]
+    pub gate_up: Linear, // [2I, D]
     down: Linear,    // [D, I]
     recompute: Recompute,
 }
@@ -41,12 +41,12 @@ impl Layer for Mlp {
 
     fn forward(&self, w: &Weights, x: Operand) -> (Tensor, SwigluSaved) {
         let (gate_up, _) = self.gate_up.forward(w, x); // [T, 2I]
-        let (activation, saved) = swiglu::forward(w.precision, gate_up, None, self.recompute.swiglu); // [T, I]
+        let (activation, saved) = swiglu::forward(w, gate_up, None, (self.down.weight, self.recompute.swiglu)); // [T, I]
         (self.down.forward(w, activation).0, saved)
     }
     fn backward_input(&self, w: &Weights, MlpGrad { dy, x }: MlpGrad, saved: SwigluSaved) -> (Tensor, MlpWork) {
-        let (dactivation, dy) = x.gradient(dy).backward_input(w, self.down.weight);
-        let d = swiglu::backward(w.precision, dactivation, saved, None);
+        let (dactivation, dy) = x.gradient(w, dy, self.down.weight).backward_input(w, self.down.weight);
+        let d = swiglu::backward(w, dactivation, saved, None, self.gate_up.weight);
         let (dx, dgate_up) = d.gate_up.backward_input(w, self.gate_up.weight);
         (dx, [LinearWork { dy: dgate_up, x }, LinearWork { dy, x: d.out }])
     }

@@ -9,6 +9,7 @@ use crate::flow::{Other, event};
 use crate::gate::{Gate, GateGrad, GateIn, GateSaved, GateWork};
 use crate::mlp::{Mlp, MlpGrad, MlpWork};
 use crate::operand::{Operand, RowCounts};
+use crate::saved::See;
 use crate::swiglu::SwigluSaved;
 use crate::{Grads, Layer, ModelConfig, ParamTable, Weights};
 use parallel::comm::{CommError, Pending};
@@ -28,6 +29,15 @@ pub struct MoeSaved {
     plan: Plan,
     experts: ExpertsSaved,
     shared: Option<SwigluSaved>,
+}
+
+impl MoeSaved {
+    pub(crate) fn each(&self, see: See) {
+        self.gate.each(see);
+        self.plan.tensors().into_iter().for_each(|tensor| see("routes", tensor));
+        self.experts.each(see);
+        self.shared.iter().for_each(|shared| shared.each("shared experts' gate and up", see));
+    }
 }
 
 /// Forward, rows on their way to the experts.
@@ -133,11 +143,11 @@ impl Moe {
     pub fn compute(&self, w: &Weights, state: MoeDispatched, other: Other) -> Result<MoeCombining, CommError> {
         let MoeDispatched { x, gate, plan, load, rows } = state;
         let counts = RowCounts::new(plan.counts().to_vec(), &x);
-        let (out, shared) = self.shared.as_ref().map(|shared| shared.forward(w, Operand::new(w.precision, x, Want::ROWS))).unzip();
+        let (out, shared) = self.shared.as_ref().map(|shared| shared.forward(w, Operand::new(w, x, Want::ROWS, &[shared.gate_up.weight]))).unzip();
         other()?;
         event("forward", "wait");
         let Dispatched { rows, weights } = rows.wait()?;
-        let routed = Routed { counts, rows: Operand::arrived(rows), weights };
+        let routed = Routed { counts, rows, weights };
         let (rows, experts) = self.experts.forward(w, routed);
         let rows = plan.combine(&rows)?;
         event("forward", "send");
@@ -158,13 +168,13 @@ impl Moe {
     pub fn backward_compute(&self, w: &Weights, state: MoeBackDispatched, other: Other) -> Result<(MoeBackCombining, ExpertsWork), CommError> {
         let MoeBackDispatched { x, dy, drows, saved: MoeSaved { gate, plan, experts, shared } } = state;
         event("backward", "wait");
-        let (droutes, work) = self.experts.backward_input(w, Operand::arrived(drows.wait()?), experts);
+        let (droutes, work) = self.experts.backward_input(w, drows.wait()?, experts);
         // The backward of dispatch is a combine.
         let dx = plan.dispatch_backward(&droutes.rows, &droutes.weights)?;
         event("backward", "send");
         other()?;
         let shared = self.shared.as_ref().zip(shared).map(|(shared, saved)| {
-            let x = Operand::new(w.precision, x.shallow_clone(), Want::COLUMNS);
+            let x = Operand::new(w, x.shallow_clone(), Want::COLUMNS, &[shared.gate_up.weight]);
             shared.backward_input(w, MlpGrad { dy, x }, saved)
         });
         Ok((MoeBackCombining { x, dx, shared, gate }, work))

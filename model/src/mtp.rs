@@ -9,6 +9,7 @@ use crate::head::{HeadIn, HeadSaved, LmHead};
 use crate::linear::{Linear, LinearWork};
 use crate::norm::{NormSaved, RmsNorm};
 use crate::operand::Operand;
+use crate::saved::See;
 use crate::{Grads, Layer, ModelConfig, ParamId, ParamTable, Weights};
 use tch::Tensor;
 
@@ -35,6 +36,22 @@ pub struct MtpInSaved {
 pub struct MtpOutSaved {
     norm: NormSaved,
     head: HeadSaved,
+}
+
+impl MtpInSaved {
+    pub(crate) fn each(&self, see: See) {
+        see("tokens", &self.tokens);
+        self.embedding_norm.each("norms' inputs", see);
+        self.hidden_norm.each("norms' inputs", see);
+        self.joined.each("MTP's projection", see);
+    }
+}
+
+impl MtpOutSaved {
+    pub(crate) fn each(&self, see: See) {
+        self.norm.each("norms' inputs", see);
+        self.head.each(see);
+    }
 }
 
 pub struct MtpInWork {

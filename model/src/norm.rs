@@ -1,4 +1,5 @@
 //! RMSNorm.   Legend: T tokens, D width.
+use crate::saved::See;
 use crate::{Grads, Layer, ParamId, Weights};
 use kernels::ops::rms_norm;
 use tch::Tensor;
@@ -12,6 +13,13 @@ pub struct RmsNorm {
 pub struct NormSaved {
     x: Tensor,
     rstd: Tensor,
+}
+
+impl NormSaved {
+    pub(crate) fn each(&self, part: &'static str, see: See) {
+        see(part, &self.x);
+        see(part, &self.rstd);
+    }
 }
 
 impl RmsNorm {

@@ -3,7 +3,9 @@
 //!
 //! Invariant: gradients accumulate (`+=`), activations are assigned.
 use crate::config::ModelConfig;
+use crate::gemms::Gemms;
 use crate::recompute::Recompute;
+use crate::sentinel::Sentinel;
 use kernels::Precision;
 use kernels::fp8::{Blocks, ScaleRule};
 use kernels::ops::{linear, quantise};
@@ -210,6 +212,9 @@ pub struct Weights {
     /// FP8 runs: made when a step first asks, forgotten when the weight is written.
     blocks: Vec<OnceCell<WeightBlocks>>,
     arrivals: Vec<Arrival>,
+    pub gemms: Rc<Gemms>,
+    /// Of the step under way.
+    pub sentinel: Rc<Sentinel>,
 }
 
 /// A linear's weight [O, I], or all experts' [E, O, I], in FP8 with 128 × 128 scales.
@@ -231,7 +236,7 @@ impl Weights {
     pub fn initial(table: Rc<ParamTable>, precision: Precision, seed: u64, device: Device) -> Self {
         let tensors = table.specs().iter().map(|spec| spec.initial(seed, spec.kind(precision)).to_device(device)).collect();
         let blocks = table.specs().iter().map(|_| OnceCell::new()).collect();
-        Weights { table, precision, tensors, blocks, arrivals: Vec::new() }
+        Weights { table, precision, tensors, blocks, arrivals: Vec::new(), gemms: Rc::default(), sentinel: Rc::default() }
     }
     /// To be read only; `write` is for the rest.
     pub fn get(&self, id: ParamId) -> &Tensor {
@@ -303,6 +308,8 @@ pub struct Grads<'a> {
     /// Contributions still to come.
     missing: Vec<usize>,
     sink: &'a mut dyn GradSink,
+    gemms: Rc<Gemms>,
+    pub(crate) sentinel: Rc<Sentinel>,
 }
 
 impl<'a> Grads<'a> {
@@ -312,7 +319,9 @@ impl<'a> Grads<'a> {
         let table = weights.table.clone();
         let mut missing = vec![0; table.specs().len()];
         uses.into_iter().for_each(|id| missing[id.0] += 1);
-        let grads = Grads { kind: weights.precision.master(), device: weights.device(), tensors: missing.iter().map(|_| None).collect(), table, missing, sink };
+        let (kind, device, tensors) = (weights.precision.master(), weights.device(), missing.iter().map(|_| None).collect());
+        let (gemms, sentinel) = (weights.gemms.clone(), weights.sentinel.clone());
+        let grads = Grads { kind, device, tensors, table, missing, sink, gemms, sentinel };
         for id in grads.table.ids().filter(|&id| grads.missing[id.0] == 0 && grads.table.spec(id).trained()).collect::<Vec<_>>() {
             let zeros = Tensor::zeros(&grads.table.spec(id).shape, (grads.kind, grads.device));
             grads.sink.complete(id, zeros);
@@ -322,13 +331,25 @@ impl<'a> Grads<'a> {
 
     /// `contribute(gradient, fresh)` adds to the gradient, or where nothing is in it yet (`fresh`) assigns every value.
     pub fn accumulate(&mut self, id: ParamId, contribute: impl FnOnce(&mut Tensor, bool)) {
-        let (kind, device, shape) = (self.kind, self.device, &self.table.spec(id).shape);
         let fresh = self.tensors[id.0].is_none();
-        contribute(self.tensors[id.0].get_or_insert_with(|| Tensor::empty(shape, (kind, device))), fresh);
+        if fresh {
+            self.tensors[id.0] = Some(self.empty(id));
+        }
+        contribute(self.tensors[id.0].as_mut().expect("made above"), fresh);
         self.contributed(id);
+    }
+    /// The same by a GEMM over operands of `operands`.
+    pub fn accumulate_product(&mut self, id: ParamId, operands: Kind, contribute: impl FnOnce(&mut Tensor, bool)) {
+        self.gemms.count(operands);
+        self.accumulate(id, contribute);
+    }
+    /// Room for a gradient, not written yet.
+    pub(crate) fn empty(&self, id: ParamId) -> Tensor {
+        Tensor::empty(&self.table.spec(id).shape, (self.kind, self.device))
     }
     /// gradient += dyᵀ · x. The first contribution assigns: no zeros are written to be read again.
     pub fn add_product(&mut self, id: ParamId, dy: &Tensor, x: &Tensor) {
+        self.gemms.count(x.kind());
         match &mut self.tensors[id.0] {
             Some(gradient) => linear::backward_weight(dy, x, gradient),
             empty => *empty = Some(linear::weight_gradient(dy, x).to_kind(self.kind)),

@@ -3,16 +3,28 @@
 //!
 //! Legend: R rows, I intermediate size, E experts.
 use crate::operand::{Operand, RowCounts};
+use crate::saved::See;
+use crate::{ParamId, Weights};
 use kernels::Precision;
 use kernels::fp8::ScaleRule;
 use kernels::ops::quantise::{Quantised, Want};
 use kernels::ops::swiglu::{self, GateUp, Make};
-use tch::Tensor;
+use tch::{Kind, Tensor};
 
 pub struct SwigluSaved {
     gate_up: GateUp,
     /// What the down-projection's Wgrad reads; None: made again.
     out: Option<Operand>,
+}
+
+impl SwigluSaved {
+    pub(crate) fn each(&self, part: &'static str, see: See) {
+        match &self.gate_up {
+            GateUp::Bf16(gate_up) => see(part, gate_up),
+            GateUp::Fp8(halves) => halves.iter().flat_map(|half| [&half.values, &half.scales]).for_each(|tensor| see(part, tensor)),
+        }
+        self.out.iter().for_each(|out| out.each(part, see));
+    }
 }
 
 /// Of experts' rows: the routing weight of each [R], applied to the activation, and how many each expert has.
@@ -29,26 +41,29 @@ pub struct SwigluGrad {
     pub weights: Option<Tensor>, // [R]
 }
 
-/// gate_up [R, 2I] → the activation [R, I] as the down-projection reads it.
-pub fn forward(precision: Precision, gate_up: Tensor, experts: Option<OfExperts>, recompute: bool) -> (Operand, SwigluSaved) {
+/// gate_up [R, 2I] → the activation [R, I] as the down-projection `down` reads it; `recompute`: made again in backward.
+pub fn forward(w: &Weights, gate_up: Tensor, experts: Option<OfExperts>, (down, recompute): (ParamId, bool)) -> (Operand, SwigluSaved) {
     let weights = experts.map(|experts| experts.weights);
-    if precision != Precision::Fp8 {
+    if w.precision != Precision::Fp8 {
         let out = swiglu::forward(&gate_up, weights);
         let kept = (!recompute).then(|| Operand::Own(out.shallow_clone()));
         return (Operand::Own(out), SwigluSaved { gate_up: GateUp::Bf16(gate_up), out: kept });
     }
-    let want = if recompute { Want::ROWS } else { Want::BOTH };
+    // As the fused passes make them.
+    let wide = |x: &Tensor| x.to_kind(w.precision.master());
+    let own = w.sentinel.watches(down).then(|| swiglu::forward(&wide(&gate_up), weights).to_kind(gate_up.kind()));
+    let keep = !recompute || own.is_some();
+    let want = if keep { Want::BOTH } else { Want::ROWS };
     let made = swiglu::quantised(&gate_up, weights, counts(experts), Make { want, save: true, rule: ScaleRule::Amax });
-    let Quantised { rows, columns } = made.act;
-    let kept = (!recompute).then_some(Operand::Fp8(Quantised { rows: None, columns }));
-    let saved = SwigluSaved { gate_up: made.saved.expect("the pass was asked to save"), out: kept };
-    (Operand::Fp8(Quantised { rows, columns: None }), saved)
+    let out = Operand::Fp8 { quantised: made.act, own };
+    let kept = keep.then(|| out.share().for_weight());
+    (out, SwigluSaved { gate_up: made.saved.expect("the pass was asked to save"), out: kept })
 }
 
-/// dout [R, I] → d[gate, up], and whatever else the linears' gradients need.
-pub fn backward(precision: Precision, dout: Tensor, saved: SwigluSaved, experts: Option<OfExperts>) -> SwigluGrad {
+/// dout [R, I] → d[gate, up], the gradient of `up`'s output, and whatever else the linears' gradients need.
+pub fn backward(w: &Weights, dout: Tensor, saved: SwigluSaved, experts: Option<OfExperts>, up: ParamId) -> SwigluGrad {
     let weights = experts.map(|experts| experts.weights);
-    if precision != Precision::Fp8 {
+    if w.precision != Precision::Fp8 {
         let GateUp::Bf16(gate_up) = saved.gate_up else { panic!("forward keeps the run's own kind") };
         let out = saved.out.unwrap_or_else(|| Operand::Own(swiglu::forward(&gate_up, weights)));
         let (dgate_up, dweights) = swiglu::backward(&dout, &gate_up, weights);
@@ -56,8 +71,16 @@ pub fn backward(precision: Precision, dout: Tensor, saved: SwigluSaved, experts:
     }
     let make = Make { want: Want::BOTH, save: saved.out.is_none(), rule: ScaleRule::Amax };
     let made = swiglu::backward_quantised(&dout, &saved.gate_up, weights, counts(experts), make);
-    let again = || Operand::Fp8(Quantised { rows: None, columns: made.act });
-    SwigluGrad { gate_up: Operand::Fp8(made.dgate_up), out: saved.out.unwrap_or_else(again), weights: made.drow_weight }
+    let wide = dout.to_kind(w.precision.master());
+    let own = w.sentinel.watches(up).then(|| swiglu::backward(&wide, &dequantised(&saved.gate_up), weights).0.to_kind(dout.kind()));
+    let again = || Operand::Fp8 { quantised: Quantised { rows: None, columns: made.act }, own: None };
+    let gate_up = Operand::Fp8 { quantised: made.dgate_up, own };
+    SwigluGrad { gate_up, out: saved.out.unwrap_or_else(again), weights: made.drow_weight }
+}
+
+fn dequantised(gate_up: &GateUp) -> Tensor {
+    let GateUp::Fp8(halves) = gate_up else { panic!("forward keeps it in FP8") };
+    Tensor::cat(&halves.each_ref().map(|half| half.dequantise(Kind::Float)), 1)
 }
 
 fn counts<'a>(experts: Option<OfExperts<'a>>) -> Option<&'a Tensor> {

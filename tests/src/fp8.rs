@@ -14,7 +14,7 @@ use model::operand::RowCounts;
 use model::params::{Init, Role};
 use model::{ExpertShare, Grads, Layer, ModelConfig, ParamTable, Recompute, Weights};
 use parallel::comm::local::run_local;
-use parallel::dispatch::Rows;
+use parallel::dispatch::{Packed, Rows};
 use std::rc::Rc;
 use tch::{Device, Kind, Tensor};
 use trainer::coordinator::StopSignal;
@@ -31,7 +31,7 @@ fn a_linear_s_three_products_are_those_of_its_quantised_operands() {
     let w = Weights::initial(Rc::new(table), Precision::Fp8, 3, Device::Cpu);
     let (x, dy) = (random(1, &[t, i]).to_kind(Kind::BFloat16), random(2, &[t, o]).to_kind(Kind::BFloat16));
     let layer = Linear { weight };
-    let (y, saved) = layer.forward(&w, Operand::new(w.precision, x.shallow_clone(), Want::BOTH));
+    let (y, saved) = layer.forward(&w, Operand::new(&w, x.shallow_clone(), Want::BOTH, &[weight]));
     let (dx, work) = layer.backward_input(&w, dy.shallow_clone(), saved);
     let mut complete = Vec::new();
     let mut grads = Grads::new(&w, [weight, weight], &mut complete);
@@ -78,13 +78,14 @@ fn of(precision: &str, layout: Layout) -> Found {
 
 /// Of a layer in `precision`: outputs, gradients of inputs, then of weights by name.
 fn through<L: Layer>(
-    precision: Precision, table: ParamTable, layer: &L, input: L::In, out: impl Fn(L::Out) -> Tensor, dout: L::DOut, dinput: impl Fn(L::DIn) -> Vec<Tensor>,
+    precision: Precision, table: ParamTable, layer: &L, (input, out): (impl Fn(&Weights) -> L::In, impl Fn(L::Out) -> Tensor),
+    (dout, dinput): (impl Fn(&Weights) -> L::DOut, impl Fn(L::DIn) -> Vec<Tensor>),
 ) -> Vec<(String, Tensor)> {
     let w = Weights::initial(Rc::new(table), precision, 9, Device::Cpu);
-    let (y, saved) = layer.forward(&w, input);
+    let (y, saved) = layer.forward(&w, input(&w));
     let mut complete = Vec::new();
     let mut grads = Grads::new(&w, w.table.ids(), &mut complete);
-    let (dx, work) = layer.backward_input(&w, dout, saved);
+    let (dx, work) = layer.backward_input(&w, dout(&w), saved);
     layer.backward_weight(work, &mut grads);
     grads.finish();
     let mut all = vec![("output".to_string(), out(y))];
@@ -113,8 +114,9 @@ fn every_layer_of_fp8_products_is_near_the_one_in_f64() {
         let dense = |precision: Precision| {
             let mut table = table();
             let layer = Mlp::new(&mut table, &config, "m", config.intermediate_size);
-            let x = || Operand::new(precision, x.to_kind(precision.compute()), Want::BOTH);
-            through(precision, table, &layer, x(), |y| y, MlpGrad { dy: dy.to_kind(precision.compute()), x: x() }, |dx| vec![dx])
+            let x = |w: &Weights| Operand::new(w, x.to_kind(precision.compute()), Want::BOTH, &[]);
+            let dout = |w: &Weights| MlpGrad { dy: dy.to_kind(precision.compute()), x: x(w) };
+            through(precision, table, &layer, (x, |y| y), (dout, |dx| vec![dx]))
         };
         assert_noise("mlp", dense(Precision::Fp8), dense(Precision::F64));
 
@@ -123,13 +125,12 @@ fn every_layer_of_fp8_products_is_near_the_one_in_f64() {
         let experts = |precision: Precision| {
             let mut table = table();
             let layer = Experts::new(&mut table, &config, "e");
-            let (kind, counts) = (precision.compute(), RowCounts::new(counts.to_vec(), &x));
-            let arrived = |x: &Tensor| Operand::arrived(match precision {
-                Precision::Fp8 => Rows::Fp8 { rows: quantise_rows(x, ScaleRule::PowerOfTwo), kind },
-                _ => Rows::Own(x.to_kind(kind)),
-            });
-            let routed = Routed { rows: arrived(&x), counts, weights: weights.to_kind(precision.master()) };
-            through(precision, table, &layer, routed, |y| y, arrived(&dy), |d| vec![d.rows, d.weights])
+            let arrived = |x: &Tensor| match precision {
+                Precision::Fp8 => Rows::Fp8(Packed::new(x, &Tensor::arange(x.size()[0], (Kind::Int64, Device::Cpu)))),
+                _ => Rows::Own(x.to_kind(precision.compute())),
+            };
+            let routed = |_: &Weights| Routed { rows: arrived(&x), counts: RowCounts::new(counts.to_vec(), &x), weights: weights.to_kind(precision.master()) };
+            through(precision, table, &layer, (routed, |y| y), (|_: &Weights| arrived(&dy), |d| vec![d.rows, d.weights]))
         };
         assert_noise("experts", experts(Precision::Fp8), experts(Precision::F64));
 
@@ -137,9 +138,10 @@ fn every_layer_of_fp8_products_is_near_the_one_in_f64() {
             let mut table = table();
             let layer = Mla::new(&mut table, &config, "a");
             let positions = Positions::new(&config, None, 70, (precision.master(), Device::Cpu));
-            let x = || Operand::new(precision, x.to_kind(precision.compute()), Want::BOTH);
-            let dout = MlaGrad { dy: dy.to_kind(precision.compute()), x: x() };
-            through(precision, table, &layer, MlaIn { x: x(), sequences: 2, positions }, |y| y, dout, |dx| vec![dx])
+            let x = |w: &Weights| Operand::new(w, x.to_kind(precision.compute()), Want::BOTH, &[]);
+            let input = |w: &Weights| MlaIn { x: x(w), sequences: 2, positions: positions.clone() };
+            let dout = |w: &Weights| MlaGrad { dy: dy.to_kind(precision.compute()), x: x(w) };
+            through(precision, table, &layer, (input, |y| y), (dout, |dx| vec![dx]))
         };
         assert_noise("mla", attention(Precision::Fp8), attention(Precision::F64));
     }

@@ -15,6 +15,7 @@ use model::norm::RmsNorm;
 use model::operand::{Operand, RowCounts};
 use model::params::{Init, Role};
 use model::{ExpertShare, Grads, Layer, ParamId, ParamTable, Recompute, Weights};
+use parallel::dispatch::Rows;
 use std::collections::HashMap;
 use std::rc::Rc;
 use tch::{Device, Kind, Tensor};
@@ -262,10 +263,10 @@ fn experts_with_empty_and_full_ones() {
             inputs: vec![random(1, &[9, config.hidden_size]), random(2, &[9])],
             input: &|mut x| {
                 let weights = x.pop().expect("weights");
-                Routed { counts: RowCounts::new(counts.clone(), &weights), weights, rows: own(x) }
+                Routed { counts: RowCounts::new(counts.clone(), &weights), weights, rows: Rows::Own(only(x)) }
             },
             outputs: &one,
-            doutputs: &own,
+            doutputs: &|dy| Rows::Own(only(dy)),
             dinputs: &|RoutedGrad { rows, weights }| vec![rows, weights],
             reference: &|x, p| {
                 let expert_of: Vec<i64> = counts.iter().enumerate().flat_map(|(e, &n)| vec![e as i64; n as usize]).collect();

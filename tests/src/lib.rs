@@ -1,5 +1,6 @@
 //! All tests that need more than one crate, in one binary.
 #![cfg(test)]
+mod account;
 mod balance;
 mod chaos;
 mod checkpoint;
@@ -16,6 +17,7 @@ mod oracle;
 mod overlap;
 mod runs;
 mod s3;
+mod sentinel;
 mod support;
 mod tidy;
 mod tiers;

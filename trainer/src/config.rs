@@ -6,6 +6,7 @@ use crate::ema::EmaSection;
 use crate::faults::{FaultKind, FaultsSection};
 use crate::guard::GuardSection;
 use crate::phase::Phase;
+use crate::sentinel::SentinelSection;
 use anyhow::{Context, Result, bail, ensure};
 use data::Source;
 use kernels::Precision;
@@ -36,6 +37,8 @@ pub struct RunConfig {
     pub guard: GuardSection,
     #[serde(default)]
     pub checks: ChecksSection,
+    #[serde(default)]
+    pub sentinel: SentinelSection,
     #[serde(default)]
     pub faults: FaultsSection,
     /// In order; each lasts `tokens` tokens.
@@ -186,6 +189,7 @@ impl RunConfig {
         }
         ensure!(optimizer.weight_decay >= 0.0, "optimizer.weight_decay = {}: must not be negative", optimizer.weight_decay);
         self.ema.validate()?;
+        self.sentinel.validate(self.run.precision)?;
         self.faults.validate()?;
         let every = self.checks.recompute_every;
         ensure!(

@@ -15,6 +15,7 @@ pub mod phase;
 pub mod pipeline;
 pub mod run;
 pub mod state;
+pub mod sentinel;
 pub mod step;
 pub mod summary;
 pub mod validate;

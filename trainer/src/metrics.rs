@@ -1,6 +1,7 @@
 //! What a run says of itself: JSONL on every rank; on rank 0 TensorBoard scalars, one line a step, and a bar where
 //! the output is a terminal.
 use crate::memory::MemoryReport;
+use crate::sentinel::Seen;
 use anyhow::{Context, Result};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
@@ -123,6 +124,34 @@ impl Metrics {
         let named = [("weights", weights), ("gradients", gradients), ("optimizer", optimizer), ("activations", activations), ("peak", peak), ("buffers", buffers), ("reserved", reserved)];
         for (name, bytes) in named {
             front.tensorboard.add_scalar(&format!("memory/{name}_gib"), bytes as f32 / (1u64 << 30) as f32, step as usize);
+        }
+    }
+
+    /// What the FP8 sentinel did in a step: its errors below `fp8/`, whether a linear computes in BF16, and words where one
+    /// falls back or returns.
+    pub fn sentinel(&mut self, step: u64, seen: &Seen) -> Result<()> {
+        let mut scalar = |name: &str, what: &str, value: f64| {
+            if let Some(front) = &mut self.front {
+                front.tensorboard.add_scalar(&format!("fp8/{name}/{what}"), value as f32, step as usize);
+            }
+        };
+        if let Some(name) = &seen.returned {
+            scalar(name, "in_bf16", 0.0);
+        }
+        if let Some(look) = &seen.looked_at {
+            for (what, error) in ["fprop_error", "dgrad_error", "wgrad_error"].into_iter().zip(look.errors) {
+                scalar(&look.name, what, error);
+            }
+            if look.back_in.is_some() {
+                scalar(&look.name, "in_bf16", 1.0);
+            }
+        }
+        if let Some(name) = &seen.returned {
+            self.event(step, "fp8-again", &format!("step {step}: {name} computes in FP8 again"))?;
+        }
+        match &seen.looked_at {
+            Some(look) if look.back_in.is_some() => self.event(step, "fp8-fallback", &format!("step {step}: {look}")),
+            _ => Ok(()),
         }
     }
 

@@ -192,6 +192,7 @@ fn restore((config, start, tier): Begin, world: &Comm, trainer: &mut Trainer, co
     ensure!(manifest.seed == config.run.seed, "{} was written with seed {}, the run's is {}", path.display(), manifest.seed, config.run.seed);
     ensure!(manifest.corpus == corpus.fingerprint(), "{} was written over another corpus than {} now is", path.display(), config.data.mixture[0].path.display());
     trainer.guard.state = manifest.progress.guard.clone();
+    trainer.sentinel.state = manifest.progress.sentinel.clone();
     notes.push(format!("resuming from {} (step {}, {} tokens)", path.display(), manifest.step, manifest.tokens));
     let state = State { step: manifest.step, tokens: manifest.tokens, cursor: manifest.cursor, progress: manifest.progress };
     Ok((state, Some((manifest.step, path)), notes))
@@ -255,6 +256,7 @@ impl Run<'_> {
             self.state.cursor.next += moment.batch;
             let seconds = self.take_time(&mut mark);
             self.record(&report, (tokens, seconds, moment.lr), [first, first + moment.batch - 1])?;
+            self.metrics.sentinel(self.state.step, &report.seen)?;
             self.report_memory()?;
             self.judge(&report, moment.batch)?;
             let ended = self.saver.poll(&*self.world)?;
@@ -388,7 +390,8 @@ impl Run<'_> {
         let head = Manifest::head(self.config, &self.trainer.mesh, self.trainer.optimizer.updates);
         let State { step, tokens, cursor, progress } = self.state.clone();
         let model = ModelConfig { rope_scaling: self.rope_scaling.clone(), ..head.model.clone() };
-        let progress = Progress { guard: self.trainer.guard.state.clone(), ..progress };
+        let (guard, sentinel) = (self.trainer.guard.state.clone(), self.trainer.sentinel.state.clone());
+        let progress = Progress { guard, sentinel, ..progress };
         Manifest { step, tokens, cursor, progress, model, corpus: self.corpus.fingerprint(), ..head }
     }
 

@@ -11,6 +11,7 @@ use crate::guard::{Guard, Reason, Verdict};
 use crate::optimizer::Optimizer;
 use crate::phase::Moment;
 use crate::pipeline::{LocalStages, Pipeline, parts};
+use crate::sentinel::{Seen, Sentinel};
 use crate::zero::{BUCKET_BYTES, Zero, sum_of_squares};
 use anyhow::Result;
 use kernels::Precision;
@@ -36,6 +37,7 @@ pub struct Trainer {
     pub ema: Option<Ema>,
     pub guard: Guard,
     pub checks: Checks,
+    pub sentinel: Sentinel,
     pub faults: Faults,
     /// Of the step under way, as the log counts: from 1.
     pub number: u64,
@@ -63,6 +65,8 @@ pub struct StepReport {
     pub skipped: Option<Reason>,
     /// Corruption in this step's computation or in what it rests on: nothing was changed, and the step is to be done again.
     pub found: Vec<Finding>,
+    /// What the FP8 sentinel did.
+    pub seen: Seen,
     /// Some rank was asked to stop.
     pub stop: bool,
 }
@@ -99,6 +103,7 @@ impl Trainer {
             optimizer,
             guard: Guard::new(config.guard.clone()),
             checks: Checks::new(config.checks.clone()),
+            sentinel: Sentinel::new(&config.sentinel, &config.model),
             faults: Faults::open(&config.faults, &config.run.dir, (groups.world.rank(), groups.world.size()))?,
             number: 0,
             max_grad_norm: config.optimizer.max_grad_norm,
@@ -132,10 +137,12 @@ impl Trainer {
     pub fn step(&mut self, moment: &Moment, batch: &[MicroBatch], stop: bool) -> Result<StepReport, CommError> {
         let step = self.context(moment, moment.batch);
         self.faults.in_memory(self.number, &mut self.weights, &self.zero, &self.optimizer)?;
+        self.sentinel.begin(self.number, &mut self.weights);
         let (losses, counts, gradients) = self.gradients(&step, batch, stop)?;
         self.faults.in_gradients(self.number, &gradients);
         let found = if losses[4] > 0.0 { self.findings()? } else { Vec::new() };
         let norm = self.grad_norm(&gradients)?;
+        let seen = if found.is_empty() { self.sentinel.end(self.number, &self.weights, &*self.groups.world)? } else { Seen::default() };
 
         let loss = losses[0] / step.main_targets as f64;
         let load = self.load(&counts)?;
@@ -166,6 +173,7 @@ impl Trainer {
             load,
             skipped: if let Verdict::Skip(reason) = verdict { Some(reason) } else { None },
             found,
+            seen,
             stop: losses[3] > 0.0,
         })
     }

@@ -62,6 +62,10 @@ impl Hop {
 }
 
 impl Places {
+    pub fn tensors(&self) -> [&Tensor; 3] {
+        [&self.source, &self.slots, &self.sent_row]
+    }
+
     /// What came back [S, …] → the sum of each row's, [V, …].
     pub fn sum(&self, back: &Tensor) -> Tensor {
         sum_places(back, &self.sent_row)

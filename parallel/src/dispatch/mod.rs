@@ -20,7 +20,7 @@ mod hop;
 mod wire;
 
 pub use group::ExpertGroup;
-pub use wire::{Rows, Wire};
+pub use wire::{Packed, Rows, Wire};
 
 /// Where every (token, choice) goes; made once a MoE layer and micro-batch.
 pub struct Plan(Rc<Route>);
@@ -64,6 +64,15 @@ impl Plan {
         });
         let (hops, routes) = (hops.collect(), routes.shallow_clone());
         Ok(Plan(Rc::new(Route { routes, hops, wire: group.wire, counts: counts.experts, arrival: OnceCell::new() })))
+    }
+
+    /// What it holds between forward and backward.
+    pub fn tensors(&self) -> Vec<&Tensor> {
+        let arrival = self.0.arrival.get().into_iter().flat_map(|arrival| {
+            let local = [&arrival.local.pair, &arrival.local.row, &arrival.local.place];
+            arrival.places.iter().flat_map(Places::tensors).chain(local)
+        });
+        std::iter::once(&self.0.routes).chain(arrival).collect()
     }
 
     /// Rows of each local expert.

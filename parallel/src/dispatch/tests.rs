@@ -185,7 +185,7 @@ fn fp8_rows_arrive_as_they_were_quantised() {
             let fp8 = Plan::new(&routes, EXPERTS, &group.clone().with_wire(Wire::Fp8)).unwrap();
             let expected = own.dispatch(&quantised, &weights).unwrap().wait().unwrap().rows.into_tensor();
             let found = fp8.dispatch(&x, &weights).unwrap().wait().unwrap().rows;
-            assert!(matches!(&found, Rows::Fp8 { rows, .. } if rows.values.kind() == Kind::Float8e4m3fn));
+            assert!(matches!(&found, Rows::Fp8(packed) if packed.gather().values.kind() == Kind::Float8e4m3fn));
             assert!(found.into_tensor().equal(&expected));
             // Combine's backward too; combine and dispatch's backward in BF16, whatever the wire.
             assert!(fp8.combine_backward(&x).unwrap().wait().unwrap().into_tensor().equal(&expected));

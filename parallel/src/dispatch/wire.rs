@@ -19,12 +19,39 @@ pub enum Wire {
 
 /// Rows at the experts, as they came.
 pub enum Rows {
-    Own(Tensor),
-    /// Of a tensor of `kind`.
-    Fp8 {
-        rows: fp8::Rows,
-        kind: Kind,
-    },
+    Own(Tensor), // [R, D]
+    Fp8(Packed),
+}
+
+/// Each row once, however many of the experts here read it: that is all there is to keep of them.
+pub struct Packed {
+    values: Tensor, // [V, D] u8
+    scales: Tensor, // [V, Db]
+    /// The row of each local row, [R].
+    row: Tensor,
+    /// Of what was quantised.
+    kind: Kind,
+}
+
+impl Packed {
+    /// x [V, D], in the order `row` [R].
+    pub fn new(x: &Tensor, row: &Tensor) -> Packed {
+        let parts = Wire::Fp8.pack(x);
+        Packed { values: parts[0].shallow_clone(), scales: parts[1].shallow_clone(), row: row.shallow_clone(), kind: x.kind() }
+    }
+
+    /// [R, D]
+    pub fn gather(&self) -> fp8::Rows {
+        let values = self.values.index_select(0, &self.row).view_dtype(Kind::Float8e4m3fn);
+        let (scales, count) = (self.scales.index_select(0, &self.row).tr(), self.row.size()[0]);
+        let scales = scales.constant_pad_nd([0, fp8::round_up(count, 4) - count]).contiguous(); // [Db, R rounded up]
+        fp8::Rows { values, scales }
+    }
+
+    /// What it holds.
+    pub fn tensors(&self) -> [&Tensor; 3] {
+        [&self.values, &self.scales, &self.row]
+    }
 }
 
 impl Rows {
@@ -32,7 +59,7 @@ impl Rows {
     pub fn into_tensor(self) -> Tensor {
         match self {
             Rows::Own(rows) => rows,
-            Rows::Fp8 { rows, kind } => rows.dequantise(kind),
+            Rows::Fp8(packed) => packed.gather().dequantise(packed.kind),
         }
     }
 }
@@ -51,15 +78,11 @@ impl Wire {
 
     /// What came, a row of each of [V, …], in the order `row` [R].
     pub(super) fn unpack(self, parts: Vec<Tensor>, row: &Tensor, kind: Kind) -> Rows {
-        let mut picked = parts.into_iter().map(|part| part.index_select(0, row));
-        let rows = picked.next().expect("rows travelled");
+        let mut parts = parts.into_iter();
+        let values = parts.next().expect("rows travelled");
         match self {
-            Wire::Own => Rows::Own(rows),
-            Wire::Fp8 => {
-                let (scales, count) = (picked.next().expect("scales travelled").tr(), row.size()[0]);
-                let scales = scales.constant_pad_nd([0, fp8::round_up(count, 4) - count]).contiguous(); // [Db, R rounded up]
-                Rows::Fp8 { rows: fp8::Rows { values: rows.view_dtype(Kind::Float8e4m3fn), scales }, kind }
-            }
+            Wire::Own => Rows::Own(values.index_select(0, row)),
+            Wire::Fp8 => Rows::Fp8(Packed { values, scales: parts.next().expect("scales travelled"), row: row.shallow_clone(), kind }),
         }
     }
 }

@@ -3,12 +3,14 @@
 use super::batch;
 use anyhow::{Context, Result, ensure};
 use kernels::{device, shim};
+use model::saved::{LOGITS, bytes};
 use model::stage::StageIn;
+use model::{ExpertShare, ParamTable, Recompute, Stage};
 use parallel::comm::local::solo;
 use parallel::mesh::Mesh;
 use serde_json::json;
 use std::time::Instant;
-use tch::{Device, Kind, Tensor};
+use tch::{Kind, Tensor};
 use trainer::RunConfig;
 use trainer::config::DeviceChoice;
 use trainer::phase::Plan;
@@ -44,7 +46,12 @@ pub fn run(args: &super::Args, config: &RunConfig) -> Result<()> {
         gpu.synchronize()?;
         gradients.push(start.elapsed().as_secs_f64() * 1e3);
     }
-    let saved = saved_bytes(&mut trainer, &moment, on)?;
+    trainer.weights.gemms.take();
+    let context = trainer.context(&moment, moment.batch);
+    drop(trainer.gradients(&context, &batch(&trainer, &moment, 0)[..1], false)?);
+    let gemms = trainer.weights.gemms.take();
+    let reports = Recompute { rms_norm: true, mla_up_projection: true, swiglu: true };
+    let kept = [kept(&mut trainer, &moment, config.recompute)?, kept(&mut trainer, &moment, reports)?];
     if let Some(path) = &args.trace {
         let batch = batch(&trainer, &moment, 1);
         shim::profile(path, || -> Result<()> {
@@ -59,7 +66,7 @@ pub fn run(args: &super::Args, config: &RunConfig) -> Result<()> {
         json!({
             "device": gpu.name(), "precision": config.run.precision, "parameters": trainer.weights.table.numel(), "loss": loss,
             "tokens": moment.batch * moment.phase.sequence_length, "fwd_bwd_ms": median(gradients), "step_ms": median(steps),
-            "memory": memory, "saved_bytes": saved, "deterministic": config.run.deterministic,
+            "memory": memory, "kept": kept, "gemms": gemms, "deterministic": config.run.deterministic,
             "copy_tb_per_s": copy / 1e12, "optimizer_floor_ms": floor,
         })
     );
@@ -72,18 +79,22 @@ fn median(mut times: Vec<f64>) -> f64 {
     times[times.len() / 2]
 }
 
-/// What one micro-batch's forward keeps for its backward, the gradient of the logits left out.
-fn saved_bytes(trainer: &mut Trainer, moment: &trainer::phase::Moment, on: Device) -> Result<i64> {
+/// What one micro-batch's forward keeps for its backward where these things are made again, by part and as torch's allocator
+/// has it; the gradient of the logits left out.
+fn kept(trainer: &mut Trainer, moment: &trainer::phase::Moment, recompute: Recompute) -> Result<serde_json::Value> {
+    let on = trainer.weights.device();
+    // The same parameters, whatever is made again.
+    let stage = Stage::whole(&mut ParamTable::new(ExpertShare::default(), recompute), &trainer.config);
     let batch = batch(trainer, moment, 0).remove(0);
     let context = trainer.context(moment, moment.batch);
     device::gpu(on).synchronize()?;
     let before = shim::memory(on)?.allocated;
-    let stage = trainer.stages.direction(0);
     let (_, stats, saved) = stage.forward(&context, &mut trainer.weights, &batch, StageIn::Tokens)?;
     let after = shim::memory(on)?.allocated;
+    let mut parts = bytes(&saved);
     drop((stats, saved));
-    let logits = batch.sequences() * batch.length() * trainer.config.vocab_size;
-    Ok(after - before - logits * trainer.weights.precision.compute().elt_size_in_bytes() as i64)
+    let logits = parts.remove(LOGITS).unwrap_or_default();
+    Ok(json!({"recompute": recompute, "bytes": after - before - logits, "parts": parts}))
 }
 
 /// Bytes a second that a large copy reads and writes.

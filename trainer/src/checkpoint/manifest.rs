@@ -1,5 +1,6 @@
 //! `manifest.json`: what a checkpoint holds, where, and the hash of every byte of it, its own included.
 use crate::guard::GuardState;
+use crate::sentinel::SentinelState;
 use anyhow::{Context, Result, ensure};
 use kernels::Precision;
 use model::ModelConfig;
@@ -61,6 +62,8 @@ pub struct Progress {
     pub skipped_steps: u64,
     #[serde(default)]
     pub guard: GuardState,
+    #[serde(default)]
+    pub sentinel: SentinelState,
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
