@@ -1,13 +1,16 @@
 //! Run under mpirun: every collective over MPI, compared bit for bit with the same program over threads.
 //! `mpirun -n 4 comm_check [--bench N]`; the last line of rank 0 is `comm_check: N ranks equal`.
-//! On GPU machines, with libtorch_cuda.so in LD_PRELOAD: `--gpu nccl` (a GPU a rank, one host) and `--gpu staged`
-//! (all ranks on GPU 0) run it on GPU tensors, too.
+//! On GPU machines `--gpu peer` and `--gpu nccl` (a GPU a rank, one host) and
+//! `--gpu staged` (all ranks on GPU 0) run it on GPU tensors, too; with a GPU a rank also 1000 exchanges of random counts,
+//! and what the debug wrapper makes of ranks that disagree.
 //! `--bench N` also times the all_reduce of N f32 elements; `--panic R` and `--wrong-size` show how it fails.
 
+use kernels::device;
 use parallel::comm::checked::checked;
 use parallel::comm::local::run_local;
 use parallel::comm::mpi::MpiWorld;
 use parallel::comm::nccl;
+use parallel::comm::peer::Slots;
 use parallel::comm::{Comm, Communicator, Reduce, TensorSpec, barrier, broadcast_bytes, gather_bytes};
 use std::time::Instant;
 use tch::{Device, Kind, Tensor};
@@ -140,15 +143,79 @@ fn bench(comm: &Comm, elements: i64) {
     }
 }
 
-/// The same on GPU tensors: over NCCL with a GPU a rank, or staged through the host with all ranks on GPU 0.
-fn gpu(comm: &Comm, over_nccl: bool, expected: &Results) {
-    let device = if over_nccl { comm.rank() } else { 0 };
-    assert!(tch::Cuda::device_count() > device as i64, "torch sees no GPU {device}: is libtorch_cuda.so preloaded?");
-    let carrier = if over_nccl { nccl::connect(comm.clone(), &nccl::Options { device, ..Default::default() }).expect("NCCL") } else { comm.clone() };
-    compare(&program(On(&*carrier, Device::Cuda(device))), expected, comm.rank());
-    if comm.rank() == 0 {
-        println!("comm_check: GPU tensors equal on {} ranks", comm.size());
+/// The same on GPU tensors: with a GPU a rank, or staged through the host with all ranks on GPU 0.
+fn gpu(comm: &Comm, over: &str, expected: &Results) {
+    let device: usize = if over == "staged" { 0 } else { comm.rank() };
+    let options = device::Options { local_rank: device, torch_cuda: None, nvrtc_folder: None, kernel_cache: std::env::temp_dir().join("comm_check-kernels") };
+    let found = device::open(&options).expect("a GPU that is there must be usable");
+    assert!(matches!(&found, device::Found::Gpu(gpu) if gpu.device() == Device::Cuda(device)), "no GPU {device}");
+    let on = Device::Cuda(device);
+    if over == "staged" {
+        compare(&program(On(&**comm, on)), expected, comm.rank());
+    } else {
+        // Small slots: messages of many pieces, none of which ends where a row does.
+        let small = Slots { count: 3, bytes: 12_288 };
+        for slots in [small, Slots::default()] {
+            let peers = (over == "peer").then_some(slots);
+            let options = nccl::Options { device, peers, ..Default::default() };
+            let carrier = nccl::connect(comm.clone(), &options).expect("a GPU group");
+            compare(&program(On(&*carrier, on)), expected, comm.rank());
+            compare(&program(On(&*checked(carrier.clone(), "world"), on)), expected, comm.rank());
+            random_exchanges(&*carrier, on, 500);
+            if over == "peer" {
+                disagree(&*checked(carrier, "world"), on); // NCCL would wait for ever
+            }
+        }
     }
+    if comm.rank() == 0 {
+        println!("comm_check: GPU tensors equal on {} ranks over {over}", comm.size());
+    }
+}
+
+/// A row that says where it comes from, where it goes and when; every byte is looked at.
+fn random_exchanges(comm: &dyn Communicator, device: Device, count: u64) {
+    let (me, size) = (comm.rank(), comm.size());
+    // splitmix64: the same numbers on every rank.
+    let random = |seed: u64| {
+        let x = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15).wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let x = (x ^ (x >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        x ^ (x >> 29)
+    };
+    let bad: Tensor = Tensor::zeros([], (Kind::Int64, device));
+    for number in 0..count {
+        let width = [1, 3, 64, 257][random(number) as usize % 4];
+        let rows = |from: usize, to: usize| match random(number ^ 0xabcd) % 5 {
+            0 => 0,                                                       // nobody sends
+            1 => 999 * i64::from(to == (number as usize + 1) % size),     // all to one
+            2 => i64::from(from == number as usize % size),               // one sends
+            _ => (random(number * 64 + (from * 8 + to) as u64) % 4001) as i64,
+        };
+        let value = |from: usize, to: usize| ((number * 131 + from as u64 * 17 + to as u64 * 5) % 251) as i64;
+        let block = |from: usize, to: usize| {
+            let n = rows(from, to);
+            (Tensor::arange(n * width, (Kind::Int64, device)) + value(from, to)).remainder(253).to_kind(Kind::Uint8).view([n, width])
+        };
+        let sent: Vec<Tensor> = (0..size).map(|to| block(me, to)).collect();
+        let want: Vec<Tensor> = (0..size).map(|from| block(from, me)).collect();
+        let counts = |of: &[Tensor]| of.iter().map(|t| t.size()[0]).collect::<Vec<_>>();
+        let got = comm.all_to_all(vec![Tensor::cat(&sent, 0)], &counts(&sent), &counts(&want)).unwrap().wait().unwrap();
+        let _ = bad.shallow_clone().g_add_(&got[0].not_equal_tensor(&Tensor::cat(&want, 0)).sum(Kind::Int64));
+    }
+    assert_eq!(bad.int64_value(&[]), 0, "rank {me}: bytes that are not what was sent");
+}
+
+/// Rank 0 sends 2 numbers where rank 1 expects 10: the next collective says so, on both.
+fn disagree(comm: &dyn Communicator, device: Device) {
+    let numbers = |n: i64| Tensor::zeros([n], (Kind::Float, device));
+    let spec = TensorSpec { shape: vec![10], kind: Kind::Float, device };
+    match comm.rank() {
+        0 => drop(comm.exchange(vec![(1, numbers(2))], vec![]).unwrap().wait().unwrap()),
+        1 => drop(comm.exchange(vec![], vec![(0, spec)]).unwrap().wait().unwrap()),
+        _ => {}
+    }
+    let error = comm.all_reduce(vec![numbers(1)], Reduce::Sum).err().expect("the ranks disagree").to_string();
+    let told = if comm.rank() == 1 { "Float[10]" } else { "" };
+    assert!(error.contains("exchange") && error.contains(told), "{error}");
 }
 
 /// Rank 0 sends 2 numbers where rank 1 expects 10.
@@ -164,6 +231,7 @@ fn wrong_size(comm: &dyn Communicator) {
 }
 
 fn main() {
+    device::many_queues();
     tch::set_num_threads(1);
     let world = MpiWorld::init().expect("MPI");
     let comm = world.comm();
@@ -185,7 +253,7 @@ fn main() {
     compare(&program(On(&*checked(comm.clone(), "world"), Device::Cpu)), &expected[comm.rank()], comm.rank());
     assert_eq!(world.nodes().expect("nodes"), vec![0; comm.size()], "one host, one node ({})", world.host());
     if let Some(at) = args.iter().position(|a| a == "--gpu") {
-        gpu(&comm, args[at + 1] == "nccl", &expected[comm.rank()]);
+        gpu(&comm, &args[at + 1], &expected[comm.rank()]);
     }
     if let Some(at) = args.iter().position(|a| a == "--bench") {
         bench(&comm, args[at + 1].parse().expect("a number of elements"));

@@ -1,19 +1,7 @@
 //! Runs on a GPU against the same runs on the CPU, against themselves, and of several ranks that share the GPU. Without a
 //! GPU each test says that it was skipped; the one that needs no GPU says so with one.
-use crate::support::{Run, mpirun, scratch, tiefsee};
+use crate::support::{Run, gap, gpu, mpirun, scratch, start};
 use kernels::device::{self, Found, Options};
-
-/// None: no GPU here, and the test has said so.
-fn gpu(test: &str) -> Option<()> {
-    let options = Options { local_rank: 0, torch_cuda: None, nvrtc_folder: None, kernel_cache: scratch().join("runs/.kernels") };
-    match device::open(&options).expect("a GPU that is there must be usable") {
-        Found::Gpu(_) => Some(()),
-        Found::Cpu(why) => {
-            println!("SKIPPED {test}: {why}");
-            None
-        }
-    }
-}
 
 /// Widths and a length for which BF16 attention goes through cuDNN, and FP8 through our kernels.
 const WIDE: [&str; 10] = [
@@ -37,19 +25,6 @@ fn train(run: &Run, stop_after: u64, expected: i32) {
     let mut args = run.train_args();
     args.extend(["--set".into(), format!("run.stop_after={stop_after}")]);
     start(&args, expected);
-}
-
-fn start(args: &[String], expected: i32) -> String {
-    let output = tiefsee(args).output().expect("tiefsee starts");
-    let text = format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
-    assert_eq!(output.status.code(), Some(expected), "{args:?}: {text}");
-    text
-}
-
-/// Largest |a − b| / |b|.
-fn gap(a: &[f64], b: &[f64]) -> f64 {
-    assert_eq!(a.len(), b.len());
-    a.iter().zip(b).map(|(a, b)| ((a - b) / b).abs()).fold(0.0, f64::max)
 }
 
 #[test]

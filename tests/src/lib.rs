@@ -10,6 +10,7 @@ mod faces;
 mod faults;
 mod fp8;
 mod gpu;
+mod gpus;
 mod launching;
 mod layers;
 mod layouts;

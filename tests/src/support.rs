@@ -67,6 +67,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::OnceLock;
 use std::time::{Duration, Instant};
+use kernels::device::{self, Found, Options};
 use trainer::RunConfig;
 
 pub fn root() -> PathBuf {
@@ -194,4 +195,30 @@ impl Run {
             }
         }
     }
+}
+
+/// None: no GPU here, and the test has said so.
+pub fn gpu(test: &str) -> Option<()> {
+    let options = Options { local_rank: 0, torch_cuda: None, nvrtc_folder: None, kernel_cache: scratch().join("runs/.kernels") };
+    match device::open(&options).expect("a GPU that is there must be usable") {
+        Found::Gpu(_) => Some(()),
+        Found::Cpu(why) => {
+            println!("SKIPPED {test}: {why}");
+            None
+        }
+    }
+}
+
+/// tiefsee, to its end; what it said.
+pub fn start(args: &[String], expected: i32) -> String {
+    let output = tiefsee(args).output().expect("tiefsee starts");
+    let text = format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    assert_eq!(output.status.code(), Some(expected), "{args:?}: {text}");
+    text
+}
+
+/// Largest |a − b| / |b|.
+pub fn gap(a: &[f64], b: &[f64]) -> f64 {
+    assert_eq!(a.len(), b.len());
+    a.iter().zip(b).map(|(a, b)| ((a - b) / b).abs()).fold(0.0, f64::max)
 }

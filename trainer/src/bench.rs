@@ -22,6 +22,7 @@ use trainer::step::Trainer;
 
 mod gpu;
 mod meter;
+mod multi;
 mod overlap;
 
 /// Steps before those that are timed.
@@ -46,8 +47,14 @@ pub struct Args {
     /// Instead: one rank on a GPU, with its memory.
     #[arg(long)]
     gpu: bool,
-    /// With --gpu: write a Chrome trace of one step here.
-    #[arg(long, requires = "gpu")]
+    /// Instead: one rank a GPU, under mpirun.
+    #[arg(long)]
+    multi_gpu: bool,
+    /// With --multi-gpu: not steps but the links between the GPUs.
+    #[arg(long, requires = "multi_gpu")]
+    links: bool,
+    /// On GPUs: write a Chrome trace of one step here.
+    #[arg(long)]
     trace: Option<PathBuf>,
 }
 
@@ -55,6 +62,9 @@ pub fn run(args: &Args) -> Result<()> {
     let config = RunConfig::load(&args.config, &args.set)?;
     if args.overlap {
         return overlap::run(args, &config);
+    }
+    if args.multi_gpu {
+        return multi::run(args, &config);
     }
     if args.gpu {
         return gpu::run(args, &config);

@@ -127,6 +127,7 @@ enum Dtype {
 }
 
 fn main() -> ExitCode {
+    kernels::device::many_queues();
     let colours = std::io::stderr().is_terminal();
     tracing_subscriber::fmt().with_writer(std::io::stderr).with_target(false).with_ansi(colours).init();
     let cli = Cli::parse();
