@@ -1,0 +1,122 @@
+//! Two GPUs or more against one: every layout's losses, checkpoints that go from each to each, and a rank that dies or
+//! stops in the middle. With fewer GPUs each test says that it was skipped.
+use crate::support::{Run, gap, gpu, mpirun, start};
+use std::process::Command;
+
+/// Widths and a length for which BF16 attention goes through cuDNN, and FP8 through our kernels; a batch that every
+/// schedule takes.
+const WIDE: &[&str] = &[
+    "run.device=cuda",
+    "model.kv_lora_rank=16",
+    "model.intermediate_size=128",
+    "model.moe_intermediate_size=128",
+    "model.qk_nope_head_dim=16",
+    "model.qk_rope_head_dim=16",
+    "model.v_head_dim=32",
+    "phase.0.sequence_length=64",
+    "phase.0.tokens=15360",
+    "phase.0.batch=8",
+    "phase.1.sequence_length=64",
+    "phase.1.tokens=7680",
+    "phase.0.bias_speed=0",
+    "phase.0.balance_weight=1e-2",
+    "phase.0.mtp_weight=0.3",
+];
+
+/// Of two GPUs: expert parallel on one node and on two, pipelines, data parallel with ZeRO-1; each over both transports.
+const LAYOUTS: &[(&str, &[&str])] = &[
+    ("ep2", &["parallel.ep=2"]),
+    ("ep2-two-nodes", &["parallel.ep=2", "parallel.ranks_per_node=1"]),
+    ("ep2-paired", &["parallel.ep=2", "parallel.schedule=paired"]),
+    ("pp2-1f1b", &["parallel.pp=2"]),
+    ("pp2-zb1p", &["parallel.pp=2", "parallel.schedule=zb1p"]),
+    ("pp2-dualpipe", &["parallel.pp=2", "parallel.schedule=dualpipe"]),
+    ("dp2", &[]),
+];
+
+fn two_gpus(test: &str) -> Option<()> {
+    gpu(test)?;
+    let count = tch::Cuda::device_count();
+    if count < 2 {
+        println!("SKIPPED {test}: {count} GPU");
+        return None;
+    }
+    Some(())
+}
+
+fn run(name: &str, set: &[&str]) -> Run {
+    Run::new(&format!("gpus-{name}"), &[WIDE, set].concat())
+}
+
+/// Four at a time: the GPUs have room for small models.
+fn side_by_side<T: Sync>(jobs: &[T], work: impl Fn(&T) + Sync) {
+    for some in jobs.chunks(4) {
+        std::thread::scope(|scope| some.iter().for_each(|job| drop(scope.spawn(|| work(job)))));
+    }
+}
+
+#[test]
+fn every_layout_of_two_gpus_is_one_gpu() {
+    let Some(()) = two_gpus("every_layout_of_two_gpus_is_one_gpu") else { return };
+    for (precision, limit) in [("f32", 1e-5), ("bf16", 1e-2), ("fp8", 1e-2)] {
+        let precision_set = format!("run.precision={precision}");
+        let set = [&precision_set[..], "run.stop_after=10"];
+        let one = run(&format!("one-{precision}"), &set);
+        start(&one.train_args(), 75);
+        let jobs: Vec<_> = ["peer", "nccl"].iter().flat_map(|transport| LAYOUTS.iter().map(move |layout| (transport, layout))).collect();
+        side_by_side(&jobs, |(transport, (layout, more))| {
+            let transport_set = format!("parallel.transport={transport}");
+            let two = run(&format!("{layout}-{precision}-{transport}"), &[&set[..], &[&transport_set[..]], *more].concat());
+            mpirun(2, &two.train_args(), 75);
+            let gap = gap(&two.series("loss"), &one.series("loss"));
+            println!("{precision}, {transport}, {layout}: ten losses at most {gap:.2e} from one GPU's");
+            assert!(gap < limit, "{layout} over {transport} in {precision}: {gap:e}");
+        });
+    }
+}
+
+/// The run directory of `from`, copied, with another `[parallel]`.
+fn moved(from: &Run, name: &str, parallel: &[&str]) -> Run {
+    let to = run(name, parallel);
+    let copied = Command::new("cp").arg("-r").arg(from.dir()).arg(to.dir()).status().expect("cp starts");
+    assert!(copied.success());
+    std::fs::write(trainer::run::resolved(to.dir()), to.config().to_toml().expect("TOML")).expect("a config is written");
+    to
+}
+
+#[test]
+fn a_checkpoint_of_each_layout_goes_on_in_each() {
+    let Some(()) = two_gpus("a_checkpoint_of_each_layout_goes_on_in_each") else { return };
+    let precision = "run.precision=f32";
+    let one = run("one-whole", &[precision, "run.stop_after=8"]);
+    start(&one.train_args(), 75);
+    let half = |from: &str, more: &[&str]| run(&format!("half-{from}"), &[&[precision, "run.stop_after=4"][..], more].concat());
+    side_by_side(LAYOUTS, |(from, more)| drop(mpirun(2, &half(from, more).train_args(), 75)));
+    let targets = || LAYOUTS.iter().copied().chain([("one", &[][..])]);
+    let jobs: Vec<_> = LAYOUTS.iter().flat_map(|from| targets().map(move |to| (from, to))).collect();
+    side_by_side(&jobs, |((from, begun), (to, more))| {
+        let on = moved(&half(from, begun), &format!("{from}-to-{to}"), &[&[precision][..], *more].concat());
+        let resume = ["resume".into(), on.dir().display().to_string(), "--stop-after".into(), "8".into()];
+        if *to == "one" { drop(start(&resume, 75)) } else { drop(mpirun(2, &resume, 75)) };
+        let gap = gap(&on.series("loss"), &one.series("loss"));
+        println!("{from} to {to}: eight losses at most {gap:.2e} from one GPU's");
+        assert!(gap < 1e-5, "{from} to {to}: {gap:e}");
+    });
+}
+
+#[test]
+fn every_byte_of_a_thousand_exchanges_is_right() {
+    let Some(()) = two_gpus("every_byte_of_a_thousand_exchanges_is_right") else { return };
+    let example = crate::support::binary().with_file_name("examples").join("comm_check");
+    for over in ["peer", "nccl"] {
+        let output = Command::new("timeout")
+            .args(["300", "mpirun", "--oversubscribe", "-n", "2"])
+            .arg(&example)
+            .args(["--gpu", over])
+            .envs([("OMPI_ALLOW_RUN_AS_ROOT", "1"), ("OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1")])
+            .output()
+            .expect("mpirun starts");
+        let text = format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+        assert!(output.status.success() && text.contains(&format!("GPU tensors equal on 2 ranks over {over}")), "{over}: {text}");
+    }
+}
