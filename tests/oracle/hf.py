@@ -61,15 +61,18 @@ def watch_gates(model, config):
     return seen
 
 
-def gradients_on_disk_names(model):
-    """transformers packs a layer's experts in two tensors; the export has three per expert."""
+def gradient(parameter):
+    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+
+
+def on_disk_names(model, value):
+    """(name, value(parameter)): transformers packs a layer's experts in two tensors; the export has three per expert."""
     for name, parameter in model.named_parameters():
-        grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
         packed = re.fullmatch(r"(.*\.experts)\.(gate_up_proj|down_proj)", name)
         if not packed:
-            yield name, grad
+            yield name, value(parameter)
             continue
-        for expert, rows in enumerate(grad):
+        for expert, rows in enumerate(value(parameter)):
             if packed[2] == "down_proj":
                 yield f"{packed[1]}.{expert}.down_proj.weight", rows
             else:
@@ -101,7 +104,7 @@ def main():
 
     experts = min((margin[0] for _, margin in seen.values()), default=float("inf"))
     groups = min((margin[1] for _, margin in seen.values()), default=float("inf"))
-    results = dict(gradients_on_disk_names(model))
+    results = dict(on_disk_names(model, gradient))
 
     mtp = f"model.layers.{model.config.num_hidden_layers}."
     expected = {name for name in read_weights(args.export) if not name.startswith(mtp)}

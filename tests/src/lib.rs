@@ -6,6 +6,7 @@ mod chaos;
 mod checkpoint;
 mod corpus;
 mod corruption;
+mod export;
 mod faces;
 mod faults;
 mod fp8;

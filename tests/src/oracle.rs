@@ -1,8 +1,7 @@
 //! The model against two independent ones: Hugging Face transformers' own DeepSeek-V3 and -V2, loaded from our
 //! export, and a plain torch model in f64 that also has MTP and the sequence-wise balance loss.
-use crate::support::{Run, assert_close, distance, random, root, scratch, small, tokens};
+use crate::support::{assert_close, distance, random, root, scratch, small, tokens};
 use kernels::Precision;
-use kernels::fp8::{ScaleRule, quantise_blocks};
 use kernels::ops::rope::RopeScaling;
 use model::config::{ModelConfig, Scoring};
 use model::hf::pieces;
@@ -20,24 +19,22 @@ use std::rc::Rc;
 use tch::{Device, Kind, Tensor};
 use trainer::checkpoint::hf::{Format, Values};
 use trainer::checkpoint::{self, Manifest};
-use trainer::coordinator::StopSignal;
-use trainer::run::{Start, train};
 use trainer::state::StatePart;
 
 /// Below this lead of a chosen expert over the next, rounding may choose another: such a seed tests nothing.
 const MARGIN: f64 = 1e-5;
 const SEQUENCES: i64 = 2;
 
-struct Subject {
-    config: ModelConfig,
-    stage: Stage,
-    weights: Weights,
-    tokens: Tensor, // [B, L + 1]
+pub struct Subject {
+    pub config: ModelConfig,
+    pub stage: Stage,
+    pub weights: Weights,
+    pub tokens: Tensor, // [B, L + 1]
 }
 
 impl Subject {
     /// Random weights, norms and biases included.
-    fn new(config: &ModelConfig, precision: Precision, seed: u64, length: i64) -> Self {
+    pub fn new(config: &ModelConfig, precision: Precision, seed: u64, length: i64) -> Self {
         config.validate().expect("a valid config");
         let mut table = ParamTable::default();
         let stage = Stage::whole(&mut table, config);
@@ -54,7 +51,7 @@ impl Subject {
         Subject { config: config.clone(), stage, weights, tokens: tokens(seed, &[SEQUENCES, length + 1], config.vocab_size) }
     }
 
-    fn context(&self, mtp_weight: f64, balance_weight: f64) -> StepContext {
+    pub fn context(&self, mtp_weight: f64, balance_weight: f64) -> StepContext {
         let length = self.tokens.size()[1] - 1;
         let options = (self.weights.precision.master(), Device::Cpu);
         StepContext {
@@ -69,7 +66,7 @@ impl Subject {
     }
 
     /// Through the real path: a checkpoint, then export-hf.
-    fn export(&self, name: &str) -> PathBuf {
+    pub fn export(&self, name: &str) -> PathBuf {
         let table = &self.weights.table;
         let part = |id| {
             let spec = table.spec(id);
@@ -105,7 +102,7 @@ impl Subject {
 }
 
 /// Runs tests/oracle/`script` in the test venv and reads what it wrote.
-fn oracle(script: &str, export: &Path, input: &Tensor, arguments: &[&str]) -> HashMap<String, Tensor> {
+pub fn oracle(script: &str, export: &Path, input: &Tensor, arguments: &[&str]) -> HashMap<String, Tensor> {
     let python = root().join(".deps/venv/bin/python");
     assert!(python.exists(), "the test venv is not there; scripts/test.sh makes it");
     let (input_path, output_path) = (export.with_extension("in.safetensors"), export.with_extension("out.safetensors"));
@@ -134,7 +131,7 @@ fn oracle(script: &str, export: &Path, input: &Tensor, arguments: &[&str]) -> Ha
     file.tensors().into_iter().map(|(name, view)| (name.to_string(), tensor(view))).collect()
 }
 
-fn check_margin(name: &str, found: &HashMap<String, Tensor>) {
+pub fn check_margin(name: &str, found: &HashMap<String, Tensor>) {
     let margin = found["routing_margin"].double_value(&[]);
     assert!(margin > MARGIN, "{name}: the routing margin is {margin:.1e}, below {MARGIN:.0e}: choose another seed");
 }
@@ -224,85 +221,4 @@ fn import_is_the_inverse_of_export() {
         let name = &table.spec(id).name;
         assert_eq!(distance(&tensors[&format!("weight/{name}")], subject.weights.get(id)), 0.0, "{name}");
     }
-}
-
-/// A few steps of a model whose matrices are whole 128 × 128 blocks or a part of one: transformers dequantises no others.
-fn trained() -> Run {
-    let sizes = [("hidden_size", 256), ("intermediate_size", 256), ("moe_intermediate_size", 128), ("q_lora_rank", 64), ("kv_lora_rank", 112)];
-    let heads = [("qk_nope_head_dim", 48), ("qk_rope_head_dim", 16), ("v_head_dim", 16), ("num_nextn_predict_layers", 1)];
-    let set: Vec<String> = sizes.iter().chain(&heads).map(|(key, value)| format!("model.{key}={value}")).collect();
-    let more = ["run.precision=f32", "run.stop_after=8", "validation.every=0"];
-    let run = Run::new("fp8-export", &set.iter().map(String::as_str).chain(more).collect::<Vec<_>>());
-    train(&run.config(), solo(), Start::Fresh, &StopSignal::default()).map(|_| ()).expect("the run");
-    run
-}
-
-/// Over the corpus' held-out split, as a run that starts from `checkpoint` measures it.
-fn held_out_loss(trained: &Run, name: &str, checkpoint: &Path) -> f64 {
-    let mut config = trained.config();
-    config.run.dir = scratch().join("runs").join(name);
-    (config.run.init_from, config.run.stop_after, config.validation.every) = (Some(checkpoint.to_path_buf()), Some(0), 1);
-    let outcome = train(&config, solo(), Start::Fresh, &StopSignal::default()).expect("a run of no step");
-    outcome.summary.val_loss_start.expect("a validation before the first step")
-}
-
-#[test]
-fn fp8_exports_are_our_quantiser_and_transformers_reads_them() {
-    let run = trained();
-    let (newest, folder) = (run.newest_checkpoint(), scratch().join("oracle"));
-    let export = |from: &Path, name: &str, format| {
-        let out = folder.join(name);
-        assert_eq!(checkpoint::hf::export(from, &out, format, Values::Newest).expect("an export").uneven, 0);
-        out
-    };
-    let (fp8, bf16) = (export(&newest, "fp8", Format::Fp8), export(&newest, "bf16", Format::Plain(Kind::BFloat16)));
-    let imported = checkpoint::hf::import(&fp8, &folder.join("fp8-imported")).expect("an import");
-    let mut subject = Subject::new(&run.config().model, Precision::F32, 51, 30);
-    let (_, tensors) = checkpoint::load(&imported, |_| true).expect("a checkpoint");
-    let table = subject.weights.table.clone();
-    table.ids().for_each(|id| subject.weights.set(id, &tensors[&format!("weight/{}", table.spec(id).name)]));
-
-    let theirs = oracle("fp8.py", &fp8, &subject.tokens, &[]);
-    check_margin("fp8", &theirs);
-    let masters = run.state();
-    let mut matrices = 0;
-    for spec in table.specs() {
-        for piece in pieces(spec).iter().filter(|piece| theirs.contains_key(&piece.name)) {
-            let whole = &masters[&format!("weight/{}", spec.name)];
-            let part = piece.expert.map_or_else(|| whole.shallow_clone(), |expert| whole.select(0, expert));
-            let part = piece.rows.map_or_else(|| part.shallow_clone(), |(start, rows)| part.narrow(0, start, rows));
-            assert!(theirs[&piece.name].equal(&quantise_blocks(&part, ScaleRule::Amax).dequantise(Kind::Float)), "{}", piece.name);
-            matrices += 1;
-        }
-    }
-    // A dense block, two of MoE and MTP's: five of attention each, three a SwiGLU of 8 experts and a shared one.
-    assert_eq!(matrices, 4 * 5 + 3 + 3 * (8 + 1) * 3);
-    let step = subject.context(0.0, 0.0);
-    let logits = subject.stage.logits(&step, &mut subject.weights, &MicroBatch { tokens: subject.tokens.shallow_clone() }).expect("logits");
-    assert_close("logits of the FP8 weights", &logits, &theirs["logits"].view([-1, subject.config.vocab_size]), 1e-5);
-
-    let again = export(&imported, "fp8-again", Format::Fp8);
-    let bytes = |folder: &Path| std::fs::read(folder.join("model.safetensors")).expect("an export");
-    assert!(bytes(&again) == bytes(&fp8), "exported again it is another file");
-    let imported_bf16 = checkpoint::hf::import(&bf16, &folder.join("bf16-imported")).expect("an import");
-    let (in_fp8, in_bf16) = (held_out_loss(&run, "loss-fp8", &imported), held_out_loss(&run, "loss-bf16", &imported_bf16));
-    assert!((in_fp8 / in_bf16 - 1.0).abs() < 5e-3 && in_fp8 != in_bf16, "held-out loss {in_fp8} in FP8, {in_bf16} in BF16");
-}
-
-#[test]
-fn fp8_of_matrices_that_are_no_whole_blocks_comes_back_as_it_went() {
-    let subject = Subject::new(&ModelConfig { hidden_size: 136, moe_intermediate_size: 200, ..small() }, Precision::F32, 61, 8);
-    let dir = scratch().join("oracle");
-    let plain = checkpoint::hf::import(&subject.export("uneven"), &dir.join("uneven-imported")).expect("an import");
-    let out = |name: &str| dir.join(name);
-    let first = checkpoint::hf::export(&plain, &out("uneven-fp8"), Format::Fp8, Values::Newest).expect("an export");
-    assert!(first.uneven > 0, "200 rows are no whole blocks");
-    let back = checkpoint::hf::import(&out("uneven-fp8"), &dir.join("uneven-back")).expect("an import");
-    checkpoint::hf::export(&back, &out("uneven-again"), Format::Fp8, Values::Newest).expect("an export");
-    let bytes = |name: &str| std::fs::read(out(name).join("model.safetensors")).expect("an export");
-    assert!(bytes("uneven-again") == bytes("uneven-fp8"));
-    let (_, tensors) = checkpoint::load(&back, |_| true).expect("a checkpoint");
-    let name = "model.layers.0.self_attn.o_proj.weight";
-    let weight = subject.weights.get(subject.weights.table.find(name).expect("a parameter"));
-    assert!(tensors[&format!("weight/{name}")].equal(&quantise_blocks(weight, ScaleRule::Amax).dequantise(Kind::Float)));
 }
