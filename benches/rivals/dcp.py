@@ -3,7 +3,9 @@
     dcp.py DIR [GB] [ROUNDS]
 
 The state is FP32 tensors of 4096 x 1024. A save ends with an fsync of every file, as ours does. Caches are dropped before
-each measurement where that is allowed. Prints JSON: seconds of each round.
+each measurement where that is allowed. Prints JSON: seconds of each round. An asynchronous save is made as async_save does it
+by itself, and with a stager that copies on a thread of its own, each under a step (products of matrices, on every core):
+stall is what the training thread waits, in the call and for the copy; slowed, by how much its step takes longer in all.
 """
 
 import json
@@ -17,8 +19,10 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 SHAPE = (4096, 1024)
+STEP_S = 1.0
 
 
 def drop_caches():
@@ -43,17 +47,52 @@ def timed(run):
     return time.perf_counter() - start, result
 
 
-def one_round(folder, state):
-    save, async_save = folder / "sync", folder / "async"
+class Step:
+    """Stands for a step's forward and backward: they only read the state."""
+
+    def __init__(self):
+        self.matrix, self.products = torch.rand(1024, 1024), 10
+        self.run()  # the first one is slow
+        start = time.perf_counter()
+        self.run()
+        self.products = math.ceil(10 * STEP_S / (time.perf_counter() - start))
+
+    def run(self):
+        for _ in range(self.products):
+            self.matrix @ self.matrix
+
+
+def async_save(folder, state, step, stager):
+    """(seconds that the training thread waited, seconds that its step took longer)"""
+    undisturbed, _ = timed(step.run)
+    drop_caches()
+    start = time.perf_counter()
+    response = dcp.async_save(state, checkpoint_id=folder, async_stager=stager)
+    called = time.perf_counter()
+    step.run()
+    stepped = time.perf_counter()
+    staged = getattr(response, "staging_completion", None)
+    if staged:
+        staged.result()
+    end = time.perf_counter()
+    getattr(response, "upload_completion", response).result()
+    shutil.rmtree(folder)
+    return called - start + end - stepped, end - start - undisturbed
+
+
+def one_round(folder, state, step):
+    save = folder / "sync"
     seconds = {"save_s": timed(lambda: (dcp.save(state, checkpoint_id=save), sync_files(save)))[0]}
     target = {name: torch.zeros_like(tensor) for name, tensor in state.items()}
     seconds["load_s"] = timed(lambda: dcp.load(target, checkpoint_id=save))[0]
     assert all(torch.equal(target[name], tensor) for name, tensor in state.items())
     del target
     shutil.rmtree(save)
-    seconds["stall_s"], future = timed(lambda: dcp.async_save(state, checkpoint_id=async_save))
-    future.result()
-    shutil.rmtree(async_save)
+    seconds["stall_s"], seconds["slowed_s"] = async_save(folder / "async", state, step, None)
+    # A DefaultStager can be used once: it empties itself.
+    stager = DefaultStager(StagingOptions(False, False, use_async_staging=True, use_non_blocking_copy=False))
+    seconds["thread_stall_s"], seconds["thread_slowed_s"] = async_save(folder / "thread", state, step, stager)
+    stager.close()
     return seconds
 
 
@@ -64,7 +103,8 @@ def main():
     folder.mkdir(parents=True, exist_ok=True)
     count = math.ceil(gb * 1e9 / (4 * math.prod(SHAPE)))
     state = {f"weight/{index}": torch.rand(SHAPE) for index in range(count)}
-    measured = [one_round(folder, state) for _ in range(rounds)]
+    step = Step()
+    measured = [one_round(folder, state, step) for _ in range(rounds)]
     shutil.rmtree(folder)
     dist.destroy_process_group()
     print(json.dumps({"torch": torch.__version__, "bytes": 4.0 * count * math.prod(SHAPE), "rounds": measured}))

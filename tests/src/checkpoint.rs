@@ -7,6 +7,7 @@ use std::process::Command;
 use tch::Tensor;
 use trainer::checkpoint::{self, Manifest, Reader, Retention, Saver};
 use trainer::state::StatePart;
+use trainer::step::run_beside;
 
 fn head(step: u64) -> Manifest {
     Manifest { step, ..Manifest::imported(crate::support::small(), kernels::Precision::F64) }
@@ -35,7 +36,9 @@ fn a_checkpoint_holds_the_state_of_its_step_whatever_the_steps_after_write() {
                 (step > 1).then(|| (step - 1, Ok(()))),
                 "the save before ended first"
             );
-            state += 1.0; // the next step
+            // Under the next step, before its update.
+            let ((), _) = run_beside(saver.take_copy().into_iter().collect(), || ());
+            state += 1.0;
         }
         let ended = loop {
             if let Some(saved) = saver.poll(&*world).expect("a poll") {

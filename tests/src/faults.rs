@@ -37,13 +37,20 @@ fn assert_undisturbed(run: &Run, clean: &Run) {
     a.iter().for_each(|(name, tensor)| assert!(tensor.equal(&b[name]), "{name} is not the undisturbed run's"));
 }
 
+/// The words of rank 0's events.
+fn said(run: &Run) -> Vec<String> {
+    let text = std::fs::read_to_string(run.dir().join("log/rank-0.jsonl")).expect("a log");
+    let words = |line: &str| Some(serde_json::from_str::<Value>(line).ok()?["words"].as_str()?.to_string());
+    text.lines().filter_map(words).collect()
+}
+
 fn skipped(run: &Run) -> Vec<u64> {
     let lines = run.lines();
     lines.iter().filter(|line| line["applied"] == false).map(|line| line["step"].as_u64().expect("a number")).collect()
 }
 
 #[test]
-fn flipped_weights_masters_and_computations_leave_no_trace() {
+fn flipped_weights_masters_computations_and_gradients_leave_no_trace() {
     // Layouts whose weights are rows of a master and which are not; experts on one rank, on two, in two copies.
     let layouts = [
         (2, "f64", "parallel.pp=1", "parallel.ep=2", "parallel.schedule=paired"),
@@ -55,16 +62,16 @@ fn flipped_weights_masters_and_computations_leave_no_trace() {
         let set = [precision.as_str(), pp, ep, schedule, "validation.every=0"];
         let clean = Run::new(&format!("faults-clean-{number}"), &set);
         over_threads(&clean, ranks);
-        let kinds = ["flip-weight", "flip-master", "flip-activation"];
+        let kinds = ["flip-weight", "flip-master", "flip-activation", "flip-gradient"];
         let faults: Vec<String> =
-            (0..18).map(|at| format!("{{kind=\"{}\",rank={},step={}}}", kinds[at % 3], at / 3 % ranks, 2 + at + at / 9)).collect();
+            (0..24).map(|at| format!("{{kind=\"{}\",rank={},step={}}}", kinds[at % 4], at / 4 % ranks, 2 + at + at / 9)).collect();
         let faults = format!("faults.inject=[{}]", faults.join(","));
         // A copy of this very step, of either kind.
         let copies = if number == 0 { "checkpoint.every=1".to_string() } else { copied(&format!("flips-{number}")) };
         let set = [&set[..], &[&faults, "checks.recompute_every=1", &copies]].concat();
         let run = Run::new(&format!("faults-flips-{number}"), &set);
         over_threads(&run, ranks);
-        assert_eq!(happened(&run).len(), 18);
+        assert_eq!(happened(&run).len(), 24);
         assert_eq!(skipped(&run), [0; 0]);
         assert_undisturbed(&run, &clean);
     }
@@ -133,10 +140,31 @@ fn bad_gradients_are_skipped_and_named_and_the_run_goes_on() {
     let faults = "faults.inject=[{kind=\"nan\",rank=1,step=6},{kind=\"flip-gradient\",rank=0,step=9},{kind=\"spike\",rank=1,step=12}]";
     for precision in ["f64", "bf16"] {
         let precision = format!("run.precision={precision}");
-        let set = [precision.as_str(), "parallel.pp=2", faults, "guard.window=4", "guard.gradient_limit=2.0"];
-        let run = Run::new(&format!("faults-{precision}"), &set);
+        let run = Run::new(&format!("faults-{precision}"), &[precision.as_str(), "parallel.pp=2", faults, "guard.window=4"]);
         over_threads(&run, 2);
-        assert_eq!(skipped(&run), [6, 9, 12]);
+        assert_eq!(skipped(&run), [6, 12]);
+        let said = said(&run);
+        let found =
+            said.iter().position(|words| words.starts_with("step 9: rank 0: the gradient of ") && words.ends_with(", the limit is 1000"));
+        let mended = said.iter().position(|words| words == "step 9 is done again");
+        assert!(found.is_some() && found < mended, "{said:?}");
+    }
+}
+
+#[test]
+fn what_no_gradient_comes_to_is_believed_when_it_comes_again() {
+    let set = ["run.stop_after=3", "validation.every=0"];
+    let (clean, odd) = (Run::new("faults-no-limit", &set), Run::new("faults-odd", &[&set[..], &["guard.gradient_limit=1e-9"]].concat()));
+    over_threads(&clean, 2);
+    over_threads(&odd, 2);
+    assert_undisturbed(&odd, &clean);
+    let said = said(&odd);
+    for step in 1..=3 {
+        assert!(said.iter().any(|words| *words == format!("step {step} is done again")), "{said:?}");
+        let own = |words: &&String| {
+            words.starts_with(&format!("step {step}: the gradient of ")) && words.contains(" again: it is the samples' own (samples ")
+        };
+        assert_eq!(said.iter().filter(own).count(), 1, "{said:?}");
     }
 }
 
@@ -218,7 +246,7 @@ fn a_run_with_twenty_faults_ends_as_the_clean_one_does() {
     let happened = happened(&run);
     let unheard: Vec<u64> = happened
         .iter()
-        .filter(|fault| ["nan", "spike", "flip-gradient"].contains(&fault["kind"].as_str().expect("a kind")))
+        .filter(|fault| ["nan", "spike"].contains(&fault["kind"].as_str().expect("a kind")))
         .map(|fault| fault["step"].as_u64().expect("a number"))
         .collect();
     assert_eq!((happened.len(), run.lines().len() as u64), (20, STEPS));

@@ -47,6 +47,8 @@ pub enum Place {
     Bias,
     /// Nothing in memory: the same computation of the same input gave two results.
     Computation,
+    /// Nothing in memory: a gradient came to what none comes to.
+    Gradient,
     /// Nothing here: what came from another rank was not the same twice.
     Received,
 }
@@ -75,7 +77,7 @@ impl fmt::Display for Finding {
             Place::FirstMoment => write!(f, "rank {rank}: the first moment of {what} changed since AdamW wrote it"),
             Place::SecondMoment => write!(f, "rank {rank}: the second moment of {what} changed since AdamW wrote it"),
             Place::Bias => write!(f, "rank {rank}: the expert bias {what} changed since it was set"),
-            Place::Computation | Place::Received => write!(f, "rank {rank}: {what}"),
+            Place::Computation | Place::Gradient | Place::Received => write!(f, "rank {rank}: {what}"),
         }
     }
 }

@@ -60,7 +60,7 @@ pub enum FaultKind {
     LostMessage,
     /// One element of its share of the summed gradients.
     Nan,
-    /// Its share of the summed gradients, times 10⁶.
+    /// Its share of the summed gradients, times 200.
     Spike,
     /// The top bit of an exponent in its share of the summed gradients.
     FlipGradient,

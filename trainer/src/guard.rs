@@ -15,7 +15,7 @@ pub struct GuardSection {
     /// A spike is a gradient norm above so many medians; 0: none is.
     pub norm_spike: f64,
     /// No element of a gradient, which is a mean over the batch, comes to so much; an exponent whose top bit flipped does,
-    /// from 10⁻³⁵ on. (Odd text, the same few tokens over and over, can bring single elements above 2.) 0: any may.
+    /// from 10⁻³⁵ on. The step is done again: what comes twice is the samples' own. 0: any may.
     pub gradient_limit: f64,
     /// After so many skipped steps in a row the run stops, with a checkpoint: something is wrong that skipping will not mend.
     pub max_skipped: u32,
@@ -41,13 +41,15 @@ pub struct GuardState {
 pub struct Guard {
     config: GuardSection,
     pub state: GuardState,
+    /// The step under way is done again for an element above the limit.
+    suspected: bool,
 }
 
 #[derive(Clone, Debug, PartialEq)]
 pub enum Verdict {
     Apply,
     Skip(Reason),
-    /// Nothing to be judged: the step is to be done again.
+    /// What was computed is not to be trusted: the step is to be done again.
     Again,
 }
 
@@ -70,7 +72,6 @@ impl fmt::Display for Worst {
 #[derive(Clone, Debug, PartialEq)]
 pub enum Reason {
     NotFinite { loss: f64, grad_norm: f64, worst: Option<Worst> },
-    Gradient { worst: Worst, limit: f64 },
     Spike { what: &'static str, value: f64, median: f64, limit: f64 },
 }
 
@@ -81,9 +82,12 @@ impl fmt::Display for Reason {
                 write!(f, "loss {loss:.4} and gradient norm {grad_norm:.4} are not both finite")?;
                 worst.as_ref().map_or(Ok(()), |worst| write!(f, "; {worst}"))
             }
-            Reason::Gradient { worst, limit } => write!(f, "{worst}, the limit is {limit}"),
             Reason::Spike { what, value, median, limit } => {
-                write!(f, "{what} {value:.4} is {:.1} times the median {median:.4} of the steps before, the limit is {limit}", value / median)
+                write!(
+                    f,
+                    "{what} {value:.4} is {:.1} times the median {median:.4} of the steps before, the limit is {limit}",
+                    value / median
+                )
             }
         }
     }
@@ -91,7 +95,11 @@ impl fmt::Display for Reason {
 
 impl Guard {
     pub fn new(config: GuardSection) -> Self {
-        Guard { config, state: GuardState::default() }
+        Guard { config, state: GuardState::default(), suspected: false }
+    }
+
+    pub fn gradient_limit(&self) -> f64 {
+        self.config.gradient_limit
     }
 
     /// Is the gradients' largest element of interest? Where their norm is below the limit, so is every element.
@@ -100,17 +108,24 @@ impl Guard {
         !grad_norm.is_finite() || limit > 0.0 && grad_norm >= limit
     }
 
-    /// `loss` is not finite if any of the step's losses is not.
-    pub fn judge(&mut self, loss: f64, grad_norm: f64, worst: Option<Worst>) -> Verdict {
-        let GuardSection { window, loss_spike, norm_spike, gradient_limit: limit, .. } = self.config;
+    /// Is it what no gradient comes to?
+    pub fn impossible(&self, worst: &Worst) -> bool {
+        let limit = self.config.gradient_limit;
+        !worst.value.is_finite() || limit > 0.0 && worst.value >= limit
+    }
+
+    /// `loss` is not finite if any of the step's losses is not. `worst`: an impossible element of the gradients.
+    pub fn judge(&mut self, loss: f64, grad_norm: f64, worst: Option<&Worst>) -> Verdict {
+        let GuardSection { window, loss_spike, norm_spike, .. } = self.config;
+        self.suspected = !self.suspected && worst.is_some_and(|worst| worst.value.is_finite());
+        if self.suspected {
+            return Verdict::Again;
+        }
         let state = &mut self.state;
-        let worst = worst.filter(|worst| !worst.value.is_finite() || limit > 0.0 && worst.value >= limit);
         let reason = if !(loss.is_finite() && grad_norm.is_finite()) {
-            Some(Reason::NotFinite { loss, grad_norm, worst })
+            Some(Reason::NotFinite { loss, grad_norm, worst: worst.cloned() })
         } else {
-            let gradient = worst.map(|worst| Reason::Gradient { worst, limit });
             spike("loss", loss, &state.losses, window, loss_spike)
-                .or(gradient)
                 .or_else(|| spike("gradient norm", grad_norm, &state.norms, window, norm_spike))
         };
         if let Some(reason) = reason {
@@ -164,18 +179,26 @@ mod tests {
     }
 
     #[test]
-    fn a_gradients_impossible_element_is_named_and_counts_for_nothing() {
+    fn an_impossible_element_of_a_gradient_is_not_believed_before_it_came_twice() {
         let mut guard = guard(1);
         assert!(!guard.wants_worst(1.9) && guard.wants_worst(2.0) && guard.wants_worst(f64::NAN));
-        let worst = |value| Some(Worst { rank: 3, tensor: "lm_head.weight".into(), value });
-        assert_eq!(guard.judge(1.0, 2.5, worst(1.9)), Verdict::Apply);
-        let Verdict::Skip(reason) = guard.judge(1.0, 2.5, worst(2.0)) else { panic!("2 has the top bit of its exponent set") };
-        assert_eq!(reason.to_string(), "the gradient of lm_head.weight holds 2.000e0 on rank 3, the limit is 2");
+        let worst = |value| Worst { rank: 3, tensor: "lm_head.weight".into(), value };
+        assert!(!guard.impossible(&worst(1.9)) && guard.impossible(&worst(2.0)) && guard.impossible(&worst(f64::NAN)));
+        // A flipped bit: the second time it is not there.
+        assert_eq!(guard.judge(1.0, 2.5, Some(&worst(2.0))), Verdict::Again);
+        assert_eq!(guard.judge(1.0, 2.4, None), Verdict::Apply);
+        // Odd samples: it is there again.
+        assert_eq!(guard.judge(1.0, 2.5, Some(&worst(2.0))), Verdict::Again);
+        assert_eq!(guard.judge(1.0, 2.5, Some(&worst(2.0))), Verdict::Apply);
         // Whose square passes FP32's range.
-        let Verdict::Skip(reason) = guard.judge(1.0, f64::INFINITY, worst(1e38)) else { panic!("not finite") };
+        assert_eq!(guard.judge(1.0, f64::INFINITY, Some(&worst(1e38))), Verdict::Again);
+        let Verdict::Skip(reason) = guard.judge(1.0, f64::INFINITY, Some(&worst(1e38))) else { panic!("not finite") };
         assert!(reason.to_string().ends_with("; the gradient of lm_head.weight holds 1.000e38 on rank 3"), "{reason}");
-        let Verdict::Skip(reason) = guard.judge(1.0, f64::NAN, worst(f64::NAN)) else { panic!("not finite") };
-        assert_eq!(reason.to_string(), "loss 1.0000 and gradient norm NaN are not both finite; the gradient of lm_head.weight holds NaN on rank 3");
+        let Verdict::Skip(reason) = guard.judge(1.0, f64::NAN, Some(&worst(f64::NAN))) else { panic!("not finite") };
+        assert_eq!(
+            reason.to_string(),
+            "loss 1.0000 and gradient norm NaN are not both finite; the gradient of lm_head.weight holds NaN on rank 3"
+        );
         assert_eq!(guard.state.norms, [2.5]);
     }
 

@@ -16,6 +16,9 @@ pub struct StatePart {
     pub total: i64,
 }
 
+/// Reads the state and changes nothing; on whatever thread, before the state changes.
+pub type StateReader = Box<dyn FnOnce() + Send>;
+
 impl Trainer {
     /// Everything the next step depends on that this rank is to write: its shards, and what has none if it is the first
     /// of those that hold it.

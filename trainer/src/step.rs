@@ -7,11 +7,12 @@ use crate::config::RunConfig;
 use crate::device;
 use crate::ema::Ema;
 use crate::faults::Faults;
-use crate::guard::{Guard, Reason, Verdict};
+use crate::guard::{Guard, Reason, Verdict, Worst};
 use crate::optimizer::Optimizer;
 use crate::phase::Moment;
 use crate::pipeline::{LocalStages, Pipeline, parts};
 use crate::sentinel::{Seen, Sentinel};
+use crate::state::StateReader;
 use crate::zero::{BUCKET_BYTES, Zero, sum_of_squares};
 use anyhow::Result;
 use kernels::Precision;
@@ -24,6 +25,7 @@ use parallel::mesh::{Groups, Mesh};
 use parallel::schedule::run::run as run_schedule;
 use parallel::schedule::{Action, Schedule};
 use std::rc::Rc;
+use std::time::{Duration, Instant};
 use tch::Tensor;
 
 /// The model and its optimizer on one rank.
@@ -43,6 +45,8 @@ pub struct Trainer {
     pub number: u64,
     pub max_grad_norm: f64,
     pub groups: Groups,
+    /// What runs on threads of its own while the next step's gradients are computed.
+    pub beside: Vec<StateReader>,
     deterministic: bool,
     biases: Vec<Option<ParamId>>,
     positions: Option<(PositionsKey, Positions)>,
@@ -63,12 +67,16 @@ pub struct StepReport {
     pub load: (f64, f64),
     /// Why the update was not applied, if it was not.
     pub skipped: Option<Reason>,
+    /// An element of a gradient above the limit, twice the same way: the samples' own.
+    pub odd: Option<Worst>,
     /// Corruption in this step's computation or in what it rests on: nothing was changed, and the step is to be done again.
     pub found: Vec<Finding>,
     /// What the FP8 sentinel did.
     pub seen: Seen,
     /// Some rank was asked to stop.
     pub stop: bool,
+    /// What the step waited for those that ran beside it.
+    pub held_up: Duration,
 }
 
 impl StepReport {
@@ -108,6 +116,7 @@ impl Trainer {
             number: 0,
             max_grad_norm: config.optimizer.max_grad_norm,
             groups,
+            beside: Vec::new(),
             deterministic: config.run.deterministic,
             positions: None,
         })
@@ -136,22 +145,32 @@ impl Trainer {
     /// Forward, backward, reduce, judge, update. `batch`: this pipe's micro-batches; `stop` is this rank's own wish.
     pub fn step(&mut self, moment: &Moment, batch: &[MicroBatch], stop: bool) -> Result<StepReport, CommError> {
         let step = self.context(moment, moment.batch);
+        let mut beside = std::mem::take(&mut self.beside);
+        if self.faults.in_memory_due(self.number) {
+            run_beside(beside.split_off(0), || ()); // what is injected comes after the copy
+        }
         self.faults.in_memory(self.number, &mut self.weights, &self.zero, &self.optimizer)?;
         self.sentinel.begin(self.number, &mut self.weights);
-        let (losses, counts, gradients) = self.gradients(&step, batch, stop)?;
+        let (gradients, held_up) = run_beside(beside, || self.gradients(&step, batch, stop));
+        let (losses, counts, gradients) = gradients?;
         self.faults.in_gradients(self.number, &gradients);
-        let found = if losses[4] > 0.0 { self.findings()? } else { Vec::new() };
+        let mut found = if losses[4] > 0.0 { self.findings()? } else { Vec::new() };
         let norm = self.grad_norm(&gradients)?;
-        let seen = if found.is_empty() { self.sentinel.end(self.number, &self.weights, &*self.groups.world)? } else { Seen::default() };
 
         let loss = losses[0] / step.main_targets as f64;
         let load = self.load(&counts)?;
+        let mut odd = None;
         let verdict = if found.is_empty() {
             let worst = if self.guard.wants_worst(norm) { self.worst_gradient(&gradients)? } else { None };
-            self.guard.judge(if losses.iter().all(|loss| loss.is_finite()) { loss } else { f64::NAN }, norm, worst)
+            let all = if losses.iter().all(|loss| loss.is_finite()) { loss } else { f64::NAN };
+            odd = worst.filter(|worst| self.guard.impossible(worst));
+            let verdict = self.guard.judge(all, norm, odd.as_ref());
+            found.extend(odd.take_if(|_| verdict == Verdict::Again).map(|worst| self.disbelieved(&worst)));
+            verdict
         } else {
             Verdict::Again
         };
+        let seen = if found.is_empty() { self.sentinel.end(self.number, &self.weights, &*self.groups.world)? } else { Seen::default() };
         if verdict == Verdict::Apply {
             let clip = if norm > self.max_grad_norm { self.max_grad_norm / norm } else { 1.0 };
             self.optimizer.step(&mut self.weights, &gradients, clip, moment.lr);
@@ -172,9 +191,11 @@ impl Trainer {
             grad_norm: norm,
             load,
             skipped: if let Verdict::Skip(reason) = verdict { Some(reason) } else { None },
+            odd: odd.filter(|worst| worst.value.is_finite()),
             found,
             seen,
             stop: losses[3] > 0.0,
+            held_up,
         })
     }
 
@@ -236,4 +257,15 @@ impl Trainer {
         run_schedule(&actions, &*self.groups.pipe, &mut pipeline)?;
         Ok(pipeline.sums.losses.double_value(&[0]))
     }
+}
+
+/// `work` of the rank's own thread, which changes nothing of the state, with the readers of the state on theirs; and how long
+/// it waited for them after that. None of them is left when it returns.
+pub fn run_beside<R>(readers: Vec<StateReader>, work: impl FnOnce() -> R) -> (R, Duration) {
+    std::thread::scope(|scope| {
+        let threads: Vec<_> = readers.into_iter().map(|reader| scope.spawn(reader)).collect();
+        let (result, done) = (work(), Instant::now());
+        threads.into_iter().for_each(|thread| thread.join().expect("a copy does not panic"));
+        (result, done.elapsed())
+    })
 }

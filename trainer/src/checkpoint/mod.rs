@@ -21,7 +21,6 @@ pub use reshard::{Resharded, reshard};
 pub use retention::{Pruned, Retention, prune};
 pub use save::save;
 pub use saver::{Saved, Saver};
-pub use staging::Staging;
 
 use anyhow::{Context, Result};
 use std::path::{Path, PathBuf};

@@ -1,14 +1,16 @@
-//! Checkpoints behind the steps: a save copies the state at the step's boundary, and a thread hashes and writes the copy
-//! while the run goes on.
+//! Checkpoints behind the steps: the state of a step's end is copied under the next one, and a thread hashes and writes the
+//! copy while the run goes on.
 //!
 //! Invariant: the thread takes part in no collective. Ranks learn at step boundaries, by a reduced value, that all threads
 //! are done; then the hashes are gathered, and rank 0's thread writes the manifest. At most one save is under way.
 use super::save::{Place, Written, begin, commit, gather_written, share, write_shard};
-use super::{Manifest, Retention, Staging};
-use crate::state::StatePart;
+use super::staging::Staging;
+use super::{Manifest, Retention};
+use crate::state::{StatePart, StateReader};
 use anyhow::Result;
 use parallel::comm::{Communicator, Reduce};
 use std::path::{Path, PathBuf};
+use std::sync::mpsc::channel;
 use std::thread::{JoinHandle, spawn};
 use std::time::Instant;
 use tch::Tensor;
@@ -17,6 +19,8 @@ pub struct Saver {
     run_dir: PathBuf,
     retention: Retention,
     staging: Staging,
+    /// The copy for the save under way, until somebody makes it.
+    copy: Option<StateReader>,
     running: Option<Running>,
     /// What the next save of this rank's shard comes to, for a test.
     pub injected: Option<std::io::Error>,
@@ -49,11 +53,11 @@ pub struct Saved {
 
 impl Saver {
     pub fn new(run_dir: &Path, retention: Retention) -> Saver {
-        Saver { run_dir: run_dir.to_path_buf(), retention, staging: Staging::default(), running: None, injected: None }
+        Saver { run_dir: run_dir.to_path_buf(), retention, staging: Staging::default(), copy: None, running: None, injected: None }
     }
 
-    /// Collective. The state may change again when it returns. Waits for the save before, whose end it returns. The error
-    /// is of the folder that could not be made: nothing is under way then.
+    /// Collective. The state may change again once what `take_copy` gives has run, or after `wait`. Waits for the save before,
+    /// whose end it returns. The error is of the folder that could not be made: nothing is under way then.
     pub fn begin(&mut self, world: &dyn Communicator, head: Manifest, parts: Vec<StatePart>) -> Result<Option<Saved>> {
         let before = self.wait(world)?;
         let (place, began) = (Place::of(&self.run_dir, head.step), Instant::now());
@@ -61,9 +65,11 @@ impl Saver {
             let failed = Saved { step: head.step, path: place.target, seconds: 0.0, outcome: Err(format!("{error:#}")) };
             return Ok(Some(failed));
         }
-        let parts = self.staging.copy(parts);
+        let (copying, (made, copied)) = (self.staging.begin(parts), channel());
+        self.copy = Some(Box::new(move || drop(made.send(copying.finish()))));
         let (partial, ranks, injected) = (place.partial.clone(), (world.rank(), world.size()), self.injected.take());
         let writing = spawn(move || {
+            let Ok(parts) = copied.recv() else { return (Vec::new(), Err("nobody made the copy of its state".into())) };
             let written = match injected {
                 Some(error) => Err(format!("cannot write {}: {error}", partial.display())),
                 None => write_shard(&partial, ranks, &parts).map_err(|error| format!("{error:#}")),
@@ -74,10 +80,16 @@ impl Saver {
         Ok(before)
     }
 
+    /// The copy of the state that the save under way waits for: whoever takes it runs it before the state changes.
+    pub fn take_copy(&mut self) -> Option<StateReader> {
+        self.copy.take()
+    }
+
     /// Collective, at a step's boundary: the end of the save under way, once there is one. Costs a sum of one number while
     /// one is, else nothing.
     pub fn poll(&mut self, world: &dyn Communicator) -> Result<Option<Saved>> {
         let Some(running) = &self.running else { return Ok(None) };
+        assert!(self.copy.is_none(), "the state of step {} changed before its copy was made", running.head.step);
         let done = match &running.stage {
             Stage::Writing(thread) => thread.is_finished(),
             Stage::Committing(thread) => thread.as_ref().is_none_or(JoinHandle::is_finished),
@@ -102,6 +114,7 @@ impl Saver {
         let step = head.step;
         match stage {
             Stage::Writing(thread) => {
+                self.take_copy().into_iter().for_each(|copy| copy());
                 let (parts, written) = thread.join().expect("a writer returns its errors");
                 self.staging.give_back(parts);
                 let all = gather_written(world, &written)?;

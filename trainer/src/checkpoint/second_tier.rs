@@ -7,16 +7,18 @@
 //! absent. A step of which some shard is missing or damaged everywhere counts for nothing.
 //!
 //! Invariant: a step's copies go only after all ranks have said that those of a later one are written.
+use super::Manifest;
 use super::load::{check_file, first_error};
 use super::save::{Place, Written, begin, commit, share, write_shard};
 use super::shard::{dtype, kind_named};
-use super::{Manifest, Staging};
-use crate::state::StatePart;
+use super::staging::{Copying, Staging};
+use crate::state::{StatePart, StateReader};
 use anyhow::{Context, Result, anyhow, bail};
 use parallel::comm::{Communicator, TensorSpec, broadcast_bytes, gather_bytes};
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
+use std::sync::mpsc::channel;
 use std::thread::{JoinHandle, spawn};
 use tch::Device;
 
@@ -49,6 +51,8 @@ pub struct SecondTier {
     /// Tells this start's copies from those of another, which took other roundings where the run is not deterministic.
     attempt: String,
     staging: Staging,
+    /// The copy that the thread waits for, until somebody makes it.
+    copy: Option<StateReader>,
     running: Option<JoinHandle<(Vec<StatePart>, Result<()>)>>,
     /// Of the copies under way, and of the newest that all ranks have whole.
     under_way: String,
@@ -93,6 +97,7 @@ impl SecondTier {
             rank: world.rank(),
             attempt,
             staging: Staging::default(),
+            copy: None,
             running: None,
             under_way: String::new(),
             whole: None,
@@ -103,16 +108,18 @@ impl SecondTier {
         self.root.join(format!("node-{}", self.nodes[self.rank]))
     }
 
-    /// Collective. The state may change again when it returns. Waits for the copies before; their failure, the same on every
+    /// Collective. The state may change again once what `take_copy` gives has run, or after `wait`. Waits for the copies before; their failure, the same on every
     /// rank, is returned, and no reason to end a run.
     pub fn save(&mut self, world: &dyn Communicator, head: &Manifest, parts: Vec<StatePart>) -> Result<Option<String>> {
         let failed = self.wait(world)?;
-        let mine = self.staging.copy(parts);
-        let received = self.exchange(world, &mine)?;
+        let (copying, (made, copied)) = (self.staging.begin(parts), channel());
+        let received = self.exchange(world, &copying)?;
+        self.copy = Some(Box::new(move || drop(made.send(copying.finish()))));
         self.under_way = format!("step-{:08}-{}", head.step, self.attempt);
         let (node, label, kept, rank) = (self.node(), self.under_way.clone(), self.whole.clone(), self.rank);
         let (head, ranks) = (head.clone(), world.size());
         self.running = Some(spawn(move || {
+            let Ok(mine) = copied.recv() else { return (Vec::new(), Err(anyhow!("nobody made the copy of its state"))) };
             let write = || {
                 let of = received.iter().map(|(rank, _)| *rank).chain([rank]).collect::<Vec<_>>();
                 clear(&node, &of, kept.as_deref())?;
@@ -125,9 +132,15 @@ impl SecondTier {
         Ok(failed)
     }
 
+    /// As `Saver::take_copy`.
+    pub fn take_copy(&mut self) -> Option<StateReader> {
+        self.copy.take()
+    }
+
     /// Collective: until what is under way is written, or has failed somewhere.
     pub fn wait(&mut self, world: &dyn Communicator) -> Result<Option<String>> {
         let Some(running) = self.running.take() else { return Ok(None) };
+        self.take_copy().into_iter().for_each(|copy| copy());
         let (parts, outcome) = running.join().expect("a writer returns its errors");
         self.staging.give_back(parts);
         let named = outcome.map_err(|error| anyhow!("rank {}: {error:#}", self.rank));
@@ -143,12 +156,12 @@ impl SecondTier {
     }
 
     /// Every rank's parts to its peer; the result is (rank, its parts) for each that has this rank as its peer.
-    fn exchange(&self, world: &dyn Communicator, mine: &[StatePart]) -> Result<Vec<(usize, Vec<StatePart>)>> {
+    fn exchange(&self, world: &dyn Communicator, mine: &Copying) -> Result<Vec<(usize, Vec<StatePart>)>> {
         let Some(to) = peer(&self.nodes, self.rank) else { return Ok(Vec::new()) };
         type Description = (String, i64, i64, String, Vec<i64>);
         let describe =
             |part: &StatePart| (part.name.clone(), part.start, part.total, format!("{:?}", dtype(part.tensor.kind())), part.tensor.size());
-        let described: Vec<Description> = mine.iter().map(describe).collect();
+        let described: Vec<Description> = mine.now().map(describe).collect();
         let all = gather_bytes(world, &serde_json::to_vec(&described)?)?;
         let from: Vec<usize> = (0..self.nodes.len()).filter(|&rank| peer(&self.nodes, rank) == Some(self.rank)).collect();
         let theirs: Vec<Vec<Description>> = from.iter().map(|&rank| serde_json::from_slice(&all[rank])).collect::<Result<_, _>>()?;
@@ -158,7 +171,7 @@ impl SecondTier {
         };
         let each = from.iter().zip(&theirs).flat_map(|(&rank, parts)| parts.iter().map(move |part| (rank, part)));
         let expected = each.map(spec).collect::<Result<Vec<_>>>()?;
-        let sends = mine.iter().map(|part| (to, part.tensor.shallow_clone())).collect();
+        let sends = mine.now().map(|part| (to, part.tensor.shallow_clone())).collect();
         let mut arrived = world.exchange(sends, expected)?.wait()?.into_iter();
         let part = |(name, start, total, ..): Description, tensor| StatePart { name, tensor, start, total };
         let mut parts = |theirs: Vec<Description>| -> Vec<StatePart> {

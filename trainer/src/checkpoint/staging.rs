@@ -1,24 +1,34 @@
-//! Host memory of this rank's own: a copy of its state, complete before the next step may change it.
+//! Host memory of this rank's own, and a copy of its state in it that is made under the next step: nothing of the state
+//! changes while gradients are computed, so another thread may read it then (`Trainer::beside`).
 use crate::state::StatePart;
 use tch::{Device, Tensor};
 
 /// Kept from one save to the next: fresh memory costs more than the copy.
 #[derive(Default)]
-pub struct Staging {
+pub(super) struct Staging {
     buffers: Vec<Tensor>,
 }
 
+/// A copy to be made before the state changes.
+pub(super) struct Copying(Vec<Piece>);
+
+enum Piece {
+    Copied(StatePart),
+    /// Still the state's own tensor, and memory for its copy where there is some.
+    Live(StatePart, Option<Tensor>),
+}
+
 impl Staging {
-    /// Done when it returns, on whatever device the parts are. The result is to come back through `give_back`.
-    pub fn copy(&mut self, parts: Vec<StatePart>) -> Vec<StatePart> {
+    /// What is on a GPU is copied when it returns; the rest is for `Copying::finish`, whose result is to come back through
+    /// `give_back`.
+    pub fn begin(&mut self, parts: Vec<StatePart>) -> Copying {
         let mut buffers = std::mem::take(&mut self.buffers).into_iter();
-        let copied = |part: StatePart| {
+        let piece = |part: StatePart| {
             let fits = |buffer: &Tensor| buffer.size() == part.tensor.size() && buffer.kind() == part.tensor.kind();
-            let mut buffer = buffers.next().filter(fits).unwrap_or_else(|| like(&part.tensor));
-            buffer.copy_(&part.tensor);
-            StatePart { tensor: buffer, ..part }
+            let buffer = buffers.next().filter(fits);
+            if part.tensor.device().is_cuda() { Piece::Copied(copy(part, buffer)) } else { Piece::Live(part, buffer) }
         };
-        parts.into_iter().map(copied).collect()
+        Copying(parts.into_iter().map(piece).collect())
     }
 
     pub fn give_back(&mut self, parts: Vec<StatePart>) {
@@ -26,8 +36,29 @@ impl Staging {
     }
 }
 
-/// Pinned where the tensor is on a GPU: its copy engine writes there at the bus's speed.
-fn like(tensor: &Tensor) -> Tensor {
-    let host = Tensor::empty(tensor.size(), (tensor.kind(), Device::Cpu));
-    if tensor.device().is_cuda() { host.pin_memory(tensor.device()) } else { host }
+impl Copying {
+    /// The state as it is now, in host memory: to be read by the rank's own thread alone.
+    pub fn now(&self) -> impl Iterator<Item = &StatePart> {
+        self.0.iter().map(|piece| match piece {
+            Piece::Copied(part) | Piece::Live(part, _) => part,
+        })
+    }
+
+    pub fn finish(self) -> Vec<StatePart> {
+        let copied = |piece| match piece {
+            Piece::Copied(part) => part,
+            Piece::Live(part, buffer) => copy(part, buffer),
+        };
+        self.0.into_iter().map(copied).collect()
+    }
+}
+
+/// Complete when it returns. New memory is pinned where the tensor is on a GPU: its copy engine writes there at the bus's speed.
+fn copy(part: StatePart, buffer: Option<Tensor>) -> StatePart {
+    let mut buffer = buffer.unwrap_or_else(|| {
+        let host = Tensor::empty(part.tensor.size(), (part.tensor.kind(), Device::Cpu));
+        if part.tensor.device().is_cuda() { host.pin_memory(part.tensor.device()) } else { host }
+    });
+    buffer.copy_(&part.tensor);
+    StatePart { tensor: buffer, ..part }
 }

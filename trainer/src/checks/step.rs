@@ -1,5 +1,5 @@
 //! What a step does about corruption: look, tell every rank, mend the weights.
-use super::{Finding, Probe};
+use super::{Finding, Place, Probe};
 use crate::guard::Worst;
 use crate::pipeline::Pipeline;
 use crate::step::Trainer;
@@ -36,6 +36,12 @@ impl Trainer {
         let mine = self.inspect()?.to_kind(Kind::Double);
         let all = self.groups.world.all_reduce(vec![mine], Reduce::Sum)?.wait()?;
         if all[0].double_value(&[0]) > 0.0 { self.findings() } else { Ok(Vec::new()) }
+    }
+
+    /// What the guard does not believe.
+    pub(crate) fn disbelieved(&self, worst: &Worst) -> Finding {
+        let what = format!("the gradient of {} holds {:.3e}, the limit is {}", worst.tensor, worst.value, self.guard.gradient_limit());
+        Finding { rank: worst.rank, place: Place::Gradient, what }
     }
 
     /// How much is wrong here: [1] f64.

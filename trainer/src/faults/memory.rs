@@ -7,6 +7,11 @@ use parallel::comm::CommError;
 use tch::{Kind, Tensor};
 
 impl Faults {
+    /// Does `in_memory` change something at this step?
+    pub fn in_memory_due(&self, step: u64) -> bool {
+        self.waiting.iter().any(|(_, fault)| fault.step == step && matches!(fault.kind, FaultKind::FlipWeight | FaultKind::FlipMaster))
+    }
+
     /// Between the last update and the step's first use of a weight.
     pub fn in_memory(&mut self, step: u64, weights: &mut Weights, zero: &Zero, optimizer: &Optimizer) -> Result<(), CommError> {
         if self.waiting.is_empty() {
@@ -40,7 +45,7 @@ impl Faults {
             let _ = element(gradient, &mut dice).fill_(f64::NAN);
         }
         if self.take(FaultKind::Spike, now).is_some() {
-            gradients.iter().for_each(|gradient| drop(gradient.shallow_clone().g_mul_scalar_(1e6)));
+            gradients.iter().for_each(|gradient| drop(gradient.shallow_clone().g_mul_scalar_(200.0)));
         }
         if let Some(fault) = self.take(FaultKind::FlipGradient, now) {
             let mut dice = dice(&fault);

@@ -1,0 +1,73 @@
+//! What a run does with its checkpoints, of both tiers. A copy of the state is made under the next step, whose check of the state
+//! it rests on comes before the save can end: only where no step follows is the state checked first.
+use super::{Run, State};
+use crate::checkpoint::second_tier::SecondTier;
+use crate::checkpoint::{Manifest, Progress, Saved};
+use crate::state::StateReader;
+use anyhow::{Result, ensure};
+use model::ModelConfig;
+use std::time::{Duration, Instant};
+
+impl Run<'_> {
+    pub(super) fn head(&self) -> Manifest {
+        let head = Manifest::head(self.config, &self.trainer.mesh, self.trainer.optimizer.updates);
+        let State { step, tokens, cursor, progress } = self.state.clone();
+        let model = ModelConfig { rope_scaling: self.rope_scaling.clone(), ..head.model.clone() };
+        let (guard, sentinel) = (self.trainer.guard.state.clone(), self.trainer.sentinel.state.clone());
+        let progress = Progress { guard, sentinel, ..progress };
+        Manifest { step, tokens, cursor, progress, model, corpus: self.corpus.fingerprint(), ..head }
+    }
+
+    pub(super) fn save(&mut self) -> Result<()> {
+        let start = Instant::now();
+        self.saver.injected = self.trainer.faults.disk(self.state.step).err();
+        let ended = self.saver.begin(&*self.world, self.head(), self.trainer.state())?;
+        self.stalled(start.elapsed());
+        self.saved(ended);
+        Ok(())
+    }
+
+    /// A failed save is no end of the run: the one before stays, and the next may go well.
+    pub(super) fn saved(&mut self, ended: Option<Saved>) {
+        match ended {
+            Some(Saved { step, path, seconds, outcome: Ok(()) }) => {
+                self.metrics.say(&format!("checkpoint {} | written in {seconds:.1} s", path.display()));
+                self.last_checkpoint = Some((step, path));
+            }
+            Some(Saved { path, outcome: Err(error), .. }) => {
+                let newest = self
+                    .last_checkpoint
+                    .as_ref()
+                    .map_or("there is none yet".into(), |(_, path)| format!("the newest whole one is {}", path.display()));
+                self.metrics.say(&format!("checkpoint {} was NOT written: {error}; {newest}", path.display()));
+            }
+            None => {}
+        }
+    }
+
+    /// The copies of the state that saves under way wait for, to be made under the next step.
+    pub(super) fn copies(&mut self) -> Vec<StateReader> {
+        self.saver.take_copy().into_iter().chain(self.tier.as_mut().and_then(SecondTier::take_copy)).collect()
+    }
+
+    /// A save held the run up for so long; a step's line will say so.
+    pub(super) fn stalled(&mut self, time: Duration) {
+        *self.stall_ms.get_or_insert(0.0) += time.as_secs_f64() * 1e3;
+    }
+
+    /// A checkpoint of this very step, on the disk when it returns.
+    pub(super) fn save_whole(&mut self) -> Result<()> {
+        self.verified()?;
+        let step = self.state.step;
+        let whole = |run: &Self| run.last_checkpoint.as_ref().is_some_and(|(at, _)| *at == step);
+        let ended = self.saver.wait(&*self.world)?;
+        self.saved(ended);
+        if !whole(self) {
+            self.save()?;
+            let ended = self.saver.wait(&*self.world)?;
+            self.saved(ended);
+        }
+        ensure!(whole(self), "there is no checkpoint of step {step}: see above");
+        Ok(())
+    }
+}

@@ -1,0 +1,153 @@
+//! Before the first step: what is checked, what is restored, and the run directory.
+use super::corpus::Corpus;
+use super::{Run, Start, State};
+use crate::checkpoint::second_tier::SecondTier;
+use crate::checkpoint::{self, Reader};
+use crate::config::RunConfig;
+use crate::coordinator::{all_or_none, gather_layout};
+use crate::device;
+use crate::phase::Plan;
+use crate::step::Trainer;
+use anyhow::{Context, Result, bail, ensure};
+use data::Source;
+use parallel::comm::Comm;
+use parallel::mesh::Mesh;
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+/// BLAKE3 of the program that runs: ranks of two builds must not meet.
+pub(super) fn binary() -> Result<String> {
+    let path = std::env::current_exe()?;
+    let file = std::fs::File::open(&path).with_context(|| format!("cannot read {}", path.display()))?;
+    Ok(blake3::Hasher::new().update_reader(file)?.finalize().to_hex().to_string())
+}
+
+/// A directory with a checkpoint holds a run; one that a crash left before its first checkpoint may be used again.
+pub(super) fn check_free(dir: &Path) -> Result<()> {
+    let used = !checkpoint::list(dir)?.is_empty();
+    ensure!(!used, "{} already holds a run: resume it (tiefsee resume {}) or name another run.dir", dir.display(), dir.display());
+    Ok(())
+}
+
+pub(super) fn prepare_dir(config: &RunConfig) -> Result<()> {
+    let dir = &config.run.dir;
+    remove_ours(&dir.join("log"), "rank-", ".jsonl")?;
+    remove_ours(&dir.join("tensorboard"), "events.out.tfevents.", "")?;
+    std::fs::create_dir_all(dir).with_context(|| format!("cannot make the run directory {}", dir.display()))?;
+    let mut kept = config.clone();
+    kept.run.stop_after = None;
+    kept.run.dir = std::path::absolute(dir)?;
+    let local = |source: &&mut Source| !data::is_url(&source.path);
+    let absolute = |sources: &mut Vec<Source>| {
+        sources.iter_mut().filter(local).try_for_each(|source| std::path::absolute(&source.path).map(|path| source.path = path))
+    };
+    absolute(&mut kept.data.mixture)?;
+    kept.phase.iter_mut().filter_map(|phase| phase.mixture.as_mut()).try_for_each(absolute)?;
+    kept.run.init_from = kept.run.init_from.map(std::path::absolute).transpose()?;
+    let resolved = resolved(dir);
+    std::fs::write(&resolved, kept.to_toml()?).with_context(|| format!("cannot write {}", resolved.display()))
+}
+
+/// What an earlier try of this run wrote; nobody else's file.
+fn remove_ours(folder: &Path, start: &str, end: &str) -> Result<()> {
+    let Ok(entries) = std::fs::read_dir(folder) else { return Ok(()) };
+    for path in entries.filter_map(|entry| Some(entry.ok()?.path())) {
+        let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
+        if name.starts_with(start) && name.ends_with(end) {
+            std::fs::remove_file(&path).with_context(|| format!("cannot remove {}", path.display()))?;
+        }
+    }
+    Ok(())
+}
+
+/// Proves the schedule of every step of the run, and says where it is not the one asked for.
+pub(super) fn prove_schedules(plan: &Plan, mesh: &Mesh) -> Result<Vec<String>> {
+    let mut proven = BTreeMap::new();
+    for moment in plan.moments() {
+        let micro_batches = (moment.batch / (moment.phase.micro_batch * mesh.dp as u64)) as usize;
+        if let std::collections::btree_map::Entry::Vacant(entry) = proven.entry(micro_batches) {
+            let schedule = mesh.schedule.for_step(mesh.pp, micro_batches);
+            schedule.proven(mesh.pp, micro_batches)?;
+            entry.insert(schedule);
+        }
+    }
+    let note = |(count, schedule)| {
+        format!("steps of {count} micro-batches a pipe run {schedule}, {} needs an even number of at least {}", mesh.schedule, 2 * mesh.pp)
+    };
+    Ok(proven.into_iter().filter(|(_, schedule)| *schedule != mesh.schedule).map(note).collect())
+}
+
+type Restored = (State, Option<(u64, PathBuf)>, Vec<String>);
+
+type Begin<'a> = (&'a RunConfig, Start, Option<&'a SecondTier>);
+
+pub(super) fn restore((config, start, tier): Begin, world: &Comm, trainer: &mut Trainer, corpus: &Corpus) -> Result<Restored> {
+    if start == Start::Fresh {
+        if let Some(path) = &config.run.init_from {
+            all_or_none(&**world, if world.rank() == 0 { checkpoint::verify(path).map(|_| ()) } else { Ok(()) })?;
+            all_or_none(&**world, Reader::open(path).and_then(|mut reader| trainer.load_weights(&mut reader)))?;
+        }
+        return Ok((State::default(), None, Vec::new()));
+    }
+    let dir = &config.run.dir;
+    let (found, mut notes) = checkpoint::load_newest(&**world, dir, tier, &mut |reader| trainer.load_all(reader))?;
+    let Some((path, manifest)) = found else {
+        tier.iter().for_each(|tier| tier.clear()); // the launcher is not to try again
+        bail!(
+            "{} holds no whole checkpoint to resume from{}",
+            dir.display(),
+            notes.iter().map(|note| format!("\n  {note}")).collect::<String>()
+        );
+    };
+    ensure!(
+        manifest.seed == config.run.seed,
+        "{} was written with seed {}, the run's is {}",
+        path.display(),
+        manifest.seed,
+        config.run.seed
+    );
+    ensure!(
+        manifest.corpus == corpus.fingerprint(),
+        "{} was written over another corpus than {} now is",
+        path.display(),
+        config.data.mixture[0].path.display()
+    );
+    trainer.guard.state = manifest.progress.guard.clone();
+    trainer.sentinel.state = manifest.progress.sentinel.clone();
+    notes.push(format!("resuming from {} (step {}, {} tokens)", path.display(), manifest.step, manifest.tokens));
+    let state = State { step: manifest.step, tokens: manifest.tokens, cursor: manifest.cursor, progress: manifest.progress };
+    Ok((state, Some((manifest.step, path)), notes))
+}
+
+impl Run<'_> {
+    pub(super) fn announce(&self, start: Start, notes: &[String]) -> Result<()> {
+        let places = gather_layout(&*self.world, &device::describe(self.trainer.weights.device()), tch::get_num_threads() as usize)?;
+        notes.iter().for_each(|note| self.metrics.say(note));
+        let count = self.config.model.count();
+        let hosts: std::collections::BTreeSet<&str> = places.iter().map(|place| place.host.as_str()).collect();
+        self.metrics.say(&format!(
+            "{} {} | {:.2}M parameters, {:.2}M active | {} ranks on {} host(s) (pp {}, dp {}, ep {}, {}), {} thread(s) each | {}, {:?} | {} steps, {} tokens",
+            if start == Start::Fresh { "starting" } else { "resuming" },
+            self.config.run.dir.display(),
+            (count.main + count.mtp) as f64 / 1e6,
+            count.active as f64 / 1e6,
+            self.world.size(),
+            hosts.len(),
+            self.trainer.mesh.pp,
+            self.trainer.mesh.dp,
+            self.trainer.mesh.ep,
+            self.trainer.mesh.schedule,
+            places[0].threads,
+            places[0].device,
+            self.config.run.precision,
+            self.plan.num_steps(),
+            self.plan.total_tokens(),
+        ));
+        Ok(())
+    }
+}
+
+/// Where `resume` finds the run's config.
+pub fn resolved(run_dir: &Path) -> PathBuf {
+    run_dir.join("resolved.toml")
+}
