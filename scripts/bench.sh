@@ -6,6 +6,8 @@
 #                times, memory, and the kernels that the milliseconds go to
 #   gpu-loss     a 150M model over 1050 steps of real text (--corpus DIR of `prepare --vocab 16384`) in BF16, BF16 with other
 #                orders of sums, and FP8: the gaps, and the curves in --out DIR/loss.svg
+#   multi-gpu    on all GPUs of a host, under mpirun: the links by copy engine and over NCCL, and steps of V3's widths under
+#                expert, data and pipeline parallelism beside torchtitan's [--only links,ep,dp,pp] [--timeline FILE.svg]
 #   train-cpu    our training step and transformers', same model, batch, threads and machine, in turn
 #   parallel-cpu layouts of 1 to 8 ranks (threads): step time, bytes by axis, share of communication, peak memory,
 #                MoE dispatch's bytes over their formula, and how much of the transfers a paired step hides
@@ -51,7 +53,7 @@ data | data-index | prepare)
     what=${name#data-}
     .deps/bench-venv/bin/python benches/data.py "${what/#data/read}" "$@"
     ;;
-gpu | gpu-step | gpu-loss)
+gpu | gpu-step | gpu-loss | multi-gpu)
     python=${TIEFSEE_PYTHON:-python3} # one whose torch has CUDA; libtorch is taken from there
     torch=$("$python" -c 'import os, torch; assert torch.cuda.is_available(), "no GPU"; print(os.path.dirname(torch.__file__))')
     export LD_LIBRARY_PATH="$torch/lib:$(dirname "$torch")/nvidia/cu13/lib${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}"
@@ -62,6 +64,14 @@ gpu | gpu-step | gpu-loss)
         tiefsee=${TIEFSEE:-"cargo run --release --quiet -p trainer --"}
         "$python" benches/gpu_step.py --ours "$tiefsee bench --gpu --config configs/run/bench-gpu.toml" \
             --rival "$python benches/rivals/step_gpu.py" "$@"
+        clocks
+        exit
+    fi
+    if [ "$name" = multi-gpu ]; then
+        . scripts/env.sh
+        ranks=$("$python" -c 'import torch; print(torch.cuda.device_count())')
+        "$python" benches/multi_gpu.py --ranks "$ranks" --ours "${TIEFSEE:-target/release/tiefsee} bench" \
+            --rival "$python -m torch.distributed.run --standalone --nproc-per-node {ranks} benches/rivals/step_multi.py" "$@"
         clocks
         exit
     fi

@@ -1,7 +1,10 @@
 //! Two GPUs or more against one: every layout's losses, checkpoints that go from each to each, and a rank that dies or
 //! stops in the middle. With fewer GPUs each test says that it was skipped.
+use crate::launching::{Started, local, processes, rank_pid, signal, wait};
 use crate::support::{Run, gap, gpu, mpirun, start};
+use std::path::Path;
 use std::process::Command;
+use std::time::Instant;
 
 /// Widths and a length for which BF16 attention goes through cuDNN, and FP8 through our kernels; a batch that every
 /// schedule takes.
@@ -118,5 +121,38 @@ fn every_byte_of_a_thousand_exchanges_is_right() {
             .expect("mpirun starts");
         let text = format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
         assert!(output.status.success() && text.contains(&format!("GPU tensors equal on 2 ranks over {over}")), "{over}: {text}");
+    }
+}
+
+/// Processes that hold memory of a GPU and name this run.
+fn on_gpus(run: &Run) -> usize {
+    let output = Command::new("nvidia-smi").args(["--query-compute-apps=pid", "--format=csv,noheader"]).output().expect("nvidia-smi");
+    let pids = String::from_utf8_lossy(&output.stdout).into_owned();
+    processes(run).iter().filter(|(pid, _, _)| pids.lines().any(|line| line.trim() == pid.to_string())).count()
+}
+
+#[test]
+fn a_rank_that_dies_or_stops_in_mid_exchange_frees_both_gpus_and_the_run_ends_as_if_it_had_not() {
+    let Some(()) = two_gpus("a_rank_that_dies_or_stops_in_mid_exchange_frees_both_gpus_and_the_run_ends_as_if_it_had_not") else { return };
+    let set = ["parallel.ep=2", "run.precision=bf16", "run.deterministic=true", "checkpoint.every=5"];
+    let launch = |options: &str| local(&format!("--standalone --nproc-per-node 2 --back-off 0 {options}"));
+    let whole = run("whole", &set);
+    let mut started = Started::train(launch(""), &whole, "out");
+    assert_eq!(started.code(), 0, "{}", started.said());
+    for (signal_name, options, words) in [("KILL", "", "was killed by signal 9"), ("STOP", "--hang-floor 8 --hang-steps 20", "rank 1")] {
+        let hurt = run(&format!("hurt-{signal_name}"), &set);
+        let mut started = Started::train(launch(options), &hurt, "out");
+        hurt.wait_for_step(7);
+        let victim = rank_pid(&hurt, 1).expect("rank 1");
+        signal(victim, signal_name);
+        let start = Instant::now();
+        wait("the end of the ranks", || !Path::new(&format!("/proc/{victim}")).exists());
+        let (seconds, left) = (start.elapsed().as_secs_f64(), on_gpus(&hurt));
+        assert_eq!(started.code(), 0, "{}", started.said());
+        started.says(words);
+        assert!(hurt.state().iter().all(|(name, tensor)| tensor.equal(&whole.state()[name])), "{signal_name}: the end differs");
+        assert_eq!(hurt.series("loss").last(), whole.series("loss").last());
+        println!("SIG{signal_name}: rank 1 was gone after {seconds:.1} s, {left} processes on the GPUs then; the run ended bit-equal to the undisturbed one");
+        assert!(signal_name == "STOP" || seconds < 10.0, "{seconds:.1} s");
     }
 }

@@ -1,11 +1,11 @@
-//! Element-wise reduction on the host, the one arithmetic of the `local` and `mpi` back ends.
+//! Element-wise reduction, the one arithmetic of all back ends.
 //! Invariant: element i of the result is ((p0[i] + p1[i]) + p2[i]) + …, in rank order, whatever the blocking;
 //! so the same layout gives the same bits over threads and over processes.
 
 use super::{CommError, Reduce};
 use tch::{Kind, Tensor};
 
-/// Elements added at a time: the accumulator stays in the cache while the parts stream past it.
+/// Elements added at a time on a CPU: the accumulator stays in the cache while the parts stream past it.
 pub(super) const BLOCK: i64 = 1 << 16;
 
 /// Only kinds with an agreed meaning of "sum" may be reduced.
@@ -27,10 +27,11 @@ pub(super) fn check_reducible(op: &'static str, tensors: &[Tensor], reduce: Redu
 /// BF16 and F16 add in f32 and round once; integers add as integers.
 pub(super) fn fold(out: &Tensor, parts: &[Tensor], reduce: Reduce) {
     let length = out.size1().expect("a flat tensor");
+    let block = if out.device().is_cuda() { length } else { BLOCK };
     tch::no_grad(|| {
         let mut start = 0;
         while start < length {
-            let n = BLOCK.min(length - start);
+            let n = block.min(length - start);
             fold_block(&out.narrow(0, start, n), parts.iter().map(|p| p.narrow(0, start, n)), reduce);
             start += n;
         }
