@@ -75,7 +75,6 @@ pub struct Zero {
     /// Of every parameter.
     routes: Vec<Route>,
     table: Rc<ParamTable>,
-    kind: Kind,
     device: Device,
 }
 
@@ -143,8 +142,8 @@ impl Zero {
         }
         shards.extend(buckets.iter().flat_map(|bucket| bucket.reduce.owned(bucket.rank).map(|run| run.shard)));
         shards.sort_by_key(|shard| shard.id);
-        let (table, kind, device) = (weights.table.clone(), weights.precision.master(), weights.device());
-        let zero = Zero { shards, lanes, buckets, routes, table, kind, device };
+        let (table, device) = (weights.table.clone(), weights.device());
+        let zero = Zero { shards, lanes, buckets, routes, table, device };
         zero.agree()?;
         Ok(zero)
     }

@@ -14,6 +14,8 @@ pub mod peer;
 mod sum;
 pub mod watched;
 
+pub use sum::fold;
+
 use std::rc::Rc;
 use tch::{Device, Kind, Tensor};
 

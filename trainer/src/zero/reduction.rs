@@ -1,7 +1,7 @@
 //! One step's gradients on their way to their owners: each bucket starts as soon as it is full and its turn has come.
-use super::{Lane, Route, Zero};
+use super::{Bucket, Lane, Route, Zero};
 use model::{GradSink, ParamId};
-use parallel::comm::{CommError, Pending};
+use parallel::comm::{Comm, CommError, Pending, Reduce, TensorSpec, fold};
 use std::collections::BTreeMap;
 use tch::Tensor;
 
@@ -18,10 +18,11 @@ pub struct Reduction<'a> {
 }
 
 pub(super) struct Filling {
-    /// [N, width], from the first gradient until its transfer starts.
-    buffer: Option<Tensor>,
+    /// Until the bucket's transfer starts.
+    gradients: BTreeMap<ParamId, Tensor>,
     /// Gradients still to come.
     missing: usize,
+    /// Of each of this rank's runs.
     pub(super) sum: Option<Pending<Vec<Tensor>>>,
 }
 
@@ -31,8 +32,10 @@ impl GradSink for Reduction<'_> {
             Route::Untrained => panic!("parameter {id:?} is not trained"),
             Route::Alone => drop(self.whole.insert(self.zero.index(id), gradient)),
             Route::Bucket(index) => {
-                self.fill(index, id, &gradient);
-                drop(gradient);
+                let filling = &mut self.filling[index];
+                assert!(filling.missing > 0, "a gradient of {id:?} came after its bucket was full");
+                filling.missing -= 1;
+                filling.gradients.insert(id, gradient);
                 self.start(self.zero.buckets[index].lane);
             }
         }
@@ -44,21 +47,9 @@ impl Reduction<'_> {
         Reduction {
             zero,
             whole: BTreeMap::new(),
-            filling: zero.buckets.iter().map(|bucket| Filling { buffer: None, missing: bucket.ids.len(), sum: None }).collect(),
+            filling: zero.buckets.iter().map(|bucket| Filling { gradients: BTreeMap::new(), missing: bucket.ids.len(), sum: None }).collect(),
             next: zero.lanes.iter().map(|lane| lane.buckets.start).collect(),
             error: None,
-        }
-    }
-
-    fn fill(&mut self, index: usize, id: ParamId, gradient: &Tensor) {
-        let (layout, filling) = (&self.zero.buckets[index].reduce, &mut self.filling[index]);
-        assert!(filling.missing > 0, "a gradient of {id:?} came after its bucket was full");
-        filling.missing -= 1;
-        let options = (self.zero.kind, self.zero.device);
-        let buffer = filling.buffer.get_or_insert_with(|| Tensor::zeros([layout.ranks as i64, layout.width], options));
-        for run in layout.runs.iter().filter(|run| run.shard.id == id) {
-            let rows = run.shard.of(gradient);
-            run.within(&buffer.get(run.owner as i64)).view(&rows.size()[..]).copy_(&rows);
         }
     }
 
@@ -67,8 +58,7 @@ impl Reduction<'_> {
         let Lane { comm, buckets } = &self.zero.lanes[lane];
         while self.next[lane] < buckets.end && self.filling[self.next[lane]].missing == 0 && self.error.is_none() {
             let filling = &mut self.filling[self.next[lane]];
-            let buffer = filling.buffer.take().expect("a full bucket has a buffer");
-            match comm.reduce_scatter(vec![buffer]) {
+            match sum_at_owners(&self.zero.buckets[self.next[lane]], comm, std::mem::take(&mut filling.gradients)) {
                 Ok(sum) => filling.sum = Some(sum),
                 Err(error) => self.error = Some(error),
             }
@@ -84,13 +74,35 @@ impl Reduction<'_> {
         let mut sums = std::mem::take(&mut self.whole);
         for (bucket, filling) in self.zero.buckets.iter().zip(self.filling) {
             assert_eq!(filling.missing, 0, "gradients of a bucket of {:?} never came", bucket.ids);
-            let piece = filling.sum.expect("a full bucket was started").wait()?.remove(0);
-            for run in bucket.reduce.owned(bucket.rank) {
-                let shape = run.shard.spec(self.zero.table.spec(run.shard.id)).shape;
-                sums.insert(self.zero.index(run.shard.id), run.within(&piece).view(&shape[..]));
+            let runs = filling.sum.expect("a full bucket was started").wait()?;
+            for (run, sum) in bucket.reduce.owned(bucket.rank).zip(runs) {
+                sums.insert(self.zero.index(run.shard.id), sum);
             }
         }
         assert_eq!(sums.len(), self.zero.shards.len(), "every shard has a gradient");
         Ok(sums.into_values().collect())
     }
+}
+
+/// A reduce-scatter without a buffer: each run of rows goes from where it is to its owner, who adds in rank order.
+fn sum_at_owners(bucket: &Bucket, comm: &Comm, gradients: BTreeMap<ParamId, Tensor>) -> Result<Pending<Vec<Tensor>>, CommError> {
+    let (rank, size) = (comm.rank(), comm.size());
+    let sends = bucket.reduce.runs.iter().filter(|run| run.owner != rank).map(|run| (run.owner, run.shard.of(&gradients[&run.shard.id])));
+    let own: Vec<Tensor> = bucket.reduce.owned(rank).map(|run| run.shard.of(&gradients[&run.shard.id])).collect();
+    let spec = |run: &Tensor| TensorSpec { shape: run.size(), kind: run.kind(), device: run.device() };
+    let others = (0..size).filter(|&peer| peer != rank);
+    let recvs = others.flat_map(|peer| own.iter().map(move |run| (peer, spec(run))));
+    let moved = comm.exchange(sends.collect(), recvs.collect())?;
+    Ok(moved.map(move |received| {
+        let part = |from: usize, index: usize| match from {
+            _ if from == rank => own[index].view(-1),
+            _ => received[(from - usize::from(from > rank)) * own.len() + index].view(-1),
+        };
+        let sum = |index: usize| {
+            let out = own[index].empty_like();
+            fold(&out.view(-1), &(0..size).map(|from| part(from, index)).collect::<Vec<_>>(), Reduce::Sum);
+            out
+        };
+        Ok((0..own.len()).map(sum).collect())
+    }))
 }
