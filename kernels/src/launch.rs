@@ -41,6 +41,7 @@ pub struct Launch<'a> {
     kernel: &'a Kernel,
     args: Vec<Arg>,
     stream: Option<&'a CudaStream>,
+    early: bool,
 }
 
 /// How many threads, and how much dynamic shared memory a block has.
@@ -53,12 +54,19 @@ pub struct Shape {
 
 impl<'a> Launch<'a> {
     pub fn new(gpu: &'a Gpu, kernel: &'a Kernel) -> Self {
-        Launch { gpu, kernel, args: Vec::new(), stream: None }
+        Launch { gpu, kernel, args: Vec::new(), stream: None, early: false }
     }
 
     /// On `stream` and not on the null stream. The caller keeps the tensors alive until the stream has passed the kernel.
     pub fn on(mut self, stream: &'a CudaStream) -> Self {
         self.stream = Some(stream);
+        self
+    }
+
+    /// Its blocks may take their places while the kernel before it on the stream ends. The text says `begin()` before it
+    /// touches memory, and waits there.
+    pub fn early(mut self) -> Self {
+        self.early = true;
         self
     }
 
@@ -120,10 +128,25 @@ impl<'a> Launch<'a> {
         let stream = self.stream.map_or(ptr::null_mut(), CudaStream::cu_stream);
         let [x, y] = shape.grid.map(|n| n as u32);
         let (block, shared) = (shape.block as u32, shape.shared_bytes as u32);
-        // SAFETY: the arguments have the kernel's count and sizes, and live until the call returns (it copies them).
-        let code = unsafe {
-            sys::cuLaunchKernel(*function, x, y, 1, block, 1, 1, shared, stream, places.as_mut_ptr(), ptr::null_mut())
+        let mut early = sys::CUlaunchAttribute {
+            id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
+            pad: [0; 4],
+            value: sys::CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 },
         };
+        let config = sys::CUlaunchConfig {
+            gridDimX: x,
+            gridDimY: y,
+            gridDimZ: 1,
+            blockDimX: block,
+            blockDimY: 1,
+            blockDimZ: 1,
+            sharedMemBytes: shared,
+            hStream: stream,
+            attrs: &mut early,
+            numAttrs: u32::from(self.early),
+        };
+        // SAFETY: the arguments have the kernel's count and sizes, and live until the call returns (it copies them).
+        let code = unsafe { sys::cuLaunchKernelEx(&config, *function, places.as_mut_ptr(), ptr::null_mut()) };
         assert_eq!(code, sys::CUresult::CUDA_SUCCESS, "{name}: launch of {x}x{y} blocks of {block}, {shared} B shared");
     }
 }

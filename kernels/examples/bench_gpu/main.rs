@@ -180,8 +180,9 @@ fn floor_ms([rows, n, k]: [i64; 3], copy: f64) -> f64 {
 fn show_candidates(plans: &[Option<Plan>], speeds: &[f64], rival: f64) {
     let mut sorted: Vec<_> = plans.iter().zip(speeds).filter_map(|(plan, speed)| Some(((*plan)?, speed))).collect();
     sorted.sort_by(|a, b| b.1.total_cmp(a.1));
-    for (Plan { warpgroups, subtiles, width, .. }, speed) in sorted {
-        print!("  {warpgroups}x{subtiles}x{width}: {speed:.0} {:.2}", speed / rival);
+    for (Plan { subtiles, width, along_m }, speed) in sorted {
+        let shared = if along_m { "b" } else { "a" };
+        print!("  {}x{width}{shared}: {speed:.0} {:.2}", 128 * subtiles, speed / rival);
     }
     if plans.len() > 1 {
         println!();

@@ -1,89 +1,73 @@
 // D[M, N] = A[M, K] · B[N, K]ᵀ of FP8 operands, scaled 1×128 (A) and 128×128 (B); rows of several experts lie one
 // after another, each with its own B. Follows hopper.cuh and wgmma().
 //
-// Defined from outside: WARPGROUPS, each with SUBTILES of 64 rows, BN columns of a tile, STAGES of the ring, OUT_FP32 (else BF16), ORDERED
-// (hopper.cuh), PROMOTE (0 shows what the promotion is for).
+// Defined from outside: SUBTILES of 64 rows for each of the two warpgroups, BN columns of a tile, ALONG_M (the blocks of
+// a cluster), STAGES of the ring, OUT_FP32 (else BF16), PROMOTE (0 shows what the promotion is for).
 //
-// Persistent clusters of two blocks: the two compute neighbouring tiles along N, each loads half of the A tile for
-// both. A producer thread fills the ring; the warpgroups multiply, and add every 128 of K into FP32.
-constexpr int BM = 64 * WARPGROUPS * SUBTILES, BK = 128, GROUP = 2048 / BM, CONSUMER_WARPS = 4 * WARPGROUPS;
+// Persistent clusters of two blocks: the two compute neighbouring tiles, along N or along M, and each loads half of what
+// they share, of A or of B, for both. A producer thread fills the ring; the warpgroups multiply, and add every 128 of K
+// into FP32.
+constexpr int BM = 128 * SUBTILES, BK = 128, CONSUMER_WARPS = 8;
+constexpr int HIGH = ALONG_M ? 2 : 1, WIDE = ALONG_M ? 1 : 2;  // tiles of a cluster
+constexpr int GROUP = 4096 / (HIGH * BM);
 // The copy engine starts on 16 bytes, an expert's rows on any: four scales more than rows. A box has 256 at most.
-constexpr int SA_BOXES = SUBTILES, SA_LOAD = (BM / SA_BOXES + 4) * 4, SA_STRIDE = (SA_LOAD + 127) / 128 * 128;
-constexpr int SA_BYTES = SA_BOXES * SA_STRIDE, A_BYTES = BM * BK, B_BYTES = BN * BK;
-constexpr int STAGE_BYTES = A_BYTES + B_BYTES + SA_BOXES * SA_LOAD;
-// Small tiles have registers for two accumulators.
-constexpr bool PAIRED = WARPGROUPS == 2 && SUBTILES == 1;
+constexpr int SA_LOAD = (128 + 4) * 4, SA_STRIDE = (SA_LOAD + 127) / 128 * 128;
+constexpr int SA_BYTES = SUBTILES * SA_STRIDE, A_BYTES = BM * BK, B_BYTES = BN * BK;
+constexpr int STAGE_BYTES = A_BYTES + B_BYTES + SUBTILES * SA_LOAD;
 // Epilogue: each warp turns 16 rows × 8·CHUNK columns at a time; 16 bytes of padding keep the banks apart.
-constexpr int CHUNK = BN % 64 == 0 && WARPGROUPS == 2 ? 8 : 4, OUT_ROW_BYTES = CHUNK * 16 + 16;
+constexpr int CHUNK = BN % 64 == 0 ? 8 : 4, OUT_ROW_BYTES = CHUNK * 16 + 16;
 constexpr int OUT_BYTES = CONSUMER_WARPS * 16 * OUT_ROW_BYTES;
 // A tile meets two B scales at most; the boundary lies on a multiple of STEP groups of eight columns.
 static __device__ constexpr int gcd(int a, int b) { return b ? gcd(b, a % b) : a; }
 constexpr int STEP = gcd(BN, 128) / 8;
+constexpr bool ONE_SCALE = 128 % BN == 0;
 static_assert(BN % 8 == 0 && 128 - 8 * STEP + BN <= 256, "a tile may meet two B scales, not three");
 
 struct Shared {
   u32 a, b, scales, out, full, empty;
 };
 
-// Tiles in the order in which they are computed: expert by expert, bands of GROUP tiles along M (they share B in L2).
+// Clusters' tiles in the order in which they are computed: expert by expert, bands of GROUP of them along M (they share
+// B in L2).
 struct Walk {
   const int* counts;
-  int num_rows, num_experts, num_pairs;
+  int num_rows, num_experts, num_columns;
   int expert = 0, first_row = 0, count = 0, first_unit = 0;
-  int row = 0, pair = 0;  // of the current tile: its first row within the expert, its pair of tiles along N
+  int row = 0, column = 0;  // of the current cluster's tiles: its first row within the expert, its place along N
 
-  __device__ __forceinline__ Walk(const int* counts, int num_rows, int num_experts, int num_pairs)
-      : counts(counts), num_rows(num_rows), num_experts(num_experts), num_pairs(num_pairs) {
+  __device__ __forceinline__ Walk(const int* counts, int num_rows, int num_experts, int num_columns)
+      : counts(counts), num_rows(num_rows), num_experts(num_experts), num_columns(num_columns) {
     count = rows_of(0);
   }
   __device__ __forceinline__ int rows_of(int expert) const { return counts ? load_count(counts + expert) : num_rows; }
+  __device__ __forceinline__ int tiles() const { return (count + HIGH * BM - 1) / (HIGH * BM); }
   __device__ __forceinline__ bool seek(int unit) {
-    int tiles = (count + BM - 1) / BM;
-    while (unit >= first_unit + tiles * num_pairs) {
-      first_unit += tiles * num_pairs;
+    while (unit >= first_unit + tiles() * num_columns) {
+      first_unit += tiles() * num_columns;
       first_row += count;
       if (++expert == num_experts) return false;
       count = rows_of(expert);
-      tiles = (count + BM - 1) / BM;
     }
-    int local = unit - first_unit, band = local / (GROUP * num_pairs);
-    int height = min(GROUP, tiles - band * GROUP);
-    local -= band * GROUP * num_pairs;
-    row = (band * GROUP + local % height) * BM;
-    pair = local / height;
+    int local = unit - first_unit, band = local / (GROUP * num_columns);
+    const int height = min(GROUP, tiles() - band * GROUP);
+    local -= band * GROUP * num_columns;
+    row = (band * GROUP + local % height) * (HIGH * BM);
+    column = local / height;
     return true;
   }
 };
 
-template <int BOUNDARY>
-static __device__ __forceinline__ void promote(float (&sum)[BN / 2], const float (&acc)[BN / 2], float s00, float s10,
-                                               float s01, float s11) {
+// sum += acc · scale(row) · scale(column): s[0] before the boundary, s[1] from there on, x for the upper row of the two.
+static __device__ __forceinline__ void promote(float (&sum)[BN / 2], const float (&acc)[BN / 2], const float2 (&s)[2],
+                                               int boundary) {
+  float2 scale = s[0];
 #pragma unroll
   for (int j = 0; j < BN / 8; j++) {
-    float upper = j < BOUNDARY ? s00 : s01, lower = j < BOUNDARY ? s10 : s11;
-    sum[4 * j] += acc[4 * j] * upper;
-    sum[4 * j + 1] += acc[4 * j + 1] * upper;
-    sum[4 * j + 2] += acc[4 * j + 2] * lower;
-    sum[4 * j + 3] += acc[4 * j + 3] * lower;
-  }
-}
-
-// The boundary is a number of the tile: one branch a K tile instead of a choice for every column.
-static __device__ __forceinline__ void promote_at(int boundary, float (&sum)[BN / 2], const float (&acc)[BN / 2],
-                                                  float s00, float s10, float s01, float s11) {
-  if constexpr (128 % BN == 0) {
-    promote<BN / 8>(sum, acc, s00, s10, s01, s11);
-  } else {
-    switch (boundary) {
-// A boundary that this width never meets gets a label that never comes.
-#define AT(n) \
-  case n % STEP == 0 && n < BN / 8 ? n : 100 + n: \
-    promote<n>(sum, acc, s00, s10, s01, s11); \
-    break;
-      AT(1) AT(2) AT(3) AT(4) AT(5) AT(6) AT(7) AT(8) AT(9) AT(10) AT(11) AT(12) AT(13) AT(14) AT(15) AT(16)
-#undef AT
-      default: promote<BN / 8>(sum, acc, s00, s10, s01, s11);
-    }
+    if (!ONE_SCALE && j % STEP == 0 && j > 0 && j <= 16 && j >= boundary) scale = s[1];
+    sum[4 * j] += acc[4 * j] * scale.x;
+    sum[4 * j + 1] += acc[4 * j + 1] * scale.x;
+    sum[4 * j + 2] += acc[4 * j + 2] * scale.y;
+    sum[4 * j + 3] += acc[4 * j + 3] * scale.y;
   }
 }
 
@@ -149,20 +133,28 @@ static __device__ __forceinline__ void produce(const Shared& at, const TensorMap
                                                const TensorMap& map_b, Walk walk, int N, int num_k, u32 rank) {
   Ring<STAGES> ring;
   for (int unit = blockIdx.x / 2; walk.seek(unit); unit += gridDim.x / 2) {
-    const int row = walk.first_row + walk.row, column = (2 * walk.pair + rank) * BN;
-#pragma unroll (PAIRED ? 4 : 1)
+    const int row = walk.first_row + walk.row + (ALONG_M ? rank * BM : 0);
+    const int column = walk.expert * N + (WIDE * walk.column + (ALONG_M ? 0 : rank)) * BN;
+#pragma unroll 1
     for (int k = 0; k < num_k; k++, ring.next()) {
-      const u32 full = at.full + 8 * ring.stage;
+      const u32 full = at.full + 8 * ring.stage, a = at.a + ring.stage * A_BYTES, b = at.b + ring.stage * B_BYTES;
       barrier_wait(at.empty + 8 * ring.stage, ring.parity ^ 1);
       barrier_expect(full, STAGE_BYTES);
-      const u32 half = rank * (A_BYTES / 2);
-      load_box_for_both(at.a + ring.stage * A_BYTES + half, map_a, full, k * BK, row + rank * (BM / 2));
-      load_box(at.b + ring.stage * B_BYTES, map_b, full, k * BK, walk.expert * N + column);
-      for (int i = 0; i < SA_BOXES; i++) {
-        load_box(at.scales + ring.stage * SA_BYTES + i * SA_STRIDE, map_sa, full, (row & ~3) + i * (BM / SA_BOXES), k);
+      if (ALONG_M) {
+        load_box(a, map_a, full, k * BK, row);
+        load_box_for_both(b + rank * (B_BYTES / 2), map_b, full, k * BK, column + rank * (BN / 2));
+      } else {
+        load_box_for_both(a + rank * (A_BYTES / 2), map_a, full, k * BK, row + rank * (BM / 2));
+        load_box(b, map_b, full, k * BK, column);
+      }
+      for (int i = 0; i < SUBTILES; i++) {
+        load_box(at.scales + ring.stage * SA_BYTES + i * SA_STRIDE, map_sa, full, (row & ~3) + i * 128, k);
       }
     }
   }
+  // The consumers look one stage ahead: their last look finds an empty one.
+  barrier_wait(at.empty + 8 * ring.stage, ring.parity ^ 1);
+  barrier_expect(at.full + 8 * ring.stage, 0);
 }
 
 // The scales of this thread's two rows in one stage.
@@ -173,92 +165,81 @@ static __device__ __forceinline__ float2 row_scales(u32 from) {
   return scales;
 }
 
-// PAIRED: two K tiles at a time, each with an accumulator of its own: while the first is added up, the second is
-// multiplied, and while that is added up, the other warpgroup has its turn. Else one accumulator, and the other
-// warpgroups cover for it; SUBTILES share the B tile, which spares shared memory's bandwidth.
+// While one warpgroup adds up its products, the other's are made. All that a warpgroup does between two multiplications
+// must be shorter than one, or the matrix unit idles: the next stage is awaited and its scales are read while it works,
+// and addresses are carried along instead of computed. WARPGROUP is a template argument so that they lie in the uniform
+// registers, where the matrix instructions take them from.
+template <int WARPGROUP>
 static __device__ __forceinline__ void consume(const Shared& at, const float* scale_b, void* d, Walk walk, int N,
                                                int num_k, u32 rank) {
   const int warp = threadIdx.x / 32 - 4, lane = threadIdx.x % 32, blocks_n = (N + 127) / 128;
-  const Turns turns(warp / 4);
-  Ring<STAGES> ring;
-  float sum[SUBTILES][BN / 2], acc0[BN / 2], acc1[BN / 2];
-  auto multiply = [&](float(&acc)[BN / 2], u32 stage, int subtile, bool add) {
-    const u64 a = matrix_descriptor(at.a + stage * A_BYTES + (subtile * WARPGROUPS + warp / 4) * (64 * BK));
-    const u64 b = matrix_descriptor(at.b + stage * B_BYTES);
+  float sum[SUBTILES][BN / 2], acc[BN / 2];
+  Stage<STAGES, A_BYTES, B_BYTES> stage(at.a + WARPGROUP * (64 * BK), at.b, at.full);
+  auto multiply = [&](int subtile, bool add) {
     wgmma_fence();
 #pragma unroll
-    for (int step = 0; step < 4; step++) wgmma(acc, a + 2 * step, b + 2 * step, step > 0 || add);
+    for (int step = 0; step < 4; step++) {
+      wgmma(acc, matrix(stage.a + subtile * (128 * BK / 16) + 2 * step), matrix(stage.b + 2 * step), step > 0 || add);
+    }
     wgmma_commit();
-  };
-  auto release = [&](u32 stage) {
-    if (lane < 2) barrier_arrive(at.empty + 8 * stage, lane);
   };
   // A lane holds B's scales of one K tile in 32; the next batch, or the next tile's first, is on its way.
   const float *scale0, *scale1;
-  float batch0 = 0, batch1 = 0, ahead0, ahead1;
-  auto begin = [&](int unit) {
+  float batch0 = 0, batch1 = 0, ahead0, ahead1 = 0;
+  auto fetch = [&](int k) {
+    ahead0 = __ldg(scale0 + min(k + lane, num_k - 1));
+    if (!ONE_SCALE) ahead1 = __ldg(scale1 + min(k + lane, num_k - 1));
+  };
+  auto column_of = [&]() { return (WIDE * walk.column + (ALONG_M ? 0 : rank)) * BN; };
+  auto begin_tile = [&](int unit) {
     if (!walk.seek(unit)) return false;
-    const int block = min((2 * walk.pair + rank) * BN / 128, blocks_n - 1), next_block = min(block + 1, blocks_n - 1);
+    const int block = min(column_of() / 128, blocks_n - 1), next_block = min(block + 1, blocks_n - 1);
     scale0 = scale_b + (long long)(walk.expert * blocks_n + block) * num_k;
     scale1 = scale_b + (long long)(walk.expert * blocks_n + next_block) * num_k;
-    ahead0 = __ldg(scale0 + min(lane, num_k - 1)), ahead1 = __ldg(scale1 + min(lane, num_k - 1));
+    fetch(0);
     return true;
   };
   int unit = blockIdx.x / 2;
-  for (bool more = begin(unit); more;) {
-    const u32 my_scales = at.scales + (warp * 16 + lane / 4 + ((walk.first_row + walk.row) & 3)) * 4;
-    const int column = (2 * walk.pair + rank) * BN, boundary = (128 - column % 128) / 8;
+  barrier_wait(stage.full, 0);
+  for (bool more = begin_tile(unit); more;) {
+    const int tile_row = walk.row + (ALONG_M ? rank * BM : 0), column = column_of(), boundary = (128 - column % 128) / 8;
+    const u32 my_scales = at.scales + (warp * 16 + lane / 4 + ((walk.first_row + tile_row) & 3)) * 4;
+    float2 rows[SUBTILES];
+    float b0, b1 = 0;
+    auto read_scales = [&](int k) {
+#pragma unroll
+      for (int i = 0; i < SUBTILES; i++) rows[i] = row_scales(my_scales + stage.index * SA_BYTES + i * SA_STRIDE);
+      if (k % 32 == 0) batch0 = ahead0, batch1 = ahead1, fetch(k + 32);
+      b0 = __shfl_sync(~0u, batch0, k % 32);
+      if (!ONE_SCALE) b1 = __shfl_sync(~0u, batch1, k % 32);
+    };
+    read_scales(0);
 #pragma unroll
     for (int i = 0; i < SUBTILES * (BN / 2); i++) sum[i / (BN / 2)][i % (BN / 2)] = 0;
-    for (int k = 0; k < num_k; k += PAIRED ? 2 : 1) {
-      if (k % 32 == 0) {
-        batch0 = ahead0, batch1 = ahead1;
-        const int mine = min(k + 32 + lane, num_k - 1);
-        ahead0 = __ldg(scale0 + mine), ahead1 = __ldg(scale1 + mine);
-      }
-      const u32 stage0 = ring.stage;
-      barrier_wait(at.full + 8 * ring.stage, ring.parity);
-      ring.next();
-      const bool add0 = PROMOTE || k + (PAIRED ? 2 : 1) >= num_k, add1 = add0 || k + 3 >= num_k;
-      if (PAIRED && k + 1 < num_k) {
-        const float2 rows0 = row_scales(my_scales + stage0 * SA_BYTES);
-        turns.take();
-        multiply(acc0, stage0, 0, !PROMOTE && k > 0);
-        const u32 stage1 = ring.stage;
-        barrier_wait(at.full + 8 * ring.stage, ring.parity);
-        ring.next();
-        const float2 rows1 = row_scales(my_scales + stage1 * SA_BYTES);
-        multiply(acc1, stage1, 0, !PROMOTE && k > 0);
-        turns.give();
-        const float b0 = __shfl_sync(~0u, batch0, k % 32), b1 = __shfl_sync(~0u, batch1, k % 32);
-        const float c0 = __shfl_sync(~0u, batch0, k % 32 + 1), c1 = __shfl_sync(~0u, batch1, k % 32 + 1);
-        wgmma_wait<1>();
-        release(stage0);
-        if (add0) promote_at(boundary, sum[0], acc0, rows0.x * b0, rows0.y * b0, rows0.x * b1, rows0.y * b1);
-        wgmma_wait<0>();
-        release(stage1);
-        if (add1) promote_at(boundary, sum[0], acc1, rows1.x * c0, rows1.y * c0, rows1.x * c1, rows1.y * c1);
-      } else {
+#pragma unroll 1
+    for (int k = 0; k < num_k; k++) {
 #pragma unroll
-        for (int subtile = 0; subtile < SUBTILES; subtile++) {
-          const float2 rows0 = row_scales(my_scales + stage0 * SA_BYTES + subtile * SA_STRIDE);
-          turns.take();
-          multiply(acc0, stage0, subtile, !PROMOTE && k > 0);
-          turns.give();
-          const float b0 = __shfl_sync(~0u, batch0, k % 32), b1 = __shfl_sync(~0u, batch1, k % 32);
-          wgmma_wait<0>();
-          if (subtile == SUBTILES - 1) release(stage0);
-          if (add0) promote_at(boundary, sum[subtile], acc0, rows0.x * b0, rows0.y * b0, rows0.x * b1, rows0.y * b1);
+      for (int subtile = 0; subtile < SUBTILES; subtile++) {
+        const float2 row = rows[subtile], s[2] = {{row.x * b0, row.y * b0}, {row.x * b1, row.y * b1}};
+        const u32 used = stage.full;
+        multiply(subtile, !PROMOTE && k > 0);
+        if (subtile == SUBTILES - 1) {
+          stage.next();
+          barrier_wait(stage.full, stage.parity);
+          read_scales(k + 1);
         }
+        wgmma_wait<0>();
+        if (subtile == SUBTILES - 1 && lane < 2) barrier_arrive(used + 8 * STAGES, lane);
+        if (PROMOTE || k + 1 == num_k) promote(sum[subtile], acc, s, boundary);
       }
     }
-    const int row = walk.row + warp * 16, valid_columns = N - column, count = walk.count;
+    const int row = tile_row + warp * 16, valid_columns = N - column, count = walk.count;
     const long long first = (long long)(walk.first_row + row) * N + column;
-    more = begin(unit += gridDim.x / 2);
+    more = begin_tile(unit += gridDim.x / 2);
     const u32 buffer = at.out + warp * (16 * OUT_ROW_BYTES);
 #pragma unroll
     for (int subtile = 0; subtile < SUBTILES; subtile++) {
-      const int down = subtile * (64 * WARPGROUPS), valid_rows = count - row - down;
+      const int down = subtile * 128, valid_rows = count - row - down;
       const long long to = first + (long long)down * N;
       if constexpr (OUT_FP32) {
         store_fp32(sum[subtile], (float*)d + to, valid_rows, valid_columns, N, lane);
@@ -267,12 +248,11 @@ static __device__ __forceinline__ void consume(const Shared& at, const float* sc
       }
     }
   }
-  turns.finish();
 }
 
 // a [rows, K], scale_a [K/128, rows], b [experts · N, K], scale_b [experts, N/128, K/128], d [rows, N]; counts is null
 // for one expert with num_rows rows.
-extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(128 + 128 * WARPGROUPS, 1)
+extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1)
     gemm_forward(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap map_sa,
                  const __grid_constant__ TensorMap map_b, const float* scale_b, void* d, const int* counts,
                  int num_rows, int num_experts, int N, int num_k) {
@@ -294,15 +274,20 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(128 + 128
     prefetch_map(map_a), prefetch_map(map_sa), prefetch_map(map_b);
   }
   cluster_sync();
-  const int num_pairs = (N + 2 * BN - 1) / (2 * BN);
+  begin();
+  const int num_columns = (N + WIDE * BN - 1) / (WIDE * BN);
   if (threadIdx.x < 128) {
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(WARPGROUPS == 2 ? 40 : 32));
-    const Walk walk(counts, num_rows, num_experts, num_pairs);
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
+    const Walk walk(counts, num_rows, num_experts, num_columns);
     if (threadIdx.x == 0) produce(at, map_a, map_sa, map_b, walk, N, num_k, rank);
+  } else if (threadIdx.x < 256) {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
+    const Walk walk(counts, num_rows, num_experts, num_columns);
+    consume<0>(at, scale_b, d, walk, N, num_k, rank);
   } else {
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(WARPGROUPS == 2 ? 232 : 160));
-    const Walk walk(counts, num_rows, num_experts, num_pairs);
-    consume(at, scale_b, d, walk, N, num_k, rank);
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
+    const Walk walk(counts, num_rows, num_experts, num_columns);
+    consume<1>(at, scale_b, d, walk, N, num_k, rank);
   }
   __syncwarp();
   cluster_sync();  // the other block may still write here

@@ -6,6 +6,12 @@ using u16 = unsigned short;
 using u32 = unsigned int;
 using u64 = unsigned long long;
 
+// Lets the next kernel of the stream take places as this one's blocks end, and waits until the one before is done:
+// nothing is read or written before this.
+static __device__ __forceinline__ void begin() {
+  asm volatile("griddepcontrol.launch_dependents;\ngriddepcontrol.wait;" ::: "memory");
+}
+
 // A tensor map is an opaque 128-byte kernel parameter.
 struct __align__(64) TensorMap { u8 bytes[128]; };
 
@@ -99,10 +105,10 @@ static __device__ __forceinline__ void prefetch_map(const TensorMap& map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
 }
 
-// A K-major tile of 128-byte rows, swizzled over 128 bytes: 1024 bytes from one group of eight rows to the next.
-static __device__ __forceinline__ u64 matrix_descriptor(u32 address) {
-  return (u64)((address & 0x3FFFF) >> 4) | (u64)1 << 16 | (u64)(1024 >> 4) << 32 | (u64)1 << 62;
-}
+// The low half of the descriptor of a K-major tile of 128-byte rows, swizzled over 128 bytes: its place in units of 16
+// bytes; and the whole, with 1024 bytes from one group of eight rows to the next.
+static __device__ __forceinline__ u32 matrix_low(u32 address) { return (address & 0x3FFFF) >> 4 | 1 << 16; }
+static __device__ __forceinline__ u64 matrix(u32 low) { return (u64)low | (u64)(1024 >> 4) << 32 | (u64)1 << 62; }
 
 static __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 static __device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
@@ -112,30 +118,25 @@ static __device__ __forceinline__ void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
 }
 
-// Two warpgroups take turns at the matrix unit, so that one adds up its products while the other's are made. Left alone
-// they may fall into step: both multiply, then both add, and the matrix unit idles. Named barriers 1 and 2 are the turns.
-struct Turns {
-  int mine;
-  __device__ __forceinline__ Turns(int warpgroup) : mine(1 + warpgroup) {
-    if (warpgroup == 1) give();
-  }
-  __device__ __forceinline__ void take() const {
-    if (ORDERED) asm volatile("bar.sync %0, 256;" ::"r"(mine) : "memory");
-  }
-  __device__ __forceinline__ void give() const {
-    if (ORDERED) asm volatile("bar.arrive %0, 256;" ::"r"(3 - mine) : "memory");
-  }
-  // The last turn given has no taker.
-  __device__ __forceinline__ void finish() const {
-    if (mine == 1) take();
-  }
-};
-
 // The ring of stages: both sides walk it in step.
 template <int LENGTH>
 struct Ring {
   u32 stage = 0, parity = 0;
   __device__ __forceinline__ void next() {
     if (++stage == LENGTH) stage = 0, parity ^= 1;
+  }
+};
+
+// The consumers' side of it, with the addresses of the stage's matrices and barrier.
+template <int LENGTH, int A_BYTES, int B_BYTES>
+struct Stage {
+  u32 a, b, full, index = 0, parity = 0;
+  __device__ __forceinline__ Stage(u32 a, u32 b, u32 full) : a(matrix_low(a)), b(matrix_low(b)), full(full) {}
+  __device__ __forceinline__ void next() {
+    a += A_BYTES / 16, b += B_BYTES / 16, full += 8;
+    if (++index == LENGTH) {
+      index = 0, parity ^= 1;
+      a -= LENGTH * (A_BYTES / 16), b -= LENGTH * (B_BYTES / 16), full -= 8 * LENGTH;
+    }
   }
 };

@@ -88,10 +88,10 @@ pub(crate) fn forward_into(a: &Rows, b: &Blocks, counts: Option<&Tensor>, out: &
     // Sums along all of K need an accumulator for every subtile.
     let plan = if options.without_promotion && plan.subtiles > 1 { FORWARD_PLANS[2] } else { plan };
     let kernel = forward_kernel(plan, options, a.values.device());
-    Launch::new(gpu, &kernel)
-        .map(&a.values, plan.rows() / 2, 128)
-        .map(&a.scales, 1, plan.row_scales())
-        .map(&b.values.view([-1, k]), plan.width, 128)
+    Launch::new(gpu, &kernel).early()
+        .map(&a.values, plan.box_a(), 128)
+        .map(&a.scales, 1, Plan::ROW_SCALES)
+        .map(&b.values.view([-1, k]), plan.box_b(), 128)
         .tensor(&b.scales, Kind::Float)
         .tensor(out, if options.out_fp32 { Kind::Float } else { Kind::BFloat16 })
         .tensor_or_null(counts, Kind::Int)
@@ -122,10 +122,10 @@ pub(crate) fn wgrad_into(
     let num_sms = options.num_sms.unwrap_or(gpu.num_sms());
     let plan = options.plan.unwrap_or_else(|| Plan::wgrad([m, n, groups.rows], groups.num(), num_sms));
     let kernel = wgrad_kernel(plan, write, gradient.device());
-    Launch::new(gpu, &kernel)
-        .map(&dy.values, plan.rows() / 2, 128)
+    Launch::new(gpu, &kernel).early()
+        .map(&dy.values, plan.box_a(), 128)
         .map(&dy.scales, 1, plan.rows())
-        .map(&x.values, plan.width, 128)
+        .map(&x.values, plan.box_b(), 128)
         .map(&x.scales, 1, plan.width)
         .map_of_stack(&gradient.view([groups.num(), m, n]), 16)
         .tensor_or_null(groups.counts, Kind::Int)
@@ -144,9 +144,8 @@ fn tile_defines(plan: Plan, stages: usize) -> Vec<(&'static str, String)> {
     vec![
         ("BN", plan.width.to_string()),
         ("STAGES", stages.to_string()),
-        ("WARPGROUPS", plan.warpgroups.to_string()),
         ("SUBTILES", plan.subtiles.to_string()),
-        ("ORDERED", flag(plan.turns)),
+        ("ALONG_M", flag(plan.along_m)),
     ]
 }
 

@@ -78,7 +78,7 @@ pub fn columns_of(rows: &Rows, counts: Option<&Tensor>, rule: ScaleRule) -> Colu
     let key = format!("quantise/{:?}/{rule:?}", Kind::BFloat16);
     let gpu = device::gpu(rows.values.device());
     let kernel = gpu.kernel(&key, "transpose", || source(Kind::BFloat16, rule)).expect("our own kernels compile and load");
-    let launch = Launch::new(gpu, &kernel).tensor(&rows.values, Kind::Float8e4m3fn).tensor(&rows.scales, Kind::Float);
+    let launch = Launch::new(gpu, &kernel).early().tensor(&rows.values, Kind::Float8e4m3fn).tensor(&rows.scales, Kind::Float);
     let launch = launch.tensor(&columns.values, Kind::Float8e4m3fn).tensor(&columns.scales, Kind::Float);
     let launch = launch.tensor_or_null(counts, Kind::Int).int(num_experts).int(r).int(c);
     tiles::strides(launch, [r, c], num_experts).run(shape(tiles_of(c), tiles::row_tiles(r, num_experts)));
@@ -93,7 +93,7 @@ pub fn round_e5m6(x: &Tensor) -> Tensor {
     }
     let (x, y) = (aligned(x), x.empty_like());
     let kernel = kernel(&x, ScaleRule::Amax, "round_e5m6");
-    Launch::new(device::gpu(x.device()), &kernel)
+    Launch::new(device::gpu(x.device()), &kernel).early()
         .tensor(&x, Kind::BFloat16)
         .tensor(&y, Kind::BFloat16)
         .int(count)
@@ -146,7 +146,7 @@ fn on_gpu(x: &Tensor, source: Option<&Tensor>, counts: Option<&Tensor>, want: Wa
     let quantised = Quantised::empty([r, c], num_experts, want, x.device());
     let kernel = kernel(x, rule, "quantise");
     let launch =
-        Launch::new(device::gpu(x.device()), &kernel).tensor(x, Kind::BFloat16).tensor_or_null(source, Kind::Int);
+        Launch::new(device::gpu(x.device()), &kernel).early().tensor(x, Kind::BFloat16).tensor_or_null(source, Kind::Int);
     let launch = quantised.tensors(launch).tensor_or_null(counts, Kind::Int).int(num_experts).int(r).int(c);
     let (columns, rows) = (tiles_of(c), tiles::row_tiles(r, num_experts));
     let (x, y) = if source.is_some() { (rows, columns) } else { (columns, rows) };

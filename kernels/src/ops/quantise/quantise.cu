@@ -9,6 +9,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 4)
     quantise(const u16* x, const int* source, u8* values, float* scales, u8* transposed, float* scales_transposed,
              const int* counts, int num_experts, int R, int C, int P, int scale_stride, int scale_stride_transposed) {
   __shared__ Scratch scratch;
+  begin();
   const Out out = {values, scales, transposed, scales_transposed, C, P, scale_stride, scale_stride_transposed};
   // Gathered rows are read several times: neighbours in time share the columns, so that these stay in L2.
   const int column_tile = source ? blockIdx.y : blockIdx.x, row_tile = source ? blockIdx.x : blockIdx.y;
@@ -32,6 +33,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 4)
     transpose(const u8* from, const float* from_scales, u8* transposed, float* scales_transposed, const int* counts,
               int num_experts, int R, int C, int P, int scale_stride, int scale_stride_transposed) {
   __shared__ Scratch scratch;
+  begin();
   const Out out = {nullptr, nullptr, transposed, scales_transposed, C, P, scale_stride, scale_stride_transposed};
   const int column_tile = blockIdx.x, row_tile = blockIdx.y;
   const Place place = find(counts, num_experts, R, row_tile);
@@ -65,6 +67,7 @@ static __device__ __forceinline__ float e5m6(float x) {
 
 // BF16 → BF16, count a multiple of 8.
 extern "C" __global__ void __launch_bounds__(THREADS) round_e5m6(const u16* x, u16* y, int count) {
+  begin();
   const long long at = ((long long)blockIdx.x * THREADS + threadIdx.x) * 8;
   if (at >= count) return;
   float v[8];
@@ -74,27 +77,33 @@ extern "C" __global__ void __launch_bounds__(THREADS) round_e5m6(const u16* x, u
   *(uint4*)(y + at) = bf16_eight(v);
 }
 
-static __device__ __forceinline__ void load(float (&v)[8], const void* x, long long at, bool there) {
-  if (INPUT_FP32) {
-    const float4* from = (const float4*)((const float*)x + at);
-    const float4 none = make_float4(0, 0, 0, 0), low = there ? __ldcs(from) : none, high = there ? __ldcs(from + 1) : none;
-    v[0] = low.x, v[1] = low.y, v[2] = low.z, v[3] = low.w, v[4] = high.x, v[5] = high.y, v[6] = high.z, v[7] = high.w;
-  } else {
-    unpack_bf16(v, load_eight((const u16*)x + at, there));
-  }
-}
-
 // x [matrices, R, C] → blocks of it, and of its transpose.
-extern "C" __global__ void __launch_bounds__(THREADS, 2)
+extern "C" __global__ void __launch_bounds__(THREADS, INPUT_FP32 ? 2 : 3)
     quantise_weights(const void* x, u8* values, float* scales, u8* transposed, float* scales_transposed, int R, int C) {
   __shared__ Scratch scratch;
+  begin();
   const int row_tiles = (R + TILE - 1) / TILE, column_tiles = (C + TILE - 1) / TILE;
   const int column_tile = blockIdx.x, row_tile = blockIdx.y % row_tiles, matrix = blockIdx.y / row_tiles;
   const long long first = (long long)matrix * R * C, first_scale = (long long)matrix * row_tiles * column_tiles;
   const Out out = {values + first, scales + first_scale, transposed + first, scales_transposed + first_scale, C, R, 0, 0};
+#if INPUT_FP32
   WideTile t = empty_tile<WideTile>();
+#else
+  Tile t = empty_tile<Tile>();
+#endif
   const int row = row_tile * TILE + t.row, column = column_tile * TILE + t.column;
 #pragma unroll
-  for (int r = 0; r < 8; r++) load(t.v[r], x, first + (long long)(row + r) * C + column, column < C && row + r < R);
+  for (int r = 0; r < 8; r++) {
+    const long long at = first + (long long)(row + r) * C + column;
+    const bool there = column < C && row + r < R;
+#if INPUT_FP32
+    const float4* from = (const float4*)((const float*)x + at);
+    const float4 none = make_float4(0, 0, 0, 0), low = there ? __ldcs(from) : none, high = there ? __ldcs(from + 1) : none;
+    t.v[r][0] = low.x, t.v[r][1] = low.y, t.v[r][2] = low.z, t.v[r][3] = low.w;
+    t.v[r][4] = high.x, t.v[r][5] = high.y, t.v[r][6] = high.z, t.v[r][7] = high.w;
+#else
+    set_row(t, r, load_eight((const u16*)x + at, there));
+#endif
+  }
   emit_block(t, out, row_tile, column_tile, scratch);
 }

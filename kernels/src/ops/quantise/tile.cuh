@@ -39,6 +39,12 @@ struct Scratch {
   __align__(16) float inverse[TILE];
 };
 
+// Lets the next kernel of the stream take places as this one's blocks end, and waits until the one before is done:
+// nothing is read or written before this.
+static __device__ __forceinline__ void begin() {
+  asm volatile("griddepcontrol.launch_dependents;\ngriddepcontrol.wait;" ::: "memory");
+}
+
 static __device__ __forceinline__ float scale_of(float amax) {
   const float scale = fmaxf(amax, FLOOR) / 448.0f;
   return POWER_OF_TWO ? __uint_as_float((__float_as_uint(scale) + 0x7fffffu) & 0x7f800000u) : scale;
@@ -242,14 +248,26 @@ static __device__ __forceinline__ void emit(const Tile& t, const Out& out, Place
   write_transposed(t, inverse, scratch, to, out.C - column_tile * TILE, TILE, out.P);
 }
 
-// A weight: one scale for the whole tile, [R, C] and its transpose [C, R]; the scales are [R / 128, C / 128] and their
-// transpose.
-static __device__ __forceinline__ void emit_block(const WideTile& t, const Out& out, int row_tile, int column_tile,
-                                                  Scratch& scratch) {
-  const int R = out.P, C = out.C, row_tiles = (R + TILE - 1) / TILE, column_tiles = (C + TILE - 1) / TILE;
+static __device__ __forceinline__ float most_in(const WideTile& t) {
   float amax = 0;
 #pragma unroll
   for (int i = 0; i < 64; i++) amax = fmaxf(amax, fabsf(t.v[i / 8][i % 8]));
+  return amax;
+}
+static __device__ __forceinline__ float most_in(const Tile& t) {
+  u32 most = 0;
+#pragma unroll
+  for (int i = 0; i < 32; i++) most = most_of(most, t.pairs[i / 4][i % 4] & 0x7fff7fffu);
+  return low_bf16(most_of(most, most >> 16));
+}
+
+// A weight: one scale for the whole tile, [R, C] and its transpose [C, R]; the scales are [R / 128, C / 128] and their
+// transpose.
+template <class T>
+static __device__ __forceinline__ void emit_block(const T& t, const Out& out, int row_tile, int column_tile,
+                                                  Scratch& scratch) {
+  const int R = out.P, C = out.C, row_tiles = (R + TILE - 1) / TILE, column_tiles = (C + TILE - 1) / TILE;
+  float amax = most_in(t);
 #pragma unroll
   for (int step = 1; step < 32; step *= 2) amax = fmaxf(amax, __shfl_xor_sync(~0u, amax, step));
   if (threadIdx.x % 32 == 0) scratch.inverse[threadIdx.x / 32] = amax;
@@ -265,7 +283,10 @@ static __device__ __forceinline__ void emit_block(const WideTile& t, const Out& 
 #pragma unroll
   for (int r = 0; r < 8; r++) {
     if (t.row + r >= valid_rows || column >= C) continue;
-    *(uint2*)(out.values + (long long)(row_tile * TILE + t.row + r) * C + column) = fp8_eight(t.v[r], inverse);
+    float v[8];
+#pragma unroll
+    for (int c = 0; c < 8; c++) v[c] = value(t, r, c);
+    *(uint2*)(out.values + (long long)(row_tile * TILE + t.row + r) * C + column) = fp8_eight(v, inverse);
   }
   const float all[8] = {inverse, inverse, inverse, inverse, inverse, inverse, inverse, inverse};
   u8* to = out.transposed + (long long)column_tile * TILE * R + row_tile * TILE;

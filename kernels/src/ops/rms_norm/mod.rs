@@ -3,9 +3,9 @@
 //!
 //! Legend: T tokens, D width.
 use crate::device::{self, Kernel};
-use crate::fp8::ScaleRule;
+use crate::fp8::{ScaleRule, round_up};
 use crate::jit::Source;
-use crate::launch::{Launch, Shape};
+use crate::launch::{Launch, Shape, aligned};
 use crate::ops::quantise::tiles::{self, Quantised, Want, flag, rule_define, shape, strides, tiles_of};
 use std::sync::Arc;
 use tch::{Device, Kind, Tensor};
@@ -15,9 +15,14 @@ mod cpu;
 const TEXT: &str = include_str!("rms_norm.cu");
 /// Blocks of the backward pass, whatever the GPU: the order of the weight's gradient is part of the result.
 const BLOCKS: i64 = 132;
-const BACKWARD_THREADS: usize = 512;
-/// The widest row whose parts the registers of a block hold.
-const WIDEST: i64 = 8192;
+/// The widest row that a block of threads holds, eight columns each.
+const WIDEST: i64 = 7168;
+
+/// Backward's threads of a row of `d`, and rows at a time: with more than 768 threads registers get short.
+fn backward_threads(d: i64) -> [i64; 2] {
+    let row = round_up((d + 7) / 8, 32);
+    [row, (768 / row).clamp(1, 8)]
+}
 
 /// What is made of the normed rows.
 #[derive(Clone, Copy, Debug)]
@@ -34,22 +39,24 @@ pub struct Normed {
     pub y: Option<Tensor>,
 }
 
-fn source(weight: Kind, rule: ScaleRule, pieces: i64) -> Source {
+fn source(weight: Kind, rule: ScaleRule, d: i64) -> Source {
     let weight = ("WEIGHT_FP32", flag(weight == Kind::Float));
-    let defines = vec![rule_define(rule), weight, ("PIECES", pieces.to_string())];
+    let [row, rows] = backward_threads(d);
+    let defines = vec![rule_define(rule), weight, ("ROW", row.to_string()), ("ROWS", rows.to_string())];
     Source { name: "rms_norm", text: [tiles::TEXT, TEXT].concat(), defines }
 }
 
 /// Every variant, for a test that compiles them all.
 pub fn sources() -> Vec<(Source, &'static str)> {
-    let variants = [(ScaleRule::Amax, 1), (ScaleRule::Amax, 2), (ScaleRule::PowerOfTwo, 1)];
-    let of = |kind| variants.map(|(rule, pieces)| (source(kind, rule, pieces), "backward"));
+    let variants = [(ScaleRule::Amax, 512), (ScaleRule::Amax, 1536), (ScaleRule::Amax, WIDEST), (ScaleRule::PowerOfTwo, 512)];
+    let of = |kind| variants.map(|(rule, d)| (source(kind, rule, d), "backward"));
     [of(Kind::BFloat16), of(Kind::Float)].into_iter().flatten().collect()
 }
 
-fn kernel(device: Device, entry: &str, weight: Kind, rule: ScaleRule, pieces: i64) -> Arc<Kernel> {
-    let key = format!("rms_norm/{weight:?}/{rule:?}/{pieces}");
-    let source = || source(weight, rule, pieces);
+/// `d` matters to backward alone: one compilation for each number of threads.
+fn kernel(device: Device, entry: &str, weight: Kind, rule: ScaleRule, d: i64) -> Arc<Kernel> {
+    let key = format!("rms_norm/{weight:?}/{rule:?}/{:?}", backward_threads(d));
+    let source = || source(weight, rule, d);
     device::gpu(device).kernel(&key, entry, source).expect("our own kernels compile and load")
 }
 
@@ -85,20 +92,30 @@ pub fn backward_add(dy: &Tensor, x: &Tensor, rstd: &Tensor, weight: &Tensor, add
     let dx = x.empty_like();
     let blocks = BLOCKS.min(t);
     let parts = Tensor::empty([blocks, d], (Kind::Float, x.device()));
-    let pieces = (d + 4095) / 4096;
-    let kernel = kernel(x.device(), "backward", weight.kind(), ScaleRule::Amax, pieces);
-    Launch::new(device::gpu(x.device()), &kernel)
+    let dweight = Tensor::empty([d], (Kind::Float, x.device()));
+    let gpu = device::gpu(x.device());
+    let [row, rows] = backward_threads(d);
+    let add = add.map(aligned);
+    Launch::new(gpu, &kernel(x.device(), "backward", weight.kind(), ScaleRule::Amax, d))
+        .early()
         .tensor(&dy, Kind::BFloat16)
         .tensor(&x, Kind::BFloat16)
         .tensor(rstd, Kind::Float)
         .tensor(weight, weight.kind())
-        .tensor_or_null(add, Kind::BFloat16)
+        .tensor_or_null(add.as_ref(), Kind::BFloat16)
         .tensor(&dx, Kind::BFloat16)
         .tensor(&parts, Kind::Float)
         .int(t)
         .int(d)
-        .run(Shape { grid: [blocks as usize, 1], block: BACKWARD_THREADS, shared_bytes: 0 });
-    (dx, parts.sum_dim_intlist(&[0i64][..], false, None))
+        .run(Shape { grid: [blocks as usize, 1], block: (row * rows) as usize, shared_bytes: 0 });
+    Launch::new(gpu, &kernel(x.device(), "sum_parts", weight.kind(), ScaleRule::Amax, d))
+        .early()
+        .tensor(&parts, Kind::Float)
+        .tensor(&dweight, Kind::Float)
+        .int(blocks)
+        .int(d)
+        .run(shape((d + 31) / 32, 1));
+    (dx, dweight)
 }
 
 /// x [T, D] BF16 → rstd [T, 1] FP32. D is a multiple of 8.
@@ -126,6 +143,7 @@ fn on_gpu_statistics(x: &Tensor, add: Option<(&Tensor, &Tensor)>, eps: f64) -> T
     let (x, rstd) = (x.contiguous(), Tensor::empty([t, 1], (Kind::Float, x.device())));
     let kernel = kernel(x.device(), "statistics", Kind::BFloat16, ScaleRule::Amax, 1);
     Launch::new(device::gpu(x.device()), &kernel)
+        .early()
         .tensor(&x, Kind::BFloat16)
         .tensor_or_null(add.map(|(y, _)| y), Kind::BFloat16)
         .tensor_or_null(add.map(|(_, sum)| sum), Kind::BFloat16)
@@ -149,6 +167,7 @@ pub fn quantised(x: &Tensor, rstd: &Tensor, weight: &Tensor, make: Make) -> Norm
     let y = make.bf16.then(|| x.empty_like());
     let kernel = kernel(x.device(), "rms_norm", weight.kind(), make.rule, 1);
     let launch = Launch::new(device::gpu(x.device()), &kernel)
+        .early()
         .tensor(&x, Kind::BFloat16)
         .tensor(rstd, Kind::Float)
         .tensor(weight, if weight.kind() == Kind::Float { Kind::Float } else { Kind::BFloat16 })

@@ -1,12 +1,13 @@
 // y = weight · x · rstd straight into FP8 (and BF16), and the statistics rstd = 1 / sqrt(mean(x²) + eps) that it needs,
 // which fall out of the residual sum before it. Follows tile.cuh.
 //
-// Defined from outside: WEIGHT_FP32 (else BF16), PIECES (backward: eights of a row that a thread holds, PIECES · 4096 ≥ C).
-constexpr int ROW_THREADS = 128, BACKWARD_THREADS = 512;
+// Defined from outside: WEIGHT_FP32 (else BF16); for backward ROW, the threads of a row, 8 · ROW ≥ C, and ROWS at a time.
+constexpr int ROW_THREADS = 128;
 
 // One block a row: sum = x + y in BF16 (y and sum may be null: then only x's statistics), rstd of the row as rounded.
 extern "C" __global__ void __launch_bounds__(ROW_THREADS)
     statistics(const u16* x, const u16* y, u16* sum, float* rstd, float eps, int C) {
+  begin();
   const long long row = (long long)blockIdx.x * C;
   float squares = 0;
 #pragma unroll 4
@@ -50,6 +51,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 3)
     rms_norm(const u16* x, const float* rstd, const void* weight, u16* y, u8* values, float* scales, u8* transposed,
              float* scales_transposed, int R, int C, int P, int scale_stride, int scale_stride_transposed) {
   __shared__ Scratch scratch;
+  begin();
   const Out out = {values, scales, transposed, scales_transposed, C, P, scale_stride, scale_stride_transposed};
   const int column_tile = blockIdx.x, row_tile = blockIdx.y;
   const Place place = {row_tile * TILE, min(TILE, R - row_tile * TILE)};
@@ -75,67 +77,84 @@ extern "C" __global__ void __launch_bounds__(THREADS, 3)
 }
 
 // dy, x, add, dx [R, C]; rstd [R]; dweights [blocks, C], each block's part of d(weight). dx = add + the norm's own, where
-// add, the gradient of the residual path, may be null. Persistent blocks, a row at a time.
-extern "C" __global__ void __launch_bounds__(BACKWARD_THREADS, 1)
+// add, the gradient of the residual path, may be null. Persistent blocks of ROWS groups of ROW threads, a row for each
+// group at a time, eight columns for each thread; the next rows are on their way while these are worked on.
+extern "C" __global__ void __launch_bounds__(ROWS* ROW, 1)
     backward(const u16* dy, const u16* x, const float* rstd, const void* weight, const u16* add, u16* dx, float* dweights,
              int R, int C) {
-  __shared__ float of_warp[2][BACKWARD_THREADS / 32];
-  float dweight[PIECES][8] = {};
-  uint4 next_dy[PIECES], next_x[PIECES];
+  constexpr int WARPS = ROW / 32;
+  __shared__ float of_warp[2][ROWS * WARPS];
+  __shared__ float of_row[ROWS > 1 ? ROWS : 1][ROWS > 1 ? ROW * 8 : 1];
+  const int group = threadIdx.x / ROW, at = threadIdx.x % ROW * 8, step = gridDim.x * ROWS;
+  const bool here = at < C;
+  float dweight[8] = {}, w[8];
+  begin();
+  load_weight(w, weight, at, here);
+  uint4 next_dy, next_x, next_add;
+  float next_scale;
   auto load = [&](int row) {
-#pragma unroll
-    for (int p = 0; p < PIECES; p++) {
-      const int at = (p * BACKWARD_THREADS + threadIdx.x) * 8;
-      const bool there = at < C && row < R;
-      next_dy[p] = load_eight(dy + (long long)row * C + at, there), next_x[p] = load_eight(x + (long long)row * C + at, there);
-    }
+    const bool there = here && row < R;
+    const long long place = (long long)row * C + at;
+    next_dy = load_eight(dy + place, there), next_x = load_eight(x + place, there);
+    next_add = load_eight(add + place, there && add);
+    next_scale = row < R ? __ldg(rstd + row) : 0;
   };
-  load(blockIdx.x);
-  int turn = 0;
-  for (int row = blockIdx.x; row < R; row += gridDim.x, turn ^= 1) {
-    uint4 my_dy[PIECES], my_x[PIECES];
-    const float scale = __ldg(rstd + row);
-    float projection = 0;
+  int row = blockIdx.x * ROWS + group, turn = 0;
+  load(row);
+  for (; row < R; row += step, turn ^= 1) {
+    const uint4 my_dy = next_dy, my_x = next_x, my_add = next_add;
+    const float scale = next_scale;
+    load(row + step);
+    float g[8], v[8], sum[8], projection = 0;
+    unpack_bf16(g, my_dy), unpack_bf16(v, my_x);
 #pragma unroll
-    for (int p = 0; p < PIECES; p++) {
-      my_dy[p] = next_dy[p], my_x[p] = next_x[p];
-      const int at = (p * BACKWARD_THREADS + threadIdx.x) * 8;
-      float g[8], v[8], w[8];
-      unpack_bf16(g, my_dy[p]), unpack_bf16(v, my_x[p]), load_weight(w, weight, at, at < C);
-#pragma unroll
-      for (int c = 0; c < 8; c++) {
-        const float product = g[c] * v[c] * scale;
-        dweight[p][c] += product, projection += product * w[c];
-      }
+    for (int c = 0; c < 8; c++) {
+      const float product = g[c] * v[c] * scale;
+      dweight[c] += product, projection += product * w[c];
     }
-    load(row + gridDim.x);
 #pragma unroll
-    for (int step = 16; step; step /= 2) projection += __shfl_xor_sync(~0u, projection, step);
+    for (int lane = 16; lane; lane /= 2) projection += __shfl_xor_sync(~0u, projection, lane);
     if (threadIdx.x % 32 == 0) of_warp[turn][threadIdx.x / 32] = projection;
-    __syncthreads();  // the other turn's sums may still be read: there are two places
+    // The group's own barrier. The other turn's sums may still be read: there are two places.
+    asm volatile("bar.sync %0, %1;" ::"r"(1 + group), "n"(ROW) : "memory");
     projection = 0;
 #pragma unroll
-    for (int w = 0; w < BACKWARD_THREADS / 32; w++) projection += of_warp[turn][w];
-    projection /= C;
+    for (int i = 0; i < WARPS; i++) projection += of_warp[turn][group * WARPS + i];
+    projection *= scale / C;
+    unpack_bf16(sum, my_add);
 #pragma unroll
-    for (int p = 0; p < PIECES; p++) {
-      const int at = (p * BACKWARD_THREADS + threadIdx.x) * 8;
-      if (at >= C) continue;
-      const long long place = (long long)row * C + at;
-      float g[8], v[8], w[8], sum[8] = {};
-      if (add) unpack_bf16(sum, __ldg((const uint4*)(add + place)));
-      unpack_bf16(g, my_dy[p]), unpack_bf16(v, my_x[p]), load_weight(w, weight, at, true);
+    for (int c = 0; c < 8; c++) sum[c] += (g[c] * w[c] - v[c] * projection) * scale;
+    if (here) *(uint4*)(dx + (long long)row * C + at) = bf16_eight(sum);
+  }
+  if (ROWS > 1) {
 #pragma unroll
-      for (int c = 0; c < 8; c++) sum[c] += (g[c] * w[c] - v[c] * scale * projection) * scale;
-      *(uint4*)(dx + place) = bf16_eight(sum);
+    for (int c = 0; c < 8; c++) of_row[group][at + c] = dweight[c];
+    __syncthreads();
+    if (group > 0) return;
+    for (int i = 1; i < ROWS; i++) {
+#pragma unroll
+      for (int c = 0; c < 8; c++) dweight[c] += of_row[i][at + c];
     }
   }
-#pragma unroll
-  for (int p = 0; p < PIECES; p++) {
-    const int at = (p * BACKWARD_THREADS + threadIdx.x) * 8;
-    if (at >= C) continue;
-    float4* to = (float4*)(dweights + (long long)blockIdx.x * C + at);
-    to[0] = make_float4(dweight[p][0], dweight[p][1], dweight[p][2], dweight[p][3]);
-    to[1] = make_float4(dweight[p][4], dweight[p][5], dweight[p][6], dweight[p][7]);
+  if (!here) return;
+  float4* to = (float4*)(dweights + (long long)blockIdx.x * C + at);
+  to[0] = make_float4(dweight[0], dweight[1], dweight[2], dweight[3]);
+  to[1] = make_float4(dweight[4], dweight[5], dweight[6], dweight[7]);
+}
+
+// parts [count, C] → their sums [C], in one order. Blocks of 32 columns × 8 rows of threads.
+extern "C" __global__ void __launch_bounds__(THREADS) sum_parts(const float* parts, float* sums, int count, int C) {
+  __shared__ float of_part[THREADS / 32][32];
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, column = blockIdx.x * 32 + lane;
+  begin();
+  float sum = 0;
+  if (column < C) {
+#pragma unroll 8
+    for (int part = warp; part < count; part += THREADS / 32) sum += __ldg(parts + (long long)part * C + column);
   }
+  of_part[warp][lane] = sum;
+  __syncthreads();
+  if (warp > 0 || column >= C) return;
+  for (int i = 1; i < THREADS / 32; i++) sum += of_part[i][lane];
+  sums[column] = sum;
 }

@@ -73,7 +73,7 @@ pub fn quantised(gate_up: &Tensor, row_weight: Option<&Tensor>, counts: Option<&
     let (gate, up) = (half(), half());
     let key = format!("swiglu/false/{:?}", make.rule);
     let kernel = gpu.kernel(&key, "swiglu", || source(false, make.rule)).expect("our own kernels compile and load");
-    let mut launch = Launch::new(gpu, &kernel).tensor(gate_up, Kind::BFloat16).tensor_or_null(row_weight, Kind::Float);
+    let mut launch = Launch::new(gpu, &kernel).early().tensor(gate_up, Kind::BFloat16).tensor_or_null(row_weight, Kind::Float);
     for half in [&gate, &up] {
         launch = rows_or_null(launch, half.as_ref());
     }
@@ -108,7 +108,7 @@ pub fn backward_quantised(
     let key = format!("swiglu/{}/{:?}", halves.is_some(), make.rule);
     let source = || source(halves.is_some(), make.rule);
     let kernel = gpu.kernel(&key, "swiglu_backward", source).expect("our own kernels compile and load");
-    let mut launch = Launch::new(gpu, &kernel).tensor(dact, Kind::BFloat16).tensor_or_null(bf16, Kind::BFloat16);
+    let mut launch = Launch::new(gpu, &kernel).early().tensor(dact, Kind::BFloat16).tensor_or_null(bf16, Kind::BFloat16);
     for half in [0, 1] {
         launch = rows_or_null(launch, halves.map(|halves| &halves[half]));
     }

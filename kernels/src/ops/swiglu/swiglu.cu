@@ -15,6 +15,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
            float* up_scales, u8* values, float* scales, u8* transposed, float* scales_transposed, const int* counts,
            int num_experts, int R, int C, int P, int scale_stride, int scale_stride_transposed) {
   __shared__ Scratch scratch;
+  begin();
   const Out out = {values, scales, transposed, scales_transposed, C, P, scale_stride, scale_stride_transposed};
   const Out gate_out = {gate_values, gate_scales, nullptr, nullptr, C, P, scale_stride, 0};
   const Out up_out = {up_values, up_scales, nullptr, nullptr, C, P, scale_stride, 0};
@@ -73,6 +74,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, SAVED_FP8 ? 2 : 1)
                     float* scales_transposed, const int* counts, int num_experts, int R, int I, int P, int scale_stride,
                     int scale_stride_transposed, int act_scale_stride) {
   __shared__ Scratch scratch;
+  begin();
   const int column_tile = blockIdx.x, row_tile = blockIdx.y;
   const Place place = find(counts, num_experts, R, row_tile);
   if (place.valid_rows <= 0) return;
