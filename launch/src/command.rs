@@ -68,8 +68,8 @@ fn mpirun(args: &Args, environment: &Environment, layout: &Layout, ranked: &Rank
     let many = layout.ranks_per_node > environment.cores || layout.ranks_per_node == environment.cores && alone;
     let ranks = layout.ranks_per_node;
     if alone {
-        // Nor look for an allocation, nor for another network than the loopback.
-        add(&["--host", &format!("localhost:{ranks}"), "--mca", "ras", "^slurm", "--mca", "plm", "^slurm"]);
+        // Nor look for an allocation, for ssh, or for another network than the loopback.
+        add(&["--host", &format!("localhost:{ranks}"), "--mca", "ras", "^slurm", "--mca", "plm", "isolated"]);
         add(&["--mca", "oob_tcp_if_include", "lo", "--mca", "btl_tcp_if_include", "lo"]);
     } else if !layout.hosts.is_empty() {
         let hosts: Vec<String> = layout.hosts.iter().map(|host| format!("{host}:{ranks}")).collect();

@@ -155,9 +155,8 @@ fn gpu(comm: &Comm, over: &str, expected: &Results) {
     } else {
         // Small slots: messages of many pieces, none of which ends where a row does.
         let small = Slots { count: 3, bytes: 12_288 };
-        for slots in [small, Slots::default()] {
-            let peers = (over == "peer").then_some(slots);
-            let options = nccl::Options { device, peers, ..Default::default() };
+        for slots in [Some(small), None] {
+            let options = nccl::Options { device, peers: over == "peer", slots, ..Default::default() };
             let carrier = nccl::connect(comm.clone(), &options).expect("a GPU group");
             compare(&program(On(&*carrier, on)), expected, comm.rank());
             compare(&program(On(&*checked(carrier.clone(), "world"), on)), expected, comm.rank());

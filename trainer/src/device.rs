@@ -3,7 +3,6 @@ use crate::config::{DeviceChoice, RunConfig};
 use crate::coordinator::{all_or_none, nodes};
 use anyhow::{Result, bail, ensure};
 use kernels::device::{self, Found, Options};
-use parallel::comm::peer::Slots;
 use parallel::comm::{Comm, Communicator, gather_bytes, nccl};
 use parallel::mesh::{Mesh, Transport};
 use std::path::{Path, PathBuf};
@@ -46,8 +45,7 @@ pub fn connect(config: &RunConfig, mesh: &Mesh, world: Comm) -> Result<Comm> {
         }
         return Ok(world);
     }
-    let peers = (transport == Transport::Peer).then(Slots::default);
-    let options = nccl::Options { device, node: mesh.nodes[world.rank()], peers, ..Default::default() };
+    let options = nccl::Options { device, node: mesh.nodes[world.rank()], peers: transport == Transport::Peer, ..Default::default() };
     Ok(nccl::connect(world, &options)?)
 }
 

@@ -32,8 +32,10 @@ pub struct Options {
     pub device: usize,
     /// This rank's host; only ranks of one host are tried as peers.
     pub node: usize,
-    /// How ranks of a host write into each other's memory; absent: they do not, and everything goes over NCCL.
-    pub peers: Option<Slots>,
+    /// Ranks of a host write into each other's memory; else everything goes over NCCL.
+    pub peers: bool,
+    /// How they do; absent: as suits the number of ranks.
+    pub slots: Option<Slots>,
     /// libnccl.so.2 by its path; absent: as the loader finds it (it is there once libtorch_cuda is loaded).
     pub library: Option<PathBuf>,
     /// Most thread blocks NCCL may occupy at a time on this axis; absent: NCCL's own choice. Axes whose transfers
@@ -98,8 +100,8 @@ impl Move<'_> {
 
 impl Axis {
     fn new(control: Comm, library: Rc<Library>, context: Arc<CudaContext>, options: &Options) -> Result<Self, CommError> {
-        let connect = |slots| Peers::connect(&*control, &context, options.node, slots);
-        let peers = options.peers.map(connect).transpose()?;
+        let connect = || Peers::connect(&*control, &context, options.node, options.slots);
+        let peers = options.peers.then(connect).transpose()?;
         let far = |rank: usize| rank != control.rank() && !peers.as_ref().is_some_and(|peers| peers.reaches(rank));
         // The same on all ranks: a pair is near or far for both.
         let any_far = super::gather_bytes(&*control, &[(0..control.size()).any(far) as u8])?.concat().contains(&1);

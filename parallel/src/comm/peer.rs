@@ -27,9 +27,12 @@ pub struct Slots {
     pub bytes: usize,
 }
 
-impl Default for Slots {
-    fn default() -> Self {
-        Slots { count: 2, bytes: 8 << 20 }
+impl Slots {
+    /// Large pieces: each costs some 10 µs of waiting and of the host, a copy of 32 MiB takes 90. Two under way, so that
+    /// one is taken out while the next comes. Not more than 256 MiB an axis, however many ranks it has.
+    pub fn of(ranks: usize) -> Self {
+        let bytes = (128 << 20) / ranks.saturating_sub(1).max(1);
+        Slots { count: 2, bytes: (bytes / PAGE_BYTES * PAGE_BYTES).clamp(4 << 20, 32 << 20) }
     }
 }
 
@@ -72,8 +75,9 @@ struct Card {
 impl Peers {
     /// Collective over `control`. `nodes`: as `nccl::Options::node`. Ranks on another node, or whose memory this GPU
     /// cannot reach, are left to NCCL; both sides of a pair see it alike.
-    pub fn connect(control: &dyn Communicator, context: &Arc<CudaContext>, node: usize, slots: Slots) -> Result<Peers, CommError> {
+    pub fn connect(control: &dyn Communicator, context: &Arc<CudaContext>, node: usize, slots: Option<Slots>) -> Result<Peers, CommError> {
         const OP: &str = "connect";
+        let slots = slots.unwrap_or(Slots::of(control.size()));
         let failed = |e: DriverError| CommError::Lost { rank: control.rank(), size: control.size(), op: OP, reason: format!("CUDA: {e:?}") };
         let (rank, size) = (control.rank(), control.size());
         context.bind_to_thread().map_err(failed)?;
@@ -139,7 +143,8 @@ impl Peers {
                 for (to, at, bytes) in piece {
                     ok(sys::cuMemcpyAsync(to, slot + at as u64, bytes, stream))?;
                 }
-                ok(sys::cuStreamWriteValue32_v2(stream, link.theirs + page + CREDIT_AT as u64, number, 0))?;
+                // Nothing that the peer will look at was written here: the credit need not wait for it to be seen.
+                ok(sys::cuStreamWriteValue32_v2(stream, link.theirs + page + CREDIT_AT as u64, number, NO_BARRIER))?;
             }
             link.received.set(number);
         }
@@ -154,6 +159,8 @@ impl Peers {
 
 /// Counted modulo 2³²: what is less than 2³¹ ahead has not come.
 const GEQ: u32 = sys::CUstreamWaitValue_flags_enum::CU_STREAM_WAIT_VALUE_GEQ as u32;
+
+const NO_BARRIER: u32 = sys::CUstreamWriteValue_flags_enum::CU_STREAM_WRITE_VALUE_NO_MEMORY_BARRIER as u32;
 
 fn ok(code: CUresult) -> Result<(), DriverError> {
     code.result()
