@@ -1,6 +1,10 @@
 //! What tch has no call for, through a few lines of C++ (`shim/shim.cpp`, built against libtorch's headers): attention
 //! that returns its log-sum-exp, what torch's allocator holds, and a trace of what a GPU does.
 #![allow(unsafe_code)]
+mod host;
+
+pub use host::{bytes, bytes_mut};
+
 use std::ffi::{CStr, CString, c_char, c_int};
 use std::path::Path;
 use tch::{Device, Tensor};

@@ -3,6 +3,7 @@ use super::manifest::SliceEntry;
 use super::shard::CHUNK;
 use super::{Manifest, shard};
 use anyhow::{Context, Result, ensure};
+use kernels::shim::bytes_mut;
 use safetensors::tensor::{Metadata, TensorInfo};
 use std::collections::HashMap;
 use std::fs::File;
@@ -156,13 +157,15 @@ impl Opened {
         let step = CHUNK as i64 / width;
         let each = (numel / tch::get_num_threads().max(1) as i64).max(4 * step);
         let run = |target: Tensor, start: i64| -> Result<()> {
-            let (mut bytes, count) = (Vec::new(), target.numel() as i64);
+            let count = target.numel() as i64;
             for at in (0..count).step_by(step as usize) {
-                let here = step.min(count - at);
-                bytes.resize((here * width) as usize, 0);
+                let mut here = target.narrow(0, at, step.min(count - at));
                 let from = first + ((start + at) * width) as u64;
-                self.file.read_exact_at(&mut bytes, from).with_context(|| format!("cannot read {}", self.path.display()))?;
-                target.narrow(0, at, here).copy_(&Tensor::from_data_size(&bytes, &[here], kind));
+                let same = here.kind() == kind;
+                match bytes_mut(&mut here).filter(|_| same) {
+                    Some(bytes) => self.read(bytes, from)?,
+                    None => here.copy_(&self.read_tensor(&here.size(), kind, from)?),
+                }
             }
             Ok(())
         };
@@ -181,10 +184,17 @@ impl Opened {
     /// Whole, on the CPU.
     pub fn tensor(&self, name: &str) -> Result<Tensor> {
         let (info, kind) = self.find(name)?;
-        let mut bytes = vec![0; info.data_offsets.1 - info.data_offsets.0];
-        let at = self.data + info.data_offsets.0 as u64;
-        self.file.read_exact_at(&mut bytes, at).with_context(|| format!("cannot read {}", self.path.display()))?;
         let shape: Vec<i64> = info.shape.iter().map(|&n| n as i64).collect();
-        Ok(Tensor::from_data_size(&bytes, &shape, kind))
+        self.read_tensor(&shape, kind, self.data + info.data_offsets.0 as u64)
+    }
+
+    fn read_tensor(&self, shape: &[i64], kind: Kind, from: u64) -> Result<Tensor> {
+        let mut tensor = Tensor::empty(shape, (kind, Device::Cpu));
+        self.read(bytes_mut(&mut tensor).expect("just made"), from)?;
+        Ok(tensor)
+    }
+
+    fn read(&self, bytes: &mut [u8], from: u64) -> Result<()> {
+        self.file.read_exact_at(bytes, from).with_context(|| format!("cannot read {}", self.path.display()))
     }
 }

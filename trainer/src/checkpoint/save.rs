@@ -6,6 +6,7 @@ use anyhow::{Context, Result, anyhow, bail};
 use parallel::comm::{Communicator, broadcast_bytes, gather_bytes};
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
+use tch::Tensor;
 
 /// What a rank tells the coordinator of its shard.
 #[derive(Debug, Serialize, Deserialize)]
@@ -19,7 +20,8 @@ pub(super) struct Written {
 pub fn save(world: &dyn Communicator, run_dir: &Path, head: Manifest, parts: Vec<StatePart>) -> Result<PathBuf> {
     let place = Place::of(run_dir, head.step);
     begin(world, &place)?;
-    let written = write_shard(&place.partial, (world.rank(), world.size()), &parts).map_err(|error| format!("{error:#}"));
+    let (outline, tensor) = at_hand(parts);
+    let written = write_shard(&place.partial, (world.rank(), world.size()), outline, tensor).map_err(|error| format!("{error:#}"));
     let all = gather_written(world, &written)?;
     let outcome = if world.rank() == 0 { commit(&place, head, all).map_err(|error| format!("{error:#}")) } else { Ok(()) };
     share(world, outcome)?.map_err(|error| anyhow!("checkpoint {} was not written: {error}", place.name))?;
@@ -65,14 +67,39 @@ pub(super) fn shard_name(rank: usize, ranks: usize) -> String {
     format!("shard-{rank:05}-of-{ranks:05}.safetensors")
 }
 
-/// The shard of `rank` of so many ranks into `folder`.
-pub(super) fn write_shard(folder: &Path, (rank, ranks): (usize, usize), parts: &[StatePart]) -> Result<Written> {
+/// What a shard is to hold: its tensors may come later.
+pub(super) struct Outline {
+    tensors: Vec<shard::Entry>,
+    /// (first row, rows of the whole) of each.
+    places: Vec<(i64, i64)>,
+}
+
+impl Outline {
+    pub fn of<'a>(parts: impl Iterator<Item = &'a StatePart>) -> Outline {
+        let one = |part: &StatePart| (shard::Entry::of(&part.name, &part.tensor), (part.start, part.total));
+        let (tensors, places) = parts.map(one).unzip();
+        Outline { tensors, places }
+    }
+}
+
+/// What `write_shard` wants of parts that are there.
+pub(super) fn at_hand(parts: Vec<StatePart>) -> (Outline, impl FnMut(usize) -> Result<Tensor> + Send) {
+    let outline = Outline::of(parts.iter());
+    let tensors: Vec<Tensor> = parts.into_iter().map(|part| part.tensor).collect();
+    (outline, move |index: usize| Ok(tensors[index].shallow_clone()))
+}
+
+/// The shard of `rank` of so many ranks into `folder`; `tensor(i)` is the outline's i-th.
+pub(super) fn write_shard(
+    folder: &Path,
+    (rank, ranks): (usize, usize),
+    Outline { tensors, places }: Outline,
+    tensor: impl FnMut(usize) -> Result<Tensor> + Send,
+) -> Result<Written> {
     let name = shard_name(rank, ranks);
-    let tensors: Vec<shard::Entry> = parts.iter().map(|part| shard::Entry::of(&part.name, &part.tensor)).collect();
-    let handles: Vec<_> = parts.iter().map(|part| part.tensor.shallow_clone()).collect();
-    let summed = shard::write(&folder.join(&name), &tensors, move |index| Ok(handles[index].shallow_clone()))?;
-    let places = parts.iter().map(|part| (part.start, part.total));
-    Ok(Written { tensors: described(&name, &tensors, places), file: FileEntry { name, bytes: summed.bytes, blake3: summed.blake3 } })
+    let summed = shard::write(&folder.join(&name), &tensors, tensor)?;
+    let tensors = described(&name, &tensors, places.into_iter());
+    Ok(Written { tensors, file: FileEntry { name, bytes: summed.bytes, blake3: summed.blake3 } })
 }
 
 /// A file's tensors as the manifest names them; `places` are (first row, rows of the whole) of each.

@@ -3,8 +3,8 @@
 //!
 //! Invariant: the thread takes part in no collective. Ranks learn at step boundaries, by a reduced value, that all threads
 //! are done; then the hashes are gathered, and rank 0's thread writes the manifest. At most one save is under way.
-use super::save::{Place, Written, begin, commit, gather_written, share, write_shard};
-use super::staging::Staging;
+use super::save::{Outline, Place, Written, begin, commit, gather_written, share, write_shard};
+use super::staging::{Arriving, Staging};
 use super::{Manifest, Retention};
 use crate::state::{StatePart, StateReader};
 use anyhow::Result;
@@ -66,15 +66,16 @@ impl Saver {
             return Ok(Some(failed));
         }
         let (copying, (made, copied)) = (self.staging.begin(parts), channel());
-        self.copy = Some(Box::new(move || drop(made.send(copying.finish()))));
+        let outline = Outline::of(copying.now());
+        self.copy = Some(Box::new(move || copying.finish(&made)));
         let (partial, ranks, injected) = (place.partial.clone(), (world.rank(), world.size()), self.injected.take());
         let writing = spawn(move || {
-            let Ok(parts) = copied.recv() else { return (Vec::new(), Err("nobody made the copy of its state".into())) };
+            let mut parts = Arriving::new(copied);
             let written = match injected {
                 Some(error) => Err(format!("cannot write {}: {error}", partial.display())),
-                None => write_shard(&partial, ranks, &parts).map_err(|error| format!("{error:#}")),
+                None => write_shard(&partial, ranks, outline, |index| parts.tensor(index)).map_err(|error| format!("{error:#}")),
             };
-            (parts, written)
+            (parts.here, written)
         });
         self.running = Some(Running { head, place, began, stage: Stage::Writing(writing) });
         Ok(before)

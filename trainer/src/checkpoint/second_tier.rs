@@ -9,9 +9,9 @@
 //! Invariant: a step's copies go only after all ranks have said that those of a later one are written.
 use super::Manifest;
 use super::load::{check_file, first_error};
-use super::save::{Place, Written, begin, commit, share, write_shard};
+use super::save::{Outline, Place, Written, at_hand, begin, commit, share, write_shard};
 use super::shard::{dtype, kind_named};
-use super::staging::{Copying, Staging};
+use super::staging::{Arriving, Copying, Staging};
 use crate::state::{StatePart, StateReader};
 use anyhow::{Context, Result, anyhow, bail};
 use parallel::comm::{Communicator, TensorSpec, broadcast_bytes, gather_bytes};
@@ -20,7 +20,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::channel;
 use std::thread::{JoinHandle, spawn};
-use tch::Device;
+use tch::{Device, Tensor};
 
 /// `[checkpoint.second_tier]` of a run's config.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -114,20 +114,26 @@ impl SecondTier {
         let failed = self.wait(world)?;
         let (copying, (made, copied)) = (self.staging.begin(parts), channel());
         let received = self.exchange(world, &copying)?;
-        self.copy = Some(Box::new(move || drop(made.send(copying.finish()))));
+        let outline = Outline::of(copying.now());
+        self.copy = Some(Box::new(move || copying.finish(&made)));
         self.under_way = format!("step-{:08}-{}", head.step, self.attempt);
         let (node, label, kept, rank) = (self.node(), self.under_way.clone(), self.whole.clone(), self.rank);
         let (head, ranks) = (head.clone(), world.size());
         self.running = Some(spawn(move || {
-            let Ok(mine) = copied.recv() else { return (Vec::new(), Err(anyhow!("nobody made the copy of its state"))) };
-            let write = || {
+            let mut mine = Arriving::new(copied);
+            let write = || -> Result<()> {
                 let of = received.iter().map(|(rank, _)| *rank).chain([rank]).collect::<Vec<_>>();
                 clear(&node, &of, kept.as_deref())?;
-                write_copy(&node.join(&label), (rank, ranks), &head, &mine)?;
-                received.iter().try_for_each(|(from, parts)| write_copy(&node.join(&label), (*from, ranks), &head, parts))
+                let step = node.join(&label);
+                write_copy(&step, (rank, ranks), &head, outline, |index| mine.tensor(index))?;
+                for (from, parts) in received {
+                    let (outline, tensor) = at_hand(parts);
+                    write_copy(&step, (from, ranks), &head, outline, tensor)?;
+                }
+                Ok(())
             };
             let outcome = write();
-            (mine, outcome)
+            (mine.here, outcome)
         }));
         Ok(failed)
     }
@@ -289,11 +295,17 @@ fn clear(node: &Path, ranks: &[usize], kept: Option<&str>) -> Result<()> {
     Ok(())
 }
 
-fn write_copy(step: &Path, (rank, ranks): (usize, usize), head: &Manifest, parts: &[StatePart]) -> Result<()> {
+fn write_copy(
+    step: &Path,
+    (rank, ranks): (usize, usize),
+    head: &Manifest,
+    outline: Outline,
+    tensor: impl FnMut(usize) -> Result<Tensor> + Send,
+) -> Result<()> {
     let target = step.join(format!("rank-{rank}"));
     let partial = step.join(format!(".rank-{rank}.partial"));
     std::fs::create_dir_all(&partial).with_context(|| format!("cannot make {}", partial.display()))?;
-    let written = write_shard(&partial, (rank, ranks), parts)?;
+    let written = write_shard(&partial, (rank, ranks), outline, tensor)?;
     let mut manifest = head.clone();
     manifest.add(written.file, written.tensors);
     manifest.write(&partial)?;

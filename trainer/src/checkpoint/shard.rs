@@ -1,5 +1,6 @@
 //! Tensors to and from safetensors, hashed on the way by a thread of their own: the disk sets the pace.
 use anyhow::{Context, Result, ensure};
+use kernels::shim::bytes;
 use safetensors::tensor::{Dtype, Metadata, TensorInfo};
 use std::collections::HashSet;
 use std::fs::File;
@@ -67,7 +68,7 @@ pub struct Summed {
     pub blake3: String,
 }
 
-/// Writes and syncs the file. `tensor(i)` makes the i-th entry's tensor; one exists at a time. Widest kinds come first, so
+/// Writes and syncs the file. `tensor(i)` makes the i-th entry's tensor; a few exist at a time. Widest kinds come first, so
 /// that every tensor is aligned.
 pub fn write(path: &Path, entries: &[Entry], tensor: impl FnMut(usize) -> Result<Tensor> + Send) -> Result<Summed> {
     let mut order: Vec<usize> = (0..entries.len()).collect();
@@ -75,15 +76,14 @@ pub fn write(path: &Path, entries: &[Entry], tensor: impl FnMut(usize) -> Result
     let head = header(order.iter().map(|&index| &entries[index]))?;
     let mut file = File::create(path).with_context(|| format!("cannot make {}", path.display()))?;
     let (full, chunks) = sync_channel(AHEAD);
-    let (used, spare) = channel();
     scope(|scope| {
-        let hashing = scope.spawn(move || produce(head, entries, &order, tensor, (&spare, &mut |chunk| full.send(chunk).is_ok())));
+        let hashing = scope.spawn(move || produce(&head, entries, &order, tensor, |chunk| full.send(chunk).is_ok()));
         let mut bytes = 0;
         let put = || -> std::io::Result<()> {
             for chunk in chunks {
-                file.write_all(&chunk)?;
+                let chunk = in_memory(&chunk);
+                file.write_all(chunk)?;
                 bytes += chunk.len() as u64;
-                let _ = used.send(chunk);
             }
             file.sync_all()
         };
@@ -93,34 +93,32 @@ pub fn write(path: &Path, entries: &[Entry], tensor: impl FnMut(usize) -> Result
     })
 }
 
-type Sink<'a> = (&'a Receiver<Vec<u8>>, &'a mut dyn FnMut(Vec<u8>) -> bool);
+fn in_memory(chunk: &Tensor) -> &[u8] {
+    bytes(chunk).expect("a run of a contiguous tensor on the host")
+}
 
 /// The file's bytes in chunks, and their hash; ends early where nobody takes them any more.
 fn produce(
-    head: Vec<u8>,
+    head: &[u8],
     entries: &[Entry],
     order: &[usize],
     mut tensor: impl FnMut(usize) -> Result<Tensor>,
-    (spare, take): Sink,
+    take: impl Fn(Tensor) -> bool,
 ) -> Result<String> {
     let mut hasher = blake3::Hasher::new();
-    hasher.update(&head);
-    let mut going = take(head);
+    hasher.update(head);
+    let mut going = take(Tensor::from_slice(head));
     for &index in order {
         let (entry, tensor) = (&entries[index], tensor(index)?);
         assert_eq!((tensor.kind(), tensor.size()), (entry.kind, entry.shape.clone()), "{} is not what was announced", entry.name);
         let flat = tensor.to_device(Device::Cpu).contiguous().view(-1);
-        let (width, numel) = (entry.kind.elt_size_in_bytes(), flat.numel() as i64);
-        let each = (CHUNK / width) as i64;
+        let (each, numel) = ((CHUNK / entry.kind.elt_size_in_bytes()) as i64, flat.numel() as i64);
         let mut start = 0;
         while going && start < numel {
-            let count = each.min(numel - start);
-            let mut chunk: Vec<u8> = spare.try_recv().unwrap_or_default();
-            chunk.resize(count as usize * width, 0);
-            flat.narrow(0, start, count).copy_data_u8(&mut chunk, count as usize);
-            hasher.update(&chunk);
+            let chunk = flat.narrow(0, start, each.min(numel - start));
+            start += each;
+            hasher.update(in_memory(&chunk));
             going = take(chunk);
-            start += count;
         }
     }
     Ok(hasher.finalize().to_hex().to_string())

@@ -1,6 +1,8 @@
 //! Host memory of this rank's own, and a copy of its state in it that is made under the next step: nothing of the state
 //! changes while gradients are computed, so another thread may read it then (`Trainer::beside`).
 use crate::state::StatePart;
+use anyhow::{Context, Result};
+use std::sync::mpsc::{Receiver, Sender};
 use tch::{Device, Tensor};
 
 /// Kept from one save to the next: fresh memory costs more than the copy.
@@ -44,12 +46,34 @@ impl Copying {
         })
     }
 
-    pub fn finish(self) -> Vec<StatePart> {
-        let copied = |piece| match piece {
-            Piece::Copied(part) => part,
-            Piece::Live(part, buffer) => copy(part, buffer),
-        };
-        self.0.into_iter().map(copied).collect()
+    /// Gives each part to `Arriving` as soon as its copy is made.
+    pub fn finish(self, to: &Sender<StatePart>) {
+        for piece in self.0 {
+            let part = match piece {
+                Piece::Copied(part) => part,
+                Piece::Live(part, buffer) => copy(part, buffer),
+            };
+            let _ = to.send(part); // where the write has failed nobody takes it
+        }
+    }
+}
+
+/// The parts of a copy for the thread that writes them: it goes on while the next ones are made.
+pub(super) struct Arriving {
+    from: Receiver<StatePart>,
+    pub here: Vec<StatePart>,
+}
+
+impl Arriving {
+    pub fn new(from: Receiver<StatePart>) -> Arriving {
+        Arriving { from, here: Vec::new() }
+    }
+
+    pub fn tensor(&mut self, index: usize) -> Result<Tensor> {
+        while self.here.len() <= index {
+            self.here.push(self.from.recv().context("nobody made the copy of the state")?);
+        }
+        Ok(self.here[index].tensor.shallow_clone())
     }
 }
 
