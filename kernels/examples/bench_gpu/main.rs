@@ -180,9 +180,9 @@ fn floor_ms([rows, n, k]: [i64; 3], copy: f64) -> f64 {
 fn show_candidates(plans: &[Option<Plan>], speeds: &[f64], rival: f64) {
     let mut sorted: Vec<_> = plans.iter().zip(speeds).filter_map(|(plan, speed)| Some(((*plan)?, speed))).collect();
     sorted.sort_by(|a, b| b.1.total_cmp(a.1));
-    for (Plan { subtiles, width, along_m }, speed) in sorted {
-        let shared = if along_m { "b" } else { "a" };
-        print!("  {}x{width}{shared}: {speed:.0} {:.2}", 128 * subtiles, speed / rival);
+    for (Plan { subtiles, width, along_m, reload }, speed) in sorted {
+        let (shared, reload) = (if along_m { "b" } else { "a" }, if reload { "r" } else { "" });
+        print!("  {}x{width}{shared}{reload}: {speed:.0} {:.2}", 128 * subtiles, speed / rival);
     }
     if plans.len() > 1 {
         println!();

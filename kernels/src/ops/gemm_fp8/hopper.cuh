@@ -49,6 +49,10 @@ static __device__ __forceinline__ void barrier_arrive(u32 barrier, u32 rank) {
       : "memory");
 }
 
+static __device__ __forceinline__ void barrier_arrive_here(u32 barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+
 // Without a cluster-wide acquire, which would empty the L1 cache each time: what the barriers guard is written by the
 // copy engine and read by the matrix unit, and neither goes through L1.
 static __device__ __forceinline__ void barrier_wait(u32 barrier, u32 parity) {
@@ -73,6 +77,14 @@ static __device__ __forceinline__ void load_box_for_both(u32 to, const TensorMap
       "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster"
       " [%0], [%1, {%3, %4}], [%2], %5;" ::"r"(to),
       "l"(&map), "r"(barrier), "r"(x), "r"(y), "h"((u16)3)
+      : "memory");
+}
+
+// A box at (x, y, z) of a stack of matrices.
+static __device__ __forceinline__ void read_box(u32 to, const TensorMap& map, u32 barrier, int x, int y, int z) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5}], [%2];" ::"r"(to),
+      "l"(&map), "r"(barrier), "r"(x), "r"(y), "r"(z)
       : "memory");
 }
 

@@ -127,7 +127,7 @@ pub(crate) fn wgrad_into(
         .map(&dy.scales, 1, plan.rows())
         .map(&x.values, plan.box_b(), 128)
         .map(&x.scales, 1, plan.width)
-        .map_of_stack(&gradient.view([groups.num(), m, n]), 16)
+        .map_of_stack(&gradient.view([groups.num(), m, n]), plan.box_d())
         .tensor_or_null(groups.counts, Kind::Int)
         .int(groups.rows)
         .int(groups.num())
@@ -157,7 +157,7 @@ fn forward_source(plan: Plan, options: Options) -> Source {
 
 fn wgrad_source(plan: Plan, write: Write) -> Source {
     let mut defines = tile_defines(plan, plan.wgrad_stages());
-    defines.push(("ACCUMULATE", flag(write == Write::Accumulate)));
+    defines.extend([("ACCUMULATE", flag(write == Write::Accumulate)), ("RELOAD", flag(plan.reload))]);
     Source { name: "gemm_wgrad", text: [HOPPER, &wgmma::text(plan.width), WGRAD].concat(), defines }
 }
 

@@ -8,16 +8,19 @@ pub struct Plan {
     pub width: usize,
     /// The two blocks of a cluster lie along M and share B's tile; else along N, and share A's.
     pub along_m: bool,
+    /// Wgrad reads the gradient's tile beforehand and writes the sum, instead of adding in L2: for experts of few rows.
+    pub reload: bool,
 }
 
 const fn plan(subtiles: usize, width: usize, along_m: bool) -> Plan {
-    Plan { subtiles, width, along_m }
+    Plan { subtiles, width, along_m, reload: false }
 }
 
 /// A tile of any of these meets at most two scales of 128 columns, and its sums and accumulators fit the registers. The
 /// large tile asks least of L2; the others fill a last wave.
 pub const FORWARD_PLANS: [Plan; 4] = [plan(2, 128, false), plan(1, 192, true), plan(1, 128, true), plan(1, 64, false)];
-pub const WGRAD_PLANS: [Plan; 4] = [plan(1, 128, false), plan(1, 160, true), plan(1, 160, false), plan(1, 64, false)];
+pub const WGRAD_PLANS: [Plan; 4] =
+    [plan(1, 128, false), plan(1, 160, true), plan(1, 160, false), Plan { reload: true, ..plan(1, 128, true) }];
 
 /// Shared memory of a block on Hopper, less 1 KiB to align the ring and room for its barriers.
 const SHARED_BYTES: usize = 227 * 1024 - 1024 - 256;
@@ -53,7 +56,8 @@ impl Plan {
     pub(super) fn wgrad([m, n, rows]: [i64; 3], num_experts: i64, num_sms: usize) -> Plan {
         best(&WGRAD_PLANS, |plan| {
             let down = (m as f64 / (plan.cluster().0 * plan.rows()) as f64).ceil() * num_experts as f64;
-            let tile = rows as f64 / num_experts as f64 / 128.0 * plan.wgrad_cost() + 3.0 * plan.area();
+            let [of_k, once] = plan.wgrad_cost();
+            let tile = rows as f64 / num_experts as f64 / 128.0 * of_k + once;
             waves(down, plan.across(n), num_sms) * tile
         })
     }
@@ -75,11 +79,12 @@ impl Plan {
             _ => 1.0,
         }
     }
-    fn wgrad_cost(self) -> f64 {
-        match self.width {
-            160 => 1.2,
-            64 => 0.65,
-            _ => 1.0,
+    /// And of reading and writing the gradient once.
+    fn wgrad_cost(self) -> [f64; 2] {
+        match (self.reload, self.width) {
+            (true, _) => [1.28, 5.5],
+            (_, 160) => [1.19, 15.0],
+            _ => [1.0, 12.0],
         }
     }
 
@@ -91,8 +96,14 @@ impl Plan {
         let columns = if self.width.is_multiple_of(64) { 64 } else { 32 };
         8 * 16 * (columns * 2 + 16)
     }
-    /// A warp's 16 rows of 32 columns.
-    const WGRAD_OUT_BYTES: usize = 8 * 16 * 32 * 4;
+    /// A warp's 16 rows of 32 columns, or the whole tile.
+    fn wgrad_out_bytes(self) -> usize {
+        if self.reload { self.rows() * self.width * 4 } else { 8 * 16 * 32 * 4 }
+    }
+    /// Rows of a box of the gradient.
+    pub(super) fn box_d(self) -> usize {
+        if self.reload { self.rows() } else { 16 }
+    }
     /// The scales of a box of A: rows of an expert may start anywhere, and the copy engine at every fourth.
     pub(super) const ROW_SCALES: usize = 128 + 4;
 
@@ -109,13 +120,13 @@ impl Plan {
         self.stages(self.forward_stage_bytes(), self.out_bytes())
     }
     pub(super) fn wgrad_stages(self) -> usize {
-        self.stages(self.wgrad_stage_bytes(), Self::WGRAD_OUT_BYTES)
+        self.stages(self.wgrad_stage_bytes(), self.wgrad_out_bytes())
     }
     pub(super) fn forward_bytes(self) -> usize {
         self.forward_stages() * (self.forward_stage_bytes() + 16) + self.out_bytes() + 1024
     }
     pub(super) fn wgrad_bytes(self) -> usize {
-        self.wgrad_stages() * (self.wgrad_stage_bytes() + 16) + Self::WGRAD_OUT_BYTES + 1024
+        self.wgrad_stages() * (self.wgrad_stage_bytes() + 16) + self.wgrad_out_bytes() + 16 + 1024
     }
 
     /// Persistent blocks in clusters of two.
@@ -154,6 +165,9 @@ mod tests {
         assert_eq!(Plan::forward([4096, 2176, 7168], 1, 132).width, 192);
         assert_eq!(Plan::forward([4096, 24576, 1536], 1, 132).subtiles, 2);
         assert_eq!(Plan::wgrad([7168, 2048, 4096], 1, 132), plan(1, 128, false));
+        assert_eq!(Plan::wgrad([7168, 16384, 4096], 1, 132), plan(1, 160, true));
+        // Of few rows the gradient is most of the work.
+        assert!(Plan::wgrad([4096, 7168, 32768], 32, 132).reload && !Plan::wgrad([4096, 7168, 32768], 4, 132).reload);
         // A narrow output is cut into more tiles, not fewer.
         assert_eq!(Plan::forward([256, 512, 7168], 1, 132).width, 64);
     }

@@ -1,7 +1,7 @@
 // D[e][M, N] (+)= A[M, P] · B[N, P]ᵀ over the columns of expert e, both operands scaled 1×128 along P, FP32 out.
 // Each expert's columns start on a tile of 128 and end in zeros. Follows hopper.cuh and wgmma().
 //
-// Defined from outside: BN columns of a tile, ALONG_M (the blocks of a cluster), STAGES of the ring, ACCUMULATE.
+// Defined from outside: BN columns of a tile, ALONG_M (the blocks of a cluster), STAGES of the ring, ACCUMULATE, RELOAD.
 //
 // Clusters of two as in forward.cu. Both scales vary inside a tile, so a promotion costs a multiplication more for
 // every element.
@@ -11,12 +11,15 @@ constexpr int GROUP = 2048 / (HIGH * BM);
 constexpr int A_BYTES = BM * BK, B_BYTES = BN * BK, SA_BYTES = BM * 4, SB_BYTES = (BN * 4 + 127) / 128 * 128;
 constexpr int STAGE_BYTES = A_BYTES + B_BYTES + SA_BYTES + BN * 4;
 
-// Epilogue: each warp has a place for 16 rows of 32 columns, swizzled over 128 bytes.
-constexpr int BOX_BYTES = 16 * 32 * 4, OUT_BYTES = CONSUMER_WARPS * BOX_BYTES;
+// Epilogue, in boxes of 32 columns swizzled over 128 bytes. Else each warp has a place for a box of 16 rows, sent at once to
+// be added in L2. RELOAD, for experts of few rows, whose gradients are most of the traffic: a place for the whole tile,
+// into which a thread of its own reads the gradient while the tile is multiplied, and from where it writes the sum.
+constexpr int BOX_ROWS = RELOAD ? BM : 16, BOX_BYTES = BOX_ROWS * 32 * 4;
+constexpr int OUT_BYTES = RELOAD ? BN / 32 * BOX_BYTES : CONSUMER_WARPS * BOX_BYTES;
 static_assert(BN % 32 == 0, "a tile is written in boxes of 32 columns");
 
 struct Shared {
-  u32 a, b, scales_a, scales_b, out, full, empty;
+  u32 a, b, scales_a, scales_b, out, full, empty, room, written;
 };
 
 // Clusters' tiles expert by expert; within one, bands of GROUP of them along M.
@@ -83,11 +86,18 @@ static __device__ __forceinline__ float2 load_two(u32 from) {
   return v;
 }
 
+// Where a thread's two values of column group j of a box go; those of the row eight further down lie 1024 bytes on.
+static __device__ __forceinline__ u32 place_in_box(int lane, int j) {
+  return lane / 4 * 128 + lane % 2 * 8 + (((j % 4 * 2 + lane % 4 / 2) ^ lane / 4) << 4);
+}
+static __device__ __forceinline__ void put_two(u32 to, float x, float y) {
+  asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(to), "f"(x), "f"(y) : "memory");
+}
+
 // One warp's 16 rows at (column, row) of an expert: into shared memory, and from there through the copy engine, which adds
 // them in L2 and leaves out what lies outside. One block owns each element of a launch, so the order of the sum is fixed.
-static __device__ __forceinline__ void write(const float (&sum)[BN / 2], u32 buffer, const TensorMap& map_d, int column,
-                                             int row, int expert, int lane) {
-  const u32 upper = buffer + lane / 4 * 128 + lane % 2 * 8;
+static __device__ __forceinline__ void send(const float (&sum)[BN / 2], u32 buffer, const TensorMap& map_d, int column,
+                                            int row, int expert, int lane) {
 #pragma unroll
   for (int box = 0; box < BN / 32; box++) {
     if (lane == 0) boxes_read();
@@ -95,9 +105,8 @@ static __device__ __forceinline__ void write(const float (&sum)[BN / 2], u32 buf
 #pragma unroll
     for (int j = 0; j < 4; j++) {
       const float* f = sum + (box * 4 + j) * 4;
-      const u32 put = upper + (((j * 2 + lane % 4 / 2) ^ lane / 4) << 4);
-      asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(put), "f"(f[0]), "f"(f[1]) : "memory");
-      asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(put + 8 * 128), "f"(f[2]), "f"(f[3]) : "memory");
+      const u32 to = buffer + place_in_box(lane, j);
+      put_two(to, f[0], f[1]), put_two(to + 8 * 128, f[2], f[3]);
     }
     fence_for_copies();
     __syncwarp();
@@ -109,12 +118,44 @@ static __device__ __forceinline__ void write(const float (&sum)[BN / 2], u32 buf
   }
 }
 
+// RELOAD: one warp's 16 rows onto what lies in the tile's place, which `room` says is there.
+static __device__ __forceinline__ void put(const float (&sum)[BN / 2], const Shared& at, int warp, int lane, u32 parity) {
+  barrier_wait(at.room, parity);
+#pragma unroll
+  for (int j = 0; j < BN / 8; j++) {
+    const float* f = sum + j * 4;
+    const u32 to = at.out + j / 4 * BOX_BYTES + warp * (16 * 128) + place_in_box(lane, j);
+    const float2 none = make_float2(0, 0), upper = ACCUMULATE ? load_two(to) : none, lower = ACCUMULATE ? load_two(to + 8 * 128) : none;
+    put_two(to, f[0] + upper.x, f[1] + upper.y), put_two(to + 8 * 128, f[2] + lower.x, f[3] + lower.y);
+  }
+  fence_for_copies();
+  __syncwarp();
+  if (lane == 0) barrier_arrive_here(at.written);
+}
+
+// RELOAD: the thread that reads the gradient's tiles and writes them back.
+static __device__ __forceinline__ void exchange(const Shared& at, const TensorMap& map_d, Walk walk, u32 rank) {
+  u32 parity = 0;
+  for (int unit = blockIdx.x / 2; walk.seek(unit); unit += gridDim.x / 2) {
+    if (ACCUMULATE && walk.num_k == 0) continue;
+    const int row = walk.row + (ALONG_M ? rank * BM : 0), column = (WIDE * walk.column + (ALONG_M ? 0 : rank)) * BN;
+    barrier_expect(at.room, ACCUMULATE ? OUT_BYTES : 0);
+    for (int box = 0; ACCUMULATE && box < BN / 32; box++) {
+      read_box(at.out + box * BOX_BYTES, map_d, at.room, column + box * 32, row, walk.expert);
+    }
+    barrier_wait(at.written, parity), parity ^= 1;
+    for (int box = 0; box < BN / 32; box++) store_box(map_d, at.out + box * BOX_BYTES, column + box * 32, row, walk.expert);
+    boxes_commit();
+    boxes_read();
+  }
+}
+
 // As in forward.cu. The columns' scales are read before the multiplication starts: while it works, shared memory is busy.
 template <int WARPGROUP>
 static __device__ __forceinline__ void consume(const Shared& at, const TensorMap& map_d, Walk walk, u32 rank) {
   const int warp = threadIdx.x / 32 - 4, lane = threadIdx.x % 32;
   const u32 my_scales_a = at.scales_a + (warp * 16 + lane / 4) * 4, my_scales_b = at.scales_b + lane % 4 * 8;
-  const u32 buffer = at.out + warp * BOX_BYTES;
+  u32 room_parity = 0;
   Stage<STAGES, A_BYTES, B_BYTES> stage(at.a + WARPGROUP * (64 * BK), at.b, at.full);
   float sum[BN / 2], acc[BN / 2];
   for (int unit = blockIdx.x / 2; walk.seek(unit); unit += gridDim.x / 2) {
@@ -142,7 +183,11 @@ static __device__ __forceinline__ void consume(const Shared& at, const TensorMap
     }
     if (ACCUMULATE && walk.num_k == 0) continue;
     const int row = walk.row + (ALONG_M ? rank * BM : 0), column = (WIDE * walk.column + (ALONG_M ? 0 : rank)) * BN;
-    write(sum, buffer, map_d, column, row + warp * 16, walk.expert, lane);
+    if constexpr (RELOAD) {
+      put(sum, at, warp, lane, room_parity), room_parity ^= 1;
+    } else {
+      send(sum, at.out + warp * BOX_BYTES, map_d, column, row + warp * 16, walk.expert, lane);
+    }
   }
   if (lane == 0) boxes_read();
 }
@@ -162,12 +207,15 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1)
   at.scales_b = at.scales_a + STAGES * SA_BYTES;
   at.full = at.scales_b + STAGES * SB_BYTES;
   at.empty = at.full + 8 * STAGES;
+  at.room = at.empty + 8 * STAGES;
+  at.written = at.room + 8;
   const u32 rank = cluster_rank();
   if (threadIdx.x == 0) {
     for (int s = 0; s < STAGES; s++) {
       barrier_init(at.full + 8 * s, 1);
       barrier_init(at.empty + 8 * s, 2 * CONSUMER_WARPS);
     }
+    barrier_init(at.room, 1), barrier_init(at.written, CONSUMER_WARPS);
     barrier_init_done();
     prefetch_map(map_a), prefetch_map(map_sa), prefetch_map(map_b), prefetch_map(map_sb), prefetch_map(map_d);
   }
@@ -178,6 +226,7 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1)
     asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
     const Walk walk(counts, num_rows, num_experts, num_tiles, num_columns);
     if (threadIdx.x == 0) produce(at, map_a, map_sa, map_b, map_sb, walk, rank);
+    if (RELOAD && threadIdx.x == 32) exchange(at, map_d, walk, rank);
   } else if (threadIdx.x < 256) {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
     const Walk walk(counts, num_rows, num_experts, num_tiles, num_columns);
