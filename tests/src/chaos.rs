@@ -1,7 +1,7 @@
 //! Kills at random times, of ranks, hosts and launchers, also in the middle of a save: the run that survives them is the
 //! undisturbed run, bit for bit. `scripts/chaos.sh` runs it long.
 use crate::launching::{Hosts, Started, processes, rank_pid, signal, wait};
-use crate::support::Run;
+use crate::support::{Run, scratch};
 use std::collections::BTreeMap;
 use std::fs;
 use std::time::{Duration, Instant};
@@ -126,7 +126,12 @@ fn a_run_survives_kills_of_ranks_hosts_and_launchers_bit_for_bit() {
     assert_eq!(undisturbed.code_within(LONGEST_STEP * total as u32), 0, "{}", undisturbed.said());
     assert_eq!(steps(&whole), total);
 
-    let run = Run::new("chaos", &set);
+    let mut run = Run::new("chaos", &set);
+    if std::env::var("CHAOS_SECOND_TIER").is_ok() {
+        let copies = scratch().join("chaos-copies");
+        fs::create_dir_all(&copies).expect("a folder");
+        run.add(&format!("checkpoint.second_tier={{every=1,dir=\"{}\"}}", copies.display()));
+    }
     let launcher = launch(&hosts, &run, 1);
     let mut chaos = Chaos { hosts, run, launcher, launchers: 1, random: Random(seed), killed: BTreeMap::new(), in_a_save: 0 };
     let start = Instant::now();
