@@ -74,6 +74,20 @@ pub struct MemoryStats {
     pub total_bytes: usize,
 }
 
+/// Where on the PCI bus the GPU is that CUDA shows this process as `index`; absent without one. Needs no torch.
+pub fn bus_id(index: usize) -> Option<String> {
+    let mut id = [0; 16];
+    // SAFETY: libcuda is there before it is called; `id` is a place of the length said.
+    unsafe {
+        if !sys::is_culib_present() || sys::cuInit(0).result().is_err() {
+            return None;
+        }
+        let device = result::device::get(index as i32).ok()?;
+        sys::cuDeviceGetPCIBusId(id.as_mut_ptr(), id.len() as i32, device).result().ok()?;
+        Some(std::ffi::CStr::from_ptr(id.as_ptr()).to_string_lossy().into_owned())
+    }
+}
+
 /// Gives CUDA as many hardware queues as it has, unless the environment says a number: with fewer, a stream that waits for
 /// a peer may stand before another's work. Call it first in `main`, before there is a second thread.
 pub fn many_queues() {

@@ -8,13 +8,16 @@ use parallel::mesh::{Mesh, Transport};
 use std::path::{Path, PathBuf};
 use tch::Device;
 
-/// Collective. The ranks of a host take its GPUs in turn, and share them where they are more. Opening again is free.
+/// Collective. A launcher may show each rank of a host another GPU first: then that is its own. Else they take the GPUs in
+/// turn, and share them where they are more. Opening again is free.
 pub fn open(config: &RunConfig, world: &dyn Communicator) -> Result<Device> {
     if config.run.device == DeviceChoice::Cpu {
         return Ok(Device::Cpu);
     }
-    let nodes = nodes(world)?;
-    let local_rank = nodes[..world.rank()].iter().filter(|&&node| node == nodes[world.rank()]).count();
+    let (nodes, first) = (nodes(world)?, gather_bytes(world, device::bus_id(0).unwrap_or_default().as_bytes())?);
+    let here: Vec<usize> = (0..world.size()).filter(|&rank| nodes[rank] == nodes[world.rank()]).collect();
+    let own_first = here.iter().all(|&a| here.iter().all(|&b| a == b || first[a] != first[b]));
+    let local_rank = if own_first { 0 } else { here.iter().filter(|&&rank| rank < world.rank()).count() };
     let options = Options { local_rank, torch_cuda: None, nvrtc_folder: None, kernel_cache: kernel_cache(&config.run.dir) };
     all_or_none(world, open_here(&options))
 }
@@ -34,7 +37,7 @@ pub fn connect(config: &RunConfig, mesh: &Mesh, world: Comm) -> Result<Comm> {
     if world.size() == 1 || transport == Transport::Staged {
         return Ok(world);
     }
-    let mine = format!("{} {device}", nodes(&*world)?[world.rank()]);
+    let mine = format!("{} {}", nodes(&*world)?[world.rank()], device::bus_id(device).unwrap_or_default());
     let mut gpus = gather_bytes(&*world, mine.as_bytes())?;
     gpus.sort_unstable();
     gpus.dedup();

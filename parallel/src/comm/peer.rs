@@ -143,8 +143,7 @@ impl Peers {
                 for (to, at, bytes) in piece {
                     ok(sys::cuMemcpyAsync(to, slot + at as u64, bytes, stream))?;
                 }
-                // Nothing that the peer will look at was written here: the credit need not wait for it to be seen.
-                ok(sys::cuStreamWriteValue32_v2(stream, link.theirs + page + CREDIT_AT as u64, number, NO_BARRIER))?;
+                ok(sys::cuStreamWriteValue32_v2(stream, link.theirs + page + CREDIT_AT as u64, number, 0))?;
             }
             link.received.set(number);
         }
@@ -159,8 +158,6 @@ impl Peers {
 
 /// Counted modulo 2³²: what is less than 2³¹ ahead has not come.
 const GEQ: u32 = sys::CUstreamWaitValue_flags_enum::CU_STREAM_WAIT_VALUE_GEQ as u32;
-
-const NO_BARRIER: u32 = sys::CUstreamWriteValue_flags_enum::CU_STREAM_WRITE_VALUE_NO_MEMORY_BARRIER as u32;
 
 fn ok(code: CUresult) -> Result<(), DriverError> {
     code.result()
