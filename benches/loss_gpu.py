@@ -1,5 +1,5 @@
 """Does FP8 train as BF16 does? One model, one seed, the same samples in the same order: BF16, BF16 with another order of
-the sums in attention's backward, and FP8, one after the other on one GPU.
+the sums in attention's backward, and FP8, side by side on one GPU.
 
     python3 benches/loss_gpu.py --tiefsee "COMMAND" --corpus DIR --out DIR
 
@@ -19,17 +19,21 @@ RUNS = {
 LAST = 200
 
 
-def losses(command, config, corpus, folder, name, sets):
+def start(command, config, corpus, folder, name, sets):
     directory = folder / name.replace(", ", "-").replace(" ", "-")
     sets = [*sets, f"run.dir={directory}", f"data.mixture.0.path={corpus}"]
     words = [*shlex.split(command), "train", "--config", config, *(word for value in sets for word in ("--set", value))]
-    run = subprocess.run(words, capture_output=True, text=True)
-    if run.returncode != 0:
-        raise SystemExit(f"{name}: {(run.stdout + run.stderr)[-2000:]}")
+    said = open(folder / f"{directory.name}.log", "w+")
+    return directory, said, subprocess.Popen(words, stdout=said, stderr=said)
+
+
+def losses(name, directory, said, run):
+    if run.wait() != 0:
+        said.seek(0)
+        raise SystemExit(f"{name}: {said.read()[-2000:]}")
     lines = [json.loads(line) for line in (directory / "log/rank-0.jsonl").read_text().splitlines()]
     steps = [line for line in lines if "loss" in line]
-    milliseconds = sorted(line["step_ms"] for line in steps)[len(steps) // 2]
-    print(f"{name:<28} {len(steps)} steps, median {milliseconds:.1f} ms, {sum(not line['applied'] for line in steps)} skipped", flush=True)
+    print(f"{name:<28} {len(steps)} steps, {sum(not line['applied'] for line in steps)} skipped", flush=True)
     return [line["loss"] for line in steps]
 
 
@@ -64,7 +68,8 @@ def main():
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    curves = {name: losses(args.tiefsee, args.config, args.corpus, args.out, name, sets) for name, sets in RUNS.items()}
+    runs = {name: start(args.tiefsee, args.config, args.corpus, args.out, name, sets) for name, sets in RUNS.items()}
+    curves = {name: losses(name, *run) for name, run in runs.items()}
     means = {name: sum(curve[-LAST:]) / len(curve[-LAST:]) for name, curve in curves.items()}
     first = means["bf16"]
     for name, mean in means.items():

@@ -3,7 +3,7 @@
 //! Where a pass takes an exponential or a long sum, GPU and CPU differ in the last bits of FP32, and a value beside a
 //! rounding boundary of BF16 or E4M3 goes to the other side: a few values may differ by one step, no more.
 use kernels::device::Gpu;
-use kernels::fp8::{Columns, Rows, ScaleRule, TILE, relative_error};
+use kernels::fp8::{Columns, Rows, ScaleRule, TILE, relative_error, round_up};
 use kernels::ops::adamw::{AdamW, Fp8, Outputs, State, Step};
 use kernels::ops::quantise::{self, Want};
 use kernels::ops::mla_heads::{self, Widths};
@@ -88,9 +88,17 @@ fn rows_in_fp8_are_transposed_as_on_the_cpu() {
         let x = quantise::rows(&random(gpu, &[rows, d], 0.2), ScaleRule::PowerOfTwo);
         let on_cpu = Rows { values: cpu(&x.values), scales: cpu(&x.scales) };
         poison(gpu);
-        let got = quantise::columns_of(&x, Some(&counts), ScaleRule::PowerOfTwo);
-        let want = quantise::columns_of(&on_cpu, Some(&cpu(&counts)), ScaleRule::PowerOfTwo);
+        let got = quantise::columns_of(&x, None, Some(&counts), ScaleRule::PowerOfTwo);
+        let want = quantise::columns_of(&on_cpu, None, Some(&cpu(&counts)), ScaleRule::PowerOfTwo);
         assert_columns(&format!("{rows}x{d}"), &Some(got), &Some(want), &sizes);
+        // Half of the rows, each read by several.
+        let Some(half) = Some((rows + 1) / 2).filter(|&half| half > 0) else { continue };
+        let source = (Tensor::arange(rows, (Kind::Int, gpu.device())) * 5 + 3).remainder(half).to_kind(Kind::Int);
+        let few = Rows { values: x.values.narrow(0, 0, half), scales: x.scales.narrow(1, 0, round_up(half, 4)).contiguous() };
+        let on_cpu = Rows { values: cpu(&few.values), scales: cpu(&few.scales) };
+        let got = quantise::columns_of(&few, Some(&source), Some(&counts), ScaleRule::PowerOfTwo);
+        let want = quantise::columns_of(&on_cpu, Some(&cpu(&source)), Some(&cpu(&counts)), ScaleRule::PowerOfTwo);
+        assert_columns(&format!("{rows}x{d}, gathered"), &Some(got), &Some(want), &sizes);
     }
 }
 

@@ -128,36 +128,33 @@ impl Block {
 
     /// x [T, D] → y [T, D], or rows on their way to the experts.
     pub fn forward(&self, w: &Weights, x: Tensor, context: &BlockContext) -> Result<Started<BlockOut, BlockSent<MoeDispatched>>, CommError> {
-        let (normed, attention_norm) = self.attention_norm.forward(w, x.shallow_clone());
-        let (input, attention_in) = self.input(w, normed, &self.attention.readers());
+        let (input, attention_in, attention_norm) = self.input(w, &self.attention_norm, x.shallow_clone(), &self.attention.readers());
         let mla_in = MlaIn { x: input, sequences: context.sequences, positions: context.positions.clone() };
         let (attended, attention) = self.attention.forward(w, mla_in);
         let h = x + attended;
-        let (normed, ffn_norm) = self.ffn_norm.forward(w, h.shallow_clone());
-        let before = |ffn_in| BeforeFfn { attention_norm, attention_in, attention, ffn_norm, ffn_in };
+        let before = |ffn_norm, ffn_in| BeforeFfn { attention_norm, attention_in, attention, ffn_norm, ffn_in };
         Ok(match &self.ffn {
             Ffn::Dense(mlp) => {
-                let (input, ffn_in) = self.input(w, normed, &[mlp.gate_up.weight]);
+                let (input, ffn_in, ffn_norm) = self.input(w, &self.ffn_norm, h.shallow_clone(), &[mlp.gate_up.weight]);
                 let (out, saved) = mlp.forward(w, input);
-                let before = before(ffn_in);
+                let before = before(ffn_norm, ffn_in);
                 Started::Done((h + out, None, BlockSaved { before, ffn: FfnSaved::Dense(saved) }))
             }
             Ffn::Moe(moe) => {
                 // The gate reads it as it is, also in FP8 runs.
+                let (normed, ffn_norm) = self.ffn_norm.forward(w, h.shallow_clone());
                 let ffn_in = (!self.recompute.rms_norm).then(|| Operand::Own(normed.shallow_clone()));
-                Started::Sent(BlockSent { h, before: before(ffn_in), moe: Box::new(moe.dispatch(w, normed, context)?) })
+                Started::Sent(BlockSent { h, before: before(ffn_norm, ffn_in), moe: Box::new(moe.dispatch(w, normed, context)?) })
             }
         })
     }
 
     /// A norm's output as the linears read it, and what is kept of that.
-    fn input(&self, w: &Weights, normed: Tensor, readers: &[ParamId]) -> (Operand, Option<Operand>) {
-        if self.recompute.rms_norm {
-            return (Operand::new(w, normed, Want::ROWS, readers), None);
-        }
-        let input = Operand::new(w, normed, Want::BOTH, readers);
-        let kept = input.share().for_weight();
-        (input, Some(kept))
+    fn input(&self, w: &Weights, norm: &RmsNorm, x: Tensor, readers: &[ParamId]) -> (Operand, Option<Operand>, NormSaved) {
+        let again = self.recompute.rms_norm;
+        let (input, saved) = norm.forward_operand(w, x, if again { Want::ROWS } else { Want::BOTH }, readers);
+        let kept = (!again).then(|| input.share().for_weight());
+        (input, kept, saved)
     }
 
     pub fn forward_experts(&self, w: &Weights, sent: BlockSent<MoeDispatched>, other: Other) -> Result<BlockSent<MoeCombining>, CommError> {
@@ -173,17 +170,16 @@ impl Block {
     pub fn backward_input(&self, w: &Weights, dy: Tensor, saved: BlockSaved) -> Result<Started<(Tensor, BlockWork), BlockSent<MoeBackDispatched>>, CommError> {
         let BlockSaved { mut before, ffn } = saved;
         let ffn_in = before.ffn_in.take();
-        let normed = || self.ffn_norm.again(w, &before.ffn_norm);
         Ok(match (&self.ffn, ffn) {
             (Ffn::Dense(mlp), FfnSaved::Dense(ffn)) => {
-                let x = ffn_in.unwrap_or_else(|| Operand::new(w, normed(), Want::COLUMNS, &[mlp.gate_up.weight]));
+                let x = ffn_in.unwrap_or_else(|| self.ffn_norm.operand_again(w, &before.ffn_norm, Want::COLUMNS, &[mlp.gate_up.weight]));
                 let (dnormed, work) = mlp.backward_input(w, MlpGrad { dy: dy.shallow_clone(), x }, ffn);
                 Started::Done(self.backward_attention(w, dy, dnormed, before, FfnWork::Dense(work)))
             }
             (Ffn::Moe(moe), FfnSaved::Moe(ffn)) => {
                 let x = match ffn_in {
                     Some(Operand::Own(x)) => x,
-                    _ => normed(),
+                    _ => self.ffn_norm.again(w, &before.ffn_norm),
                 };
                 let moe = Box::new(moe.backward_dispatch(x, dy.shallow_clone(), *ffn)?);
                 Started::Sent(BlockSent { h: dy, before, moe })
@@ -206,13 +202,12 @@ impl Block {
 
     /// From the feed-forward's input gradient to the block's.
     fn backward_attention(&self, w: &Weights, dy: Tensor, dnormed: Tensor, saved: BeforeFfn, ffn: FfnWork) -> (Tensor, BlockWork) {
-        let (dh, ffn_norm) = self.ffn_norm.backward_input(w, dnormed, saved.ffn_norm);
-        let dh = dy + dh;
-        let again = || Operand::new(w, self.attention_norm.again(w, &saved.attention_norm), Want::COLUMNS, &self.attention.readers());
+        let (dh, ffn_norm) = self.ffn_norm.backward_residual(w, dnormed, saved.ffn_norm, &dy);
+        let again = || self.attention_norm.operand_again(w, &saved.attention_norm, Want::COLUMNS, &self.attention.readers());
         let x = saved.attention_in.unwrap_or_else(again);
         let (dnormed, attention) = self.attention.backward_input(w, MlaGrad { dy: dh.shallow_clone(), x }, saved.attention);
-        let (dx, attention_norm) = self.attention_norm.backward_input(w, dnormed, saved.attention_norm);
-        (dh + dx, BlockWork { attention_norm, attention, ffn_norm, ffn })
+        let (dx, attention_norm) = self.attention_norm.backward_residual(w, dnormed, saved.attention_norm, &dh);
+        (dx, BlockWork { attention_norm, attention, ffn_norm, ffn })
     }
 
     pub fn backward_experts_weight(&self, work: ExpertsWork, grads: &mut Grads) {

@@ -80,13 +80,12 @@ impl Layer for Experts {
 
     fn backward_input(&self, w: &Weights, dout: Rows, saved: ExpertsSaved) -> (RoutedGrad, ExpertsWork) {
         let Routed { rows, counts, weights } = saved.routed;
-        let dout = Operand::arrived(w, &dout, self.down);
-        let dactivation = dout.grouped_backward_input(w, self.down, &counts); // [R, I]
+        let dactivation = Operand::arrived(w, &dout, self.down).grouped_backward_input(w, self.down, &counts); // [R, I]
         let experts = Some(OfExperts { weights: &weights, counts: &counts });
         let d = swiglu::backward(w, dactivation, saved.activation, experts, self.gate_up);
         let drows = d.gate_up.grouped_backward_input(w, self.gate_up, &counts);
-        let gate_up = LinearWork { dy: d.gate_up.for_weight(), x: Operand::arrived(w, &rows, self.gate_up).for_expert_weight(&counts) };
-        let down = LinearWork { dy: dout.for_expert_weight(&counts), x: d.out };
+        let gate_up = LinearWork { dy: d.gate_up.for_weight(), x: Operand::arrived_for_weight(w, &rows, &counts, self.gate_up) };
+        let down = LinearWork { dy: Operand::arrived_for_weight(w, &dout, &counts, self.down), x: d.out };
         (RoutedGrad { rows: drows, weights: d.weights.expect("the rows were weighted") }, ExpertsWork { counts, gate_up, down })
     }
 

@@ -47,6 +47,8 @@ pub struct Positions {
     pub softmax_scale: f64,
     /// Attention's backward gives the same bits every time, on a GPU too, where that is slower.
     pub repeatable: bool,
+    /// As `MicroBatch` has them.
+    pub documents: Option<Rc<Vec<Vec<i64>>>>,
 }
 
 pub struct MlaIn {
@@ -94,10 +96,7 @@ impl MlaSaved {
         self.kv_latent.iter().for_each(|latent| latent.each("latents", see));
         see("latents", &self.rotary_key);
         q.into_iter().chain(self.kv.iter().flat_map(|(k, v)| [k, v])).for_each(|tensor| see("queries, keys and values", tensor));
-        match &self.attention {
-            attention::Saved::Probabilities(probabilities) => see(PROBABILITIES, probabilities),
-            attention::Saved::Cudnn { made, .. } => [&made.out, &made.log_sum_exp].into_iter().for_each(|tensor| see("attention's output", tensor)),
-        }
+        each_of_attention(&self.attention, see);
         self.context.iter().for_each(|context| see("attention's output", context));
     }
 }
@@ -174,7 +173,7 @@ impl Mla {
     /// A latent as backward reads it: for Wgrad and, where the up-projection is made again, for Fprop.
     fn latent_again(&self, w: &Weights, norm: &RmsNorm, reader: &Linear, saved: &NormSaved, kept: Option<Operand>) -> Operand {
         let want = if self.recompute.mla_up_projection { Want::BOTH } else { Want::COLUMNS };
-        kept.unwrap_or_else(|| Operand::new(w, norm.again(w, saved), want, &[reader.weight]))
+        kept.unwrap_or_else(|| norm.operand_again(w, saved, want, &[reader.weight]))
     }
 
     /// [T, H Dv]; scales are powers of two, so that quantising it again by columns loses nothing more (report §3.3.3).
@@ -188,6 +187,14 @@ impl Mla {
             (false, true) => Some(latent),
             (false, false) => Some(latent.for_weight()),
         }
+    }
+}
+
+fn each_of_attention(saved: &attention::Saved, see: See) {
+    match saved {
+        attention::Saved::Probabilities(probabilities) => see(PROBABILITIES, probabilities),
+        attention::Saved::Cudnn { made, .. } => [&made.out, &made.log_sum_exp].into_iter().for_each(|tensor| see("attention's output", tensor)),
+        attention::Saved::Documents(list) => list.iter().for_each(|(_, saved)| each_of_attention(saved, see)),
     }
 }
 
@@ -212,8 +219,7 @@ impl Layer for Mla {
                 (q.shallow_clone(), QuerySaved::Direct { q })
             }
             Query::Latent { a, norm, b } => {
-                let (latent, norm) = norm.forward(w, x.forward(w, a.weight));
-                let latent = Operand::new(w, latent, Want::BOTH, &[b.weight]);
+                let (latent, norm) = norm.forward_operand(w, x.forward(w, a.weight), Want::BOTH, &[b.weight]);
                 let q = self.queries(w, b, &latent, sequences, &positions);
                 let kept = keep.then(|| q.shallow_clone());
                 (q, QuerySaved::Latent { norm, latent: self.keep_latent(latent), q: kept })
@@ -221,10 +227,14 @@ impl Layer for Mla {
         };
         let compressed = x.forward(w, self.kv_a.weight); // [T, Lkv + R]
         let parts = compressed.split_with_sizes([self.latent, self.rotary], 1);
-        let (latent, kv_norm) = self.kv_norm.forward(w, parts[0].contiguous());
-        let (latent, rotary_key) = (Operand::new(w, latent, Want::BOTH, &[self.kv_b.weight]), parts[1].contiguous());
+        let (latent, kv_norm) = self.kv_norm.forward_operand(w, parts[0].contiguous(), Want::BOTH, &[self.kv_b.weight]);
+        let rotary_key = parts[1].contiguous();
         let (k, v) = self.keys_and_values(w, &latent, &rotary_key, sequences, &positions);
-        let (context, attention) = attention::forward(&q, &k, &v, positions.softmax_scale, positions.repeatable); // [B, H, S, Dv]
+        let (scale, repeatable) = (positions.softmax_scale, positions.repeatable);
+        let (context, attention) = match &positions.documents {
+            None => attention::forward(&q, &k, &v, scale, repeatable), // [B, H, S, Dv]
+            Some(documents) => attention::forward_within(documents, [&q, &k, &v], scale, repeatable),
+        };
         let context = self.tokens(&context);
         let out_in = self.out_in(w, context.shallow_clone(), Want::ROWS);
         let context = attention.out().is_none().then(|| rounded(w.precision, context));
@@ -244,7 +254,7 @@ impl Layer for Mla {
 
     fn backward_input(&self, w: &Weights, MlaGrad { dy, x }: MlaGrad, s: MlaSaved) -> (Tensor, MlaWork) {
         let (sequences, positions, table) = (s.sequences, &s.positions, &s.positions.table);
-        let context = s.context.unwrap_or_else(|| rounded(w.precision, self.tokens(s.attention.out().expect("one of the two is kept"))));
+        let context = s.context.unwrap_or_else(|| rounded(w.precision, self.tokens(&s.attention.out().expect("one of the two is kept"))));
         let out_in = self.out_in(w, context, Want::COLUMNS);
         let (dcontext, out) = self.out.backward_input(w, dy, out_in);
         let dcontext = dcontext.view([sequences, -1, self.heads, self.value]).transpose(1, 2);

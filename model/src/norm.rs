@@ -1,7 +1,11 @@
 //! RMSNorm.   Legend: T tokens, D width.
+use crate::operand::Operand;
 use crate::saved::See;
 use crate::{Grads, Layer, ParamId, Weights};
-use kernels::ops::rms_norm;
+use kernels::Precision;
+use kernels::fp8::ScaleRule;
+use kernels::ops::quantise::Want;
+use kernels::ops::rms_norm::{self, Make};
 use tch::Tensor;
 
 #[derive(Debug)]
@@ -23,6 +27,32 @@ impl NormSaved {
 }
 
 impl RmsNorm {
+    /// As `readers` read it: in FP8 runs quantised in the pass that makes it.
+    pub fn forward_operand(&self, w: &Weights, x: Tensor, want: Want, readers: &[ParamId]) -> (Operand, NormSaved) {
+        if w.precision != Precision::Fp8 {
+            let (y, saved) = self.forward(w, x);
+            return (Operand::Own(y), saved);
+        }
+        let rstd = rms_norm::statistics(&x, self.eps);
+        let saved = NormSaved { x, rstd };
+        (self.operand_again(w, &saved, want, readers), saved)
+    }
+
+    /// What `forward_operand` made, bit for bit.
+    pub fn operand_again(&self, w: &Weights, saved: &NormSaved, want: Want, readers: &[ParamId]) -> Operand {
+        if w.precision != Precision::Fp8 {
+            return Operand::Own(self.again(w, saved));
+        }
+        let make = Make { want, bf16: readers.iter().any(|&reader| w.sentinel.watches(reader)), rule: ScaleRule::Amax };
+        let made = rms_norm::quantised(&saved.x, &saved.rstd, w.get(self.weight), make);
+        Operand::Fp8 { quantised: made.quantised, own: made.y }
+    }
+
+    /// As `backward_input`, with the gradient of the residual stream beside the norm added to dx in the same pass.
+    pub fn backward_residual(&self, w: &Weights, dy: Tensor, saved: NormSaved, residual: &Tensor) -> (Tensor, Tensor) {
+        rms_norm::backward_add(&dy, &saved.x, &saved.rstd, w.get(self.weight), Some(residual))
+    }
+
     /// What forward made, bit for bit.
     pub fn again(&self, w: &Weights, saved: &NormSaved) -> Tensor {
         rms_norm::forward(&saved.x, w.get(self.weight), self.eps).0

@@ -78,6 +78,17 @@ impl Operand {
         }
     }
 
+    /// The same as the experts' Wgrad reads them.
+    pub fn arrived_for_weight(w: &Weights, rows: &Rows, counts: &RowCounts, reader: ParamId) -> Operand {
+        match rows {
+            Rows::Own(rows) => Operand::Own(rows.shallow_clone()),
+            Rows::Fp8(packed) => {
+                let own = w.sentinel.watches(reader).then(|| packed.gather().dequantise(w.precision.compute()));
+                Operand::Fp8 { quantised: Quantised { rows: None, columns: Some(packed.columns(&counts.device)) }, own }
+            }
+        }
+    }
+
     /// The gradient of `weight`'s output, in the form of what it read.
     pub fn gradient(&self, w: &Weights, dy: Tensor, weight: ParamId) -> Operand {
         match self {
@@ -113,18 +124,6 @@ impl Operand {
         match self {
             Operand::Fp8 { quantised, own } => Operand::Fp8 { quantised: Quantised { rows: None, columns: quantised.columns }, own },
             own => own,
-        }
-    }
-
-    /// Rows that came quantised by rows, as the experts' Wgrad reads them. Their scales are powers of two and so are the
-    /// new ones: nothing is rounded twice.
-    pub fn for_expert_weight(self, counts: &RowCounts) -> Operand {
-        match self {
-            Operand::Fp8 { quantised: Quantised { rows: Some(rows), columns: None }, own } => {
-                let columns = quantise::columns_of(&rows, Some(&counts.device), ScaleRule::PowerOfTwo);
-                Operand::Fp8 { quantised: Quantised { rows: None, columns: Some(columns) }, own }
-            }
-            other => other.for_weight(),
         }
     }
 

@@ -22,9 +22,19 @@ use tch::{Device, Kind, Tensor};
 /// One micro-batch of packed samples.
 pub struct MicroBatch {
     pub tokens: Tensor, // [B, L + 1] i64
+    /// The lengths of each sequence's documents, in order, where attention is not to cross their boundaries.
+    pub documents: Option<Rc<Vec<Vec<i64>>>>,
 }
 
 impl MicroBatch {
+    /// Attention goes over whole sequences.
+    pub fn new(tokens: Tensor) -> Self {
+        MicroBatch { tokens, documents: None }
+    }
+    /// The same again.
+    pub fn share(&self) -> Self {
+        MicroBatch { tokens: self.tokens.shallow_clone(), documents: self.documents.clone() }
+    }
     /// B
     pub fn sequences(&self) -> i64 {
         self.tokens.size()[0]
@@ -70,7 +80,7 @@ impl StepContext {
     pub(crate) fn block_context(&self, mb: &MicroBatch) -> BlockContext {
         BlockContext {
             sequences: mb.sequences(),
-            positions: self.positions.clone(),
+            positions: Positions { documents: mb.documents.clone(), ..self.positions.clone() },
             balance_scale: self.balance_weight / self.sequences as f64,
             experts: self.experts.clone(),
         }
@@ -134,7 +144,7 @@ impl Positions {
     pub fn new(config: &ModelConfig, scaling: Option<&RopeScaling>, length: i64, options: (Kind, Device)) -> Self {
         let table = RopeTable::new(length, config.qk_rope_head_dim, config.rope_theta, scaling, options);
         let softmax_scale = scaling.map_or(1.0, RopeScaling::softmax_scale) / (config.qk_head_dim() as f64).sqrt();
-        Positions { table: Rc::new(table), softmax_scale, repeatable: true }
+        Positions { table: Rc::new(table), softmax_scale, repeatable: true, documents: None }
     }
 }
 

@@ -15,6 +15,8 @@ pub struct SwigluSaved {
     gate_up: GateUp,
     /// What the down-projection's Wgrad reads; None: made again.
     out: Option<Operand>,
+    /// The activation as it was, where the sentinel watches that projection.
+    own: Option<Tensor>,
 }
 
 impl SwigluSaved {
@@ -24,6 +26,7 @@ impl SwigluSaved {
             GateUp::Fp8(halves) => halves.iter().flat_map(|half| [&half.values, &half.scales]).for_each(|tensor| see(part, tensor)),
         }
         self.out.iter().for_each(|out| out.each(part, see));
+        self.own.iter().for_each(|own| see(part, own));
     }
 }
 
@@ -47,17 +50,16 @@ pub fn forward(w: &Weights, gate_up: Tensor, experts: Option<OfExperts>, (down, 
     if w.precision != Precision::Fp8 {
         let out = swiglu::forward(&gate_up, weights);
         let kept = (!recompute).then(|| Operand::Own(out.shallow_clone()));
-        return (Operand::Own(out), SwigluSaved { gate_up: GateUp::Bf16(gate_up), out: kept });
+        return (Operand::Own(out), SwigluSaved { gate_up: GateUp::Bf16(gate_up), out: kept, own: None });
     }
     // As the fused passes make them.
     let wide = |x: &Tensor| x.to_kind(w.precision.master());
     let own = w.sentinel.watches(down).then(|| swiglu::forward(&wide(&gate_up), weights).to_kind(gate_up.kind()));
-    let keep = !recompute || own.is_some();
-    let want = if keep { Want::BOTH } else { Want::ROWS };
+    let want = if recompute { Want::ROWS } else { Want::BOTH };
     let made = swiglu::quantised(&gate_up, weights, counts(experts), Make { want, save: true, rule: ScaleRule::Amax });
-    let out = Operand::Fp8 { quantised: made.act, own };
-    let kept = keep.then(|| out.share().for_weight());
-    (out, SwigluSaved { gate_up: made.saved.expect("the pass was asked to save"), out: kept })
+    let out = Operand::Fp8 { quantised: made.act, own: own.as_ref().map(Tensor::shallow_clone) };
+    let kept = (!recompute).then(|| out.share().for_weight());
+    (out, SwigluSaved { gate_up: made.saved.expect("the pass was asked to save"), out: kept, own })
 }
 
 /// dout [R, I] → d[gate, up], the gradient of `up`'s output, and whatever else the linears' gradients need.
@@ -71,9 +73,11 @@ pub fn backward(w: &Weights, dout: Tensor, saved: SwigluSaved, experts: Option<O
     }
     let make = Make { want: Want::BOTH, save: saved.out.is_none(), rule: ScaleRule::Amax };
     let made = swiglu::backward_quantised(&dout, &saved.gate_up, weights, counts(experts), make);
-    let wide = dout.to_kind(w.precision.master());
-    let own = w.sentinel.watches(up).then(|| swiglu::backward(&wide, &dequantised(&saved.gate_up), weights).0.to_kind(dout.kind()));
-    let again = || Operand::Fp8 { quantised: Quantised { rows: None, columns: made.act }, own: None };
+    let own = w.sentinel.watches(up).then(|| {
+        let wide = dout.to_kind(w.precision.master());
+        swiglu::backward(&wide, &dequantised(&saved.gate_up), weights).0.to_kind(dout.kind())
+    });
+    let again = || Operand::Fp8 { quantised: Quantised { rows: None, columns: made.act }, own: saved.own };
     let gate_up = Operand::Fp8 { quantised: made.dgate_up, own };
     SwigluGrad { gate_up, out: saved.out.unwrap_or_else(again), weights: made.drow_weight }
 }

@@ -13,7 +13,7 @@ use trainer::step::Trainer;
 fn trainer(name: &str, set: &[&str], length: i64) -> (Trainer, Plan, impl Fn(u64) -> MicroBatch + use<>) {
     let config = Run::new(name, set).config();
     let (plan, vocab) = (Plan::new(&config.phase, &config.data.mixture), config.model.vocab_size);
-    let batch = move |seed| MicroBatch { tokens: tokens(seed, &[1, length + 1], vocab) };
+    let batch = move |seed| MicroBatch::new(tokens(seed, &[1, length + 1], vocab));
     (Trainer::new(&config, &Mesh::single(), solo()).expect("a trainer"), plan, batch)
 }
 

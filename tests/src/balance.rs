@@ -81,7 +81,7 @@ fn a_skipped_step_moves_nothing() {
     let mut trainer = Trainer::new(&config, &Mesh::single(), solo()).expect("a trainer");
     let plan = Plan::new(&config.phase, &config.data.mixture);
     let moment = plan.at(500).expect("inside");
-    let batch = |seed| vec![MicroBatch { tokens: crate::support::tokens(seed, &[moment.batch as i64, 33], config.model.vocab_size) }];
+    let batch = |seed| vec![MicroBatch::new(crate::support::tokens(seed, &[moment.batch as i64, 33], config.model.vocab_size))];
     let before: Vec<Tensor> = trainer.state().iter().map(|part| part.tensor.copy()).collect();
     let good = trainer.step(&moment, &batch(1), false).expect("a step");
     assert!(good.applied() && trainer.state().iter().zip(&before).all(|(part, before)| !part.tensor.equal(before) || part.name.starts_with("second/") || part.name.contains("bias") || part.name.contains("norm")));

@@ -82,7 +82,7 @@ fn an_fp8_export_is_our_quantiser_and_transformers_loads_it() {
     // A dense block, three of MoE and MTP's: five of attention each, three a SwiGLU of 8 experts and a shared one.
     assert_eq!(compare_matrices(&table, &masters, &theirs), 5 * 5 + 3 + 3 * (8 + 1) * 4);
     let step = subject.context(0.0, 0.0);
-    let logits = subject.stage.logits(&step, &mut subject.weights, &MicroBatch { tokens: subject.tokens.shallow_clone() }).expect("logits");
+    let logits = subject.stage.logits(&step, &mut subject.weights, &MicroBatch::new(subject.tokens.shallow_clone())).expect("logits");
     let expected = theirs["logits"].view([-1, subject.config.vocab_size]);
     assert_close("logits of the FP8 weights", &logits, &expected, 1e-5);
 

@@ -12,7 +12,7 @@ use model::mla::{Mla, MlaGrad, MlaIn, Positions};
 use model::mlp::{Mlp, MlpGrad};
 use model::operand::RowCounts;
 use model::params::{Init, Role};
-use model::{ExpertShare, Grads, Layer, ModelConfig, ParamTable, Recompute, Weights};
+use model::{ExpertShare, Grads, Layer, ModelConfig, ParamTable, Recompute, Sentinel, Weights};
 use parallel::comm::local::run_local;
 use parallel::dispatch::{Packed, Rows};
 use std::rc::Rc;
@@ -50,6 +50,31 @@ fn a_linear_s_three_products_are_those_of_its_quantised_operands() {
     assert_close("dw", &complete[0].1, &(once * 2.0), 1e-6);
     // And they are not what BF16 would have given.
     assert!(distance(&y, &x.to_kind(wide).matmul(&w.get(weight).to_kind(wide).tr())) > 1e-2);
+}
+
+#[test]
+fn a_linear_that_fell_back_computes_as_in_bf16() {
+    let [t, i, o] = WIDTHS;
+    let (x, dy) = (random(1, &[t, i]).to_kind(Kind::BFloat16), random(2, &[t, o]).to_kind(Kind::BFloat16));
+    let made = |precision: Precision, fallen_back: bool| {
+        let mut table = ParamTable::default();
+        let weight = table.add("w", &[o, i], Init::Normal { std: 0.5 }, Role::Matrix);
+        let mut w = Weights::initial(Rc::new(table), precision, 3, Device::Cpu);
+        w.sentinel = Rc::new(Sentinel::new(if fallen_back { vec![weight] } else { Vec::new() }, None));
+        let layer = Linear { weight };
+        let (y, saved) = layer.forward(&w, Operand::new(&w, x.shallow_clone(), Want::BOTH, &[weight]));
+        let (dx, work) = layer.backward_input(&w, dy.shallow_clone(), saved);
+        let mut complete = Vec::new();
+        let mut grads = Grads::new(&w, [weight], &mut complete);
+        layer.backward_weight(work, &mut grads);
+        grads.finish();
+        [y, dx, complete.remove(0).1]
+    };
+    let (bf16, fallen, fp8) = (made(Precision::Bf16, false), made(Precision::Fp8, true), made(Precision::Fp8, false));
+    for (index, what) in ["y", "dx", "dw"].into_iter().enumerate() {
+        assert!(fallen[index].equal(&bf16[index]), "{what}");
+        assert!(!fp8[index].equal(&bf16[index]), "{what}");
+    }
 }
 
 fn layout(more: &'static [&'static str]) -> Layout {

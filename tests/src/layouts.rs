@@ -90,7 +90,7 @@ pub fn find(run: &Run, (pp, dp, ep, schedule, size, _): Layout) -> Found {
         let (moment, each) = (plan.at(0).expect("a phase"), BATCH / dp);
         let all = tokens(5, &[BATCH as i64, LENGTH + 1], config.model.vocab_size);
         let mine = all.narrow(0, (place.dp * each) as i64, each as i64);
-        let batch: Vec<MicroBatch> = mine.split(size as i64, 0).into_iter().map(|tokens| MicroBatch { tokens }).collect();
+        let batch: Vec<MicroBatch> = mine.split(size as i64, 0).into_iter().map(MicroBatch::new).collect();
         let step = trainer.context(&moment, BATCH as u64);
         let (losses, counts, gradients) = trainer.gradients(&step, &batch, false).expect("a step");
         // Every token is counted once; MTP's block has one position a sequence less.
@@ -202,7 +202,7 @@ fn after_every_step_all_copies_of_a_weight_are_equal_bit_for_bit() {
             let each = (BATCH / layout.1) as i64;
             let steps = (0..3).map(|seed| {
                 let mine = tokens(seed, &[BATCH as i64, LENGTH + 1], config.model.vocab_size).narrow(0, place.dp as i64 * each, each);
-                let batch: Vec<MicroBatch> = mine.split(layout.4 as i64, 0).into_iter().map(|tokens| MicroBatch { tokens }).collect();
+                let batch: Vec<MicroBatch> = mine.split(layout.4 as i64, 0).into_iter().map(MicroBatch::new).collect();
                 assert!(trainer.step(&moment, &batch, false).expect("a step").applied());
                 trainer.weights.ready(|_| true).expect("gathered");
                 let table = trainer.weights.table.clone();

@@ -6,6 +6,7 @@ mod chaos;
 mod checkpoint;
 mod corpus;
 mod corruption;
+mod documents;
 mod export;
 mod faces;
 mod faults;

@@ -82,7 +82,7 @@ impl Subject {
 
     /// main, mtp, balance (means, unweighted) and every gradient under its released name.
     fn run(&mut self, step: &StepContext) -> ([f64; 3], HashMap<String, Tensor>) {
-        let micro_batch = MicroBatch { tokens: self.tokens.shallow_clone() };
+        let micro_batch = MicroBatch::new(self.tokens.shallow_clone());
         let (_, stats, saved) = self.stage.forward(step, &mut self.weights, &micro_batch, StageIn::Tokens).expect("forward");
         let mut complete: Vec<(ParamId, Tensor)> = Vec::new();
         let mut grads = Grads::new(&self.weights, self.stage.uses.iter().copied(), &mut complete);
@@ -162,7 +162,7 @@ fn check_hf(name: &str, config: ModelConfig, seed: u64, length: i64) {
     let theirs = oracle("hf.py", &subject.export(name), &subject.tokens, &[]);
     check_margin(name, &theirs);
     let step = subject.context(0.0, 0.0);
-    let logits = subject.stage.logits(&step, &mut subject.weights, &MicroBatch { tokens: subject.tokens.shallow_clone() }).expect("logits");
+    let logits = subject.stage.logits(&step, &mut subject.weights, &MicroBatch::new(subject.tokens.shallow_clone())).expect("logits");
     assert_close(&format!("{name}: logits"), &logits, &theirs["logits"].view([-1, config.vocab_size]), 1e-5);
     let ([main, _, _], gradients) = subject.run(&step);
     let expected = theirs["loss"].double_value(&[]);

@@ -49,7 +49,7 @@ fn log(schedule: &str, ranks: usize) -> Log {
         let rank = world.rank() as u64;
         let mut trainer = Trainer::new(&config, &config.mesh(&vec![0; ranks]).expect("a layout"), world).expect("a trainer");
         let moment = plan.at(0).expect("a phase");
-        let batch = |index| MicroBatch { tokens: tokens(10 * rank + index, &[1, 33], config.model.vocab_size) };
+        let batch = |index| MicroBatch::new(tokens(10 * rank + index, &[1, 33], config.model.vocab_size));
         let batch: Vec<MicroBatch> = (0..MICRO_BATCHES as u64).map(batch).collect();
         let subscriber = tracing_subscriber::registry().with(Keep(log.clone()));
         tracing::subscriber::with_default(subscriber, || trainer.step(&moment, &batch, false)).expect("a step");

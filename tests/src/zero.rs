@@ -45,7 +45,7 @@ fn steps(trainer: &mut Trainer, mesh: &Mesh, run: &Run, count: u64) {
     for step in 0..count {
         let all = tokens(step + 1, &[BATCH as i64, moment.phase.sequence_length as i64 + 1], config.model.vocab_size);
         let mine = all.narrow(0, (place.dp * each) as i64, each as i64);
-        let batch: Vec<MicroBatch> = mine.split(1, 0).into_iter().map(|tokens| MicroBatch { tokens }).collect();
+        let batch: Vec<MicroBatch> = mine.split(1, 0).into_iter().map(MicroBatch::new).collect();
         assert!(trainer.step(&moment, &batch, false).expect("a step").applied());
     }
     trainer.weights.ready(|_| true).expect("gathered weights land");

@@ -167,7 +167,7 @@ fn batch(trainer: &Trainer, moment: &Moment, step: i64) -> Vec<MicroBatch> {
         let index = place.dp as i64 * count + index;
         let value = |i: i64| (i * 7919 + step * 104_729 + index * 1_299_709) % trainer.config.vocab_size;
         let values: Vec<i64> = (0..micro * (length + 1)).map(value).collect();
-        MicroBatch { tokens: Tensor::from_slice(&values).view([micro, length + 1]).to_device(trainer.weights.device()) }
+        MicroBatch::new(Tensor::from_slice(&values).view([micro, length + 1]).to_device(trainer.weights.device()))
     };
     (0..count).map(tokens).collect()
 }

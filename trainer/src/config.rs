@@ -26,6 +26,8 @@ pub struct RunConfig {
     #[serde(default)]
     pub recompute: Recompute,
     #[serde(default)]
+    pub attention: AttentionSection,
+    #[serde(default)]
     pub optimizer: OptimizerSection,
     #[serde(default)]
     pub ema: EmaSection,
@@ -78,6 +80,13 @@ pub enum DeviceChoice {
     Cpu,
     /// A GPU for each rank; ranks share them where they are more.
     Cuda,
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct AttentionSection {
+    /// A token sees only its own document's; else all before it in the sequence, as V3 was trained.
+    pub document_boundaries: bool,
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]

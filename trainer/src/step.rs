@@ -48,6 +48,7 @@ pub struct Trainer {
     /// What runs on threads of its own while the next step's gradients are computed.
     pub beside: Vec<StateReader>,
     deterministic: bool,
+    pub document_boundaries: bool,
     biases: Vec<Option<ParamId>>,
     positions: Option<(PositionsKey, Positions)>,
 }
@@ -118,6 +119,7 @@ impl Trainer {
             groups,
             beside: Vec::new(),
             deterministic: config.run.deterministic,
+            document_boundaries: config.attention.document_boundaries,
             positions: None,
         })
     }

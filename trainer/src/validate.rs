@@ -13,7 +13,7 @@ pub fn held_out_loss(trainer: &mut Trainer, loader: &Loader, moment: &Moment, se
     let sequences = sequences.min(loader.num_samples());
     let mine: Vec<u64> = (sequences * rank / ranks..sequences * (rank + 1) / ranks).collect();
     let samples = loader.read(&mine)?;
-    let batches = micro_batches(&samples, moment.phase.micro_batch as usize, trainer.weights.device());
+    let batches = micro_batches(&samples, moment.phase.micro_batch as usize, trainer.weights.device(), trainer.document_boundaries);
     let sum = trainer.loss_only(moment, &batches)?;
     let total = trainer.groups.world.all_reduce(vec![Tensor::from_slice(&[sum])], Reduce::Sum)?.wait()?;
     Ok(total[0].double_value(&[0]) / (sequences * moment.phase.sequence_length) as f64)

@@ -2,7 +2,7 @@
 //!
 //! Three ways: the reference, which keeps the probabilities, for any device and kind; cuDNN on a GPU in BF16, whose
 //! backward adds as threads come; and beside cuDNN's forward a backward of our own in products over a few heads at a
-//! time, slower, which gives the same bits every time.
+//! time, slower, which gives the same bits every time. Documents that must not see each other are so many attentions.
 //!
 //! Legend: B sequences, H heads, S positions, Dk / Dv head widths, N = B · H.
 use super::wide;
@@ -13,16 +13,30 @@ use tch::{Kind, Tensor};
 pub enum Saved {
     Probabilities(Tensor), // [B, H, S, S]
     Cudnn { made: CudnnAttention, repeatable: bool },
+    /// Of each document, in order.
+    Documents(Vec<(Place, Saved)>),
 }
 
 impl Saved {
     /// The output [B, H, S, Dv], where backward needs it.
-    pub fn out(&self) -> Option<&Tensor> {
+    pub fn out(&self) -> Option<Tensor> {
         match self {
             Saved::Probabilities(_) => None,
-            Saved::Cudnn { made, .. } => Some(&made.out),
+            Saved::Cudnn { made, .. } => Some(made.out.shallow_clone()),
+            Saved::Documents(list) => {
+                let outs = list.iter().map(|(place, saved)| Some((*place, saved.out()?.narrow(2, 0, place.length))));
+                Some(joined(outs.collect::<Option<Vec<_>>>()?))
+            }
         }
     }
+}
+
+/// Where a document lies.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Place {
+    sequence: i64,
+    start: i64,
+    length: i64,
 }
 
 /// Most bytes of one head group's FP32 scores in the repeatable backward, which has four such tensors.
@@ -44,7 +58,59 @@ pub fn backward(dout: &Tensor, q: &Tensor, k: &Tensor, v: &Tensor, saved: &Saved
         Saved::Probabilities(probabilities) => reference_backward(dout, q, k, v, probabilities, scale),
         Saved::Cudnn { made, repeatable: false } => cudnn_backward(dout, [q, k, v], made, scale),
         Saved::Cudnn { made, repeatable: true } => by_heads(dout, [q, k, v], made, scale),
+        Saved::Documents(list) => {
+            let (mut dq, mut dk, mut dv) = (Vec::new(), Vec::new(), Vec::new());
+            for (place, saved) in list {
+                let (q, k, v, dout) = (cut(q, *place), cut(k, *place), cut(v, *place), cut(dout, *place));
+                let made = backward(&dout, &q, &k, &v, saved, scale);
+                for (all, part) in [(&mut dq, made.0), (&mut dk, made.1), (&mut dv, made.2)] {
+                    all.push((*place, part.narrow(2, 0, place.length)));
+                }
+            }
+            (joined(dq), joined(dk), joined(dv))
+        }
     }
+}
+
+/// As `forward`, and a position sees only those of its own document. `documents`: the lengths of each sequence's, in order; what
+/// reaches past S is cut off.
+pub fn forward_within(documents: &[Vec<i64>], [q, k, v]: [&Tensor; 3], scale: f64, repeatable: bool) -> (Tensor, Saved) {
+    let (sequences, positions) = (q.size()[0], q.size()[2]);
+    assert_eq!(documents.len() as i64, sequences, "every sequence has its documents");
+    let (mut outs, mut saved) = (Vec::new(), Vec::new());
+    for (sequence, lengths) in documents.iter().enumerate() {
+        let mut start = 0;
+        for &length in lengths {
+            let place = Place { sequence: sequence as i64, start, length: length.min(positions - start) };
+            start += place.length;
+            if place.length > 0 {
+                let (out, kept) = forward(&cut(q, place), &cut(k, place), &cut(v, place), scale, repeatable);
+                outs.push((place, out.narrow(2, 0, place.length)));
+                saved.push((place, kept));
+            }
+        }
+        assert_eq!(start, positions, "the documents of sequence {sequence} are shorter than it");
+    }
+    (joined(outs), Saved::Documents(saved))
+}
+
+/// cuDNN makes a plan of its own for every length, so documents are lengthened to multiples of this. Attention is causal: no
+/// position of a document sees the zeros behind it, and without a gradient they give none.
+const STEP: i64 = 64;
+
+fn cut(x: &Tensor, Place { sequence, start, length }: Place) -> Tensor {
+    let piece = x.narrow(0, sequence, 1).narrow(2, start, length);
+    if x.device().is_cuda() { piece.constant_pad_nd([0, 0, 0, (STEP - length % STEP) % STEP]) } else { piece }
+}
+
+/// Documents [1, H, length, D], in order → [B, H, S, D].
+fn joined(pieces: Vec<(Place, Tensor)>) -> Tensor {
+    let of = |sequence: i64| {
+        let parts: Vec<&Tensor> = pieces.iter().filter(|(place, _)| place.sequence == sequence).map(|(_, part)| part).collect();
+        Tensor::cat(&parts, 2)
+    };
+    let sequences = pieces.last().expect("there are positions").0.sequence + 1;
+    Tensor::cat(&(0..sequences).map(of).collect::<Vec<_>>(), 0)
 }
 
 /// BF16 on a GPU, widths that cuDNN has kernels for, and more than a handful of positions.

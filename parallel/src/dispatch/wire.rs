@@ -42,16 +42,27 @@ impl Packed {
 
     /// [R, D]
     pub fn gather(&self) -> fp8::Rows {
-        let values = self.values.index_select(0, &self.row).view_dtype(Kind::Float8e4m3fn);
-        let (scales, count) = (self.scales.index_select(0, &self.row).tr(), self.row.size()[0]);
-        let scales = scales.constant_pad_nd([0, fp8::round_up(count, 4) - count]).contiguous(); // [Db, R rounded up]
-        fp8::Rows { values, scales }
+        rows(&self.values.index_select(0, &self.row), &self.scales.index_select(0, &self.row))
+    }
+
+    /// The same by columns for each of the experts, which have `counts` [E] i32 rows: in one pass over what is kept. Scales are
+    /// powers of two and so are the new ones: nothing is rounded twice.
+    pub fn columns(&self, counts: &Tensor) -> fp8::Columns {
+        let source = self.row.to_kind(Kind::Int);
+        quantise::columns_of(&rows(&self.values, &self.scales), Some(&source), Some(counts), ScaleRule::PowerOfTwo)
     }
 
     /// What it holds.
     pub fn tensors(&self) -> [&Tensor; 3] {
         [&self.values, &self.scales, &self.row]
     }
+}
+
+/// values [R, D] u8 and scales [R, Db] as the GEMM reads them.
+fn rows(values: &Tensor, scales: &Tensor) -> fp8::Rows {
+    let count = scales.size()[0];
+    let scales = scales.tr().constant_pad_nd([0, fp8::round_up(count, 4) - count]).contiguous(); // [Db, R rounded up]
+    fp8::Rows { values: values.view_dtype(Kind::Float8e4m3fn), scales }
 }
 
 impl Rows {

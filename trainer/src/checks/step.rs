@@ -78,7 +78,7 @@ impl Trainer {
         let actions = Schedule::GPipe.actions(pipe.rank(), self.mesh.pp, 1).expect("it is made for any number of ranks");
         let mut nowhere = Nowhere;
         let mut grads = Grads::new(&self.weights, self.stages.uses(&actions), &mut nowhere);
-        let one = [MicroBatch { tokens: batch[micro_batch].tokens.shallow_clone() }];
+        let one = [batch[micro_batch].share()];
         let mut pipeline = Pipeline::new(step, &self.stages, &mut self.weights, Some(&mut grads), &one, &self.config);
         pipeline.probe = Some(Probe::new(Chunk { direction: 0, micro_batch: 0 }));
         run_schedule(&actions, &*pipe, &mut pipeline)?;

@@ -1,20 +1,9 @@
 // From the up-projections of multi-head latent attention to what attention reads, and back: the rotary part is turned by
 // its position, pairs (2i, 2i + 1) together. One block a token; a thread moves eight values.
 //
+// Follows tile.cuh, for its words of BF16 and its threads a block.
+//
 // Legend: H heads, N no-position width, R rotary width, V value width, all multiples of 8; S positions of a sequence.
-using u8 = unsigned char;
-using u16 = unsigned short;
-using u32 = unsigned int;
-
-constexpr int THREADS = 256;
-
-static __device__ __forceinline__ u32 bf16_pair(float low, float high) {
-  u32 pair;
-  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
-  return pair;
-}
-static __device__ __forceinline__ float low_bf16(u32 pair) { return __uint_as_float(pair << 16); }
-static __device__ __forceinline__ float high_bf16(u32 pair) { return __uint_as_float(pair & 0xffff0000u); }
 
 // Four pairs turned by the angles whose cosines and sines begin at `cos` and `sin`; `way` is 1, or −1 to turn back.
 static __device__ __forceinline__ uint4 turn(uint4 raw, const float* cos, const float* sin, float way) {

@@ -4,8 +4,10 @@
 //!
 //! Legend: B sequences, S positions, T = B·S, H heads, N no-position width, R rotary width, V value width.
 use crate::device::{self, Kernel};
+use crate::fp8::ScaleRule;
 use crate::jit::Source;
 use crate::launch::{Launch, Shape};
+use crate::ops::quantise::tiles::{self, rule_define};
 use crate::ops::rope::RopeTable;
 use std::sync::Arc;
 use tch::{Device, Kind, Tensor};
@@ -13,7 +15,7 @@ use tch::{Device, Kind, Tensor};
 mod cpu;
 
 const TEXT: &str = include_str!("mla_heads.cu");
-const THREADS: i64 = 256;
+const THREADS: i64 = tiles::THREADS as i64;
 
 #[derive(Clone, Copy, Debug)]
 pub struct Widths {
@@ -31,7 +33,7 @@ impl Widths {
 }
 
 fn source() -> Source {
-    Source { name: "mla_heads", text: TEXT.to_string(), defines: Vec::new() }
+    Source { name: "mla_heads", text: [tiles::TEXT, TEXT].concat(), defines: vec![rule_define(ScaleRule::Amax)] }
 }
 
 /// Every variant, for a test that compiles them all.

@@ -3,7 +3,7 @@
 //! `counts` [E] i32, on the tensor's device, cuts the rows into experts; None is one group with all rows.
 //! Of columns, the tiles of experts that have rows are written; the rest of the room is nobody's.
 use crate::device::{self, Kernel};
-use crate::fp8::{self, Blocks, Columns, Rows, ScaleRule};
+use crate::fp8::{self, Blocks, Columns, Rows, ScaleRule, round_up};
 use crate::jit::Source;
 use crate::launch::{Launch, aligned};
 use std::sync::Arc;
@@ -67,11 +67,15 @@ pub fn gathered(x: &Tensor, source: &Tensor, counts: Option<&Tensor>, want: Want
     }
 }
 
-/// Rows that came in FP8 → 128×1 tiles, transposed, for Wgrad. C is a multiple of 16.
-pub fn columns_of(rows: &Rows, counts: Option<&Tensor>, rule: ScaleRule) -> Columns {
-    let (r, c) = rows.values.size2().expect("values are [R, C]");
+/// Rows that came in FP8, in the order `gathered` [R] i32 names them (None: as they are) → 128×1 tiles, transposed, for Wgrad.
+/// C is a multiple of 16.
+pub fn columns_of(rows: &Rows, gathered: Option<&Tensor>, counts: Option<&Tensor>, rule: ScaleRule) -> Columns {
+    let (v, c) = rows.values.size2().expect("values are [V, C]");
+    let r = gathered.map_or(v, |source| source.size1().expect("the rows' sources are [R]"));
     if !rows.values.device().is_cuda() {
-        return cpu::activation(&rows.dequantise(Kind::BFloat16), counts, Want::COLUMNS, rule).columns.expect("they were wanted");
+        let x = rows.dequantise(Kind::BFloat16);
+        let x = gathered.map_or_else(|| x.shallow_clone(), |source| cpu::gather(&x, source));
+        return cpu::activation(&x, counts, Want::COLUMNS, rule).columns.expect("they were wanted");
     }
     let num_experts = counts.map_or(1, |counts| counts.size1().expect("counts are [E]"));
     let columns = Quantised::empty([r, c], num_experts, Want::COLUMNS, rows.values.device()).columns.expect("they were wanted");
@@ -79,6 +83,7 @@ pub fn columns_of(rows: &Rows, counts: Option<&Tensor>, rule: ScaleRule) -> Colu
     let gpu = device::gpu(rows.values.device());
     let kernel = gpu.kernel(&key, "transpose", || source(Kind::BFloat16, rule)).expect("our own kernels compile and load");
     let launch = Launch::new(gpu, &kernel).early().tensor(&rows.values, Kind::Float8e4m3fn).tensor(&rows.scales, Kind::Float);
+    let launch = launch.int(round_up(v, 4)).tensor_or_null(gathered, Kind::Int);
     let launch = launch.tensor(&columns.values, Kind::Float8e4m3fn).tensor(&columns.scales, Kind::Float);
     let launch = launch.tensor_or_null(counts, Kind::Int).int(num_experts).int(r).int(c);
     tiles::strides(launch, [r, c], num_experts).run(shape(tiles_of(c), tiles::row_tiles(r, num_experts)));

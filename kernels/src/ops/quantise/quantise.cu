@@ -28,10 +28,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 4)
   emit(t, out, place, row_tile, column_tile, scratch);
 }
 
-// Rows in FP8 (values [R, C], a scale for each 1×128 tile) → the transposed layout, rounded to BF16 on the way.
+// Rows in FP8 (values [., C], a scale for each 1×128 tile) → the transposed layout of R of them, rounded to BF16 on the way.
+// `source` as above; rows that several read stay in L2.
 extern "C" __global__ void __launch_bounds__(THREADS, 4)
-    transpose(const u8* from, const float* from_scales, u8* transposed, float* scales_transposed, const int* counts,
-              int num_experts, int R, int C, int P, int scale_stride, int scale_stride_transposed) {
+    transpose(const u8* from, const float* from_scales, int from_stride, const int* source, u8* transposed,
+              float* scales_transposed, const int* counts, int num_experts, int R, int C, int P, int scale_stride,
+              int scale_stride_transposed) {
   __shared__ Scratch scratch;
   begin();
   const Out out = {nullptr, nullptr, transposed, scales_transposed, C, P, scale_stride, scale_stride_transposed};
@@ -45,8 +47,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 4)
   float scale[8];
 #pragma unroll
   for (int r = 0; r < 8; r++) {
-    raw[r] = r < there ? __ldcs((const uint2*)(from + (long long)(first + r) * C + column)) : make_uint2(0, 0);
-    scale[r] = r < there ? __ldg(from_scales + (long long)column_tile * scale_stride + first + r) : 0;
+    const long long row = r < there ? (source ? __ldg(source + first + r) : first + r) : 0;
+    const uint2* at = (const uint2*)(from + row * C + column);
+    raw[r] = r < there ? (source ? __ldg(at) : __ldcs(at)) : make_uint2(0, 0);
+    scale[r] = r < there ? __ldg(from_scales + (long long)column_tile * from_stride + row) : 0;
   }
 #pragma unroll
   for (int r = 0; r < 8; r++) {
