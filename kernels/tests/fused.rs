@@ -188,7 +188,8 @@ fn rms_norm_is_the_cpus() {
             }
             let (y, _) = rms_norm::forward(&x, &weight, 1e-6);
             let (want_y, _) = rms_norm::forward(&cpu(&x), &cpu(&weight), 1e-6);
-            assert!(relative_error(&cpu(&y), &want_y) < 4e-3, "{what}: forward");
+            // Three roundings to BF16 in all, which of few elements may all go the same way.
+            assert!(relative_error(&cpu(&y), &want_y) < 3.0 * 2f64.powi(-8), "{what}: forward");
             let got = rms_norm::quantised(&x, &rstd, &weight, make);
             let wanted = rms_norm::quantised(&cpu(&x), &cpu_rstd, &cpu(&weight), make);
             assert_rows(&what, &got.quantised.rows, &wanted.quantised.rows, t);

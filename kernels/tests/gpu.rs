@@ -160,14 +160,15 @@ fn wgrad_accumulates_and_assigns() {
     };
     let (m, n) = (208, 336);
     for counts in COUNTS {
-        for (write, plan) in [(Write::Accumulate, 0), (Write::Assign, 1), (Write::Assign, 2), (Write::Accumulate, 3)] {
+        let both = |plan| [Write::Accumulate, Write::Assign].map(|write| (write, plan));
+        for (write, plan) in WGRAD_PLANS.into_iter().flat_map(both) {
             let rows = counts.iter().sum::<i64>().max(1);
             let tensor = counts_tensor(gpu, counts);
             let q = |size, mean| quantise::columns(&random(gpu, &[rows, size], mean), Some(&tensor), ScaleRule::Amax);
             let (dy, x) = (q(m, 0.5), q(n, 0.5));
             let before = Tensor::randn([counts.len() as i64, m, n], (Kind::Float, gpu.device()));
             let mut gradient = if write == Write::Assign { before.full_like(f64::NAN) } else { before.copy() };
-            let options = gemm_fp8::Options { plan: Some(WGRAD_PLANS[plan]), ..Default::default() };
+            let options = gemm_fp8::Options { plan: Some(plan), ..Default::default() };
             gemm_grouped::wgrad(&dy, &x, &tensor, &mut gradient, write, options);
             let (a, b) = (dy.dequantise(Kind::Double), x.dequantise(Kind::Double));
             let mut from = 0;

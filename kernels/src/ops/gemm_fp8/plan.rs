@@ -83,7 +83,7 @@ impl Plan {
     fn wgrad_cost(self) -> [f64; 2] {
         match (self.reload, self.width) {
             (true, _) => [1.28, 5.5],
-            (_, 160) => [1.19, 15.0],
+            (_, 160) => [1.22, 15.0],
             _ => [1.0, 12.0],
         }
     }

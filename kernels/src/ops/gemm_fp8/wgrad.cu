@@ -17,6 +17,7 @@ constexpr int STAGE_BYTES = A_BYTES + B_BYTES + SA_BYTES + BN * 4;
 constexpr int BOX_ROWS = RELOAD ? BM : 16, BOX_BYTES = BOX_ROWS * 32 * 4;
 constexpr int OUT_BYTES = RELOAD ? BN / 32 * BOX_BYTES : CONSUMER_WARPS * BOX_BYTES;
 static_assert(BN % 32 == 0, "a tile is written in boxes of 32 columns");
+constexpr bool AHEAD = !RELOAD;  // its ring is too short to look a stage ahead
 
 struct Shared {
   u32 a, b, scales_a, scales_b, out, full, empty, room, written;
@@ -72,6 +73,10 @@ static __device__ __forceinline__ void produce(const Shared& at, const TensorMap
       load_box(at.scales_a + ring.stage * SA_BYTES, map_sa, full, row, k);
       load_box(at.scales_b + ring.stage * SB_BYTES, map_sb, full, column, k);
     }
+  }
+  if (AHEAD) {  // the consumers' last look finds an empty stage
+    barrier_wait(at.empty + 8 * ring.stage, ring.parity ^ 1);
+    barrier_expect(at.full + 8 * ring.stage, 0);
   }
 }
 
@@ -158,13 +163,14 @@ static __device__ __forceinline__ void consume(const Shared& at, const TensorMap
   u32 room_parity = 0;
   Stage<STAGES, A_BYTES, B_BYTES> stage(at.a + WARPGROUP * (64 * BK), at.b, at.full);
   float sum[BN / 2], acc[BN / 2];
+  if (AHEAD) barrier_wait(stage.full, 0);
   for (int unit = blockIdx.x / 2; walk.seek(unit); unit += gridDim.x / 2) {
 #pragma unroll
     for (int i = 0; i < BN / 2; i++) sum[i] = 0;
 #pragma unroll 1
-    for (int k = 0; k < walk.num_k; k++, stage.next()) {
-      barrier_wait(stage.full, stage.parity);
-      const u32 from_a = my_scales_a + stage.index * SA_BYTES, from_b = my_scales_b + stage.index * SB_BYTES;
+    for (int k = 0; k < walk.num_k; k++) {
+      if (!AHEAD) barrier_wait(stage.full, stage.parity);
+      const u32 used = stage.full, from_a = my_scales_a + stage.index * SA_BYTES, from_b = my_scales_b + stage.index * SB_BYTES;
       const float upper = load_one(from_a), lower = load_one(from_a + 32);
       float2 scales[BN / 8];
 #pragma unroll
@@ -173,8 +179,10 @@ static __device__ __forceinline__ void consume(const Shared& at, const TensorMap
 #pragma unroll
       for (int step = 0; step < 4; step++) wgmma(acc, matrix(stage.a + 2 * step), matrix(stage.b + 2 * step), step > 0);
       wgmma_commit();
+      stage.next();
+      if (AHEAD) barrier_wait(stage.full, stage.parity);
       wgmma_wait<0>();
-      if (lane < 2) barrier_arrive(stage.full + 8 * STAGES, lane);
+      if (lane < 2) barrier_arrive(used + 8 * STAGES, lane);
 #pragma unroll
       for (int j = 0; j < BN / 8; j++) {
         sum[4 * j] += acc[4 * j] * (upper * scales[j].x), sum[4 * j + 1] += acc[4 * j + 1] * (upper * scales[j].y);
