@@ -1,25 +1,16 @@
 //! Two GPUs or more against one: every layout's losses, checkpoints that go from each to each, and a rank that dies or
 //! stops in the middle. With fewer GPUs each test says that it was skipped.
 use crate::launching::{Started, local, processes, rank_pid, signal, wait};
-use crate::support::{Run, gap, gpu, mpirun, start};
+use crate::support::{Run, WIDE, gap, gpu, mpirun, start};
 use std::path::Path;
 use std::process::Command;
 use std::time::Instant;
 
-/// Widths and a length for which BF16 attention goes through cuDNN, and FP8 through our kernels; a batch that every
-/// schedule takes.
-const WIDE: &[&str] = &[
+/// A batch that every schedule takes, and every part of the loss.
+const SET: [&str; 7] = [
     "run.device=cuda",
-    "model.kv_lora_rank=16",
-    "model.intermediate_size=128",
-    "model.moe_intermediate_size=128",
-    "model.qk_nope_head_dim=16",
-    "model.qk_rope_head_dim=16",
-    "model.v_head_dim=32",
-    "phase.0.sequence_length=64",
     "phase.0.tokens=15360",
     "phase.0.batch=8",
-    "phase.1.sequence_length=64",
     "phase.1.tokens=7680",
     "phase.0.bias_speed=0",
     "phase.0.balance_weight=1e-2",
@@ -48,7 +39,7 @@ fn two_gpus(test: &str) -> Option<()> {
 }
 
 fn run(name: &str, set: &[&str]) -> Run {
-    Run::new(&format!("gpus-{name}"), &[WIDE, set].concat())
+    Run::new(&format!("gpus-{name}"), &[&WIDE[..], &SET, set].concat())
 }
 
 /// Four at a time: the GPUs have room for small models.

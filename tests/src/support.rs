@@ -197,6 +197,18 @@ impl Run {
     }
 }
 
+/// Widths of the tiny model, and a length, for which BF16 attention goes through cuDNN, and FP8 through our kernels.
+pub const WIDE: [&str; 8] = [
+    "model.kv_lora_rank=16",
+    "model.intermediate_size=128",
+    "model.moe_intermediate_size=128",
+    "model.qk_nope_head_dim=16",
+    "model.qk_rope_head_dim=16",
+    "model.v_head_dim=32",
+    "phase.0.sequence_length=64",
+    "phase.1.sequence_length=64",
+];
+
 /// None: no GPU here, and the test has said so.
 pub fn gpu(test: &str) -> Option<()> {
     let options = Options { local_rank: 0, torch_cuda: None, nvrtc_folder: None, kernel_cache: scratch().join("runs/.kernels") };
