@@ -88,14 +88,14 @@ pub fn bus_id(index: usize) -> Option<String> {
     }
 }
 
-/// Gives CUDA as many hardware queues as it has, unless the environment says a number: with fewer, a stream that waits for
-/// a peer may stand before another's work. Call it first in `main`, before there is a second thread.
+/// How many hardware queues CUDA takes.
+pub const QUEUES: &str = "CUDA_DEVICE_MAX_CONNECTIONS";
+
+/// Gives CUDA as many hardware queues as it has: with fewer, a stream that waits for a peer may stand before another's work.
+/// Call it first in `main`, before there is a second thread.
 pub fn many_queues() {
-    const NAME: &str = "CUDA_DEVICE_MAX_CONNECTIONS";
-    if std::env::var_os(NAME).is_none() {
-        // SAFETY: no other thread reads the environment, as the caller sees to.
-        unsafe { std::env::set_var(NAME, "32") };
-    }
+    // SAFETY: no other thread reads the environment, as the caller sees to.
+    unsafe { std::env::set_var(QUEUES, "32") };
 }
 
 /// Finds the GPU, or says why there is none. An error is a GPU that is there but cannot be used.

@@ -11,3 +11,8 @@ pub fn ranks_here() -> usize {
     let count = |name| env::var(name).ok().and_then(|value| value.parse().ok());
     count("OMPI_COMM_WORLD_LOCAL_SIZE").or_else(|| count("MPI_LOCALNRANKS")).unwrap_or(1)
 }
+
+/// The user has said how many hardware queues CUDA is to take.
+pub fn names_queues() -> bool {
+    env::var_os(kernels::device::QUEUES).is_some()
+}

@@ -127,7 +127,9 @@ enum Dtype {
 }
 
 fn main() -> ExitCode {
-    kernels::device::many_queues();
+    if !environment::names_queues() {
+        kernels::device::many_queues();
+    }
     let colours = std::io::stderr().is_terminal();
     tracing_subscriber::fmt().with_writer(std::io::stderr).with_target(false).with_ansi(colours).init();
     let cli = Cli::parse();
