@@ -82,7 +82,9 @@ impl Peers {
         let (rank, size) = (control.rank(), control.size());
         context.bind_to_thread().map_err(failed)?;
         let each = slots.count * slots.bytes + PAGE_BYTES;
-        let (base, card) = Card::new(context, node, size * each).map_err(failed)?;
+        // A region for each other rank.
+        let region = |of: usize, writer: usize| ((writer - usize::from(writer > of)) * each) as u64;
+        let (base, card) = Card::new(context, node, (size - 1) * each).map_err(failed)?;
         let cards: Vec<Card> = gather_bytes(control, &card.bytes())?.iter().map(|bytes| Card::read(bytes)).collect();
         let reached: Vec<u8> = (0..size).map(|peer| (peer != rank && card.reaches(context, &cards[peer])) as u8).collect();
         let reached = gather_bytes(control, &reached)?;
@@ -95,12 +97,11 @@ impl Peers {
                 links.push(None);
                 continue;
             }
-            let theirs = cards[peer].open().map_err(failed)? + (rank * each) as u64;
-            let (mine, zero) = (base + (peer * each) as u64, || Cell::new(0));
-            links.push(Some(Link { mine, theirs, sent: zero(), received: zero() }));
+            let (mine, theirs) = (base + region(rank, peer), cards[peer].open().map_err(failed)? + region(peer, rank));
+            links.push(Some(Link { mine, theirs, sent: Cell::new(0), received: Cell::new(0) }));
         }
         let stream = || context.new_stream().map_err(failed);
-        Ok(Peers { links, out: stream()?, into: stream()?, slots, bytes: size * each, refused })
+        Ok(Peers { links, out: stream()?, into: stream()?, slots, bytes: (size - 1) * each, refused })
     }
 
     pub fn reaches(&self, rank: usize) -> bool {
