@@ -104,7 +104,7 @@ pub struct BlockWork {
 }
 
 enum FfnWork {
-    Dense(MlpWork),
+    Dense(Box<MlpWork>),
     Moe(Box<MoeWork>),
 }
 
@@ -174,7 +174,7 @@ impl Block {
             (Ffn::Dense(mlp), FfnSaved::Dense(ffn)) => {
                 let x = ffn_in.unwrap_or_else(|| self.ffn_norm.operand_again(w, &before.ffn_norm, Want::COLUMNS, &[mlp.gate_up.weight]));
                 let (dnormed, work) = mlp.backward_input(w, MlpGrad { dy: dy.shallow_clone(), x }, ffn);
-                Started::Done(self.backward_attention(w, dy, dnormed, before, FfnWork::Dense(work)))
+                Started::Done(self.backward_attention(w, dy, dnormed, before, FfnWork::Dense(Box::new(work))))
             }
             (Ffn::Moe(moe), FfnSaved::Moe(ffn)) => {
                 let x = match ffn_in {
@@ -216,7 +216,7 @@ impl Block {
 
     pub fn backward_weight(&self, work: BlockWork, grads: &mut Grads) {
         match (&self.ffn, work.ffn) {
-            (Ffn::Dense(mlp), FfnWork::Dense(work)) => mlp.backward_weight(work, grads),
+            (Ffn::Dense(mlp), FfnWork::Dense(work)) => mlp.backward_weight(*work, grads),
             (Ffn::Moe(moe), FfnWork::Moe(work)) => moe.backward_weight(*work, grads),
             _ => unreachable!("backward_input made the other form"),
         }
