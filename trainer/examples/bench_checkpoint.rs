@@ -44,7 +44,10 @@ fn main() -> Result<()> {
             saver.begin(&*solo(), head(1), parts())?;
             end(&mut saver)
         })?;
-        let undisturbed = timed(|| Ok(step.run()))?;
+        let undisturbed = timed(|| {
+            step.run();
+            Ok(())
+        })?;
         drop_caches();
         let start = Instant::now();
         saver.begin(&*solo(), head(2), parts())?;

@@ -92,12 +92,12 @@ impl Peers {
         let pairs = (0..size).flat_map(|b| (0..b).map(move |a| (a, b)));
         let refused = pairs.filter(|&(a, b)| cards[a].node == cards[b].node && !near(a, b)).count();
         let mut links = Vec::new();
-        for peer in 0..size {
+        for (peer, card) in cards.iter().enumerate() {
             if !near(rank, peer) {
                 links.push(None);
                 continue;
             }
-            let (mine, theirs) = (base + region(rank, peer), cards[peer].open().map_err(failed)? + region(peer, rank));
+            let (mine, theirs) = (base + region(rank, peer), card.open().map_err(failed)? + region(peer, rank));
             links.push(Some(Link { mine, theirs, sent: Cell::new(0), received: Cell::new(0) }));
         }
         let stream = || context.new_stream().map_err(failed);

@@ -81,13 +81,20 @@ fn links(world: &dyn Communicator, control: &dyn Communicator, on: Device) -> Re
     let peers = world.size() as i64 - 1;
     let counts: Vec<i64> = (0..world.size()).map(|rank| if rank == world.rank() { 0 } else { ROWS }).collect();
     let exchange = |rows: &Tensor| world.all_to_all(vec![rows.shallow_clone()], &counts, &counts);
+    let over = |rows: &Tensor| -> Result<()> {
+        exchange(rows)?.wait()?;
+        Ok(())
+    };
     let (a, b) = (Tensor::randn([8192, 8192], (Kind::BFloat16, on)), Tensor::randn([8192, 8192], (Kind::BFloat16, on)));
     let mut found = json!({});
     for (name, bytes) in [("fp8", WIDTH), ("bf16", 2 * WIDTH)] {
         let rows = Tensor::randint(255, [peers * ROWS, bytes], (Kind::Uint8, on));
-        let alone = timed(control, on, ROUNDS, || Ok(drop(exchange(&rows)?.wait()?)))?;
-        let chain = timed(control, on, ROUNDS, || (0..CHAIN).try_for_each(|_| Ok(drop(exchange(&rows)?.wait()?))))? / CHAIN as f64;
-        let gemms = timed(control, on, ROUNDS, || Ok((0..CHAIN).for_each(|_| drop(a.matmul(&b)))))?;
+        let alone = timed(control, on, ROUNDS, || over(&rows))?;
+        let chain = timed(control, on, ROUNDS, || (0..CHAIN).try_for_each(|_| over(&rows)))? / CHAIN as f64;
+        let gemms = timed(control, on, ROUNDS, || {
+            (0..CHAIN).for_each(|_| drop(a.matmul(&b)));
+            Ok(())
+        })?;
         let both = timed(control, on, ROUNDS, || {
             for _ in 0..CHAIN {
                 let under_way = exchange(&rows)?;
@@ -105,7 +112,13 @@ fn links(world: &dyn Communicator, control: &dyn Communicator, on: Device) -> Re
     let x = Tensor::randn([ROWS, WIDTH], (Kind::BFloat16, on));
     let order = Tensor::randperm(ROWS, (Kind::Int64, on));
     let index = order.to_kind(Kind::Int).view([ROWS, 1]);
-    let us = |work: &mut dyn FnMut()| Ok::<_, anyhow::Error>(timed(control, on, ROUNDS, || Ok(work()))? * 1e3);
+    let us = |work: &mut dyn FnMut()| -> Result<f64> {
+        let ms = timed(control, on, ROUNDS, || {
+            work();
+            Ok(())
+        })?;
+        Ok(ms * 1e3)
+    };
     found["quantise_us"] = json!(us(&mut || drop(quantise::rows(&x, ScaleRule::PowerOfTwo)))?);
     let packed = quantise::rows(&x, ScaleRule::PowerOfTwo).values.view_dtype(Kind::Uint8);
     found["pack_us"] = json!(us(&mut || drop(packed.index_select(0, &order)))?);
