@@ -152,12 +152,18 @@ fn steps(args: &Args, config: &RunConfig, (mesh, world): (&parallel::mesh::Mesh,
     };
     for step in 0..args.steps + WARM {
         let batch = batch(&trainer, &moment, step as i64);
-        whole.push(clock(&mut || Ok(losses.push(trainer.step(&moment, &batch, false)?.loss)))?);
+        whole.push(clock(&mut || {
+            losses.push(trainer.step(&moment, &batch, false)?.loss);
+            Ok(())
+        })?);
     }
     for step in 0..args.steps + WARM {
         let batch = batch(&trainer, &moment, step as i64);
         let context = trainer.context(&moment, moment.batch);
-        gradients.push(clock(&mut || Ok(drop(trainer.gradients(&context, &batch, false)?)))?);
+        gradients.push(clock(&mut || {
+            trainer.gradients(&context, &batch, false)?;
+            Ok(())
+        })?);
     }
     let memory = trainer.memory()?.context("it is a GPU")?;
     if let Some(path) = &args.trace {
