@@ -161,7 +161,7 @@ fn steps(args: &Args, config: &RunConfig, (mesh, world): (&parallel::mesh::Mesh,
         let batch = batch(&trainer, &moment, step as i64);
         let context = trainer.context(&moment, moment.batch);
         gradients.push(clock(&mut || {
-            trainer.gradients(&context, &batch, false)?;
+            drop(trainer.gradients(&context, &batch, false)?);
             Ok(())
         })?);
     }
