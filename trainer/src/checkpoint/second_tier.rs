@@ -108,8 +108,8 @@ impl SecondTier {
         self.root.join(format!("node-{}", self.nodes[self.rank]))
     }
 
-    /// Collective. The state may change again once what `take_copy` gives has run, or after `wait`. Waits for the copies before; their failure, the same on every
-    /// rank, is returned, and no reason to end a run.
+    /// Collective. The state may change again once what `take_copy` gives has run, or after `wait`. Waits for the copies
+    /// before; their failure, the same on every rank, is returned, and no reason to end a run.
     pub fn save(&mut self, world: &dyn Communicator, head: &Manifest, parts: Vec<StatePart>) -> Result<Option<String>> {
         let failed = self.wait(world)?;
         let (copying, (made, copied)) = (self.staging.begin(parts), channel());
@@ -123,7 +123,8 @@ impl SecondTier {
             let mut mine = Arriving::new(copied);
             let write = || -> Result<()> {
                 let of = received.iter().map(|(rank, _)| *rank).chain([rank]).collect::<Vec<_>>();
-                clear(&node, &of, kept.as_deref())?;
+                // Nor the folder of these copies: the node's other ranks are filling it.
+                clear(&node, &of, &[kept.as_deref(), Some(&label)])?;
                 let step = node.join(&label);
                 write_copy(&step, (rank, ranks), &head, outline, |index| mine.tensor(index))?;
                 for (from, parts) in received {
@@ -281,9 +282,9 @@ fn folders(path: &Path) -> Vec<PathBuf> {
     found
 }
 
-/// Removes the shards of these ranks from every step but `kept`.
-fn clear(node: &Path, ranks: &[usize], kept: Option<&str>) -> Result<()> {
-    for label in folders(node).iter().filter(|label| label.file_name().and_then(|name| name.to_str()) != kept) {
+/// Removes the shards of these ranks from every step but those `kept`.
+fn clear(node: &Path, ranks: &[usize], kept: &[Option<&str>]) -> Result<()> {
+    for label in folders(node).iter().filter(|label| !kept.contains(&label.file_name().and_then(|name| name.to_str()))) {
         for rank in ranks {
             let path = label.join(format!("rank-{rank}"));
             if path.exists() {
@@ -326,7 +327,20 @@ fn take(from: &Path, partial: &Path) -> Result<Manifest> {
 
 #[cfg(test)]
 mod tests {
-    use super::peer;
+    use super::{clear, peer};
+
+    #[test]
+    fn a_rank_clears_its_own_shards_and_not_the_folder_that_others_are_about_to_fill() {
+        let node = tempfile::tempdir().unwrap();
+        for path in ["step-1/rank-0", "step-1/rank-1", "step-2/rank-0", "step-3"] {
+            std::fs::create_dir_all(node.path().join(path)).unwrap();
+        }
+        clear(node.path(), &[0], &[Some("step-2"), Some("step-3")]).unwrap();
+        let there = ["step-1/rank-0", "step-1/rank-1", "step-2/rank-0", "step-3"].map(|path| node.path().join(path).exists());
+        assert_eq!(there, [false, true, true, true]);
+        clear(node.path(), &[1], &[Some("step-2"), None]).unwrap();
+        assert!(!node.path().join("step-1").exists() && !node.path().join("step-3").exists(), "empty and nobody's");
+    }
 
     #[test]
     fn a_shard_goes_to_the_same_place_on_the_next_node() {
