@@ -1,6 +1,6 @@
 //! FP8 exports of a trained checkpoint: our quantiser's numbers, which transformers loads as they are, and which come back as
 //! they went.
-use crate::oracle::{Subject, check_margin, oracle};
+use crate::oracle::{Subject, oracle, routes_clearly};
 use crate::support::{Run, assert_close, root, scratch, small};
 use kernels::Precision;
 use kernels::fp8::{ScaleRule, quantise_blocks};
@@ -71,13 +71,12 @@ fn an_fp8_export_is_our_quantiser_and_transformers_loads_it() {
     };
     let (fp8, bf16) = (write(&newest, "fp8", Format::Fp8), write(&newest, "bf16", Format::Plain(Kind::BFloat16)));
     let imported = import(&fp8, &folder.join("fp8-imported")).expect("an import");
-    let mut subject = Subject::new(&config.model, Precision::F32, 51, 30);
+    // What was trained depends on the text, so which tokens route clearly does.
+    let asked = (51..59).map(|seed| Subject::new(&config.model, Precision::F32, seed, 30)).map(|subject| (oracle("fp8.py", &fp8, &subject.tokens, &[]), subject));
+    let (theirs, mut subject) = asked.into_iter().find(|(theirs, _)| routes_clearly(theirs)).expect("tokens of one of eight seeds route clearly");
     let (_, tensors) = load(&imported, |_| true).expect("a checkpoint");
     let table = subject.weights.table.clone();
     table.ids().for_each(|id| subject.weights.set(id, &tensors[&format!("weight/{}", table.spec(id).name)]));
-
-    let theirs = oracle("fp8.py", &fp8, &subject.tokens, &[]);
-    check_margin("fp8", &theirs);
     let masters = load(&newest, |name| name.starts_with("weight/")).expect("a checkpoint").1;
     // A dense block, three of MoE and MTP's: five of attention each, three a SwiGLU of 8 experts and a shared one.
     assert_eq!(compare_matrices(&table, &masters, &theirs), 5 * 5 + 3 + 3 * (8 + 1) * 4);

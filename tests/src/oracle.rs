@@ -131,9 +131,13 @@ pub fn oracle(script: &str, export: &Path, input: &Tensor, arguments: &[&str]) -
     file.tensors().into_iter().map(|(name, view)| (name.to_string(), tensor(view))).collect()
 }
 
-pub fn check_margin(name: &str, found: &HashMap<String, Tensor>) {
-    let margin = found["routing_margin"].double_value(&[]);
-    assert!(margin > MARGIN, "{name}: the routing margin is {margin:.1e}, below {MARGIN:.0e}: choose another seed");
+/// No token is so near to another expert that rounding could send it there.
+pub fn routes_clearly(found: &HashMap<String, Tensor>) -> bool {
+    found["routing_margin"].double_value(&[]) > MARGIN
+}
+
+fn check_margin(name: &str, found: &HashMap<String, Tensor>) {
+    assert!(routes_clearly(found), "{name}: the routing margin is {:.1e}: choose another seed", found["routing_margin"].double_value(&[]));
 }
 
 fn compare_gradients(name: &str, ours: &HashMap<String, Tensor>, theirs: &HashMap<String, Tensor>, limit: f64) {
