@@ -1,11 +1,12 @@
 //! What a micro-batch costs: its GEMMs by the precision of their operands, and the bytes it keeps for backward.
 use crate::support::{Run, tokens};
-use model::MicroBatch;
+use model::{MicroBatch, Sentinel};
 use model::saved::{LOGITS, PROBABILITIES, bytes};
 use model::stage::StageIn;
 use parallel::comm::local::solo;
 use parallel::mesh::Mesh;
 use std::collections::BTreeMap;
+use std::rc::Rc;
 use trainer::phase::Plan;
 use trainer::step::Trainer;
 
@@ -41,6 +42,22 @@ fn gemms_are_three_a_linear_and_one_more_where_it_is_made_again() {
         assert_eq!(counted, expected, "up-projections made again: {up_projection}");
         println!("up-projections made again: {up_projection}: {counted:?} in two micro-batches");
     }
+}
+
+#[test]
+fn a_linear_that_fell_back_is_in_bf16_in_all_three_of_its_gemms() {
+    let (mut trainer, plan, batch) = trainer("fell-back", &[&WIDTHS[..], &["run.precision=fp8"]].concat(), 32);
+    let moment = plan.at(0).expect("a phase");
+    let context = trainer.context(&moment, 1);
+    let mut counted = |names: &[&str]| {
+        let ids = names.iter().map(|name| trainer.weights.table.find(name).expect("a linear")).collect();
+        trainer.weights.sentinel = Rc::new(Sentinel::new(ids, None));
+        drop(trainer.gradients(&context, &[batch(1)], false).expect("gradients"));
+        trainer.weights.gemms.take()
+    };
+    let none = counted(&[]);
+    let two = counted(&["model.layers.1.self_attn.q_a_proj.weight", "model.layers.1.mlp.experts.down_proj.weight"]);
+    assert_eq!((two["bf16"], two["fp8"], two["fp32"]), (none["bf16"] + 6, none["fp8"] - 6, none["fp32"]));
 }
 
 /// V3's widths, an eighth of each.
