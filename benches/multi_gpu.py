@@ -83,7 +83,8 @@ def steps(bench, args):
         line(f"torchtitan, ep {ranks}", rival, (theirs, 1) if theirs else None)
         ep = f"--set parallel.ep={ranks} --set model.n_routed_experts={16 * ranks}"
         for transport in ("peer", "nccl"):
-            row = bench.ours(f"ep {transport}", ranks, f"{ep} --set phase.0.batch={ranks} --set parallel.transport={transport}")
+            trace = f"--trace {args.trace_ep}" if args.trace_ep and transport == "peer" else ""
+            row = bench.ours(f"ep {transport}", ranks, f"{ep} --set phase.0.batch={ranks} --set parallel.transport={transport}", trace)
             line(f"ep {ranks}, {transport}", row, one, rival)
         eight = bench.ours("one, 8 micro-batches", 1, "--set phase.0.batch=8")
         for schedule in ("1f1b", "paired"):
@@ -116,6 +117,7 @@ def main():
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--json")
     parser.add_argument("--timeline")
+    parser.add_argument("--trace-ep", help="the profiler's trace of a step under ep, FILE.json: FILE.RANK.json")
     args = parser.parse_args()
     args.folder = tempfile.mkdtemp()
     bench = Bench(args)

@@ -121,6 +121,11 @@ impl Block {
         Block { attention_norm, attention, ffn_norm, ffn, recompute: table.recompute, params: first..table.specs().len() }
     }
 
+    /// Has experts, which may be elsewhere.
+    pub fn sends(&self) -> bool {
+        matches!(self.ffn, Ffn::Moe(_))
+    }
+
     fn moe(&self) -> &Moe {
         let Ffn::Moe(moe) = &self.ffn else { panic!("a dense block sends nothing") };
         moe

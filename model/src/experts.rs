@@ -90,7 +90,7 @@ impl Layer for Experts {
     }
 
     fn backward_weight(&self, work: ExpertsWork, grads: &mut Grads) {
-        for (id, LinearWork { dy, x }) in [(self.gate_up, &work.gate_up), (self.down, &work.down)] {
+        for (id, LinearWork { dy, x }) in [(self.down, &work.down), (self.gate_up, &work.gate_up)] {
             operand::grouped_backward_weight(grads, id, dy, x, &work.counts);
         }
     }

@@ -289,15 +289,12 @@ impl<'a> Backward<'a> {
                 event("backward", "wait");
                 let (dx, block) = self.stage.block(index).backward_end(w, sent)?;
                 other()?;
-                // What can be sent goes first: the weights' gradients hide its first hop.
-                let more = self.run(w, dx, work)?;
-                work(Work::Block(index, Box::new(block)));
-                return Ok(more);
+                return self.run(w, dx, Some(Work::Block(index, Box::new(block))), work);
             }
             BackwardAt::Over(_) | BackwardAt::Moving => panic!("a backward was advanced past its end"),
         };
         other()?;
-        self.run(w, dh, work)
+        self.run(w, dh, None, work)
     }
 
     /// The next hop of what is under way.
@@ -332,24 +329,34 @@ impl<'a> Backward<'a> {
         dh
     }
 
-    /// From one block's input to the next transfer, or the end.
-    fn run(&mut self, w: &Weights, mut dh: Tensor, work: &mut dyn FnMut(Work)) -> Result<bool, CommError> {
+    /// From one block's input to the next transfer, or the end. `held`: the block's weights, whose gradients hide the first
+    /// hop of what can be sent before them, or the way of the embedding's gradient to its owners.
+    fn run(&mut self, w: &Weights, mut dh: Tensor, mut held: Option<Work>, work: &mut dyn FnMut(Work)) -> Result<bool, CommError> {
         loop {
             if self.saved.blocks.len() == self.stage.blocks.len()
                 && let Some((last, saved)) = self.stage.last.as_ref().zip(self.saved.turn.take())
             {
                 dh = self.turn(w, last, dh, saved, work);
             }
-            let Some(saved) = self.saved.blocks.pop() else { return Ok(self.leave(w, dh, work)) };
+            let Some(saved) = self.saved.blocks.pop() else {
+                let more = self.leave(w, dh, work);
+                held.into_iter().for_each(work);
+                return Ok(more);
+            };
             let index = self.saved.blocks.len();
-            match self.stage.block(index).backward_input(w, dh, saved)? {
+            let block = self.stage.block(index);
+            if !block.sends() {
+                held.take().into_iter().for_each(&mut *work);
+            }
+            match block.backward_input(w, dh, saved)? {
                 Started::Done((dx, block)) => {
-                    work(Work::Block(index, Box::new(block)));
+                    held = Some(Work::Block(index, Box::new(block)));
                     dh = dx;
                 }
                 Started::Sent(sent) => {
                     event("backward", "send");
                     self.at = BackwardAt::Sent(sent);
+                    held.into_iter().for_each(work);
                     return Ok(true);
                 }
             }

@@ -294,18 +294,18 @@ impl Layer for Mla {
     }
 
     fn backward_weight(&self, work: MlaWork, grads: &mut Grads) {
+        self.out.backward_weight(work.out, grads);
+        self.kv_b.backward_weight(work.kv_b, grads);
+        self.kv_norm.backward_weight(work.kv_norm, grads);
+        self.kv_a.backward_weight(work.kv_a, grads);
         match (&self.query, work.query) {
             (Query::Direct(linear), QueryWork::Direct(work)) => linear.backward_weight(work, grads),
             (Query::Latent { a, norm, b }, QueryWork::Latent { a: a_work, norm: norm_work, b: b_work }) => {
-                a.backward_weight(a_work, grads);
-                norm.backward_weight(norm_work, grads);
                 b.backward_weight(b_work, grads);
+                norm.backward_weight(norm_work, grads);
+                a.backward_weight(a_work, grads);
             }
             _ => unreachable!("backward_input made the other form"),
         }
-        self.kv_a.backward_weight(work.kv_a, grads);
-        self.kv_norm.backward_weight(work.kv_norm, grads);
-        self.kv_b.backward_weight(work.kv_b, grads);
-        self.out.backward_weight(work.out, grads);
     }
 }

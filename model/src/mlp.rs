@@ -51,7 +51,7 @@ impl Layer for Mlp {
         (dx, [LinearWork { dy: dgate_up, x }, LinearWork { dy, x: d.out }])
     }
     fn backward_weight(&self, [up, down]: MlpWork, grads: &mut Grads) {
-        self.gate_up.backward_weight(up, grads);
         self.down.backward_weight(down, grads);
+        self.gate_up.backward_weight(up, grads);
     }
 }

@@ -193,9 +193,9 @@ impl Moe {
     }
 
     pub fn backward_weight(&self, work: MoeWork, grads: &mut Grads) {
-        self.gate.backward_weight(work.gate, grads);
         if let Some((shared, work)) = self.shared.as_ref().zip(work.shared) {
             shared.backward_weight(work, grads);
         }
+        self.gate.backward_weight(work.gate, grads);
     }
 }

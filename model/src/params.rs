@@ -8,7 +8,7 @@ use crate::recompute::Recompute;
 use crate::sentinel::Sentinel;
 use kernels::Precision;
 use kernels::fp8::{Blocks, ScaleRule};
-use kernels::ops::{linear, quantise};
+use kernels::ops::{linear, normal, quantise};
 use parallel::comm::CommError;
 use std::cell::OnceCell;
 use std::rc::Rc;
@@ -92,45 +92,17 @@ impl ParamSpec {
     }
 
     /// The values of `seed`: a function of (seed, name, index) alone, so no layout and no order changes them.
-    pub fn initial(&self, seed: u64, kind: Kind) -> Tensor {
-        let options = (kind, Device::Cpu);
+    pub fn initial(&self, seed: u64, kind: Kind, device: Device) -> Tensor {
+        let options = (kind, device);
         match self.init {
             Init::Ones => Tensor::ones(&self.shape, options),
             Init::Zeros => Tensor::zeros(&self.shape, options),
             Init::Normal { std } => {
-                let key = name_key(seed, &self.name);
-                let first = (self.start * self.shape[1..].iter().product::<i64>()) as u64;
-                let mut values = vec![0f32; self.numel() as usize];
-                let each = (values.len() / std::thread::available_parallelism().map_or(1, |cores| cores.get())).max(1 << 20);
-                std::thread::scope(|scope| {
-                    for (piece, start) in values.chunks_mut(each).zip((first..).step_by(each)) {
-                        scope.spawn(move || piece.iter_mut().zip(start..).for_each(|(value, i)| *value = (normal(key, i) * std) as f32));
-                    }
-                });
-                Tensor::from_slice(&values).reshape(&self.shape).to_kind(kind)
+                let first = self.start * self.shape[1..].iter().product::<i64>();
+                normal::draw(normal::key(seed, &self.name), first as u64, self.numel(), std, device).view(&self.shape[..]).to_kind(kind)
             }
         }
     }
-}
-
-/// FNV-1a of the name, mixed with the seed.
-fn name_key(seed: u64, name: &str) -> u64 {
-    mix(seed ^ name.bytes().fold(0xcbf2_9ce4_8422_2325, |hash, byte| (hash ^ byte as u64).wrapping_mul(0x0100_0000_01b3)))
-}
-
-/// A bijective 64-bit finaliser: successive counters give independent-looking words.
-fn mix(mut x: u64) -> u64 {
-    x = x.wrapping_add(0x9e37_79b9_7f4a_7c15);
-    x = (x ^ (x >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    x = (x ^ (x >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-    x ^ (x >> 31)
-}
-
-/// The `index`-th standard normal number of a key (Box–Muller).
-fn normal(key: u64, index: u64) -> f64 {
-    let unit = |word: u64| ((word >> 11) as f64 + 0.5) / (1u64 << 53) as f64;
-    let radius = (-2.0 * unit(mix(key ^ mix(2 * index))).ln()).sqrt();
-    radius * (2.0 * std::f64::consts::PI * unit(mix(key ^ mix(2 * index + 1)))).cos()
 }
 
 /// Every parameter of this rank, in model order.
@@ -141,6 +113,8 @@ pub struct ParamTable {
     pub(crate) recompute: Recompute,
     /// The parameter of every layer declared since `take_uses`, shared ones once a layer.
     uses: Vec<ParamId>,
+    /// One whose gradient is complete before that of the others, from this one back.
+    early: Option<(ParamId, ParamId)>,
 }
 
 impl ParamTable {
@@ -190,6 +164,21 @@ impl ParamTable {
     pub fn ids(&self) -> impl Iterator<Item = ParamId> + use<> {
         (0..self.specs.len()).map(ParamId)
     }
+    /// The gradient of `id` is complete before that of `before` and of those declared between them.
+    pub(crate) fn completes_before(&mut self, id: ParamId, before: ParamId) {
+        self.early = Some((id, before));
+    }
+    /// In the order in which a backward completes their gradients: from the last to the first, but the embedding's, which
+    /// needs no weight's gradient of the first block.
+    pub fn completed(&self) -> Vec<ParamId> {
+        let mut ids: Vec<ParamId> = self.ids().collect();
+        if let Some((early, before)) = self.early {
+            ids.remove(early.0);
+            ids.insert(before.0, early); // one place further back, since `early` was declared before it
+        }
+        ids.reverse();
+        ids
+    }
     pub fn spec(&self, id: ParamId) -> &ParamSpec {
         &self.specs[id.0]
     }
@@ -234,7 +223,7 @@ type Land = Box<dyn FnOnce(&mut Weights) -> Result<(), CommError>>;
 
 impl Weights {
     pub fn initial(table: Rc<ParamTable>, precision: Precision, seed: u64, device: Device) -> Self {
-        let tensors = table.specs().iter().map(|spec| spec.initial(seed, spec.kind(precision)).to_device(device)).collect();
+        let tensors = table.specs().iter().map(|spec| spec.initial(seed, spec.kind(precision), device)).collect();
         let blocks = table.specs().iter().map(|_| OnceCell::new()).collect();
         Weights { table, precision, tensors, blocks, arrivals: Vec::new(), gemms: Rc::default(), sentinel: Rc::default() }
     }
@@ -403,15 +392,15 @@ mod tests {
     #[test]
     fn initial_values_depend_on_seed_and_name_and_look_normal() {
         let spec = |name: &str| ParamSpec { name: name.into(), shape: vec![100, 200], init: Init::Normal { std: 0.5 }, role: Role::Matrix, start: 0, total: 100 };
-        let a = spec("a").initial(1, Kind::Double);
-        assert!(a.equal(&spec("a").initial(1, Kind::Double)));
-        assert!(!a.equal(&spec("a").initial(2, Kind::Double)));
-        assert!(!a.equal(&spec("b").initial(1, Kind::Double)));
+        let a = spec("a").initial(1, Kind::Double, Device::Cpu);
+        assert!(a.equal(&spec("a").initial(1, Kind::Double, Device::Cpu)));
+        assert!(!a.equal(&spec("a").initial(2, Kind::Double, Device::Cpu)));
+        assert!(!a.equal(&spec("b").initial(1, Kind::Double, Device::Cpu)));
         let (mean, std) = (a.mean(Kind::Double).double_value(&[]), a.std(true).double_value(&[]));
         assert!(mean.abs() < 0.015 && (std - 0.5).abs() < 0.01, "mean {mean}, std {std}");
         let lag = (a.narrow(1, 0, 199) * a.narrow(1, 1, 199)).mean(Kind::Double).double_value(&[]);
         assert!(lag.abs() < 0.01, "neighbours correlate: {lag}");
         let part = ParamSpec { shape: vec![30, 200], start: 60, ..spec("a") };
-        assert!(part.initial(1, Kind::Double).equal(&a.narrow(0, 60, 30)), "a part is a part of the whole");
+        assert!(part.initial(1, Kind::Double, Device::Cpu).equal(&a.narrow(0, 60, 30)), "a part is a part of the whole");
     }
 }

@@ -153,7 +153,10 @@ impl Stage {
     pub fn new(table: &mut ParamTable, config: &ModelConfig, part: &StagePart) -> Self {
         table.take_uses();
         let embedding = part.first.then(|| Embedding { weight: table.embedding(config) });
-        let blocks = part.layers.clone().map(|layer| Block::new(table, config, &format!("model.layers.{layer}"), config.is_moe(layer))).collect();
+        let blocks: Vec<Block> = part.layers.clone().map(|layer| Block::new(table, config, &format!("model.layers.{layer}"), config.is_moe(layer))).collect();
+        if let Some((embedding, first)) = embedding.as_ref().zip(blocks.first()) {
+            table.completes_before(embedding.weight, ParamId(first.params.end - 1));
+        }
         let last = part.last.then(|| {
             let norm = RmsNorm { weight: table.norm("model.norm.weight", config.hidden_size), eps: config.rms_norm_eps };
             let head = table.matrix("lm_head.weight", &[config.vocab_size, config.hidden_size], config);

@@ -154,7 +154,7 @@ fn gpu(comm: &Comm, over: &str, expected: &Results) {
         compare(&program(On(&**comm, on)), expected, comm.rank());
     } else {
         // Small slots: messages of many pieces, none of which ends where a row does.
-        let small = Slots { count: 3, bytes: 12_288 };
+        let small = Slots { count: 4, bytes: 12_288 };
         for slots in [Some(small), None] {
             let options = nccl::Options { device, peers: over == "peer", slots, ..Default::default() };
             let carrier = nccl::connect(comm.clone(), &options).expect("a GPU group");

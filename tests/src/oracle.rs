@@ -88,6 +88,7 @@ impl Subject {
         let mut grads = Grads::new(&self.weights, self.stage.uses.iter().copied(), &mut complete);
         self.stage.backward(&self.weights, None, saved, &mut |work| self.stage.backward_weight(work, &mut grads)).expect("backward");
         grads.finish();
+        self.completes_in_order(&complete);
         let mean = |sum: &Tensor, count: i64| sum.double_value(&[]) / count as f64;
         let losses = [mean(&stats.main, step.main_targets), mean(&stats.mtp, step.mtp_targets), mean(&stats.balance, step.sequences)];
         let mut named = HashMap::new();
@@ -98,6 +99,20 @@ impl Subject {
             }
         }
         (losses, named)
+    }
+
+    /// Buckets of gradients leave in the order that the table foretells: one that is out of it holds up all behind it.
+    /// (MTP's come with a few places changed.)
+    fn completes_in_order(&self, complete: &[(ParamId, Tensor)]) {
+        if self.config.num_nextn_predict_layers > 0 {
+            return;
+        }
+        let table = &self.weights.table;
+        let of = |experts: bool| move |id: &ParamId| table.spec(*id).trained() && (table.spec(*id).role == Role::Experts) == experts;
+        for experts in [false, true] {
+            let names = |ids: &mut dyn Iterator<Item = ParamId>| ids.filter(of(experts)).map(|id| table.spec(id).name.clone()).collect::<Vec<_>>();
+            assert_eq!(names(&mut complete.iter().map(|(id, _)| *id)), names(&mut table.completed().into_iter()));
+        }
     }
 }
 

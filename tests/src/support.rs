@@ -19,7 +19,7 @@ pub fn assert_close(name: &str, a: &Tensor, b: &Tensor, limit: f64) {
 /// Normal numbers of a seed, without torch's process-wide generator.
 pub fn random(seed: u64, shape: &[i64]) -> Tensor {
     let spec = model::params::ParamSpec { name: format!("random {seed}"), shape: shape.to_vec(), init: model::params::Init::Normal { std: 1.0 }, role: model::params::Role::Matrix, start: 0, total: shape[0] };
-    spec.initial(seed, Kind::Double)
+    spec.initial(seed, Kind::Double, Device::Cpu)
 }
 
 /// `count` token ids below `vocab`.

@@ -43,7 +43,7 @@ impl Optimizer {
             let zeros = || Tensor::zeros(&spec.shape, (moment, rows.device()));
             let (first, second) = (zeros(), zeros());
             // A BF16 weight has lost bits of the initial value: the master starts from the seed again.
-            let master = if rows.kind() == kind { rows } else { spec.initial(seed, kind).to_device(rows.device()) };
+            let master = if rows.kind() == kind { rows } else { spec.initial(seed, kind, rows.device()) };
             Slot { shard: *shard, master, first, second, sums: None }
         });
         let rule = AdamW { beta1: config.beta1, beta2: config.beta2, eps: config.eps, weight_decay: config.weight_decay };

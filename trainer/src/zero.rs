@@ -114,7 +114,7 @@ impl Zero {
         let mut members: Vec<Vec<ParamId>> = Vec::new();
         let mut routes = vec![Route::Untrained; table.specs().len()];
         let mut shards = Vec::new();
-        for id in table.ids().filter(|&id| table.spec(id).trained()) {
+        for id in table.completed().into_iter().filter(|&id| table.spec(id).trained()) {
             let comm = holders(groups, table.spec(id).role);
             if comm.size() == 1 {
                 routes[id.0] = Route::Alone;
@@ -134,7 +134,7 @@ impl Zero {
         let bytes_each = weights.precision.master().elt_size_in_bytes();
         for (index, (lane, members)) in lanes.iter_mut().zip(members).enumerate() {
             let first = buckets.len();
-            for ids in cut(table, members.into_iter().rev(), lane.comm.size(), (bucket_bytes / bytes_each) as i64) {
+            for ids in cut(table, members.into_iter(), lane.comm.size(), (bucket_bytes / bytes_each) as i64) {
                 ids.iter().for_each(|id| routes[id.0] = Route::Bucket(buckets.len()));
                 buckets.push(Rc::new(Bucket::new(weights, (index, &lane.comm), ids)));
             }

@@ -9,6 +9,7 @@ pub mod gemm_grouped;
 pub mod gradient_norm;
 pub mod linear;
 pub mod mla_heads;
+pub mod normal;
 pub mod quantise;
 pub mod rms_norm;
 pub mod rope;

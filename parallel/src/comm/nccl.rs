@@ -157,7 +157,7 @@ impl Axis {
     }
 
     fn streams(&self) -> impl Iterator<Item = &Arc<CudaStream>> {
-        let peers = self.peers.iter().flat_map(|peers| [&peers.out, &peers.into]);
+        let peers = self.peers.iter().flat_map(Peers::streams);
         peers.chain(self.nccl.iter().map(|nccl| &nccl.stream))
     }
 

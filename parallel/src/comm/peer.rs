@@ -2,11 +2,12 @@
 //! the receiver's memory (CUDA IPC), announced by a flag there and freed by a credit back. No multiprocessor takes part
 //! and no host waits: the streams do. Part of the NCCL back end (`nccl.rs`), which orders these streams against torch.
 //!
-//! A message goes in pieces of a slot. The k-th piece between two ranks uses slot k mod SLOTS: it is written once the
-//! receiver has taken piece k − SLOTS out, and the flag says k when all of it is there.
+//! A message goes in pieces of at most a slot. The k-th piece between two ranks uses slot k mod SLOTS: it is written once
+//! the receiver has taken piece k − SLOTS out, and the slot's flag says k when all of it is there. Pieces go two ways in
+//! turns: while one waits or raises its flag, the other's bytes are on the link.
 //!
-//! Invariants: what is sent and received waits in two streams, so that a rank which sends much can never keep itself
-//! from receiving; the k-th message to a rank meets its k-th receive, of as many bytes; the slots are never freed,
+//! Invariants: what is sent and received waits in streams of its own, so that a rank which sends much can never keep
+//! itself from receiving; the k-th message to a rank meets its k-th receive, of as many bytes; the slots are never freed,
 //! because a peer may still write. A stream that waits for a dead peer waits for ever: the launcher's heartbeat ends
 //! the process. CUDA knows nothing of the order that flags impose: the streams need hardware queues of their own
 //! (`kernels::device::many_queues`), and nothing is loaded or allocated between a flag and its wait.
@@ -22,23 +23,26 @@ use std::sync::Arc;
 /// How slots are laid out; the same on all ranks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Slots {
-    /// Pieces under way to a rank at a time.
+    /// Pieces under way to a rank at a time: a power of two, from WAYS to MOST.
     pub count: usize,
     pub bytes: usize,
 }
 
 impl Slots {
-    /// A piece costs some 10 µs of waiting and of the host beside its copy, and is taken out while the next ones come: 8 MiB
-    /// (22 µs of NVLink) are a middle. Not more than 256 MiB an axis, however many ranks it has.
+    /// A piece costs the host some 10 µs, and is taken out while the next ones come: 8 MiB (22 µs of NVLink) are a middle.
+    /// Not more than 256 MiB an axis, however many ranks it has.
     pub fn of(ranks: usize) -> Self {
         let bytes = (64 << 20) / ranks.saturating_sub(1).max(1);
         Slots { count: 4, bytes: (bytes / PAGE_BYTES * PAGE_BYTES).clamp(2 << 20, 8 << 20) }
     }
 }
 
-/// Flag and credit lie 128 bytes apart behind the slots.
+/// Streams in each direction.
+pub const WAYS: usize = 2;
+/// Behind the slots lie a flag and a credit for each, 128 bytes apart.
 const PAGE_BYTES: usize = 4096;
-const CREDIT_AT: usize = 128;
+const LINE: usize = 128;
+const MOST: usize = PAGE_BYTES / (2 * LINE);
 /// Where a part of a message starts in a slot: copy engines are slow at odd places.
 const ALIGN: usize = 256;
 
@@ -46,8 +50,8 @@ const ALIGN: usize = 256;
 pub(super) struct Peers {
     links: Vec<Option<Link>>,
     /// Where sends wait for credit, and receives for data.
-    pub out: Arc<CudaStream>,
-    pub into: Arc<CudaStream>,
+    out: [Arc<CudaStream>; WAYS],
+    into: [Arc<CudaStream>; WAYS],
     slots: Slots,
     /// Device memory of the slots.
     pub bytes: usize,
@@ -55,7 +59,7 @@ pub(super) struct Peers {
     pub refused: usize,
 }
 
-/// To and from one rank. Addresses are of slots, then flag, then credit.
+/// To and from one rank. Addresses are of slots, then of their flags and credits.
 struct Link {
     /// In this GPU's memory; the peer writes.
     mine: CUdeviceptr,
@@ -78,6 +82,7 @@ impl Peers {
     pub fn connect(control: &dyn Communicator, context: &Arc<CudaContext>, node: usize, slots: Option<Slots>) -> Result<Peers, CommError> {
         const OP: &str = "connect";
         let slots = slots.unwrap_or(Slots::of(control.size()));
+        assert!(slots.count.is_power_of_two() && (WAYS..=MOST).contains(&slots.count) && slots.bytes.is_multiple_of(ALIGN), "{slots:?}");
         let failed = |e: DriverError| CommError::Lost { rank: control.rank(), size: control.size(), op: OP, reason: format!("CUDA: {e:?}") };
         let (rank, size) = (control.rank(), control.size());
         context.bind_to_thread().map_err(failed)?;
@@ -101,29 +106,32 @@ impl Peers {
             links.push(Some(Link { mine, theirs, sent: Cell::new(0), received: Cell::new(0) }));
         }
         let stream = || context.new_stream().map_err(failed);
-        Ok(Peers { links, out: stream()?, into: stream()?, slots, bytes: (size - 1) * each, refused })
+        let (out, into) = ([stream()?, stream()?], [stream()?, stream()?]);
+        Ok(Peers { links, out, into, slots, bytes: (size - 1) * each, refused })
+    }
+
+    pub fn streams(&self) -> impl Iterator<Item = &Arc<CudaStream>> {
+        self.out.iter().chain(&self.into)
     }
 
     pub fn reaches(&self, rank: usize) -> bool {
         self.links[rank].is_some()
     }
 
-    /// Posts one message to `rank` of these parts (address, bytes), which live until the out stream has passed.
+    /// Posts one message to `rank` of these parts (address, bytes), which live until the streams have passed.
     pub fn send(&self, rank: usize, parts: &[(CUdeviceptr, usize)]) -> Result<(), DriverError> {
         let link = self.links[rank].as_ref().expect("a rank that is reached");
-        let page = (self.slots.count * self.slots.bytes) as u64;
-        let stream = self.out.cu_stream();
-        for piece in cut(parts, self.slots.bytes) {
+        for piece in cut(parts, piece_bytes(parts, self.slots.bytes)) {
             let number = link.sent.get().wrapping_add(1);
-            let slot = link.theirs + self.place(number);
+            let (stream, at) = (self.out[number as usize % WAYS].cu_stream(), self.places(number));
             // SAFETY: the stream is live; flag, credit and slot lie within the regions mapped in `connect`; the parts are
             // the caller's and live. Nobody reads the slot before the flag, and the credit says that nobody reads it still.
             unsafe {
-                ok(sys::cuStreamWaitValue32_v2(stream, link.mine + page + CREDIT_AT as u64, number.wrapping_sub(self.slots.count as u32), GEQ))?;
-                for (from, at, bytes) in piece {
-                    ok(sys::cuMemcpyAsync(slot + at as u64, from, bytes, stream))?;
+                ok(sys::cuStreamWaitValue32_v2(stream, link.mine + at.credit, number.wrapping_sub(self.slots.count as u32), GEQ))?;
+                for (from, within, bytes) in piece {
+                    ok(sys::cuMemcpyAsync(link.theirs + at.slot + within as u64, from, bytes, stream))?;
                 }
-                ok(sys::cuStreamWriteValue32_v2(stream, link.theirs + page, number, 0))?;
+                ok(sys::cuStreamWriteValue32_v2(stream, link.theirs + at.flag, number, 0))?;
             }
             link.sent.set(number);
         }
@@ -133,28 +141,34 @@ impl Peers {
     /// Posts the receive of one message from `rank` into these parts.
     pub fn receive(&self, rank: usize, parts: &[(CUdeviceptr, usize)]) -> Result<(), DriverError> {
         let link = self.links[rank].as_ref().expect("a rank that is reached");
-        let page = (self.slots.count * self.slots.bytes) as u64;
-        let stream = self.into.cu_stream();
-        for piece in cut(parts, self.slots.bytes) {
+        for piece in cut(parts, piece_bytes(parts, self.slots.bytes)) {
             let number = link.received.get().wrapping_add(1);
-            let slot = link.mine + self.place(number);
-            // SAFETY: as in `send`; the parts are the caller's, and nobody reads them before the in stream has passed.
+            let (stream, at) = (self.into[number as usize % WAYS].cu_stream(), self.places(number));
+            // SAFETY: as in `send`; the parts are the caller's, and nobody reads them before the streams have passed.
             unsafe {
-                ok(sys::cuStreamWaitValue32_v2(stream, link.mine + page, number, GEQ))?;
-                for (to, at, bytes) in piece {
-                    ok(sys::cuMemcpyAsync(to, slot + at as u64, bytes, stream))?;
+                ok(sys::cuStreamWaitValue32_v2(stream, link.mine + at.flag, number, GEQ))?;
+                for (to, within, bytes) in piece {
+                    ok(sys::cuMemcpyAsync(to, link.mine + at.slot + within as u64, bytes, stream))?;
                 }
-                ok(sys::cuStreamWriteValue32_v2(stream, link.theirs + page + CREDIT_AT as u64, number, 0))?;
+                ok(sys::cuStreamWriteValue32_v2(stream, link.theirs + at.credit, number, 0))?;
             }
             link.received.set(number);
         }
         Ok(())
     }
 
-    /// Of a piece's slot in its region.
-    fn place(&self, number: u32) -> u64 {
-        (number as usize % self.slots.count * self.slots.bytes) as u64
+    /// Of a piece, in its region.
+    fn places(&self, number: u32) -> Places {
+        let index = number as usize % self.slots.count;
+        let flag = self.slots.count * self.slots.bytes + 2 * LINE * index;
+        Places { slot: (index * self.slots.bytes) as u64, flag: flag as u64, credit: (flag + LINE) as u64 }
     }
+}
+
+struct Places {
+    slot: u64,
+    flag: u64,
+    credit: u64,
 }
 
 /// Counted modulo 2³²: what is less than 2³¹ ahead has not come.
@@ -162,6 +176,12 @@ const GEQ: u32 = sys::CUstreamWaitValue_flags_enum::CU_STREAM_WAIT_VALUE_GEQ as 
 
 fn ok(code: CUresult) -> Result<(), DriverError> {
     code.result()
+}
+
+/// An eighth of the message, so that little is left to be taken out when the last of it has come; within limits.
+fn piece_bytes(parts: &[(CUdeviceptr, usize)], slot: usize) -> usize {
+    let whole: usize = parts.iter().map(|&(_, bytes)| bytes).sum();
+    whole.div_ceil(8).next_multiple_of(PAGE_BYTES).clamp(slot.min(2 << 20), slot)
 }
 
 /// The parts of a message as pieces of at most `slot` bytes, (address, place in the slot, bytes) each. A function of the
