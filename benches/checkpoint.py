@@ -2,8 +2,10 @@
 
     checkpoint.py --ours CMD --rival CMD [--dir DIR] [--gb N] [--rounds N] [--json FILE]
 
-Both commands are run with DIR GB ROUNDS behind them, in turn. Figures are medians of the rounds; ratios to raw I/O are the
-medians of each round's own. The first round of ours allocates what later saves use again, and is in the medians.
+Both commands are run with DIR GB behind them and take turns, a round each. Figures are medians of the rounds. A raw write or
+read is the fastest of its round: through the page cache, past it, and past it in large pages; a ratio to it is the median of
+each round's own. Caches are cold for every read, and every write ends with an fsync. The first round of each side allocates
+what later ones use again, and is in the medians.
 """
 
 import argparse
@@ -17,12 +19,65 @@ from pathlib import Path
 
 from compare import cpu_name, commit
 
+RAW = ("cached", "direct", "large")
 
-def run(command, *args):
-    done = subprocess.run([*shlex.split(command), *map(str, args)], stdout=subprocess.PIPE, text=True)
-    if done.returncode:
-        sys.exit(f"exit code {done.returncode}: {command}")
-    return json.loads(done.stdout.strip().splitlines()[-1])
+
+class Side:
+    """A process that measures a round for each line it gets."""
+
+    def __init__(self, command, *args):
+        self.command = command
+        self.process = subprocess.Popen([*shlex.split(command), *map(str, args)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.rounds = []
+
+    def round(self):
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
+        line = self.process.stdout.readline()
+        if not line:
+            sys.exit(f"exit code {self.process.wait()}: {self.command}")
+        self.rounds.append(json.loads(line))
+
+    def end(self):
+        self.process.stdin.close()
+        if self.process.wait():
+            sys.exit(f"exit code {self.process.returncode}: {self.command}")
+
+    def median(self, key):
+        return statistics.median(one[key] for one in self.rounds)
+
+    def spread(self, key):
+        return f"{min(one[key] for one in self.rounds):.2f} to {max(one[key] for one in self.rounds):.2f}"
+
+
+def raw(one, what):
+    return min(one[f"{kind}_{what}_s"] for kind in RAW)
+
+
+def measure(args):
+    sides = [Side(command, args.dir / name, args.gb) for name, command in (("ours", args.ours), ("rival", args.rival))]
+    for _ in range(args.rounds):
+        for side in sides:
+            side.round()
+    for side in sides:
+        side.end()
+    return sides
+
+
+def report(result, ours, theirs):
+    size = ours.rounds[0]["bytes"]
+    rate = lambda seconds: f"{seconds:7.2f} s {size / seconds / 1e9:5.2f} GB/s"
+    print(f"checkpoint: {size / 1e9:.2f} GB of FP32 on one rank, medians of {len(ours.rounds)} rounds; {result['machine']}, {result['commit']}")
+    for what, key, word in (("write", "save_s", "save"), ("read", "load_s", "load")):
+        each = ", ".join(f"{kind} {ours.median(f'{kind}_{what}_s'):.2f} s" for kind in RAW)
+        print(f"  raw {what:5} {rate(statistics.median(raw(one, what) for one in ours.rounds))}   the fastest of {each}")
+        print(f"  {word:9} {rate(ours.median(key))} ({ours.spread(key)} s)   {result[f'{word}_over_raw']:.2f} of raw (goal 0.90)")
+        print(f"  rival's   {rate(theirs.median(key))} ({theirs.spread(key)} s)   {theirs.median(key) / ours.median(key):.2f} times ours (goal > 1)")
+    stall, his, thread = ours.median("stall_s"), theirs.median("stall_s"), theirs.median("thread_stall_s")
+    print(f"  stall     {stall * 1e3:.1f} ms, {stall / 60:.3%} of a minute (goal < 2 %); rival's {his * 1e3:.1f} ms, ours is {stall / his:.2f} of it (goal 0.50); with a thread of its own for the copy {thread * 1e3:.1f} ms")
+    slowed = [side.median(key) * 1e3 for side, key in ((ours, "slowed_s"), (theirs, "slowed_s"), (theirs, "thread_slowed_s"))]
+    print("  a step beside it, on every core, took longer by {:.0f} ms; rival's {:.0f} ms, copying on a thread of its own {:.0f} ms".format(*slowed))
+    print(f"  rival: {result['rival']}; it checks nothing of what it loads, ours all")
 
 
 def main():
@@ -31,37 +86,21 @@ def main():
     parser.add_argument("--rival", required=True)
     parser.add_argument("--dir", type=Path, default=Path("runs/bench-checkpoint"))
     parser.add_argument("--gb", type=float, default=2.0)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     busy = os.getloadavg()[0]
-    ours = run(args.ours, args.dir, args.gb, args.rounds)
-    rival = run(args.rival, args.dir, args.gb, args.rounds)
-    median = lambda side, key: statistics.median(one[key] for one in side["rounds"])
-    ratio = lambda raw, key: statistics.median(one[raw] / one[key] for one in ours["rounds"])
+    ours, theirs = measure(args)
     result = {
         "machine": f"{cpu_name()}, {os.cpu_count()} cores",
         "commit": commit(),
         "load_average_before": busy,
-        "bytes": ours["bytes"],
-        "rival": f"torch.distributed.checkpoint of torch {rival['torch']}",
-        "ours_s": {key: median(ours, key) for key in ours["rounds"][0]},
-        "rival_s": {key: median(rival, key) for key in rival["rounds"][0]},
-        "save_over_raw": ratio("raw_write_s", "save_s"),
-        "load_over_raw": ratio("raw_read_s", "load_s"),
-        "stall_share_of_a_minute": median(ours, "stall_s") / 60,
-        "rounds": {"ours": ours["rounds"], "rival": rival["rounds"]},
+        "rival": f"torch.distributed.checkpoint of torch {theirs.rounds[0]['torch']}",
+        "save_over_raw": statistics.median(raw(one, "write") / one["save_s"] for one in ours.rounds),
+        "load_over_raw": statistics.median(raw(one, "read") / one["load_s"] for one in ours.rounds),
+        "rounds": {"ours": ours.rounds, "rival": theirs.rounds},
     }
-    rate = lambda seconds: f"{seconds:8.2f} s {ours['bytes'] / seconds / 1e9:6.2f} GB/s"
-    mine, theirs = result["ours_s"], result["rival_s"]
-    print(f"checkpoint: {ours['bytes'] / 1e9:.2f} GB of FP32 on one rank, medians of {args.rounds} rounds; {result['machine']}, {result['commit']}")
-    print(f"  raw fsynced write {rate(mine['raw_write_s'])}")
-    print(f"  save              {rate(mine['save_s'])}   {result['save_over_raw']:.2f} of raw (goal 0.90); rival {rate(theirs['save_s'])}, ratio {theirs['save_s'] / mine['save_s']:.2f} (goal > 1)")
-    print(f"  raw cold read     {rate(mine['raw_read_s'])}")
-    print(f"  load, checked     {rate(mine['load_s'])}   {result['load_over_raw']:.2f} of raw (goal 0.90); rival, unchecked {rate(theirs['load_s'])}, ratio {theirs['load_s'] / mine['load_s']:.2f} (goal > 1)")
-    print(f"  stall             {mine['stall_s'] * 1e3:8.1f} ms   {result['stall_share_of_a_minute']:.3%} of a minute (goal < 2 %); rival {theirs['stall_s'] * 1e3:.1f} ms, ours is {mine['stall_s'] / theirs['stall_s']:.2f} of it (goal 0.50); rival's copy on a thread of its own {theirs['thread_stall_s'] * 1e3:.1f} ms")
-    print(f"  a step beside it, on every core, took longer by {mine['slowed_s'] * 1e3:.0f} ms; rival {theirs['slowed_s'] * 1e3:.0f} ms, copying on a thread of its own {theirs['thread_slowed_s'] * 1e3:.0f} ms")
-    print(f"  rival: {result['rival']}")
+    report(result, ours, theirs)
     if busy > 0.5:
         print(f"  NOT QUIET: the machine's load was {busy:.1f} before: run it again")
     if args.json:

@@ -1,9 +1,9 @@
 """torch.distributed.checkpoint of one process on one disk: save, async save and load of a state.
 
-    dcp.py DIR [GB] [ROUNDS]
+    dcp.py DIR [GB]
 
 The state is FP32 tensors of 4096 x 1024. A save ends with an fsync of every file, as ours does. Caches are dropped before
-each measurement where that is allowed. Prints JSON: seconds of each round. An asynchronous save is made as async_save does it
+each measurement where that is allowed. Prints JSON, seconds of a round, for each line that it reads. An asynchronous save is made as async_save does it
 by itself, and with a stager that copies on a thread of its own, each under a step (products of matrices, on every core):
 stall is what the training thread waits, in the call and for the copy; slowed, by how much its step takes longer in all.
 """
@@ -97,17 +97,18 @@ def one_round(folder, state, step):
 
 
 def main():
-    folder, gb, rounds = Path(sys.argv[1]), float(sys.argv[2]), int(sys.argv[3])
+    folder, gb = Path(sys.argv[1]), float(sys.argv[2])
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "RANK": "0", "WORLD_SIZE": "1"}
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     folder.mkdir(parents=True, exist_ok=True)
     count = math.ceil(gb * 1e9 / (4 * math.prod(SHAPE)))
     state = {f"weight/{index}": torch.rand(SHAPE) for index in range(count)}
     step = Step()
-    measured = [one_round(folder, state, step) for _ in range(rounds)]
+    for _ in sys.stdin:
+        measured = {"torch": torch.__version__, "bytes": 4 * count * math.prod(SHAPE), **one_round(folder, state, step)}
+        print(json.dumps(measured), flush=True)
     shutil.rmtree(folder)
     dist.destroy_process_group()
-    print(json.dumps({"torch": torch.__version__, "bytes": 4.0 * count * math.prod(SHAPE), "rounds": measured}))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 //! Checkpoints written behind the steps: what they hold, what stays, what a failed one leaves, and what is read of them.
 use crate::support::{Run, binary, mpirun, random, scratch, tiefsee};
-use parallel::comm::local::run_local;
+use parallel::comm::local::{run_local, solo};
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -54,6 +54,26 @@ fn a_checkpoint_holds_the_state_of_its_step_whatever_the_steps_after_write() {
         }
     });
     assert_eq!(checkpoint::list(&run_dir).expect("a list").len(), 3);
+}
+
+#[test]
+fn a_save_that_is_waited_for_writes_the_state_itself_and_keeps_none_of_it() {
+    let run_dir = scratch().join("waited-for");
+    let (mut saver, mut state) = (Saver::new(&run_dir, retention()), random(3, &[600, 1000]));
+    let first = state.copy();
+    let one = |state: &Tensor| vec![StatePart { total: 600, ..part(0, state) }];
+    saver.begin(&*solo(), head(1), one(&state)).expect("a save begins");
+    saver.wait(&*solo()).expect("an end");
+    state += 1.0;
+    // Were the state's own memory taken for the copy, the copy would change with it.
+    saver.begin(&*solo(), head(2), one(&state)).expect("a save begins");
+    let copy = saver.take_copy().expect("one is to be made");
+    run_beside(vec![copy], || ());
+    state += 1.0;
+    saver.wait(&*solo()).expect("an end");
+    for (step, path) in checkpoint::list(&run_dir).expect("a list") {
+        assert!(checkpoint::load(&path, |_| true).expect("whole").1["weight/a"].equal(&(&first + (step - 1) as f64)), "step {step}");
+    }
 }
 
 #[test]
@@ -180,6 +200,66 @@ fn a_reshard_reads_every_byte_once_and_changes_none() {
         let rows = reader.rows("weight/a", &[40, 3, 5], 13, 14).expect("rows");
         assert!(rows.equal(&a["weight/a"].narrow(0, 13, 14)));
         assert_eq!(reader.tensor_bytes_read(), 8 * 14 * 15);
+    }
+}
+
+/// Rows 0 to 40 of `weight/a`, by ranks that share them out evenly; what each read, and how many bytes of files that was.
+fn load_rows(run_dir: &Path, ranks: usize) -> Vec<(Tensor, u64, Vec<String>)> {
+    run_local(ranks, |world| {
+        let rows = 40 / ranks as i64;
+        let target = Tensor::zeros([rows, 3, 5], (tch::Kind::Double, tch::Device::Cpu));
+        let mut bytes = 0;
+        let mut load = |reader: &mut Reader| {
+            reader.fill("weight/a", &[40, 3, 5], rows * world.rank() as i64, &target)?;
+            reader.read()?;
+            bytes = reader.tensor_bytes_read();
+            Ok(())
+        };
+        let (found, notes) = checkpoint::load_newest(&*world, run_dir, None, &mut load).expect("an answer");
+        assert!(found.is_some(), "{notes:?}");
+        (target, bytes, notes)
+    })
+}
+
+#[test]
+fn a_load_checks_what_it_reads_in_the_same_pass() {
+    let run_dir = scratch().join("one-pass");
+    let checkpoint = sharded(&run_dir, 4);
+    let whole = random(1, &[40, 3, 5]);
+    let manifest = checkpoint::verify(&checkpoint).expect("whole");
+    let file = |rank: usize| manifest.files[rank].bytes;
+    for ranks in [4, 2] {
+        for (rank, (rows, bytes, _)) in load_rows(&run_dir, ranks).into_iter().enumerate() {
+            let each = 40 / ranks as i64;
+            assert!(rows.equal(&whole.narrow(0, each * rank as i64, each)), "rank {rank} of {ranks}");
+            // Of 4: its own file, once. Of 2: rank 0 checks files 0 and 2 and needs 0 and 1, rank 1 checks 1 and 3 and needs 2 and 3.
+            let expected = if ranks == 4 { file(rank) } else { file(3 * rank) + 8 * 10 * 15 };
+            assert_eq!(bytes, expected, "rank {rank} of {ranks}");
+        }
+    }
+}
+
+#[test]
+fn rows_of_a_damaged_checkpoint_give_way_to_those_of_the_one_before() {
+    let run_dir = scratch().join("gives-way");
+    let old = sharded(&run_dir, 2);
+    let newer = run_dir.join("checkpoints/step-00000002");
+    run_local(2, |world| {
+        let state = random(8, &[20, 3, 5]);
+        checkpoint::save(&*world, &run_dir, head(2), vec![part(world.rank(), &state)]).expect("a checkpoint");
+    });
+    let newest = random(8, &[20, 3, 5]);
+    assert!(load_rows(&run_dir, 2).iter().all(|(rows, ..)| rows.equal(&newest)));
+    // Of one rank's file, beyond all that anybody wants of it: what the header says of the tensors.
+    let shard = newer.join("shard-00001-of-00002.safetensors");
+    let mut bytes = fs::read(&shard).expect("a shard");
+    let at = bytes.windows(2).position(|pair| pair == b"pt").expect("the format's name");
+    bytes[at] = b'q';
+    fs::write(&shard, bytes).expect("the shard");
+    let whole = checkpoint::load(&old, |_| true).expect("whole").1;
+    for (rank, (rows, _, notes)) in load_rows(&run_dir, 2).into_iter().enumerate() {
+        assert!(rows.equal(&whole["weight/a"].narrow(0, 20 * rank as i64, 20)), "rank {rank}");
+        assert!(notes.len() == 1 && notes[0].contains("step-00000002 is damaged"), "{notes:?}");
     }
 }
 

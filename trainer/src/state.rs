@@ -1,6 +1,7 @@
 //! A trainer's tensors as a checkpoint names them: `weight/…` (the master), `first/…` and `second/…` (the moments),
 //! `ema/…` (the averages, where the run keeps them).
 use crate::checkpoint::Reader;
+use crate::optimizer::Slot;
 use crate::step::Trainer;
 use crate::zero::holders;
 use anyhow::Result;
@@ -48,51 +49,54 @@ impl Trainer {
 
     /// Weights, moments, averages and the update count; where the checkpoint has no averages they start here.
     pub fn load_all(&mut self, from: &mut Reader) -> Result<()> {
-        self.load_weights(from)?;
+        self.want_weights(from)?;
         let table = self.weights.table.clone();
-        for slot in &mut self.optimizer.slots {
-            let spec = slot.shard.spec(table.spec(slot.shard.id));
-            fill(from, "first", &spec, &slot.first)?;
-            fill(from, "second", &spec, &slot.second)?;
+        let spec = |slot: &Slot| slot.shard.spec(table.spec(slot.shard.id));
+        for slot in &self.optimizer.slots {
+            want(from, "first", &spec(slot), &slot.first)?;
+            want(from, "second", &spec(slot), &slot.second)?;
         }
+        let averaged = self.ema.is_some() && from.manifest().tensors.keys().any(|name| name.starts_with("ema/"));
+        let mut averages = Vec::new();
+        for slot in self.optimizer.slots.iter().filter(|_| averaged) {
+            let average = Tensor::empty(slot.master.size(), (slot.master.kind(), Device::Cpu));
+            want(from, "ema", &spec(slot), &average)?;
+            averages.push(average);
+        }
+        from.read()?;
         self.optimizer.updates = from.manifest().updates;
-        if let Some(ema) = self.ema.as_mut().filter(|_| from.manifest().tensors.keys().any(|name| name.starts_with("ema/"))) {
-            for (index, slot) in self.optimizer.slots.iter().enumerate() {
-                let average = slot.master.empty_like();
-                fill(from, "ema", &slot.shard.spec(table.spec(slot.shard.id)), &average)?;
-                ema.load(index, &average);
-            }
+        if let Some(ema) = &mut self.ema {
+            ema.restart(&self.optimizer.slots);
+            averages.iter().enumerate().for_each(|(index, average)| ema.load(index, average));
         }
         Ok(())
     }
 
     /// Weights alone, of a run of another kind or an imported model.
     pub fn load_weights(&mut self, from: &mut Reader) -> Result<()> {
+        self.want_weights(from)?;
+        from.read()?;
+        self.ema.iter_mut().for_each(|ema| ema.restart(&self.optimizer.slots));
+        Ok(())
+    }
+
+    fn want_weights(&mut self, from: &mut Reader) -> Result<()> {
         self.weights.ready(|_| true)?;
         let table = self.weights.table.clone();
-        let mut slots = self.optimizer.slots.iter_mut().peekable();
         for id in table.ids() {
-            let spec = table.spec(id);
-            // Slots come in the table's order.
-            let slot = slots.next_if(|slot| slot.shard.id == id);
-            let weight = self.weights.write(id).shallow_clone();
-            if slot.as_ref().is_none_or(|slot| slot.master.data_ptr() == slot.shard.of(&weight).data_ptr()) {
-                fill(from, "weight", spec, &weight)?; // the master, if there is one, is the weight's own rows
-                continue;
+            let (spec, weight) = (table.spec(id), self.weights.write(id));
+            want(from, "weight", spec, weight)?;
+            let slot = self.optimizer.slots.iter().find(|slot| slot.shard.id == id);
+            // A master may be the weight's own rows.
+            if let Some(slot) = slot.filter(|slot| slot.master.data_ptr() != slot.shard.of(weight).data_ptr()) {
+                want(from, "weight", &slot.shard.spec(spec), &slot.master)?;
             }
-            let part = Tensor::empty(&spec.shape, (self.weights.precision.master(), Device::Cpu));
-            fill(from, "weight", spec, &part)?;
-            self.weights.set(id, &part);
-            slot.into_iter().for_each(|slot| slot.master.copy_(&slot.shard.of(&part)));
-        }
-        if let Some(ema) = &mut self.ema {
-            ema.restart(&self.optimizer.slots);
         }
         Ok(())
     }
 }
 
-/// Into `target` the rows of a logical tensor that `spec` describes.
-fn fill(from: &mut Reader, prefix: &str, spec: &ParamSpec, target: &Tensor) -> Result<()> {
+/// Into `target`, with the next read, the rows of a logical tensor that `spec` describes.
+fn want(from: &mut Reader, prefix: &str, spec: &ParamSpec, target: &Tensor) -> Result<()> {
     from.fill(&format!("{prefix}/{}", spec.name), &spec.whole_shape(), spec.start, target)
 }

@@ -1,5 +1,6 @@
 //! Checking: nothing is taken from a file whose hash is not the manifest's.
 use super::manifest::{FileEntry, Manifest, TensorEntry};
+use super::pass::Wanted;
 use super::second_tier::SecondTier;
 use super::shard::Summed;
 use super::{Reader, list, unfinished};
@@ -8,12 +9,12 @@ use anyhow::{Context, Result, ensure};
 use parallel::comm::{Communicator, broadcast_bytes, gather_bytes};
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
-use tch::Tensor;
+use tch::{Device, Tensor};
 
 /// Every file present, whole and unchanged, and every tensor complete.
 pub fn verify(checkpoint: &Path) -> Result<Manifest> {
     let manifest = check_manifest(checkpoint)?;
-    manifest.files.iter().try_for_each(|entry| check_file(checkpoint, entry))?;
+    manifest.files.iter().try_for_each(|entry| check_file(checkpoint, entry, &[]))?;
     Ok(manifest)
 }
 
@@ -47,8 +48,9 @@ fn complete(tensor: &TensorEntry) -> Result<()> {
     Ok(())
 }
 
-pub(super) fn check_file(checkpoint: &Path, entry: &FileEntry) -> Result<()> {
-    Summed { bytes: entry.bytes, blake3: entry.blake3.clone() }.check(&checkpoint.join(&entry.name))
+/// Takes what is wanted of it on the way.
+pub(super) fn check_file(checkpoint: &Path, entry: &FileEntry, wanted: &[Wanted]) -> Result<()> {
+    Summed { bytes: entry.bytes, blake3: entry.blake3.clone() }.check(&checkpoint.join(&entry.name), wanted)
 }
 
 /// The newest checkpoint whose every byte is right, and a line for each newer one that was passed over. Collective: the
@@ -61,7 +63,7 @@ pub fn newest_whole(world: &dyn Communicator, run_dir: &Path) -> Result<(Option<
 /// What was loaded, and the lines for the operator.
 pub type Found = (Option<(PathBuf, Manifest)>, Vec<String>);
 
-/// `newest_whole` of both tiers, with `load` reading it while it is checked: the disk is read once. What a call of `load` came
+/// `newest_whole` of both tiers, with `load` reading it as it is checked: the disk is read once. What a call of `load` came
 /// to counts only where the checkpoint then proves whole; of a damaged one it may get anything, or fail.
 pub fn load_newest(
     world: &dyn Communicator,
@@ -76,12 +78,7 @@ pub fn load_newest(
         let (restored, said) = tier.map_or(Ok((None, Vec::new())), |tier| tier.restore(world, run_dir, above))?;
         notes.extend(said.into_iter().filter(|line| !notes.contains(line)).collect::<Vec<_>>());
         let Some(path) = restored.as_ref().or(path) else { break };
-        let (checked, loaded) = std::thread::scope(|scope| {
-            let (rank, ranks) = (world.rank(), world.size());
-            let check = scope.spawn(move || check_share((rank, ranks), path));
-            let loaded = Reader::open(path).and_then(|mut reader| load(&mut reader));
-            (check.join().expect("a check returns its errors"), loaded)
-        });
+        let (loaded, checked) = load_checked((world.rank(), world.size()), path, load);
         match first_error(world, checked)? {
             None => {
                 all_or_none(world, loaded)?;
@@ -106,10 +103,16 @@ fn listed(world: &dyn Communicator, run_dir: &Path) -> Result<(Vec<PathBuf>, Vec
     Ok((all, unfinished.iter().map(|path| format!("{} was never finished", path.display())).collect()))
 }
 
-/// The manifest, and every `ranks`-th file from the `rank`-th on.
-fn check_share((rank, ranks): (usize, usize), checkpoint: &Path) -> Result<()> {
-    let manifest = check_manifest(checkpoint)?;
-    manifest.files.iter().skip(rank).step_by(ranks).try_for_each(|entry| check_file(checkpoint, entry))
+/// What loading came to, and whether that counts: the manifest and this rank's share of the files are as they were written.
+fn load_checked(share: (usize, usize), path: &Path, load: &mut dyn FnMut(&mut Reader) -> Result<()>) -> (Result<()>, Result<()>) {
+    match check_manifest(path).and_then(|_| Reader::checking(path, share)) {
+        Ok(mut reader) => {
+            let loaded = load(&mut reader);
+            assert!(loaded.is_err() || reader.has_read(), "`load` did not read what it wanted");
+            (loaded, reader.checked())
+        }
+        Err(error) => (Ok(()), Err(error)),
+    }
 }
 
 /// Of the lowest rank that has one; the same on all.
@@ -125,9 +128,15 @@ pub(super) fn first_error(world: &dyn Communicator, mine: Result<()>) -> Result<
 
 /// The tensors whose name `wanted` accepts, whole, on the CPU; of a checkpoint whose every byte is right.
 pub fn load(checkpoint: &Path, wanted: impl Fn(&str) -> bool) -> Result<(Manifest, HashMap<String, Tensor>)> {
-    let manifest = verify(checkpoint)?;
-    let mut reader = Reader::open(checkpoint)?;
-    let names = manifest.tensors.keys().filter(|name| wanted(name));
-    let tensors = names.map(|name| Ok((name.clone(), reader.whole(name)?))).collect::<Result<_>>()?;
+    let mut reader = check_manifest(checkpoint).and_then(|_| Reader::checking(checkpoint, (0, 1)))?;
+    let mut tensors = HashMap::new();
+    for name in reader.manifest().tensors.keys().filter(|name| wanted(name)).cloned().collect::<Vec<_>>() {
+        let target = Tensor::empty(reader.shape(&name)?, (reader.kind(&name)?, Device::Cpu));
+        reader.fill(&name, &target.size(), 0, &target)?;
+        tensors.insert(name, target);
+    }
+    reader.read()?;
+    let manifest = reader.manifest().clone();
+    reader.checked()?;
     Ok((manifest, tensors))
 }

@@ -2,9 +2,11 @@
 //!
 //! A checkpoint is written into `.step-N.partial`, every file and the folder synced, and renamed to `step-N`. A
 //! layout never shows in it but in the slices' bounds, so any layout can read what any other wrote.
+mod direct;
 pub mod hf;
 mod load;
 mod manifest;
+mod pass;
 mod read;
 mod reshard;
 mod retention;

@@ -1,21 +1,26 @@
 //! Reading parts: a rank of any layout reads the rows that it needs, and no other byte, from whatever slices hold them.
+use super::load::check_file;
 use super::manifest::SliceEntry;
-use super::shard::CHUNK;
+use super::pass::{Wanted, parts};
 use super::{Manifest, shard};
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, anyhow, ensure};
 use kernels::shim::bytes_mut;
 use safetensors::tensor::{Metadata, TensorInfo};
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use tch::{Device, Kind, Tensor};
 
-/// A checkpoint that `verify` has passed, on this rank or shared out among several: hashes are not checked again.
+/// `fill` says what is wanted and where it is to go, `read` gets it: each file in one pass, whose hash is taken on the way if
+/// it is one that this rank is to check.
 pub struct Reader {
     path: PathBuf,
     manifest: Manifest,
     files: HashMap<String, Opened>,
+    wanted: BTreeMap<String, Vec<Wanted>>,
+    /// Files that this rank is to check, and what came of it.
+    checks: BTreeMap<String, Option<Result<(), String>>>,
     bytes_read: u64,
     header_bytes: u64,
 }
@@ -38,9 +43,50 @@ struct Part {
 }
 
 impl Reader {
+    /// Of a checkpoint that `verify` has passed: hashes are not checked again.
     pub fn open(checkpoint: &Path) -> Result<Reader> {
-        let manifest = Manifest::read(checkpoint)?;
-        Ok(Reader { path: checkpoint.to_path_buf(), manifest, files: HashMap::new(), bytes_read: 0, header_bytes: 0 })
+        let (path, manifest) = (checkpoint.to_path_buf(), Manifest::read(checkpoint)?);
+        let (files, wanted, checks) = Default::default();
+        Ok(Reader { path, manifest, files, wanted, checks, bytes_read: 0, header_bytes: 0 })
+    }
+
+    /// Of one that is checked as it is read, every `ranks`-th file from the `rank`-th on by this rank: what was read is good
+    /// for something once `checked` says so on all of them.
+    pub(super) fn checking(checkpoint: &Path, (rank, ranks): (usize, usize)) -> Result<Reader> {
+        let mut reader = Reader::open(checkpoint)?;
+        let mine = reader.manifest.files.iter().skip(rank).step_by(ranks);
+        reader.checks = mine.map(|entry| (entry.name.clone(), None)).collect();
+        Ok(reader)
+    }
+
+    pub(super) fn has_read(&self) -> bool {
+        self.wanted.is_empty()
+    }
+
+    /// Reads the files that nothing was wanted of, too. The error is of the first file that is not what was written.
+    pub(super) fn checked(self) -> Result<()> {
+        let outcome = |(file, known): (&String, &Option<Result<(), String>>)| known.clone().unwrap_or_else(|| self.check(file, &[]));
+        self.checks.iter().try_for_each(outcome).map_err(|error| anyhow!(error))
+    }
+
+    fn check(&self, file: &str, wanted: &[Wanted]) -> Result<(), String> {
+        let entry = self.manifest.files.iter().find(|entry| entry.name == file).expect("one of the manifest's");
+        check_file(&self.path, entry, wanted).map_err(|error| format!("{error:#}"))
+    }
+
+    /// What was wanted so far.
+    pub fn read(&mut self) -> Result<()> {
+        for (file, wanted) in std::mem::take(&mut self.wanted) {
+            if self.checks.get(&file).is_some_and(Option::is_none) {
+                let outcome = self.check(&file, &wanted);
+                self.bytes_read += self.manifest.files.iter().filter(|entry| entry.name == file).map(|entry| entry.bytes).sum::<u64>();
+                self.checks.insert(file, Some(outcome.clone()));
+                outcome.map_err(|error| anyhow!(error))?;
+            } else {
+                self.bytes_read += parts(&self.path.join(&file), &wanted)?;
+            }
+        }
+        Ok(())
     }
 
     pub fn manifest(&self) -> &Manifest {
@@ -84,10 +130,11 @@ impl Reader {
         shape[0] = rows;
         let target = Tensor::empty(&shape, (self.kind(name)?, Device::Cpu));
         self.fill(name, whole, start, &target)?;
+        self.read()?;
         Ok(target)
     }
 
-    /// Into `target`, of any kind and device, the rows from `start` on that it has room for.
+    /// With the next `read`, into `target`, of any kind and device, come the rows from `start` on that it has room for.
     pub fn fill(&mut self, name: &str, whole: &[i64], start: i64, target: &Tensor) -> Result<()> {
         let entry = self.entry(name)?;
         ensure!(entry.shape == whole, "{}: {name} is {:?}, the model's is {whole:?}", self.path.display(), entry.shape);
@@ -103,7 +150,7 @@ impl Reader {
     }
 
     fn fill_part(&mut self, name: &str, part: &Part, target: &Tensor) -> Result<()> {
-        let Reader { path, files, bytes_read, header_bytes, .. } = self;
+        let Reader { path, files, wanted, header_bytes, .. } = self;
         let file = &part.slice.file;
         if !files.contains_key(file) {
             let opened = Opened::new(path.join(file))?;
@@ -117,8 +164,8 @@ impl Reader {
         let fits = flat.numel() * kind.elt_size_in_bytes() == bytes;
         ensure!(fits, "{}: {name} is not of the shape that the manifest says", opened.path.display());
         let first = opened.data + (info.data_offsets.0 + (part.low - part.slice.start) as usize * row) as u64;
-        opened.read_into(first, kind, flat)?;
-        *bytes_read += bytes as u64;
+        let named = || format!("{}: {name}", opened.path.display());
+        wanted.entry(file.clone()).or_default().push(Wanted::new(first, kind, flat).with_context(named)?);
         Ok(())
     }
 }
@@ -151,50 +198,14 @@ impl Opened {
         Ok((info, kind))
     }
 
-    /// Elements of `kind` from byte `first` of the file on, into `flat`; by as many threads as torch has, a run of chunks each.
-    fn read_into(&self, first: u64, kind: Kind, flat: Tensor) -> Result<()> {
-        let (width, numel) = (kind.elt_size_in_bytes() as i64, flat.numel() as i64);
-        let step = CHUNK as i64 / width;
-        let each = (numel / tch::get_num_threads().max(1) as i64).max(4 * step);
-        let run = |target: Tensor, start: i64| -> Result<()> {
-            let count = target.numel() as i64;
-            for at in (0..count).step_by(step as usize) {
-                let mut here = target.narrow(0, at, step.min(count - at));
-                let from = first + ((start + at) * width) as u64;
-                let same = here.kind() == kind;
-                match bytes_mut(&mut here).filter(|_| same) {
-                    Some(bytes) => self.read(bytes, from)?,
-                    None => here.copy_(&self.read_tensor(&here.size(), kind, from)?),
-                }
-            }
-            Ok(())
-        };
-        std::thread::scope(|scope| {
-            let runs = (each..numel).step_by(each as usize).map(|start| {
-                let target = flat.narrow(0, start, each.min(numel - start));
-                let run = &run;
-                scope.spawn(move || run(target, start))
-            });
-            let others: Vec<_> = runs.collect();
-            let mine = run(flat.narrow(0, 0, each.min(numel)), 0);
-            others.into_iter().map(|other| other.join().expect("reading does not panic")).fold(mine, Result::and)
-        })
-    }
-
     /// Whole, on the CPU.
     pub fn tensor(&self, name: &str) -> Result<Tensor> {
         let (info, kind) = self.find(name)?;
         let shape: Vec<i64> = info.shape.iter().map(|&n| n as i64).collect();
-        self.read_tensor(&shape, kind, self.data + info.data_offsets.0 as u64)
-    }
-
-    fn read_tensor(&self, shape: &[i64], kind: Kind, from: u64) -> Result<Tensor> {
-        let mut tensor = Tensor::empty(shape, (kind, Device::Cpu));
-        self.read(bytes_mut(&mut tensor).expect("just made"), from)?;
+        let mut tensor = Tensor::empty(&shape, (kind, Device::Cpu));
+        let from = self.data + info.data_offsets.0 as u64;
+        let read = self.file.read_exact_at(bytes_mut(&mut tensor).expect("just made"), from);
+        read.with_context(|| format!("cannot read {}", self.path.display()))?;
         Ok(tensor)
-    }
-
-    fn read(&self, bytes: &mut [u8], from: u64) -> Result<()> {
-        self.file.read_exact_at(bytes, from).with_context(|| format!("cannot read {}", self.path.display()))
     }
 }

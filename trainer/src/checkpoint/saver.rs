@@ -4,13 +4,12 @@
 //! Invariant: the thread takes part in no collective. Ranks learn at step boundaries, by a reduced value, that all threads
 //! are done; then the hashes are gathered, and rank 0's thread writes the manifest. At most one save is under way.
 use super::save::{Outline, Place, Written, begin, commit, gather_written, share, write_shard};
-use super::staging::{Arriving, Staging};
+use super::staging::{Copying, Piece, Staging};
 use super::{Manifest, Retention};
 use crate::state::{StatePart, StateReader};
 use anyhow::Result;
 use parallel::comm::{Communicator, Reduce};
 use std::path::{Path, PathBuf};
-use std::sync::mpsc::channel;
 use std::thread::{JoinHandle, spawn};
 use std::time::Instant;
 use tch::Tensor;
@@ -20,8 +19,10 @@ pub struct Saver {
     retention: Retention,
     staging: Staging,
     /// The copy for the save under way, until somebody makes it.
-    copy: Option<StateReader>,
+    copy: Option<Copying>,
     running: Option<Running>,
+    /// Removes what the newest save made too old; rank 0's.
+    removing: Option<JoinHandle<()>>,
     /// What the next save of this rank's shard comes to, for a test.
     pub injected: Option<std::io::Error>,
 }
@@ -35,7 +36,7 @@ struct Running {
 
 enum Stage {
     /// This rank's shard.
-    Writing(JoinHandle<(Vec<StatePart>, Result<Written, String>)>),
+    Writing(JoinHandle<(Vec<Piece>, Result<Written, String>)>),
     /// The manifest; None on all ranks but rank 0.
     Committing(Option<JoinHandle<Result<(), String>>>),
 }
@@ -53,24 +54,25 @@ pub struct Saved {
 
 impl Saver {
     pub fn new(run_dir: &Path, retention: Retention) -> Saver {
-        Saver { run_dir: run_dir.to_path_buf(), retention, staging: Staging::default(), copy: None, running: None, injected: None }
+        let (run_dir, staging) = (run_dir.to_path_buf(), Staging::default());
+        Saver { run_dir, retention, staging, copy: None, running: None, removing: None, injected: None }
     }
 
     /// Collective. The state may change again once what `take_copy` gives has run, or after `wait`. Waits for the save before,
     /// whose end it returns. The error is of the folder that could not be made: nothing is under way then.
     pub fn begin(&mut self, world: &dyn Communicator, head: Manifest, parts: Vec<StatePart>) -> Result<Option<Saved>> {
         let before = self.wait(world)?;
+        self.removed();
         let (place, began) = (Place::of(&self.run_dir, head.step), Instant::now());
         if let Err(error) = begin(world, &place) {
             let failed = Saved { step: head.step, path: place.target, seconds: 0.0, outcome: Err(format!("{error:#}")) };
             return Ok(Some(failed));
         }
-        let (copying, (made, copied)) = (self.staging.begin(parts), channel());
+        let (copying, mut parts) = self.staging.begin(parts);
         let outline = Outline::of(copying.now());
-        self.copy = Some(Box::new(move || copying.finish(&made)));
+        self.copy = Some(copying);
         let (partial, ranks, injected) = (place.partial.clone(), (world.rank(), world.size()), self.injected.take());
         let writing = spawn(move || {
-            let mut parts = Arriving::new(copied);
             let written = match injected {
                 Some(error) => Err(format!("cannot write {}: {error}", partial.display())),
                 None => write_shard(&partial, ranks, outline, |index| parts.tensor(index)).map_err(|error| format!("{error:#}")),
@@ -83,7 +85,8 @@ impl Saver {
 
     /// The copy of the state that the save under way waits for: whoever takes it runs it before the state changes.
     pub fn take_copy(&mut self) -> Option<StateReader> {
-        self.copy.take()
+        let copying = self.copy.take()?;
+        Some(Box::new(move || copying.copy()))
     }
 
     /// Collective, at a step's boundary: the end of the save under way, once there is one. Costs a sum of one number while
@@ -115,31 +118,47 @@ impl Saver {
         let step = head.step;
         match stage {
             Stage::Writing(thread) => {
-                self.take_copy().into_iter().for_each(|copy| copy());
+                // Nobody has made a copy, and nobody needs one: the state is written before this returns.
+                self.copy.take().into_iter().for_each(Copying::lend);
                 let (parts, written) = thread.join().expect("a writer returns its errors");
                 self.staging.give_back(parts);
                 let all = gather_written(world, &written)?;
-                let stage = Stage::Committing((world.rank() == 0).then(|| self.commit(place.clone(), head.clone(), all)));
+                let stage = Stage::Committing((world.rank() == 0).then(|| {
+                    let (place, head) = (place.clone(), head.clone());
+                    spawn(move || commit(&place, head, all).map_err(|error| format!("{error:#}")))
+                }));
                 self.running = Some(Running { head, place, began, stage });
                 Ok(None)
             }
             Stage::Committing(thread) => {
                 let mine = thread.map_or(Ok(()), |thread| thread.join().expect("a writer returns its errors"));
-                let outcome = share(world, mine)?;
-                Ok(Some(Saved { step, path: place.target, seconds: began.elapsed().as_secs_f64(), outcome }))
+                let (outcome, seconds) = (share(world, mine)?, began.elapsed().as_secs_f64());
+                if outcome.is_ok() && world.rank() == 0 {
+                    self.removing = Some(self.remove_old(step));
+                }
+                Ok(Some(Saved { step, path: place.target, seconds, outcome }))
             }
         }
     }
 
-    fn commit(&self, place: Place, head: Manifest, all: Vec<Result<Written, String>>) -> JoinHandle<Result<(), String>> {
-        let (run_dir, retention, step) = (self.run_dir.clone(), self.retention, head.step);
+    /// A large file goes slowly, and nobody has to wait for it but the next save.
+    fn remove_old(&self, step: u64) -> JoinHandle<()> {
+        let (run_dir, retention) = (self.run_dir.clone(), self.retention);
         spawn(move || {
-            commit(&place, head, all).map_err(|error| format!("{error:#}"))?;
             // The checkpoint is there; what is left too long is no reason to end a run.
             if let Err(error) = retention.apply(&run_dir, step) {
                 tracing::warn!("{error:#}");
             }
-            Ok(())
         })
+    }
+
+    fn removed(&mut self) {
+        self.removing.take().into_iter().for_each(|thread| thread.join().expect("what cannot be removed is said"));
+    }
+}
+
+impl Drop for Saver {
+    fn drop(&mut self) {
+        self.removed();
     }
 }

@@ -11,14 +11,13 @@ use super::Manifest;
 use super::load::{check_file, first_error};
 use super::save::{Outline, Place, Written, at_hand, begin, commit, share, write_shard};
 use super::shard::{dtype, kind_named};
-use super::staging::{Arriving, Copying, Staging};
+use super::staging::{Copying, Piece, Staging};
 use crate::state::{StatePart, StateReader};
 use anyhow::{Context, Result, anyhow, bail};
 use parallel::comm::{Communicator, TensorSpec, broadcast_bytes, gather_bytes};
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
-use std::sync::mpsc::channel;
 use std::thread::{JoinHandle, spawn};
 use tch::{Device, Tensor};
 
@@ -52,8 +51,8 @@ pub struct SecondTier {
     attempt: String,
     staging: Staging,
     /// The copy that the thread waits for, until somebody makes it.
-    copy: Option<StateReader>,
-    running: Option<JoinHandle<(Vec<StatePart>, Result<()>)>>,
+    copy: Option<Copying>,
+    running: Option<JoinHandle<(Vec<Piece>, Result<()>)>>,
     /// Of the copies under way, and of the newest that all ranks have whole.
     under_way: String,
     whole: Option<String>,
@@ -112,15 +111,14 @@ impl SecondTier {
     /// before; their failure, the same on every rank, is returned, and no reason to end a run.
     pub fn save(&mut self, world: &dyn Communicator, head: &Manifest, parts: Vec<StatePart>) -> Result<Option<String>> {
         let failed = self.wait(world)?;
-        let (copying, (made, copied)) = (self.staging.begin(parts), channel());
+        let (copying, mut mine) = self.staging.begin(parts);
         let received = self.exchange(world, &copying)?;
         let outline = Outline::of(copying.now());
-        self.copy = Some(Box::new(move || copying.finish(&made)));
+        self.copy = Some(copying);
         self.under_way = format!("step-{:08}-{}", head.step, self.attempt);
         let (node, label, kept, rank) = (self.node(), self.under_way.clone(), self.whole.clone(), self.rank);
         let (head, ranks) = (head.clone(), world.size());
         self.running = Some(spawn(move || {
-            let mut mine = Arriving::new(copied);
             let write = || -> Result<()> {
                 let of = received.iter().map(|(rank, _)| *rank).chain([rank]).collect::<Vec<_>>();
                 // Nor the folder of these copies: the node's other ranks are filling it.
@@ -141,13 +139,14 @@ impl SecondTier {
 
     /// As `Saver::take_copy`.
     pub fn take_copy(&mut self) -> Option<StateReader> {
-        self.copy.take()
+        let copying = self.copy.take()?;
+        Some(Box::new(move || copying.copy()))
     }
 
     /// Collective: until what is under way is written, or has failed somewhere.
     pub fn wait(&mut self, world: &dyn Communicator) -> Result<Option<String>> {
         let Some(running) = self.running.take() else { return Ok(None) };
-        self.take_copy().into_iter().for_each(|copy| copy());
+        self.copy.take().into_iter().for_each(Copying::lend);
         let (parts, outcome) = running.join().expect("a writer returns its errors");
         self.staging.give_back(parts);
         let named = outcome.map_err(|error| anyhow!("rank {}: {error:#}", self.rank));
@@ -320,7 +319,7 @@ fn take(from: &Path, partial: &Path) -> Result<Manifest> {
         let (from, to) = (from.join(&file.name), partial.join(&file.name));
         std::fs::copy(&from, &to).with_context(|| format!("cannot copy {} to {}", from.display(), to.display()))?;
         std::fs::File::open(&to)?.sync_all()?;
-        check_file(partial, file).with_context(|| format!("the copy of {}", from.display()))?;
+        check_file(partial, file, &[]).with_context(|| format!("the copy of {}", from.display()))?;
     }
     Ok(manifest)
 }

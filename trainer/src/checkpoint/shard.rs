@@ -1,20 +1,14 @@
-//! Tensors to and from safetensors, hashed on the way by a thread of their own: the disk sets the pace.
+//! Tensors to safetensors, hashed on the way by a thread of their own: the disk sets the pace.
+use super::direct::{Block, Blocks, Direct, blocks};
+use super::pass::{Wanted, whole};
 use anyhow::{Context, Result, ensure};
 use kernels::shim::bytes;
 use safetensors::tensor::{Dtype, Metadata, TensorInfo};
 use std::collections::HashSet;
-use std::fs::File;
-use std::io::Write;
-use std::os::unix::fs::FileExt;
 use std::path::Path;
-use std::sync::mpsc::{Receiver, SyncSender, channel, sync_channel};
+use std::sync::mpsc::{Sender, channel};
 use std::thread::scope;
 use tch::{Device, Kind, Tensor};
-
-/// What is hashed and written, or read, at a time.
-pub(super) const CHUNK: usize = 4 << 20;
-/// Chunks that one side may be ahead of the other.
-const AHEAD: usize = 4;
 
 pub fn dtype(kind: Kind) -> Dtype {
     match kind {
@@ -68,60 +62,76 @@ pub struct Summed {
     pub blake3: String,
 }
 
-/// Writes and syncs the file. `tensor(i)` makes the i-th entry's tensor; a few exist at a time. Widest kinds come first, so
-/// that every tensor is aligned.
+/// Writes and syncs the file: one thread fills blocks, one hashes them, this one writes. `tensor(i)` makes the i-th entry's
+/// tensor; one exists at a time. Widest kinds come first, so that every tensor is aligned.
 pub fn write(path: &Path, entries: &[Entry], tensor: impl FnMut(usize) -> Result<Tensor> + Send) -> Result<Summed> {
     let mut order: Vec<usize> = (0..entries.len()).collect();
     order.sort_by_key(|&index| std::cmp::Reverse(entries[index].kind.elt_size_in_bytes()));
     let head = header(order.iter().map(|&index| &entries[index]))?;
-    let mut file = File::create(path).with_context(|| format!("cannot make {}", path.display()))?;
-    let (full, chunks) = sync_channel(AHEAD);
-    scope(|scope| {
-        let hashing = scope.spawn(move || produce(&head, entries, &order, tensor, |chunk| full.send(chunk).is_ok()));
-        let mut bytes = 0;
-        let put = || -> std::io::Result<()> {
-            for chunk in chunks {
-                let chunk = in_memory(&chunk);
-                file.write_all(chunk)?;
-                bytes += chunk.len() as u64;
+    let bytes = (head.len() + entries.iter().map(Entry::bytes).sum::<usize>()) as u64;
+    let file = Direct::create(path).with_context(|| format!("cannot make {}", path.display()))?;
+    let ((spare, used), (filled, to_hash), (hashed, to_write)) = (blocks(bytes), channel(), channel());
+    scope(move |scope| {
+        let filling = scope.spawn(move || Filling::new(spare, filled).all(&head, entries, &order, tensor));
+        let hashing = scope.spawn(move || {
+            let mut hasher = blake3::Hasher::new();
+            for block in to_hash {
+                let block: Block = block;
+                hasher.update(block.bytes());
+                if hashed.send(block).is_err() {
+                    break;
+                }
             }
-            file.sync_all()
+            hasher.finalize().to_hex().to_string()
+        });
+        let put = move || -> std::io::Result<()> {
+            for mut block in to_write {
+                file.write(&mut block)?;
+                let _ = used.send(block);
+            }
+            file.finish(bytes)
         };
         put().with_context(|| format!("cannot write {}", path.display()))?;
-        let blake3 = hashing.join().expect("hashing does not panic")?;
-        Ok(Summed { bytes, blake3 })
+        filling.join().expect("filling does not panic")?;
+        Ok(Summed { bytes, blake3: hashing.join().expect("hashing does not panic") })
     })
 }
 
-fn in_memory(chunk: &Tensor) -> &[u8] {
-    bytes(chunk).expect("a run of a contiguous tensor on the host")
+/// A file's bytes, a block at a time; ends early where nobody takes them any more.
+struct Filling {
+    spare: Blocks,
+    filled: Sender<Block>,
+    block: Option<Block>,
+    at: u64,
 }
 
-/// The file's bytes in chunks, and their hash; ends early where nobody takes them any more.
-fn produce(
-    head: &[u8],
-    entries: &[Entry],
-    order: &[usize],
-    mut tensor: impl FnMut(usize) -> Result<Tensor>,
-    take: impl Fn(Tensor) -> bool,
-) -> Result<String> {
-    let mut hasher = blake3::Hasher::new();
-    hasher.update(head);
-    let mut going = take(Tensor::from_slice(head));
-    for &index in order {
-        let (entry, tensor) = (&entries[index], tensor(index)?);
-        assert_eq!((tensor.kind(), tensor.size()), (entry.kind, entry.shape.clone()), "{} is not what was announced", entry.name);
-        let flat = tensor.to_device(Device::Cpu).contiguous().view(-1);
-        let (each, numel) = ((CHUNK / entry.kind.elt_size_in_bytes()) as i64, flat.numel() as i64);
-        let mut start = 0;
-        while going && start < numel {
-            let chunk = flat.narrow(0, start, each.min(numel - start));
-            start += each;
-            hasher.update(in_memory(&chunk));
-            going = take(chunk);
+impl Filling {
+    fn new(mut spare: Blocks, filled: Sender<Block>) -> Filling {
+        Filling { block: spare.take(0), spare, filled, at: 0 }
+    }
+
+    fn all(mut self, head: &[u8], entries: &[Entry], order: &[usize], mut tensor: impl FnMut(usize) -> Result<Tensor>) -> Result<()> {
+        self.append(head);
+        for &index in order {
+            let (entry, tensor) = (&entries[index], tensor(index)?);
+            assert_eq!((tensor.kind(), tensor.size()), (entry.kind, entry.shape.clone()), "{} is not what was announced", entry.name);
+            let here = tensor.to_device(Device::Cpu).contiguous();
+            self.append(bytes(&here).expect("contiguous and on the host"));
+        }
+        self.block.into_iter().for_each(|last| drop(self.filled.send(last)));
+        Ok(())
+    }
+
+    fn append(&mut self, mut bytes: &[u8]) {
+        while let Some(block) = self.block.as_mut().filter(|_| !bytes.is_empty()) {
+            let count = block.append(bytes);
+            (bytes, self.at) = (&bytes[count..], self.at + count as u64);
+            if block.full() {
+                let full = std::mem::replace(&mut self.block, self.spare.take(self.at));
+                full.into_iter().for_each(|block| drop(self.filled.send(block)));
+            }
         }
     }
-    Ok(hasher.finalize().to_hex().to_string())
 }
 
 /// Length and names, as the format has them: what comes after starts at a multiple of eight.
@@ -142,46 +152,13 @@ fn header<'a>(entries: impl Iterator<Item = &'a Entry>) -> Result<Vec<u8>> {
     Ok([&(text.len() as u64).to_le_bytes(), text.as_slice()].concat())
 }
 
-/// Of the file as it is now. Two threads read ahead of the hashing, every other chunk each: a disk is faster so.
-pub fn sum(path: &Path) -> Result<Summed> {
-    let file = &File::open(path).with_context(|| format!("cannot read {}", path.display()))?;
-    let bytes = file.metadata().with_context(|| format!("cannot read {}", path.display()))?.len();
-    let read = move |start: u64, full: SyncSender<Vec<u8>>, spare: Receiver<Vec<u8>>| -> std::io::Result<()> {
-        for at in (start..bytes).step_by(2 * CHUNK) {
-            let mut chunk = spare.try_recv().unwrap_or_default();
-            chunk.resize((CHUNK as u64).min(bytes - at) as usize, 0);
-            file.read_exact_at(&mut chunk, at)?;
-            if full.send(chunk).is_err() {
-                break;
-            }
-        }
-        Ok(())
-    };
-    scope(|scope| {
-        let readers = [0, CHUNK as u64].map(|start| {
-            let ((full, chunks), (used, spare)) = (sync_channel::<Vec<u8>>(AHEAD), channel());
-            (scope.spawn(move || read(start, full, spare)), chunks, used)
-        });
-        let mut hasher = blake3::Hasher::new();
-        for (_, chunks, used) in readers.iter().cycle() {
-            let Ok(chunk) = chunks.recv() else { break };
-            hasher.update(&chunk);
-            let _ = used.send(chunk);
-        }
-        for (reader, chunks, _) in readers {
-            drop(chunks);
-            reader.join().expect("reading does not panic").with_context(|| format!("cannot read {}", path.display()))?;
-        }
-        Ok(Summed { bytes, blake3: hasher.finalize().to_hex().to_string() })
-    })
-}
-
 impl Summed {
-    /// The error says how the file at `path` differs from what was written.
-    pub fn check(&self, path: &Path) -> Result<()> {
+    /// The error says how the file at `path` differs from what was written. Takes what is wanted of it on the way: good for
+    /// nothing where this fails.
+    pub fn check(&self, path: &Path, wanted: &[Wanted]) -> Result<()> {
         let length = path.metadata().with_context(|| format!("cannot read {}", path.display()))?.len();
         ensure!(length == self.bytes, "{} has {length} bytes, {} were written", path.display(), self.bytes);
-        ensure!(sum(path)? == *self, "{} is not what was written: its BLAKE3 differs", path.display());
+        ensure!(whole(path, wanted)? == *self, "{} is not what was written: its BLAKE3 differs", path.display());
         Ok(())
     }
 }
