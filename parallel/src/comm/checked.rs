@@ -45,6 +45,22 @@ fn fingerprint(text: &impl Hash) -> i64 {
 
 impl Checked {
     /// Compares a collective that this rank is about to enter.
+    /// Notes what is to meet what.
+    fn expect(&self, sends: &[(usize, Tensor)], recvs: &[(usize, TensorSpec)], site: &'static Location<'static>) -> Result<(), CommError> {
+        for peer in sends.iter().map(|s| s.0).chain(recvs.iter().map(|r| r.0)) {
+            call::check_peer("exchange", peer, self.size())?;
+        }
+        for (to, tensor) in sends {
+            let message = format!("{:?}{:?}", tensor.kind(), tensor.size());
+            self.sent.borrow_mut()[*to].push(Entry { message, site });
+        }
+        for (from, spec) in recvs {
+            let message = format!("{:?}{:?}", spec.kind, spec.shape);
+            self.expected.borrow_mut()[*from].push(Entry { message, site });
+        }
+        Ok(())
+    }
+
     fn compare(&self, call: &Call, site: &'static Location<'static>) -> Result<(), CommError> {
         let number = self.num_calls.replace(self.num_calls.get() + 1);
         let exchanged = self.sent.borrow().iter().chain(self.expected.borrow().iter()).any(|log| !log.is_empty());
@@ -158,19 +174,13 @@ impl Communicator for Checked {
     }
 
     fn exchange(&self, sends: Vec<(usize, Tensor)>, recvs: Vec<(usize, TensorSpec)>) -> Result<Pending<Vec<Tensor>>, CommError> {
-        let site = Location::caller();
-        for peer in sends.iter().map(|s| s.0).chain(recvs.iter().map(|r| r.0)) {
-            call::check_peer("exchange", peer, self.size())?;
-        }
-        for (to, tensor) in &sends {
-            let message = format!("{:?}{:?}", tensor.kind(), tensor.size());
-            self.sent.borrow_mut()[*to].push(Entry { message, site });
-        }
-        for (from, spec) in &recvs {
-            let message = format!("{:?}{:?}", spec.kind, spec.shape);
-            self.expected.borrow_mut()[*from].push(Entry { message, site });
-        }
+        self.expect(&sends, &recvs, Location::caller())?;
         self.comm.exchange(sends, recvs)
+    }
+
+    fn exchange_in_step(&self, sends: Vec<(usize, Tensor)>, recvs: Vec<(usize, TensorSpec)>) -> Result<Pending<Vec<Tensor>>, CommError> {
+        self.expect(&sends, &recvs, Location::caller())?;
+        self.comm.exchange_in_step(sends, recvs)
     }
 
     fn buffer_bytes(&self) -> usize {

@@ -114,6 +114,11 @@ impl Communicator for Counted {
         self.comm.exchange(sends, recvs)
     }
 
+    fn exchange_in_step(&self, sends: Vec<(usize, Tensor)>, recvs: Vec<(usize, TensorSpec)>) -> Result<Pending<Vec<Tensor>>, CommError> {
+        sends.iter().for_each(|(peer, tensor)| self.add(*peer, bytes(std::slice::from_ref(tensor))));
+        self.comm.exchange_in_step(sends, recvs)
+    }
+
     fn buffer_bytes(&self) -> usize {
         self.comm.buffer_bytes()
     }

@@ -148,6 +148,12 @@ pub trait Communicator {
     /// meets the k-th receive.
     #[track_caller]
     fn exchange(&self, sends: Vec<(usize, Tensor)>, recvs: Vec<(usize, TensorSpec)>) -> Result<Pending<Vec<Tensor>>, CommError>;
+    /// As `exchange`, where every rank of the group calls it at the same place of its program: a back end may have the
+    /// hosts tell each other where things are to go.
+    #[track_caller]
+    fn exchange_in_step(&self, sends: Vec<(usize, Tensor)>, recvs: Vec<(usize, TensorSpec)>) -> Result<Pending<Vec<Tensor>>, CommError> {
+        self.exchange(sends, recvs)
+    }
     /// GPU memory that this group keeps for transfers, beside torch's.
     fn buffer_bytes(&self) -> usize {
         0

@@ -13,7 +13,7 @@ mod collectives;
 mod library;
 
 use super::local::solo;
-use super::peer::{Peers, Slots};
+use super::peer::{Parts, Peers, Slots};
 use super::{Comm, CommError, Reduce, broadcast_bytes};
 use collectives::NcclComm;
 use cudarc::driver::{CudaContext, CudaEvent, CudaStream, DriverError};
@@ -185,30 +185,32 @@ impl Axis {
         mark.0.iter().try_for_each(|event| self.compute.wait(event)).map_err(|e| driver_error(&*self.control, op, e))
     }
 
-    /// All as one operation: none waits for another. `together`: what goes to a rank, and what comes from it, is one
-    /// message, so both sides must post it in one call.
-    fn post(&self, op: &'static str, moves: &[Move], together: bool) -> Result<(), CommError> {
-        let (size, rank) = (self.control.size(), self.control.rank());
+    /// All as one operation: none waits for another. `in_step`: every rank of the axis posts at this place of its program.
+    fn post(&self, op: &'static str, moves: &[Move], in_step: bool) -> Result<(), CommError> {
         let near = |peer: usize| self.peers.as_ref().filter(|peers| peers.reaches(peer));
         let far: Vec<&Move> = moves.iter().filter(|one| near(one.peer()).is_none()).collect();
         if !far.is_empty() {
             self.post_nccl(op, &far)?;
         }
-        // Each rank starts with its successor: no rank is everyone's first target.
-        for peer in (1..size).map(|step| (rank + step) % size) {
-            let Some(peers) = near(peer) else { continue };
-            let (mut sends, mut receives) = (Vec::new(), Vec::new());
-            for one in moves.iter().filter(|one| one.peer() == peer) {
-                let (Move::Send(tensor, _) | Move::Receive(tensor, _)) = one;
-                let (at, bytes) = self.memory(tensor);
-                if matches!(one, Move::Send(..)) { &mut sends } else { &mut receives }.push((at as u64, bytes));
+        let Some(peers) = &self.peers else { return Ok(()) };
+        let (mut sends, mut receives) = (vec![Parts::new(); self.control.size()], vec![Parts::new(); self.control.size()]);
+        for one in moves.iter().filter(|one| near(one.peer()).is_some()) {
+            let (Move::Send(tensor, peer) | Move::Receive(tensor, peer)) = *one;
+            let (at, bytes) = self.memory(tensor);
+            if bytes > 0 {
+                let list = if matches!(one, Move::Send(..)) { &mut sends } else { &mut receives };
+                list[peer].push((at as u64, bytes));
             }
-            let parts = if together { usize::MAX } else { 1 };
-            let sent = sends.chunks(parts).try_for_each(|parts| peers.send(peer, parts));
-            let posted = sent.and_then(|()| receives.chunks(parts).try_for_each(|parts| peers.receive(peer, parts)));
-            posted.map_err(|e| driver_error(&*self.control, op, e))?;
         }
-        Ok(())
+        if in_step {
+            return peers.exchange(&sends, &receives);
+        }
+        // A message each: the peer may post what meets them one by one.
+        let posted = peers.ring().try_for_each(|peer| {
+            sends[peer].iter().try_for_each(|&part| peers.send(peer, &[part]))?;
+            receives[peer].iter().try_for_each(|&part| peers.receive(peer, &[part]))
+        });
+        posted.map_err(|e| driver_error(&*self.control, op, e))
     }
 
     fn post_nccl(&self, op: &'static str, moves: &[&Move]) -> Result<(), CommError> {

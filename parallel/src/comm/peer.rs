@@ -1,6 +1,8 @@
-//! GPUs of one host that reach each other's memory: what moves between two of them goes by copy engine into slots in
-//! the receiver's memory (CUDA IPC), announced by a flag there and freed by a credit back. No multiprocessor takes part
-//! and no host waits: the streams do. Part of the NCCL back end (`nccl.rs`), which orders these streams against torch.
+//! GPUs of one host that reach each other's memory: what moves between two of them goes by copy engine (CUDA IPC),
+//! announced by a flag. No multiprocessor takes part, the streams wait. Where all ranks of a group post at the same place
+//! of their programs it goes straight to its place (`peer/direct.rs`). Else, as in a pipeline, the sender cannot ask for
+//! it: then it goes through slots in the receiver's memory, each freed by a credit back, and no host waits at all. Part
+//! of the NCCL back end (`nccl.rs`), which orders these streams against torch.
 //!
 //! A message goes in pieces of at most a slot. The k-th piece between two ranks uses slot k mod SLOTS: it is written once
 //! the receiver has taken piece k − SLOTS out, and the slot's flag says k when all of it is there. Pieces go two ways in
@@ -13,17 +15,21 @@
 //! (`kernels::device::many_queues`), and nothing is loaded or allocated between a flag and its wait.
 #![allow(unsafe_code)]
 
-use super::{CommError, Communicator, gather_bytes};
+mod direct;
+
+use super::{Comm, CommError, Communicator, gather_bytes};
 use cudarc::driver::sys::{self, CUdeviceptr, CUresult};
 use cudarc::driver::{CudaContext, CudaStream, DriverError};
 use std::cell::Cell;
 use std::ffi::{CString, c_char};
 use std::sync::Arc;
 
+pub use direct::Parts;
+
 /// How slots are laid out; the same on all ranks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Slots {
-    /// Pieces under way to a rank at a time: a power of two, from WAYS to MOST.
+    /// Pieces under way to a rank at a time: a power of two, from WAYS and below MOST.
     pub count: usize,
     pub bytes: usize,
 }
@@ -39,7 +45,7 @@ impl Slots {
 
 /// Streams in each direction.
 pub const WAYS: usize = 2;
-/// Behind the slots lie a flag and a credit for each, 128 bytes apart.
+/// Behind the slots lie a flag and a credit for each, 128 bytes apart, and those of the direct way.
 const PAGE_BYTES: usize = 4096;
 const LINE: usize = 128;
 const MOST: usize = PAGE_BYTES / (2 * LINE);
@@ -57,6 +63,10 @@ pub(super) struct Peers {
     pub bytes: usize,
     /// Pairs of ranks on one node that do not reach each other.
     pub refused: usize,
+    rank: usize,
+    /// The ranks over MPI, for where things are to go alone.
+    control: Comm,
+    exports: direct::Exports,
 }
 
 /// To and from one rank. Addresses are of slots, then of their flags and credits.
@@ -67,6 +77,7 @@ struct Link {
     theirs: CUdeviceptr,
     sent: Cell<u32>,
     received: Cell<u32>,
+    direct: direct::Direct,
 }
 
 /// What a rank tells the others of its group.
@@ -82,7 +93,7 @@ impl Peers {
     pub fn connect(control: &dyn Communicator, context: &Arc<CudaContext>, node: usize, slots: Option<Slots>) -> Result<Peers, CommError> {
         const OP: &str = "connect";
         let slots = slots.unwrap_or(Slots::of(control.size()));
-        assert!(slots.count.is_power_of_two() && (WAYS..=MOST).contains(&slots.count) && slots.bytes.is_multiple_of(ALIGN), "{slots:?}");
+        assert!(slots.count.is_power_of_two() && (WAYS..MOST).contains(&slots.count) && slots.bytes.is_multiple_of(ALIGN), "{slots:?}");
         let failed = |e: DriverError| CommError::Lost { rank: control.rank(), size: control.size(), op: OP, reason: format!("CUDA: {e:?}") };
         let (rank, size) = (control.rank(), control.size());
         context.bind_to_thread().map_err(failed)?;
@@ -102,12 +113,13 @@ impl Peers {
                 links.push(None);
                 continue;
             }
-            let (mine, theirs) = (base + region(rank, peer), card.open().map_err(failed)? + region(peer, rank));
-            links.push(Some(Link { mine, theirs, sent: Cell::new(0), received: Cell::new(0) }));
+            let (mine, theirs) = (base + region(rank, peer), open(card.handle).map_err(failed)? + region(peer, rank));
+            links.push(Some(Link { mine, theirs, sent: Cell::new(0), received: Cell::new(0), direct: Default::default() }));
         }
         let stream = || context.new_stream().map_err(failed);
         let (out, into) = ([stream()?, stream()?], [stream()?, stream()?]);
-        Ok(Peers { links, out, into, slots, bytes: (size - 1) * each, refused })
+        let own = control.split(0, rank)?;
+        Ok(Peers { links, out, into, slots, bytes: (size - 1) * each, refused, rank, control: own, exports: Default::default() })
     }
 
     pub fn streams(&self) -> impl Iterator<Item = &Arc<CudaStream>> {
@@ -248,15 +260,16 @@ impl Card {
         }
     }
 
-    /// Maps the other's region. This rank's own GPU is current: opened with the other's it would work, through the host.
-    fn open(&self) -> Result<CUdeviceptr, DriverError> {
-        let mut base = 0;
-        let handle = sys::CUipcMemHandle { reserved: self.handle.map(|byte| byte as c_char) };
-        let peer_access = sys::CUipcMem_flags_enum::CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS as u32;
-        // SAFETY: a handle that its owner's driver made, of memory that is never freed.
-        unsafe { ok(sys::cuIpcOpenMemHandle_v2(&mut base, handle, peer_access))? };
-        Ok(base)
-    }
+}
+
+/// Maps another rank's memory. This rank's own GPU is current: opened with the other's it would work, through the host.
+fn open(handle: [u8; 64]) -> Result<CUdeviceptr, DriverError> {
+    let mut base = 0;
+    let handle = sys::CUipcMemHandle { reserved: handle.map(|byte| byte as c_char) };
+    let peer_access = sys::CUipcMem_flags_enum::CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS as u32;
+    // SAFETY: a handle that its owner's driver made.
+    unsafe { ok(sys::cuIpcOpenMemHandle_v2(&mut base, handle, peer_access))? };
+    Ok(base)
 }
 
 #[cfg(test)]

@@ -111,6 +111,10 @@ impl Communicator for Watched {
         self.under_way(Wait { from, ..self.wait("exchange") }, || self.comm.exchange(sends, recvs))
     }
 
+    fn exchange_in_step(&self, sends: Vec<(usize, Tensor)>, recvs: Vec<(usize, TensorSpec)>) -> Result<Pending<Vec<Tensor>>, CommError> {
+        self.under_way(self.wait("exchange_in_step"), || self.comm.exchange_in_step(sends, recvs))
+    }
+
     fn buffer_bytes(&self) -> usize {
         self.comm.buffer_bytes()
     }

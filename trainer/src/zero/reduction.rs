@@ -92,7 +92,7 @@ fn sum_at_owners(bucket: &Bucket, comm: &Comm, gradients: BTreeMap<ParamId, Tens
     let spec = |run: &Tensor| TensorSpec { shape: run.size(), kind: run.kind(), device: run.device() };
     let others = (0..size).filter(|&peer| peer != rank);
     let recvs = others.flat_map(|peer| own.iter().map(move |run| (peer, spec(run))));
-    let moved = comm.exchange(sends.collect(), recvs.collect())?;
+    let moved = comm.exchange_in_step(sends.collect(), recvs.collect())?;
     Ok(moved.map(move |received| {
         let part = |from: usize, index: usize| match from {
             _ if from == rank => own[index].view(-1),

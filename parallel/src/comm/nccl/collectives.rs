@@ -118,6 +118,29 @@ impl NcclComm {
         self.axis.post(OP, &moves, true)?;
         self.pending(OP, flats, move || outs)
     }
+
+    fn exchanged(&self, sends: Vec<(usize, Tensor)>, recvs: Vec<(usize, TensorSpec)>, in_step: bool) -> Result<Pending<Vec<Tensor>>, CommError> {
+        const OP: &str = "exchange";
+        if on_host(OP, sends.iter().map(|s| s.1.device()).chain(recvs.iter().map(|r| r.1.device)))? {
+            return self.axis.control.exchange(sends, recvs);
+        }
+        for peer in sends.iter().map(|s| s.0).chain(recvs.iter().map(|r| r.0)) {
+            call::check_peer(OP, peer, self.size)?;
+        }
+        let (peers, tensors): (Vec<usize>, Vec<Tensor>) = sends.into_iter().unzip();
+        let tensors = contiguous(tensors);
+        let outs: Vec<Tensor> = recvs.iter().map(|(_, spec)| Tensor::empty(&spec.shape[..], (spec.kind, spec.device))).collect();
+        // To itself: the k-th of what is sent is the k-th of what comes.
+        let from_self = outs.iter().zip(&recvs).filter(|(_, (peer, _))| *peer == self.rank).map(|(out, _)| out.shallow_clone());
+        let to_self = tensors.iter().zip(&peers).filter(|(_, peer)| **peer == self.rank);
+        tch::no_grad(|| from_self.zip(to_self).for_each(|(mut out, (tensor, _))| out.copy_(tensor)));
+        self.axis.fork(OP)?;
+        let mut moves: Vec<Move> = tensors.iter().zip(&peers).map(|(tensor, &peer)| Move::Send(tensor, peer)).collect();
+        moves.extend(outs.iter().zip(&recvs).map(|(out, (peer, _))| Move::Receive(out, *peer)));
+        moves.retain(|one| one.peer() != self.rank);
+        self.axis.post(OP, &moves, in_step)?;
+        self.pending(OP, tensors, move || outs)
+    }
 }
 
 impl Communicator for NcclComm {
@@ -268,27 +291,11 @@ impl Communicator for NcclComm {
     }
 
     fn exchange(&self, sends: Vec<(usize, Tensor)>, recvs: Vec<(usize, TensorSpec)>) -> Result<Pending<Vec<Tensor>>, CommError> {
-        const OP: &str = "exchange";
-        if on_host(OP, sends.iter().map(|s| s.1.device()).chain(recvs.iter().map(|r| r.1.device)))? {
-            return self.axis.control.exchange(sends, recvs);
-        }
-        for peer in sends.iter().map(|s| s.0).chain(recvs.iter().map(|r| r.0)) {
-            call::check_peer(OP, peer, self.size)?;
-        }
-        let (peers, tensors): (Vec<usize>, Vec<Tensor>) = sends.into_iter().unzip();
-        let tensors = contiguous(tensors);
-        let outs: Vec<Tensor> = recvs.iter().map(|(_, spec)| Tensor::empty(&spec.shape[..], (spec.kind, spec.device))).collect();
-        // To itself: the k-th of what is sent is the k-th of what comes.
-        let from_self = outs.iter().zip(&recvs).filter(|(_, (peer, _))| *peer == self.rank).map(|(out, _)| out.shallow_clone());
-        let to_self = tensors.iter().zip(&peers).filter(|(_, peer)| **peer == self.rank);
-        tch::no_grad(|| from_self.zip(to_self).for_each(|(mut out, (tensor, _))| out.copy_(tensor)));
-        self.axis.fork(OP)?;
-        let mut moves: Vec<Move> = tensors.iter().zip(&peers).map(|(tensor, &peer)| Move::Send(tensor, peer)).collect();
-        moves.extend(outs.iter().zip(&recvs).map(|(out, (peer, _))| Move::Receive(out, *peer)));
-        moves.retain(|one| one.peer() != self.rank);
-        // The peer may post what meets these in other calls.
-        self.axis.post(OP, &moves, false)?;
-        self.pending(OP, tensors, move || outs)
+        self.exchanged(sends, recvs, false)
+    }
+
+    fn exchange_in_step(&self, sends: Vec<(usize, Tensor)>, recvs: Vec<(usize, TensorSpec)>) -> Result<Pending<Vec<Tensor>>, CommError> {
+        self.exchanged(sends, recvs, true)
     }
 
     fn split(&self, colour: usize, key: usize) -> Result<Comm, CommError> {
