@@ -45,8 +45,16 @@ static __device__ __forceinline__ void begin() {
   asm volatile("griddepcontrol.launch_dependents;\ngriddepcontrol.wait;" ::: "memory");
 }
 
+// most / 448 and 1 / scale as IEEE has them, without its cases: both lie far from FP32's ends.
+static __device__ __forceinline__ float inverse_of(float scale) {
+  float guess;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(guess) : "f"(scale));
+  return fmaf(guess, fmaf(-scale, guess, 1.0f), guess);
+}
+
 static __device__ __forceinline__ float scale_of(float amax) {
-  const float scale = fmaxf(amax, FLOOR) / 448.0f;
+  const float most = fmaxf(amax, FLOOR), guess = most * (1.0f / 448.0f);
+  const float scale = fmaf(fmaf(-448.0f, guess, most), 1.0f / 448.0f, guess);
   return POWER_OF_TWO ? __uint_as_float((__float_as_uint(scale) + 0x7fffffu) & 0x7f800000u) : scale;
 }
 
@@ -139,11 +147,19 @@ static __device__ __forceinline__ Place find(const int* counts, int num_experts,
   return {0, 0};
 }
 
-// Over the 16 threads that share a row.
-static __device__ __forceinline__ float sum_over_row(float mine) {
+// Of eight rows that 16 threads share: the sums over the threads, one row a pair of them: row (lane / 2) % 8.
+static __device__ __forceinline__ float sums_over_rows(float (&of_row)[8]) {
+  const int lane = threadIdx.x % 32;
 #pragma unroll
-  for (int step = 1; step < 16; step *= 2) mine += __shfl_xor_sync(~0u, mine, step);
-  return mine;
+  for (int half = 4; half; half /= 2) {
+    const bool upper = lane & half * 2;
+#pragma unroll
+    for (int r = 0; r < half; r++) {
+      const float give = upper ? of_row[r] : of_row[r + half], keep = upper ? of_row[r + half] : of_row[r];
+      of_row[r] = keep + __shfl_xor_sync(~0u, give, half * 2);
+    }
+  }
+  return of_row[0] + __shfl_xor_sync(~0u, of_row[0], 1);
 }
 
 // Two magnitudes of BF16 at once.
@@ -172,7 +188,7 @@ static __device__ __forceinline__ void write_rows(const Tile& t, const Out& out,
   // Eight threads divide, one a row.
   const int lane = threadIdx.x % 32, mine = lane % 8;
   const u32 pair = mine < 4 ? (mine < 2 ? amax[0] : amax[1]) : (mine < 6 ? amax[2] : amax[3]);
-  const float scale = scale_of(mine % 2 ? high_bf16(pair) : low_bf16(pair)), inverse = 1.0f / scale;
+  const float scale = scale_of(mine % 2 ? high_bf16(pair) : low_bf16(pair)), inverse = inverse_of(scale);
   if (lane % 16 < 8 && t.row + mine < place.valid_rows) {
     out.scales[(long long)column_tile * out.scale_stride + place.first_row + t.row + mine] = scale;
   }
@@ -237,7 +253,7 @@ static __device__ __forceinline__ void emit(const Tile& t, const Out& out, Place
 #pragma unroll
     for (int w = 0; w < THREADS / 32; w++) most = max(most, (u32)scratch.column_max[w][threadIdx.x]);
     const float scale = scale_of(low_bf16(most));
-    scratch.inverse[threadIdx.x] = 1.0f / scale;
+    scratch.inverse[threadIdx.x] = inverse_of(scale);
     const int column = column_tile * TILE + threadIdx.x;
     if (column < out.C) out.scales_transposed[(long long)row_tile * out.scale_stride_transposed + column] = scale;
   }
@@ -274,7 +290,7 @@ static __device__ __forceinline__ void emit_block(const T& t, const Out& out, in
   __syncthreads();
 #pragma unroll
   for (int w = 0; w < THREADS / 32; w++) amax = fmaxf(amax, scratch.inverse[w]);
-  const float scale = scale_of(amax), inverse = 1.0f / scale;
+  const float scale = scale_of(amax), inverse = inverse_of(scale);
   if (threadIdx.x == 0) {
     out.scales[row_tile * column_tiles + column_tile] = scale;
     out.scales_transposed[column_tile * row_tiles + row_tile] = scale;

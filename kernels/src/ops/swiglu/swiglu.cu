@@ -46,28 +46,18 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
   emit(gate, out, place, row_tile, column_tile, scratch);
 }
 
-struct Saved {
-  const u16* gate_up;                // [R, 2I]
-  const u8 *gate_values, *up_values;  // or [R, I] each
-  const float *gate_scales, *up_scales;
-};
-
-static __device__ __forceinline__ void load_saved(float (&g)[8], float (&u)[8], const Saved& saved, long long row,
-                                                  int column, int I, int scale_stride, bool there) {
-  if (SAVED_FP8) {
-    const uint2 none = make_uint2(0, 0);
-    const long long at = row * I + column, scale_at = (long long)(column / TILE) * scale_stride + row;
-    unpack_fp8(g, there ? __ldg((const uint2*)(saved.gate_values + at)) : none, there ? __ldg(saved.gate_scales + scale_at) : 0);
-    unpack_fp8(u, there ? __ldg((const uint2*)(saved.up_values + at)) : none, there ? __ldg(saved.up_scales + scale_at) : 0);
-  } else {
-    const u16* from = saved.gate_up + row * 2 * I + column;
-    unpack_bf16(g, load_eight(from, there)), unpack_bf16(u, load_eight(from + I, there));
-  }
+static __device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
+// To this thread's own place, past the registers; zeros where there is nothing.
+static __device__ __forceinline__ void fetch_sixteen(void* to, const void* from, bool there) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(there ? 16 : 0) : "memory");
+}
+static __device__ __forceinline__ void fetch_eight(void* to, const void* from, bool there) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(shared_address(to)), "l"(from), "r"(there ? 8 : 0) : "memory");
 }
 
 // dact [R, I] → d[gate, up] [R, 2I] in the layouts wanted; act by columns, if wanted; dweights [tiles of I, R], each
 // tile's part of d(row weight), if there are weights. One block a tile of dact; I is a multiple of 128.
-extern "C" __global__ void __launch_bounds__(THREADS, SAVED_FP8 ? 2 : 1)
+extern "C" __global__ void __launch_bounds__(THREADS, 2)
     swiglu_backward(const u16* dact, const u16* gate_up, const u8* gate_values, const float* gate_scales,
                     const u8* up_values, const float* up_scales, const float* row_weight, float* dweights,
                     u8* act_transposed, float* act_scales, u8* values, float* scales, u8* transposed,
@@ -78,31 +68,59 @@ extern "C" __global__ void __launch_bounds__(THREADS, SAVED_FP8 ? 2 : 1)
   const int column_tile = blockIdx.x, row_tile = blockIdx.y;
   const Place place = find(counts, num_experts, R, row_tile);
   if (place.valid_rows <= 0) return;
-  const Saved saved = {gate_up, gate_values, up_values, gate_scales, up_scales};
-  __shared__ uint4 parked[2][8][THREADS];  // d(gate) and d(up) wait here: registers hold one tile, not three
+  // A thread's values come here past the registers, all at once, and d(gate) and d(up) wait in their places: registers hold
+  // one tile, not three.
+  __shared__ uint4 parked[2][8][THREADS];
   Tile act = empty_tile<Tile>();
   const int column = column_tile * TILE + act.column, there = place.valid_rows - act.row;
   const long long first_row = place.first_row + act.row;
 #pragma unroll
   for (int r = 0; r < 8; r++) {
+    const long long row = r < there ? first_row + r : 0, at = row * I + column;
+    fetch_sixteen(&parked[0][r][threadIdx.x], dact + at, r < there);
+    if (SAVED_FP8) {
+      uint2* to = (uint2*)&parked[1][r][threadIdx.x];
+      fetch_eight(to, gate_values + at, r < there), fetch_eight(to + 1, up_values + at, r < there);
+    }
+  }
+  // Of the 16 threads that share the rows, eight hold what belongs to one row each.
+  const int mine = threadIdx.x % 8;
+  const bool is_there = mine < place.valid_rows - act.row;
+  float scale_of_row = 0, weight_of_row = 1.0f;
+  if (SAVED_FP8 && is_there) {
+    scale_of_row = __ldg((threadIdx.x & 8 ? up_scales : gate_scales) + (long long)column_tile * scale_stride + first_row + mine);
+  }
+  if (row_weight && is_there) weight_of_row = __ldg(row_weight + first_row + mine);
+  float dweight[8] = {};
+  asm volatile("cp.async.wait_all;" ::: "memory");
+#pragma unroll
+  for (int r = 0; r < 8; r++) {
     const long long row = first_row + r;
-    float g[8], u[8], d[8], dweight = 0;
-    load_saved(g, u, saved, row, column, I, scale_stride, r < there);
-    unpack_bf16(d, load_eight(dact + row * I + column, r < there));
-    const float weight = row_weight && r < there ? __ldg(row_weight + row) : 1.0f;
+    float g[8], u[8], d[8];
+    if (SAVED_FP8) {
+      const uint4 both = parked[1][r][threadIdx.x];
+      unpack_fp8(g, make_uint2(both.x, both.y), __shfl_sync(~0u, scale_of_row, r, 16));
+      unpack_fp8(u, make_uint2(both.z, both.w), __shfl_sync(~0u, scale_of_row, r + 8, 16));
+    } else {
+      const u16* from = gate_up + row * 2 * I + column;
+      unpack_bf16(g, load_eight(from, r < there)), unpack_bf16(u, load_eight(from + I, r < there));
+    }
+    unpack_bf16(d, parked[0][r][threadIdx.x]);
+    const float weight = __shfl_sync(~0u, weight_of_row, r, 16);
 #pragma unroll
     for (int c = 0; c < 8; c++) {
-      const float s = sigmoid(g[c]), silu = g[c] * s, slope = s * (1.0f + g[c] * (1.0f - s));
-      dweight += d[c] * silu * u[c];
+      const float s = sigmoid(g[c]), silu = g[c] * s, slope = s + silu * (1.0f - s), product = silu * u[c];
+      dweight[r] += d[c] * product;
       d[c] *= weight;
-      g[c] = d[c] * u[c] * slope, u[c] *= weight * silu, d[c] *= silu;
+      g[c] = d[c] * (u[c] * slope), u[c] = weight * product, d[c] *= silu;
     }
     set_row(act, r, bf16_eight(u));
     parked[0][r][threadIdx.x] = bf16_eight(g), parked[1][r][threadIdx.x] = bf16_eight(d);
-    if (dweights) {
-      dweight = sum_over_row(dweight);
-      if (act.column == 0 && r < there) dweights[(long long)column_tile * R + row] = dweight;
-    }
+  }
+  if (dweights) {
+    const float sum = sums_over_rows(dweight);
+    const int r = threadIdx.x / 2 % 8;
+    if (threadIdx.x % 2 == 0 && r < there) dweights[(long long)column_tile * R + first_row + r] = sum;
   }
   const Out act_out = {nullptr, nullptr, act_transposed, act_scales, I, P, 0, act_scale_stride};
   const Out out = {values, scales, transposed, scales_transposed, 2 * I, P, scale_stride, scale_stride_transposed};
