@@ -211,12 +211,18 @@ impl Zero {
         let mut forward: Vec<&Rc<Bucket>> = self.buckets.iter().collect();
         forward.sort_by_key(|bucket| bucket.ids.iter().min().copied());
         for bucket in forward {
-            let mut mine: Vec<Tensor> = bucket.gather.iter().map(|(kind, layout)| bucket.pack(weights, *kind, layout)).collect();
-            if let Some(sums) = sums {
+            let comm = &self.lanes[bucket.lane].comm;
+            let sums = sums.map(|sums| {
                 let own: Vec<&Tensor> = bucket.reduce.owned(bucket.rank).map(|run| sums[self.index(run.shard.id)]).collect();
-                mine.push(bucket.pack_sums(&own, self.device));
+                bucket.pack_sums(&own, self.device)
+            });
+            if comm.lands_in_place() {
+                bucket.gather_in_place(weights, comm, sums)?;
+                continue;
             }
-            let arriving = self.lanes[bucket.lane].comm.all_gather(mine)?;
+            let mut mine: Vec<Tensor> = bucket.gather.iter().map(|(kind, layout)| bucket.pack(weights, *kind, layout)).collect();
+            mine.extend(sums);
+            let arriving = comm.all_gather(mine)?;
             let (ids, bucket) = (bucket.ids.clone(), bucket.clone());
             weights.expect(ids, move |weights| {
                 let mut arrived = arriving.wait()?;
@@ -242,6 +248,27 @@ impl Bucket {
         let of_kind = |wanted: Kind| Layout::new(comm.size(), runs.iter().filter(move |run| kind(run) == wanted).cloned());
         let gather = kinds.into_iter().map(|kind| (kind, of_kind(kind))).collect();
         Bucket { lane, rank: comm.rank(), ids, gather, reduce: Layout::new(comm.size(), runs.iter().cloned()), sums: RefCell::new(None) }
+    }
+
+    /// Rows go from weight to weight: nothing reads the others' until they are asked for.
+    fn gather_in_place(self: &Rc<Self>, weights: &mut Weights, comm: &Comm, sums: Option<Tensor>) -> Result<(), CommError> {
+        let peers: Vec<usize> = (0..comm.size()).filter(|&peer| peer != self.rank).collect();
+        let mut rows = |owner: usize| -> Vec<Tensor> { self.reduce.owned(owner).map(|run| run.shard.of(weights.write(run.shard.id))).collect() };
+        let mine: Vec<Tensor> = rows(self.rank).into_iter().chain(sums.as_ref().map(Tensor::shallow_clone)).collect();
+        let all = sums.map(|sums| sums.repeat([comm.size() as i64, 1])); // room for everyone's
+        let sends = peers.iter().flat_map(|&peer| mine.iter().map(move |part| (peer, part.shallow_clone()))).collect();
+        let mut places = Vec::new();
+        for &peer in &peers {
+            let sums = all.as_ref().map(|all| all.narrow(0, peer as i64, 1));
+            places.extend(rows(peer).into_iter().chain(sums).map(|place| (peer, place)));
+        }
+        let (arriving, bucket) = (comm.exchange_into(sends, places)?, self.clone());
+        weights.expect(self.ids.clone(), move |_| {
+            arriving.wait()?;
+            bucket.sums.replace(all);
+            Ok(())
+        });
+        Ok(())
     }
 
     /// This rank's rows, [1, width].

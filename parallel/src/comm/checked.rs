@@ -7,7 +7,7 @@
 //! disagree. Call sites are named but not compared: root and others may well stand on different lines.
 
 use super::call::{self, Call};
-use super::{Comm, CommError, Communicator, Pending, Reduce, TensorSpec, gather_bytes};
+use super::{Comm, CommError, Communicator, Pending, Reduce, TensorSpec, gather_bytes, specs};
 use std::cell::{Cell, RefCell};
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::panic::Location;
@@ -178,9 +178,13 @@ impl Communicator for Checked {
         self.comm.exchange(sends, recvs)
     }
 
-    fn exchange_in_step(&self, sends: Vec<(usize, Tensor)>, recvs: Vec<(usize, TensorSpec)>) -> Result<Pending<Vec<Tensor>>, CommError> {
-        self.expect(&sends, &recvs, Location::caller())?;
-        self.comm.exchange_in_step(sends, recvs)
+    fn exchange_into(&self, sends: Vec<(usize, Tensor)>, places: Vec<(usize, Tensor)>) -> Result<Pending<()>, CommError> {
+        self.expect(&sends, &specs(&places), Location::caller())?;
+        self.comm.exchange_into(sends, places)
+    }
+
+    fn lands_in_place(&self) -> bool {
+        self.comm.lands_in_place()
     }
 
     fn buffer_bytes(&self) -> usize {

@@ -114,9 +114,13 @@ impl Communicator for Counted {
         self.comm.exchange(sends, recvs)
     }
 
-    fn exchange_in_step(&self, sends: Vec<(usize, Tensor)>, recvs: Vec<(usize, TensorSpec)>) -> Result<Pending<Vec<Tensor>>, CommError> {
+    fn exchange_into(&self, sends: Vec<(usize, Tensor)>, places: Vec<(usize, Tensor)>) -> Result<Pending<()>, CommError> {
         sends.iter().for_each(|(peer, tensor)| self.add(*peer, bytes(std::slice::from_ref(tensor))));
-        self.comm.exchange_in_step(sends, recvs)
+        self.comm.exchange_into(sends, places)
+    }
+
+    fn lands_in_place(&self) -> bool {
+        self.comm.lands_in_place()
     }
 
     fn buffer_bytes(&self) -> usize {

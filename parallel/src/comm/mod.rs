@@ -148,11 +148,20 @@ pub trait Communicator {
     /// meets the k-th receive.
     #[track_caller]
     fn exchange(&self, sends: Vec<(usize, Tensor)>, recvs: Vec<(usize, TensorSpec)>) -> Result<Pending<Vec<Tensor>>, CommError>;
-    /// As `exchange`, where every rank of the group calls it at the same place of its program: a back end may have the
-    /// hosts tell each other where things are to go.
+    /// As `exchange`, but every rank of the group calls it at the same place of its program, so that the ranks can tell
+    /// each other where things are to go; what comes is in `places` after the wait, and nobody touches them before.
     #[track_caller]
-    fn exchange_in_step(&self, sends: Vec<(usize, Tensor)>, recvs: Vec<(usize, TensorSpec)>) -> Result<Pending<Vec<Tensor>>, CommError> {
-        self.exchange(sends, recvs)
+    fn exchange_into(&self, sends: Vec<(usize, Tensor)>, places: Vec<(usize, Tensor)>) -> Result<Pending<()>, CommError> {
+        let came = self.exchange(sends, specs(&places))?;
+        Ok(came.map(move |came| {
+            tch::no_grad(|| places.into_iter().zip(came).for_each(|((_, mut place), came)| place.copy_(&came)));
+            Ok(())
+        }))
+    }
+    /// Is an `exchange_into` of everyone with everyone as fast as an `all_gather`? Not between hosts, whose links it crosses
+    /// once a rank.
+    fn lands_in_place(&self) -> bool {
+        true
     }
     /// GPU memory that this group keeps for transfers, beside torch's.
     fn buffer_bytes(&self) -> usize {
@@ -164,6 +173,11 @@ pub trait Communicator {
 }
 
 pub type Comm = Rc<dyn Communicator>;
+
+/// What these places take.
+fn specs(places: &[(usize, Tensor)]) -> Vec<(usize, TensorSpec)> {
+    places.iter().map(|(peer, place)| (*peer, TensorSpec { shape: place.size(), kind: place.kind(), device: place.device() })).collect()
+}
 
 /// Every rank's bytes, in rank order (small control messages: JSON, hashes).
 #[track_caller]

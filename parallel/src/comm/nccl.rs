@@ -72,6 +72,8 @@ struct Axis {
     /// The same ranks over MPI.
     control: Comm,
     options: Options,
+    /// Some pair of ranks does not reach each other in memory.
+    any_far: bool,
 }
 
 /// NCCL's communicator and the non-blocking stream that it works on.
@@ -106,7 +108,7 @@ impl Axis {
         // The same on all ranks: a pair is near or far for both.
         let any_far = super::gather_bytes(&*control, &[(0..control.size()).any(far) as u8])?.concat().contains(&1);
         let compute = context.default_stream();
-        let mut axis = Axis { peers, nccl: None, compute, context, library, control, options: options.clone() };
+        let mut axis = Axis { peers, nccl: None, compute, context, library, control, options: options.clone(), any_far };
         if any_far || options.native_sums {
             axis.nccl = Some(axis.open_nccl()?);
         }

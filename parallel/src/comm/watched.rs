@@ -111,8 +111,12 @@ impl Communicator for Watched {
         self.under_way(Wait { from, ..self.wait("exchange") }, || self.comm.exchange(sends, recvs))
     }
 
-    fn exchange_in_step(&self, sends: Vec<(usize, Tensor)>, recvs: Vec<(usize, TensorSpec)>) -> Result<Pending<Vec<Tensor>>, CommError> {
-        self.under_way(self.wait("exchange_in_step"), || self.comm.exchange_in_step(sends, recvs))
+    fn exchange_into(&self, sends: Vec<(usize, Tensor)>, places: Vec<(usize, Tensor)>) -> Result<Pending<()>, CommError> {
+        self.under_way(self.wait("exchange_into"), || self.comm.exchange_into(sends, places))
+    }
+
+    fn lands_in_place(&self) -> bool {
+        self.comm.lands_in_place()
     }
 
     fn buffer_bytes(&self) -> usize {

@@ -1,7 +1,7 @@
 //! One step's gradients on their way to their owners: each bucket starts as soon as it is full and its turn has come.
 use super::{Bucket, Lane, Route, Zero};
 use model::{GradSink, ParamId};
-use parallel::comm::{Comm, CommError, Pending, Reduce, TensorSpec, fold};
+use parallel::comm::{Comm, CommError, Pending, Reduce, fold};
 use std::collections::BTreeMap;
 use tch::Tensor;
 
@@ -89,14 +89,14 @@ fn sum_at_owners(bucket: &Bucket, comm: &Comm, gradients: BTreeMap<ParamId, Tens
     let (rank, size) = (comm.rank(), comm.size());
     let sends = bucket.reduce.runs.iter().filter(|run| run.owner != rank).map(|run| (run.owner, run.shard.of(&gradients[&run.shard.id])));
     let own: Vec<Tensor> = bucket.reduce.owned(rank).map(|run| run.shard.of(&gradients[&run.shard.id])).collect();
-    let spec = |run: &Tensor| TensorSpec { shape: run.size(), kind: run.kind(), device: run.device() };
     let others = (0..size).filter(|&peer| peer != rank);
-    let recvs = others.flat_map(|peer| own.iter().map(move |run| (peer, spec(run))));
-    let moved = comm.exchange_in_step(sends.collect(), recvs.collect())?;
-    Ok(moved.map(move |received| {
+    let places: Vec<(usize, Tensor)> = others.flat_map(|peer| own.iter().map(move |run| (peer, run.empty_like()))).collect();
+    let received: Vec<Tensor> = places.iter().map(|(_, place)| place.view(-1)).collect();
+    let moved = comm.exchange_into(sends.collect(), places)?;
+    Ok(moved.map(move |()| {
         let part = |from: usize, index: usize| match from {
             _ if from == rank => own[index].view(-1),
-            _ => received[(from - usize::from(from > rank)) * own.len() + index].view(-1),
+            _ => received[(from - usize::from(from > rank)) * own.len() + index].shallow_clone(),
         };
         let sum = |index: usize| {
             let out = own[index].empty_like();

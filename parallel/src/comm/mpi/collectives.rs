@@ -272,6 +272,10 @@ impl Communicator for MpiComm {
         Ok(self.fly(batch, vec![pass_on], move || home.bring(outs)))
     }
 
+    fn lands_in_place(&self) -> bool {
+        false
+    }
+
     fn exchange_counts(&self, counts: &[Vec<i64>]) -> Result<Vec<Vec<i64>>, CommError> {
         call::exchange_counts(self, counts)
     }

@@ -119,27 +119,24 @@ impl NcclComm {
         self.pending(OP, flats, move || outs)
     }
 
-    fn exchanged(&self, sends: Vec<(usize, Tensor)>, recvs: Vec<(usize, TensorSpec)>, in_step: bool) -> Result<Pending<Vec<Tensor>>, CommError> {
+    /// What is sent, which lives until the wait. `in_step`: as `Axis::post`.
+    fn exchanged(&self, sends: Vec<(usize, Tensor)>, places: &[(usize, Tensor)], in_step: bool) -> Result<Vec<Tensor>, CommError> {
         const OP: &str = "exchange";
-        if on_host(OP, sends.iter().map(|s| s.1.device()).chain(recvs.iter().map(|r| r.1.device)))? {
-            return self.axis.control.exchange(sends, recvs);
-        }
-        for peer in sends.iter().map(|s| s.0).chain(recvs.iter().map(|r| r.0)) {
-            call::check_peer(OP, peer, self.size)?;
+        for (peer, _) in sends.iter().chain(places) {
+            call::check_peer(OP, *peer, self.size)?;
         }
         let (peers, tensors): (Vec<usize>, Vec<Tensor>) = sends.into_iter().unzip();
         let tensors = contiguous(tensors);
-        let outs: Vec<Tensor> = recvs.iter().map(|(_, spec)| Tensor::empty(&spec.shape[..], (spec.kind, spec.device))).collect();
         // To itself: the k-th of what is sent is the k-th of what comes.
-        let from_self = outs.iter().zip(&recvs).filter(|(_, (peer, _))| *peer == self.rank).map(|(out, _)| out.shallow_clone());
+        let from_self = places.iter().filter(|(peer, _)| *peer == self.rank).map(|(_, place)| place.shallow_clone());
         let to_self = tensors.iter().zip(&peers).filter(|(_, peer)| **peer == self.rank);
-        tch::no_grad(|| from_self.zip(to_self).for_each(|(mut out, (tensor, _))| out.copy_(tensor)));
+        tch::no_grad(|| from_self.zip(to_self).for_each(|(mut place, (tensor, _))| place.copy_(tensor)));
         self.axis.fork(OP)?;
         let mut moves: Vec<Move> = tensors.iter().zip(&peers).map(|(tensor, &peer)| Move::Send(tensor, peer)).collect();
-        moves.extend(outs.iter().zip(&recvs).map(|(out, (peer, _))| Move::Receive(out, *peer)));
+        moves.extend(places.iter().map(|(peer, place)| Move::Receive(place, *peer)));
         moves.retain(|one| one.peer() != self.rank);
         self.axis.post(OP, &moves, in_step)?;
-        self.pending(OP, tensors, move || outs)
+        Ok(tensors)
     }
 }
 
@@ -291,11 +288,30 @@ impl Communicator for NcclComm {
     }
 
     fn exchange(&self, sends: Vec<(usize, Tensor)>, recvs: Vec<(usize, TensorSpec)>) -> Result<Pending<Vec<Tensor>>, CommError> {
-        self.exchanged(sends, recvs, false)
+        const OP: &str = "exchange";
+        if on_host(OP, sends.iter().map(|s| s.1.device()).chain(recvs.iter().map(|r| r.1.device)))? {
+            return self.axis.control.exchange(sends, recvs);
+        }
+        let empty = |(peer, spec): (usize, TensorSpec)| (peer, Tensor::empty(&spec.shape[..], (spec.kind, spec.device)));
+        let places: Vec<_> = recvs.into_iter().map(empty).collect();
+        let outs = places.iter().map(|(_, place)| place.shallow_clone()).collect();
+        // The peer may post what meets these in other calls.
+        let sent = self.exchanged(sends, &places, false)?;
+        self.pending(OP, sent, move || outs)
     }
 
-    fn exchange_in_step(&self, sends: Vec<(usize, Tensor)>, recvs: Vec<(usize, TensorSpec)>) -> Result<Pending<Vec<Tensor>>, CommError> {
-        self.exchanged(sends, recvs, true)
+    fn exchange_into(&self, sends: Vec<(usize, Tensor)>, places: Vec<(usize, Tensor)>) -> Result<Pending<()>, CommError> {
+        const OP: &str = "exchange_into";
+        if on_host(OP, sends.iter().chain(&places).map(|(_, tensor)| tensor.device()))? {
+            return self.axis.control.exchange_into(sends, places);
+        }
+        let mut kept = self.exchanged(sends, &places, true)?;
+        kept.extend(places.into_iter().map(|(_, place)| place));
+        Ok(self.pending(OP, kept, Vec::new)?.map(|_| Ok(())))
+    }
+
+    fn lands_in_place(&self) -> bool {
+        !self.axis.any_far
     }
 
     fn split(&self, colour: usize, key: usize) -> Result<Comm, CommError> {

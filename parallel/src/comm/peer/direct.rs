@@ -21,6 +21,9 @@ pub type Parts = Vec<(CUdeviceptr, usize)>;
 /// Buffer id, offset, then 64 bytes of handle: a part's place in words.
 const WORDS: usize = 10;
 
+/// A copy engine takes what waits for it in turns, a copy at a time: a row of tokens is not to wait for a whole gradient.
+const COPY: usize = 16 << 20;
+
 /// Of one rank, towards all.
 #[derive(Default)]
 pub(super) struct Exports {
@@ -129,7 +132,9 @@ impl Peers {
         unsafe {
             ok(sys::cuStreamWaitValue32_v2(stream, link.mine + at + LINE as u64, number, GEQ))?;
             for (&(from, bytes), to) in parts.iter().zip(places) {
-                ok(sys::cuMemcpyAsync(to, from, bytes, stream))?;
+                for at in (0..bytes).step_by(COPY) {
+                    ok(sys::cuMemcpyAsync(to + at as u64, from + at as u64, COPY.min(bytes - at), stream))?;
+                }
             }
             ok(sys::cuStreamWriteValue32_v2(stream, link.theirs + at, number, 0))?;
         }
