@@ -19,8 +19,8 @@ const fn plan(subtiles: usize, width: usize, along_m: bool) -> Plan {
 /// A tile of any of these meets at most two scales of 128 columns, and its sums and accumulators fit the registers. The
 /// large tile asks least of L2; the others fill a last wave.
 pub const FORWARD_PLANS: [Plan; 4] = [plan(2, 128, false), plan(1, 192, true), plan(1, 128, true), plan(1, 64, false)];
-pub const WGRAD_PLANS: [Plan; 3] =
-    [plan(2, 128, false), plan(1, 128, false), Plan { reload: true, ..plan(1, 128, true) }];
+pub const WGRAD_PLANS: [Plan; 4] =
+    [plan(1, 128, false), plan(1, 160, true), plan(1, 160, false), Plan { reload: true, ..plan(1, 128, true) }];
 
 /// Shared memory of a block on Hopper, less 1 KiB to align the ring and room for its barriers.
 const SHARED_BYTES: usize = 227 * 1024 - 1024 - 256;
@@ -81,10 +81,11 @@ impl Plan {
     }
     /// And of reading and writing the gradient once.
     fn wgrad_cost(self) -> [f64; 2] {
-        match (self.reload, self.subtiles) {
-            (true, _) => [1.24, 5.2],
-            (_, 2) => [1.48, 27.4],
-            _ => [1.0, 12.0],
+        match (self.reload, self.width, self.along_m) {
+            (true, ..) => [1.28, 5.5],
+            (_, 160, true) => [1.17, 14.0],
+            (_, 160, false) => [1.24, 14.6],
+            _ => [1.0, 10.0],
         }
     }
 
@@ -107,9 +108,6 @@ impl Plan {
     /// The scales of a box of A: rows of an expert may start anywhere, and the copy engine at every fourth.
     pub(super) const ROW_SCALES: usize = 128 + 4;
 
-    /// What Wgrad's producer says of its tiles.
-    const PARTS_BYTES: usize = 256;
-
     fn values_bytes(self) -> usize {
         (self.rows() + self.width) * 128
     }
@@ -117,20 +115,19 @@ impl Plan {
         self.values_bytes() + self.subtiles * (Self::ROW_SCALES * 4).next_multiple_of(128)
     }
     fn wgrad_stage_bytes(self) -> usize {
-        let packed = 4 * (self.width / 8 + 4) * 4;
-        self.values_bytes() + self.rows() * 4 + (self.width * 4).next_multiple_of(128) + packed + 8
+        self.values_bytes() + self.rows() * 4 + (self.width * 4).next_multiple_of(128)
     }
     pub(super) fn forward_stages(self) -> usize {
         self.stages(self.forward_stage_bytes(), self.out_bytes())
     }
     pub(super) fn wgrad_stages(self) -> usize {
-        self.stages(self.wgrad_stage_bytes(), self.wgrad_out_bytes() + Self::PARTS_BYTES)
+        self.stages(self.wgrad_stage_bytes(), self.wgrad_out_bytes())
     }
     pub(super) fn forward_bytes(self) -> usize {
         self.forward_stages() * (self.forward_stage_bytes() + 16) + self.out_bytes() + 1024
     }
     pub(super) fn wgrad_bytes(self) -> usize {
-        self.wgrad_stages() * (self.wgrad_stage_bytes() + 16) + self.wgrad_out_bytes() + Self::PARTS_BYTES + 16 + 1024
+        self.wgrad_stages() * (self.wgrad_stage_bytes() + 16) + self.wgrad_out_bytes() + 16 + 1024
     }
 
     /// Persistent blocks in clusters of two.
@@ -168,8 +165,8 @@ mod tests {
         // 17 column tiles of 128 leave a third wave of large tiles almost empty.
         assert_eq!(Plan::forward([4096, 2176, 7168], 1, 132).width, 192);
         assert_eq!(Plan::forward([4096, 24576, 1536], 1, 132).subtiles, 2);
-        assert_eq!(Plan::wgrad([576, 7168, 4096], 1, 132), plan(1, 128, false));
-        assert_eq!(Plan::wgrad([7168, 16384, 4096], 1, 132), plan(2, 128, false));
+        assert_eq!(Plan::wgrad([7168, 2048, 4096], 1, 132), plan(1, 128, false));
+        assert_eq!(Plan::wgrad([7168, 16384, 4096], 1, 132), plan(1, 160, true));
         // Of few rows the gradient is most of the work.
         assert!(Plan::wgrad([4096, 7168, 32768], 32, 132).reload && !Plan::wgrad([4096, 7168, 32768], 4, 132).reload);
         // A narrow output is cut into more tiles, not fewer.
