@@ -7,10 +7,12 @@ use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
 use std::sync::mpsc::{Receiver, Sender, channel};
 
-/// What is read, hashed or written at a time; a multiple of a page.
-pub const BLOCK: usize = 8 << 20;
-/// Blocks that a file under way has: as far as its readers, hashers and writers may be ahead of each other.
-const BLOCKS: usize = 8;
+/// What is read or written at a time; a multiple of a page.
+pub const BLOCK: usize = 4 << 20;
+/// Blocks that a file under way has, as far as disk and hashing may be apart: few enough to stay in a processor's cache.
+const BLOCKS: usize = 4;
+/// What is copied and hashed at a time: the second finds it where the first has left it.
+pub const PIECE: usize = 256 << 10;
 /// Of memory, offsets and lengths; disks want this or less.
 pub const PAGE: usize = 4096;
 

@@ -1,5 +1,5 @@
-//! One pass over a file: a thread reads, another hashes if every byte is wanted for that, and this one takes what tensors want.
-use super::direct::{BLOCK, Block, Direct, PAGE, blocks};
+//! One pass over a file: a thread reads, this one takes what tensors want, and hashes where every byte is read.
+use super::direct::{BLOCK, Block, Direct, PAGE, PIECE, blocks};
 use super::shard::Summed;
 use anyhow::{Context, Result, ensure};
 use kernels::shim::bytes_mut;
@@ -28,15 +28,20 @@ impl Wanted {
         self.first..self.first + (self.target.numel() * self.kind.elt_size_in_bytes()) as u64
     }
 
-    /// What the block has of them. Blocks begin and end between two numbers: they are of whole pages.
-    fn take(&self, block: &Block) {
-        let (all, here) = (self.range(), block.at..block.at + block.bytes().len() as u64);
-        let (low, high) = (all.start.max(here.start), all.end.min(here.end));
-        if low >= high {
+    fn touches(&self, here: &Range<u64>) -> bool {
+        let all = self.range();
+        all.start < here.end && here.start < all.end
+    }
+
+    /// What `piece`, from byte `at` of the file on, has of them. It begins and ends between two numbers: at a page or the file's end.
+    fn take(&self, at: u64, piece: &[u8]) {
+        let (all, here) = (self.range(), at..at + piece.len() as u64);
+        if !self.touches(&here) {
             return;
         }
+        let (low, high) = (all.start.max(here.start), all.end.min(here.end));
         let width = self.kind.elt_size_in_bytes();
-        let bytes = &block.bytes()[(low - here.start) as usize..(high - here.start) as usize];
+        let bytes = &piece[(low - here.start) as usize..(high - here.start) as usize];
         let mut target = self.target.narrow(0, (low - all.start) as i64 / width as i64, (bytes.len() / width) as i64);
         let same = target.kind() == self.kind;
         match bytes_mut(&mut target).filter(|_| same) {
@@ -84,7 +89,7 @@ fn union(mut ranges: Vec<Range<u64>>) -> Vec<Range<u64>> {
 fn pass(path: &Path, file: &Direct, runs: &[Range<u64>], wanted: &[Wanted], hasher: Option<blake3::Hasher>) -> Result<Option<String>> {
     let longest = runs.iter().map(|run| run.end - run.start).max().unwrap_or(0) + PAGE as u64;
     let (mut spare, used) = blocks(longest);
-    let ((read, to_hash), (hashed, to_take)) = (channel::<Block>(), channel::<Block>());
+    let (read, blocks) = channel::<Block>();
     scope(move |scope| {
         let reading = scope.spawn(move || -> std::io::Result<()> {
             for run in runs {
@@ -97,22 +102,20 @@ fn pass(path: &Path, file: &Direct, runs: &[Range<u64>], wanted: &[Wanted], hash
             }
             Ok(())
         });
-        let hashing = scope.spawn(move || {
-            let mut hasher = hasher;
-            for block in to_hash {
+        let mut hasher = hasher;
+        for block in blocks {
+            let here = block.at..block.at + block.bytes().len() as u64;
+            let wanted: Vec<&Wanted> = wanted.iter().filter(|wanted| wanted.touches(&here)).collect();
+            for (at, piece) in here.step_by(PIECE).zip(block.bytes().chunks(PIECE)) {
                 if let Some(hasher) = &mut hasher {
-                    hasher.update(block.bytes());
+                    hasher.update(piece);
                 }
-                let _ = hashed.send(block);
+                wanted.iter().for_each(|wanted| wanted.take(at, piece));
             }
-            hasher.map(|hasher| hasher.finalize().to_hex().to_string())
-        });
-        for block in to_take {
-            wanted.iter().for_each(|wanted| wanted.take(&block));
             let _ = used.send(block);
         }
         reading.join().expect("reading does not panic").with_context(|| format!("cannot read {}", path.display()))?;
-        Ok(hashing.join().expect("hashing does not panic"))
+        Ok(hasher.map(|hasher| hasher.finalize().to_hex().to_string()))
     })
 }
 

@@ -1,5 +1,5 @@
-//! Tensors to safetensors, hashed on the way by a thread of their own: the disk sets the pace.
-use super::direct::{Block, Blocks, Direct, blocks};
+//! Tensors to safetensors, hashed on the way: the disk sets the pace.
+use super::direct::{Block, Blocks, Direct, PIECE, blocks};
 use super::pass::{Wanted, whole};
 use anyhow::{Context, Result, ensure};
 use kernels::shim::bytes;
@@ -62,55 +62,44 @@ pub struct Summed {
     pub blake3: String,
 }
 
-/// Writes and syncs the file: one thread fills blocks, one hashes them, this one writes. `tensor(i)` makes the i-th entry's
-/// tensor; one exists at a time. Widest kinds come first, so that every tensor is aligned.
+/// Writes and syncs the file: one thread fills and hashes blocks, this one writes. `tensor(i)` makes the i-th entry's tensor;
+/// one exists at a time. Widest kinds come first, so that every tensor is aligned.
 pub fn write(path: &Path, entries: &[Entry], tensor: impl FnMut(usize) -> Result<Tensor> + Send) -> Result<Summed> {
     let mut order: Vec<usize> = (0..entries.len()).collect();
     order.sort_by_key(|&index| std::cmp::Reverse(entries[index].kind.elt_size_in_bytes()));
     let head = header(order.iter().map(|&index| &entries[index]))?;
     let bytes = (head.len() + entries.iter().map(Entry::bytes).sum::<usize>()) as u64;
     let file = Direct::create(path).with_context(|| format!("cannot make {}", path.display()))?;
-    let ((spare, used), (filled, to_hash), (hashed, to_write)) = (blocks(bytes), channel(), channel());
+    let ((spare, used), (filled, blocks)) = (blocks(bytes), channel());
     scope(move |scope| {
         let filling = scope.spawn(move || Filling::new(spare, filled).all(&head, entries, &order, tensor));
-        let hashing = scope.spawn(move || {
-            let mut hasher = blake3::Hasher::new();
-            for block in to_hash {
-                let block: Block = block;
-                hasher.update(block.bytes());
-                if hashed.send(block).is_err() {
-                    break;
-                }
-            }
-            hasher.finalize().to_hex().to_string()
-        });
         let put = move || -> std::io::Result<()> {
-            for mut block in to_write {
+            for mut block in blocks {
                 file.write(&mut block)?;
                 let _ = used.send(block);
             }
             file.finish(bytes)
         };
         put().with_context(|| format!("cannot write {}", path.display()))?;
-        filling.join().expect("filling does not panic")?;
-        Ok(Summed { bytes, blake3: hashing.join().expect("hashing does not panic") })
+        Ok(Summed { bytes, blake3: filling.join().expect("filling does not panic")? })
     })
 }
 
-/// A file's bytes, a block at a time; ends early where nobody takes them any more.
+/// A file's bytes, a block at a time, and their hash; ends early where nobody takes them any more.
 struct Filling {
     spare: Blocks,
     filled: Sender<Block>,
     block: Option<Block>,
     at: u64,
+    hasher: blake3::Hasher,
 }
 
 impl Filling {
     fn new(mut spare: Blocks, filled: Sender<Block>) -> Filling {
-        Filling { block: spare.take(0), spare, filled, at: 0 }
+        Filling { block: spare.take(0), spare, filled, at: 0, hasher: blake3::Hasher::new() }
     }
 
-    fn all(mut self, head: &[u8], entries: &[Entry], order: &[usize], mut tensor: impl FnMut(usize) -> Result<Tensor>) -> Result<()> {
+    fn all(mut self, head: &[u8], entries: &[Entry], order: &[usize], mut tensor: impl FnMut(usize) -> Result<Tensor>) -> Result<String> {
         self.append(head);
         for &index in order {
             let (entry, tensor) = (&entries[index], tensor(index)?);
@@ -119,13 +108,14 @@ impl Filling {
             self.append(bytes(&here).expect("contiguous and on the host"));
         }
         self.block.into_iter().for_each(|last| drop(self.filled.send(last)));
-        Ok(())
+        Ok(self.hasher.finalize().to_hex().to_string())
     }
 
     fn append(&mut self, mut bytes: &[u8]) {
         while let Some(block) = self.block.as_mut().filter(|_| !bytes.is_empty()) {
-            let count = block.append(bytes);
-            (bytes, self.at) = (&bytes[count..], self.at + count as u64);
+            let (piece, rest) = bytes.split_at(block.append(&bytes[..bytes.len().min(PIECE)]));
+            self.hasher.update(piece);
+            (bytes, self.at) = (rest, self.at + piece.len() as u64);
             if block.full() {
                 let full = std::mem::replace(&mut self.block, self.spare.take(self.at));
                 full.into_iter().for_each(|block| drop(self.filled.send(block)));
