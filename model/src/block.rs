@@ -186,7 +186,7 @@ impl Block {
                     Some(Operand::Own(x)) => x,
                     _ => self.ffn_norm.again(w, &before.ffn_norm),
                 };
-                let moe = Box::new(moe.backward_dispatch(x, dy.shallow_clone(), *ffn)?);
+                let moe = Box::new(moe.backward_dispatch(w, x, dy.shallow_clone(), *ffn)?);
                 Started::Sent(BlockSent { h: dy, before, moe })
             }
             _ => unreachable!("forward saved the other form"),

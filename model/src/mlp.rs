@@ -31,6 +31,36 @@ impl Mlp {
     }
 }
 
+/// Backward, between `down` and `gate_up`.
+pub struct MlpHalf {
+    x: Operand,
+    dgate_up: Operand,
+    down: LinearWork,
+}
+
+/// In halves, for who has something to do between them.
+impl Mlp {
+    /// x [T, D] → [T, I]
+    pub fn activate(&self, w: &Weights, x: Operand) -> (Operand, SwigluSaved) {
+        let (gate_up, _) = self.gate_up.forward(w, x); // [T, 2I]
+        swiglu::forward(w, gate_up, None, (self.down.weight, self.recompute.swiglu))
+    }
+    /// [T, I] → [T, D]
+    pub fn project(&self, w: &Weights, activation: Operand) -> Tensor {
+        self.down.forward(w, activation).0
+    }
+    pub fn backward_project(&self, w: &Weights, MlpGrad { dy, x }: MlpGrad, saved: SwigluSaved) -> MlpHalf {
+        let (dactivation, dy) = x.gradient(w, dy, self.down.weight).backward_input(w, self.down.weight);
+        let d = swiglu::backward(w, dactivation, saved, None, self.gate_up.weight);
+        MlpHalf { x, dgate_up: d.gate_up, down: LinearWork { dy, x: d.out } }
+    }
+    /// → [T, D]
+    pub fn backward_activate(&self, w: &Weights, MlpHalf { x, dgate_up, down }: MlpHalf) -> (Tensor, MlpWork) {
+        let (dx, dgate_up) = dgate_up.backward_input(w, self.gate_up.weight);
+        (dx, [LinearWork { dy: dgate_up, x }, down])
+    }
+}
+
 impl Layer for Mlp {
     type In = Operand; // [T, D]
     type Out = Tensor; // [T, D]
@@ -40,15 +70,12 @@ impl Layer for Mlp {
     type WeightWork = MlpWork;
 
     fn forward(&self, w: &Weights, x: Operand) -> (Tensor, SwigluSaved) {
-        let (gate_up, _) = self.gate_up.forward(w, x); // [T, 2I]
-        let (activation, saved) = swiglu::forward(w, gate_up, None, (self.down.weight, self.recompute.swiglu)); // [T, I]
-        (self.down.forward(w, activation).0, saved)
+        let (activation, saved) = self.activate(w, x);
+        (self.project(w, activation), saved)
     }
-    fn backward_input(&self, w: &Weights, MlpGrad { dy, x }: MlpGrad, saved: SwigluSaved) -> (Tensor, MlpWork) {
-        let (dactivation, dy) = x.gradient(w, dy, self.down.weight).backward_input(w, self.down.weight);
-        let d = swiglu::backward(w, dactivation, saved, None, self.gate_up.weight);
-        let (dx, dgate_up) = d.gate_up.backward_input(w, self.gate_up.weight);
-        (dx, [LinearWork { dy: dgate_up, x }, LinearWork { dy, x: d.out }])
+    fn backward_input(&self, w: &Weights, grad: MlpGrad, saved: SwigluSaved) -> (Tensor, MlpWork) {
+        let half = self.backward_project(w, grad, saved);
+        self.backward_activate(w, half)
     }
     fn backward_weight(&self, [up, down]: MlpWork, grads: &mut Grads) {
         self.down.backward_weight(down, grads);

@@ -7,14 +7,14 @@ use crate::block::BlockContext;
 use crate::experts::{Experts, ExpertsSaved, ExpertsWork, Routed};
 use crate::flow::{Other, event};
 use crate::gate::{Gate, GateGrad, GateIn, GateSaved, GateWork};
-use crate::mlp::{Mlp, MlpGrad, MlpWork};
+use crate::mlp::{Mlp, MlpGrad, MlpHalf, MlpWork};
 use crate::operand::{Operand, RowCounts};
 use crate::saved::See;
 use crate::swiglu::SwigluSaved;
 use crate::{Grads, Layer, ModelConfig, ParamTable, Weights};
 use parallel::comm::{CommError, Pending};
 use kernels::ops::quantise::Want;
-use parallel::dispatch::{DispatchGrad, Dispatched, Plan, Rows};
+use parallel::dispatch::{Counted, DispatchGrad, Dispatched, Plan, Rows};
 use tch::Tensor;
 
 #[derive(Debug)]
@@ -42,7 +42,7 @@ impl MoeSaved {
 
 /// Forward, rows on their way to the experts.
 pub struct MoeDispatched {
-    x: Tensor,
+    shared: Option<(Operand, SwigluSaved)>,
     gate: GateSaved,
     plan: Plan,
     load: Load,
@@ -60,9 +60,11 @@ pub struct MoeCombining {
 /// Backward, the output's gradient on its way to the experts.
 pub struct MoeBackDispatched {
     x: Tensor,
-    dy: Tensor,
+    shared: Option<MlpHalf>,
     drows: Pending<Rows>,
-    saved: MoeSaved,
+    gate: GateSaved,
+    plan: Plan,
+    experts: ExpertsSaved,
 }
 
 /// Backward, the input's gradient on its way back.
@@ -133,17 +135,20 @@ impl Moe {
             let routes = Vec::<i64>::try_from(routing.routes.flatten(0, -1)).expect("i64 routes");
             tracing::trace!(target: "routes", ?routes);
         }
-        let plan = Plan::new(&routing.routes, routing.counts.size()[0], &context.experts)?;
+        let counted = Counted::start(&routing.routes, routing.counts.size()[0], &context.experts);
+        // The shared experts need no rows from elsewhere: one half hides the hosts' agreeing on counts, one the rows' way.
+        let shared = self.shared.as_ref().map(|shared| shared.activate(w, Operand::new(w, x.shallow_clone(), Want::ROWS, &[shared.gate_up.weight])));
+        let plan = counted.plan()?;
         let rows = plan.dispatch(&x, &routing.weights)?;
         let load = Load { counts: routing.counts, balance: routing.balance };
-        Ok(MoeDispatched { x, gate, plan, load, rows })
+        Ok(MoeDispatched { shared, gate, plan, load, rows })
     }
 
-    /// The shared experts need no rows from elsewhere, so they come first.
     pub fn compute(&self, w: &Weights, state: MoeDispatched, other: Other) -> Result<MoeCombining, CommError> {
-        let MoeDispatched { x, gate, plan, load, rows } = state;
-        let counts = RowCounts::new(plan.counts().to_vec(), &x);
-        let (out, shared) = self.shared.as_ref().map(|shared| shared.forward(w, Operand::new(w, x, Want::ROWS, &[shared.gate_up.weight]))).unzip();
+        let MoeDispatched { shared, gate, plan, load, rows } = state;
+        let counts = RowCounts::new(plan.counts().to_vec(), &load.counts);
+        let project = |(layer, (activation, saved)): (&Mlp, (Operand, SwigluSaved))| (layer.project(w, activation), saved);
+        let (out, shared) = self.shared.as_ref().zip(shared).map(project).unzip();
         other()?;
         event("forward", "wait");
         let Dispatched { rows, weights } = rows.wait()?;
@@ -161,22 +166,25 @@ impl Moe {
     }
 
     /// The backward of combine is a dispatch. `x` is forward's.
-    pub fn backward_dispatch(&self, x: Tensor, dy: Tensor, saved: MoeSaved) -> Result<MoeBackDispatched, CommError> {
-        Ok(MoeBackDispatched { x, drows: saved.plan.combine_backward(&dy)?, dy, saved })
+    pub fn backward_dispatch(&self, w: &Weights, x: Tensor, dy: Tensor, saved: MoeSaved) -> Result<MoeBackDispatched, CommError> {
+        let MoeSaved { gate, plan, experts, shared } = saved;
+        let drows = plan.combine_backward(&dy)?;
+        let shared = self.shared.as_ref().zip(shared).map(|(shared, saved)| {
+            let x = Operand::new(w, x.shallow_clone(), Want::COLUMNS, &[shared.gate_up.weight]);
+            shared.backward_project(w, MlpGrad { dy, x }, saved)
+        });
+        Ok(MoeBackDispatched { x, shared, drows, gate, plan, experts })
     }
 
     pub fn backward_compute(&self, w: &Weights, state: MoeBackDispatched, other: Other) -> Result<(MoeBackCombining, ExpertsWork), CommError> {
-        let MoeBackDispatched { x, dy, drows, saved: MoeSaved { gate, plan, experts, shared } } = state;
+        let MoeBackDispatched { x, shared, drows, gate, plan, experts } = state;
         event("backward", "wait");
         let (droutes, work) = self.experts.backward_input(w, drows.wait()?, experts);
         // The backward of dispatch is a combine.
         let dx = plan.dispatch_backward(&droutes.rows, &droutes.weights)?;
         event("backward", "send");
         other()?;
-        let shared = self.shared.as_ref().zip(shared).map(|(shared, saved)| {
-            let x = Operand::new(w, x.shallow_clone(), Want::COLUMNS, &[shared.gate_up.weight]);
-            shared.backward_input(w, MlpGrad { dy, x }, saved)
-        });
+        let shared = self.shared.as_ref().zip(shared).map(|(shared, half)| shared.backward_activate(w, half));
         Ok((MoeBackCombining { x, dx, shared, gate }, work))
     }
 

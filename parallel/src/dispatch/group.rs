@@ -3,7 +3,8 @@
 //! Legend: N ranks on M nodes of L (N = M · L, rank = node · L + index), E experts, E/N a rank.
 use super::wire::Wire;
 use crate::comm::{Comm, CommError};
-use tch::{Kind, Tensor};
+use cudarc::driver::CudaEvent;
+use tch::{Device, Kind, Tensor};
 
 /// Ranks that share out experts, and the way a row takes between them: in one hop, or first to the node, once,
 /// whatever the number of ranks there that want it, and then to the ranks (report §3.2.2).
@@ -83,10 +84,17 @@ pub(super) struct Counts {
     pub recv: Vec<Vec<i64>>,
 }
 
-impl Counts {
-    /// The one time that the host waits for a MoE layer and micro-batch: everyone tells everyone what it will send,
-    /// also what its node will have to pass on.
-    pub fn exchange(routes: &Tensor, num_experts: i64, group: &ExpertGroup) -> Result<Self, CommError> {
+/// This rank's own counts on their way to the host. What is put on the GPU meanwhile hides that way, and the host's
+/// agreeing with the others.
+pub(super) struct Counting {
+    /// Rows of each expert, tokens to each rank, tokens to each node.
+    mine: Tensor,
+    /// On a GPU: when they are on the host.
+    there: Option<CudaEvent>,
+}
+
+impl Counting {
+    pub fn start(routes: &Tensor, num_experts: i64, group: &ExpertGroup) -> Self {
         let (ranks, per_node) = (group.all.size(), group.ranks_per_node);
         let tokens_to = |parts: usize| {
             let (parts, share) = (parts as i64, num_experts / parts as i64);
@@ -96,7 +104,23 @@ impl Counts {
         let rows = Tensor::zeros([num_experts], (Kind::Int64, routes.device()));
         let rows = rows.scatter_add(0, &routes.flatten(0, -1), &routes.ones_like().flatten(0, -1));
         let mine = Tensor::cat(&[rows, tokens_to(ranks), tokens_to(ranks / per_node)], 0);
-        let mine = Vec::<i64>::try_from(mine).expect("i64 counts");
+        if !mine.device().is_cuda() {
+            return Counting { mine, there: None };
+        }
+        let stream = kernels::device::gpu(mine.device()).default_stream();
+        // Into pinned memory, without a wait.
+        let mine = mine.to_device_(Device::Cpu, Kind::Int64, true, false);
+        Counting { mine, there: Some(stream.record_event(None).expect("an event on a live stream")) }
+    }
+}
+
+impl Counts {
+    /// The one time that the host waits for a MoE layer and micro-batch: everyone tells everyone what it will send,
+    /// also what its node will have to pass on.
+    pub fn exchange(counting: Counting, num_experts: i64, group: &ExpertGroup) -> Result<Self, CommError> {
+        let ranks = group.all.size();
+        counting.there.iter().for_each(|event| event.synchronize().expect("the GPU counts"));
+        let mine = Vec::<i64>::try_from(counting.mine).expect("i64 counts");
         let (rows, tokens) = mine.split_at(num_experts as usize);
         let (to_rank, to_node) = tokens.split_at(ranks);
         let told = group.all.exchange_counts(&told(rows, to_rank, to_node))?;

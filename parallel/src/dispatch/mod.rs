@@ -51,19 +51,39 @@ pub struct DispatchGrad {
     pub weights: Tensor, // [T, K]
 }
 
-impl Plan {
-    /// routes [T, K] i64, the expert of each choice. Collective over `group`; the one host wait of a layer and
-    /// micro-batch, for all counts of all hops.
-    pub fn new(routes: &Tensor, num_experts: i64, group: &ExpertGroup) -> Result<Self, CommError> {
+/// A plan whose counts are on their way to the host.
+pub struct Counted {
+    routes: Tensor,
+    num_experts: i64,
+    group: ExpertGroup,
+    counting: group::Counting,
+}
+
+impl Counted {
+    /// routes [T, K] i64, the expert of each choice.
+    pub fn start(routes: &Tensor, num_experts: i64, group: &ExpertGroup) -> Self {
         assert_eq!(num_experts % group.all.size() as i64, 0, "experts are shared out evenly");
-        let counts = group::Counts::exchange(routes, num_experts, group)?;
+        let counting = group::Counting::start(routes, num_experts, group);
+        Counted { routes: routes.shallow_clone(), num_experts, group: group.clone(), counting }
+    }
+
+    /// Collective over the group; the one host wait of a layer and micro-batch, for all counts of all hops.
+    pub fn plan(self) -> Result<Plan, CommError> {
+        let Counted { routes, num_experts, group, counting } = self;
+        let counts = group::Counts::exchange(counting, num_experts, &group)?;
         let mut share = num_experts;
         let hops = group.hops().iter().zip(counts.send.into_iter().zip(counts.recv)).map(|(comm, (send, recv))| {
             share /= comm.size() as i64;
             Hop { comm: comm.clone(), send, recv, share }
         });
-        let (hops, routes) = (hops.collect(), routes.shallow_clone());
-        Ok(Plan(Rc::new(Route { routes, hops, wire: group.wire, counts: counts.experts, arrival: OnceCell::new() })))
+        Ok(Plan(Rc::new(Route { hops: hops.collect(), routes, wire: group.wire, counts: counts.experts, arrival: OnceCell::new() })))
+    }
+}
+
+impl Plan {
+    /// As `Counted`, at once.
+    pub fn new(routes: &Tensor, num_experts: i64, group: &ExpertGroup) -> Result<Self, CommError> {
+        Counted::start(routes, num_experts, group).plan()
     }
 
     /// What it holds between forward and backward.
