@@ -4,6 +4,7 @@
 //! (text, options, compiler version), it is written aside, fsynced and renamed, and it ends in a hash of itself.
 //! NVRTC is loaded at run time and needs no GPU, so the tests compile every kernel anywhere.
 #![allow(unsafe_code)]
+use crate::sass;
 use libloading::os::unix::{Library, RTLD_GLOBAL, RTLD_NOW, Symbol};
 use std::ffi::{CStr, CString, c_char, c_int, c_void};
 use std::fs::{self, File};
@@ -90,7 +91,10 @@ impl Jit {
         if let Some(cubin) = read_whole(&path) {
             return Ok(cubin);
         }
-        let cubin = self.compile(source)?;
+        let mut cubin = self.compile(source)?;
+        if let Some((_, turn)) = source.defines.iter().find(|(name, _)| *name == sass::KEEP_FACTORS) {
+            sass::keep_factors(&mut cubin, turn.parse().expect("a number of instructions"));
+        }
         write_aside(&path, &cubin).map_err(|source| JitError::Cache { path, source })?;
         Ok(cubin)
     }

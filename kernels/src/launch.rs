@@ -108,6 +108,17 @@ impl<'a> Launch<'a> {
         self
     }
 
+    /// A tensor map of an E4M3 matrix whose rows come in another order: row 8q + 2j + e of 32 is in place 8j + 2q + e of
+    /// a box of `rows` rows × 128 columns.
+    pub fn map_interleaved(mut self, matrix: &Tensor, rows: usize) -> Self {
+        assert_eq!(matrix.device(), self.gpu.device(), "{}: argument {}", self.kernel.name, self.args.len());
+        let cols = *matrix.size().last().expect("a matrix has columns");
+        let ordered = matrix.view([-1, 4, 4, 2, cols]).permute([0, 2, 1, 3, 4]);
+        let swizzle = sys::CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_128B;
+        self.args.push(Arg::Map(encode(&ordered, &[rows / 32, 4, 4, 2, 128], swizzle)));
+        self
+    }
+
     /// A tensor map of FP32 matrices [E, M, N] to write through: swizzled boxes of `rows` rows × 32 columns of one matrix.
     pub fn map_of_stack(mut self, stack: &Tensor, rows: usize) -> Self {
         assert_eq!(stack.device(), self.gpu.device(), "{}: argument {}", self.kernel.name, self.args.len());
@@ -192,7 +203,7 @@ fn encode(tensor: &Tensor, boxes: &[usize], swizzle: sys::CUtensorMapSwizzle) ->
             dims.as_ptr(),
             strides[1..].as_ptr(),
             boxes.as_ptr(),
-            [1, 1, 1].as_ptr(),
+            [1; 5].as_ptr(),
             sys::CUtensorMapInterleave::CU_TENSOR_MAP_INTERLEAVE_NONE,
             swizzle,
             sys::CUtensorMapL2promotion::CU_TENSOR_MAP_L2_PROMOTION_L2_256B,

@@ -5,5 +5,6 @@ pub mod jit;
 pub mod launch;
 pub mod ops;
 mod precision;
+mod sass;
 pub mod shim;
 pub use precision::Precision;

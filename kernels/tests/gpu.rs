@@ -111,17 +111,23 @@ fn every_tile_agrees() {
     let Some(gpu) = gpu("every_tile_agrees") else {
         return;
     };
-    let (m, n, k) = (700, 1416, 640);
-    let a = quantise::rows(&random(gpu, &[m, k], 0.5), ScaleRule::PowerOfTwo);
-    let (b, _) = quantise::weights(&random(gpu, &[1424, k], 0.5), ScaleRule::PowerOfTwo);
-    let b = fp8::Blocks { values: b.values.narrow(0, 0, n), scales: b.scales.shallow_clone() };
-    let exact = a.dequantise(Kind::Double).matmul(&b.dequantise(Kind::Double).tr());
-    for plan in FORWARD_PLANS {
-        for num_sms in [Some(2), Some(97), None] {
-            poison(gpu);
-            let options = gemm_fp8::Options { num_sms, plan: Some(plan), out_fp32: true, ..Default::default() };
-            let error = relative_error(&gemm_fp8::forward(&a, &b, options), &exact);
+    // Of whole groups of 32 columns, and not.
+    for n in [1408, 1416] {
+        let (m, k) = (700, 640);
+        let a = quantise::rows(&random(gpu, &[m, k], 0.5), ScaleRule::PowerOfTwo);
+        let (b, _) = quantise::weights(&random(gpu, &[1424, k], 0.5), ScaleRule::PowerOfTwo);
+        let b = fp8::Blocks { values: b.values.narrow(0, 0, n), scales: b.scales.narrow(0, 0, (n + 127) / 128) };
+        let exact = a.dequantise(Kind::Double).matmul(&b.dequantise(Kind::Double).tr());
+        for (plan, num_sms) in FORWARD_PLANS.into_iter().flat_map(|plan| [Some(2), Some(97), None].map(|n| (plan, n))) {
+            let forward = |out_fp32| {
+                poison(gpu);
+                let options = gemm_fp8::Options { num_sms, plan: Some(plan), out_fp32, ..Default::default() };
+                gemm_fp8::forward(&a, &b, options)
+            };
+            let fp32 = forward(true);
+            let error = relative_error(&fp32, &exact);
             assert!(error < 2e-4, "{plan:?}, {num_sms:?} multiprocessors: {error}");
+            assert!(same(&forward(false), &fp32.to_kind(Kind::BFloat16)), "{plan:?}, {n} columns: BF16 is not FP32 rounded");
         }
     }
 }
@@ -133,21 +139,27 @@ fn grouped_forward_takes_any_counts() {
     let Some(gpu) = gpu("grouped_forward_takes_any_counts") else {
         return;
     };
-    let (n, k) = (400, 720);
-    for counts in COUNTS {
+    let k = 720;
+    for (counts, n) in COUNTS.into_iter().flat_map(|counts| [(counts, 400), (counts, 416)]) {
         let rows: i64 = counts.iter().sum::<i64>() + 50; // 50 rows that belong to nobody
         let a = quantise::rows(&random(gpu, &[rows, k], 0.2), ScaleRule::Amax);
         let (b, _) = quantise::weights(&random(gpu, &[counts.len() as i64, n, k], 0.2), ScaleRule::Amax);
-        poison(gpu);
-        let options = gemm_fp8::Options { out_fp32: true, ..Default::default() };
-        let got = gemm_grouped::forward(&a, &b, &counts_tensor(gpu, counts), options);
+        let forward = |out_fp32| {
+            poison(gpu);
+            let options = gemm_fp8::Options { out_fp32, ..Default::default() };
+            gemm_grouped::forward(&a, &b, &counts_tensor(gpu, counts), options)
+        };
+        let (got, rounded) = (forward(true), forward(false));
         let mut from = 0;
         for (expert, &count) in counts.iter().enumerate().filter(|(_, count)| **count > 0) {
             let part = Rows { values: a.values.narrow(0, from, count), scales: a.scales.narrow(1, from, count) };
             let block = fp8::Blocks { values: b.values.get(expert as i64), scales: b.scales.get(expert as i64) };
             let exact = part.dequantise(Kind::Double).matmul(&block.dequantise(Kind::Double).tr());
-            let error = relative_error(&got.narrow(0, from, count), &exact);
+            let got = got.narrow(0, from, count);
+            let error = relative_error(&got, &exact);
             assert!(error < 2e-4, "expert {expert} of {counts:?}: {error}");
+            let rounded = rounded.narrow(0, from, count);
+            assert!(same(&rounded, &got.to_kind(Kind::BFloat16)), "expert {expert} of {counts:?}, {n} columns: BF16");
             from += count;
         }
     }

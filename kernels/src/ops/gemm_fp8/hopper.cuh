@@ -80,6 +80,22 @@ static __device__ __forceinline__ void load_box_for_both(u32 to, const TensorMap
       : "memory");
 }
 
+// Rows from 32·y on, each 32 of them in another order: row 8q + 2j + e of them in place 8j + 2q + e.
+static __device__ __forceinline__ void load_interleaved(u32 to, const TensorMap& map, u32 barrier, int x, int y) {
+  asm volatile(
+      "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %5, %5, %5, %4}], [%2];" ::"r"(
+          to),
+      "l"(&map), "r"(barrier), "r"(x), "r"(y), "r"(0)
+      : "memory");
+}
+static __device__ __forceinline__ void load_interleaved_for_both(u32 to, const TensorMap& map, u32 barrier, int x, int y) {
+  asm volatile(
+      "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster"
+      " [%0], [%1, {%3, %5, %5, %5, %4}], [%2], %6;" ::"r"(to),
+      "l"(&map), "r"(barrier), "r"(x), "r"(y), "r"(0), "h"((u16)3)
+      : "memory");
+}
+
 // A box at (x, y, z) of a stack of matrices.
 static __device__ __forceinline__ void read_box(u32 to, const TensorMap& map, u32 barrier, int x, int y, int z) {
   asm volatile(

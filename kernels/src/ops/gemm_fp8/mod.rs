@@ -8,6 +8,7 @@ use crate::device::{self, Kernel};
 use crate::fp8::{Blocks, Columns, Rows, TILE};
 use crate::jit::Source;
 use crate::launch::Launch;
+use crate::sass::KEEP_FACTORS;
 use std::sync::Arc;
 use tch::{Device, Kind, Tensor};
 
@@ -87,11 +88,13 @@ pub(crate) fn forward_into(a: &Rows, b: &Blocks, counts: Option<&Tensor>, out: &
     let plan = options.plan.unwrap_or_else(|| Plan::forward([m, n, k], groups.num(), num_sms));
     // Sums along all of K need an accumulator for every subtile.
     let plan = if options.without_promotion && plan.subtiles > 1 { FORWARD_PLANS[2] } else { plan };
-    let kernel = forward_kernel(plan, options, a.values.device());
-    Launch::new(gpu, &kernel).early()
-        .map(&a.values, plan.box_a(), 128)
-        .map(&a.scales, 1, Plan::ROW_SCALES)
-        .map(&b.values.view([-1, k]), plan.box_b(), 128)
+    // A lane stores 16 bytes of a row where the experts' rows of b fall into whole groups of 32.
+    let interleaved = n % 32 == 0 && !options.out_fp32;
+    let kernel = forward_kernel(plan, options, interleaved, a.values.device());
+    let launch = Launch::new(gpu, &kernel).early().map(&a.values, plan.box_a(), 128).map(&a.scales, 1, Plan::ROW_SCALES);
+    let rows = b.values.view([-1, k]);
+    let launch = if interleaved { launch.map_interleaved(&rows, plan.box_b()) } else { launch.map(&rows, plan.box_b(), 128) };
+    launch
         .tensor(&b.scales, Kind::Float)
         .tensor(out, if options.out_fp32 { Kind::Float } else { Kind::BFloat16 })
         .tensor_or_null(counts, Kind::Int)
@@ -149,9 +152,10 @@ fn tile_defines(plan: Plan, stages: usize) -> Vec<(&'static str, String)> {
     ]
 }
 
-fn forward_source(plan: Plan, options: Options) -> Source {
+fn forward_source(plan: Plan, options: Options, interleaved: bool) -> Source {
     let mut defines = tile_defines(plan, plan.forward_stages());
     defines.extend([("PROMOTE", flag(!options.without_promotion)), ("OUT_FP32", flag(options.out_fp32))]);
+    defines.extend([("INTERLEAVED", flag(interleaved)), (KEEP_FACTORS, "16".to_string())]);
     Source { name: "gemm_forward", text: [HOPPER, &wgmma::text(plan.width), FORWARD].concat(), defines }
 }
 
@@ -161,9 +165,9 @@ fn wgrad_source(plan: Plan, write: Write) -> Source {
     Source { name: "gemm_wgrad", text: [HOPPER, &wgmma::text(plan.width), WGRAD].concat(), defines }
 }
 
-fn forward_kernel(plan: Plan, options: Options, device: Device) -> Arc<Kernel> {
-    let key = format!("forward/{plan:?}/{}{}", options.out_fp32, options.without_promotion);
-    let kernel = device::gpu(device).kernel(&key, "gemm_forward", || forward_source(plan, options));
+fn forward_kernel(plan: Plan, options: Options, interleaved: bool, device: Device) -> Arc<Kernel> {
+    let key = format!("forward/{plan:?}/{}{}{interleaved}", options.out_fp32, options.without_promotion);
+    let kernel = device::gpu(device).kernel(&key, "gemm_forward", || forward_source(plan, options, interleaved));
     kernel.expect("our own kernels compile and load")
 }
 
@@ -177,9 +181,9 @@ fn wgrad_kernel(plan: Plan, write: Write, device: Device) -> Arc<Kernel> {
 pub fn sources() -> Vec<(Source, &'static str)> {
     let mut all = Vec::new();
     for plan in FORWARD_PLANS {
-        for out_fp32 in [false, true] {
+        for (out_fp32, interleaved) in [(false, true), (false, false), (true, false)] {
             let options = Options { out_fp32, ..Options::default() };
-            all.push((forward_source(plan, options), "gemm_forward"));
+            all.push((forward_source(plan, options, interleaved), "gemm_forward"));
         }
     }
     for plan in WGRAD_PLANS {

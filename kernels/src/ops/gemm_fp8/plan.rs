@@ -18,7 +18,7 @@ const fn plan(subtiles: usize, width: usize, along_m: bool) -> Plan {
 
 /// A tile of any of these meets at most two scales of 128 columns, and its sums and accumulators fit the registers. The
 /// large tile asks least of L2; the others fill a last wave.
-pub const FORWARD_PLANS: [Plan; 4] = [plan(2, 128, false), plan(1, 192, true), plan(1, 128, true), plan(1, 64, false)];
+pub const FORWARD_PLANS: [Plan; 4] = [plan(2, 128, false), plan(1, 192, true), plan(1, 128, false), plan(1, 64, false)];
 pub const WGRAD_PLANS: [Plan; 4] =
     [plan(1, 128, false), plan(1, 160, true), plan(1, 160, false), Plan { reload: true, ..plan(1, 128, true) }];
 
@@ -47,7 +47,7 @@ impl Plan {
         best(&FORWARD_PLANS, |plan| {
             // On average the last tile of an expert is half full.
             let down = m as f64 / (plan.cluster().0 * plan.rows()) as f64 + if num_experts > 1 { num_experts as f64 / 2.0 } else { 0.0 };
-            let tile = k as f64 / 128.0 * plan.forward_cost() + plan.area();
+            let tile = k as f64 / 128.0 * plan.forward_cost() + 2.0 * plan.area();
             waves(down.ceil(), plan.across(n), num_sms) * tile
         })
     }
@@ -73,9 +73,9 @@ impl Plan {
     /// (`bench_gpu sweep`).
     fn forward_cost(self) -> f64 {
         match (self.subtiles, self.width) {
-            (2, _) => 1.86,
-            (_, 192) => 1.46,
-            (_, 64) => 0.74,
+            (2, _) => 1.8,
+            (_, 192) => 1.4,
+            (_, 64) => 0.72,
             _ => 1.0,
         }
     }
@@ -91,11 +91,6 @@ impl Plan {
 
     fn stages(self, stage_bytes: usize, other_bytes: usize) -> usize {
         ((SHARED_BYTES - other_bytes) / (stage_bytes + 16)).min(MOST_STAGES)
-    }
-    fn out_bytes(self) -> usize {
-        // A warp turns 16 rows of 64 or 32 columns at a time, with 16 bytes of padding.
-        let columns = if self.width.is_multiple_of(64) { 64 } else { 32 };
-        8 * 16 * (columns * 2 + 16)
     }
     /// A warp's 16 rows of 32 columns, or the whole tile.
     fn wgrad_out_bytes(self) -> usize {
@@ -118,13 +113,13 @@ impl Plan {
         self.values_bytes() + self.rows() * 4 + (self.width * 4).next_multiple_of(128)
     }
     pub(super) fn forward_stages(self) -> usize {
-        self.stages(self.forward_stage_bytes(), self.out_bytes())
+        self.stages(self.forward_stage_bytes(), 0)
     }
     pub(super) fn wgrad_stages(self) -> usize {
         self.stages(self.wgrad_stage_bytes(), self.wgrad_out_bytes())
     }
     pub(super) fn forward_bytes(self) -> usize {
-        self.forward_stages() * (self.forward_stage_bytes() + 16) + self.out_bytes() + 1024
+        self.forward_stages() * (self.forward_stage_bytes() + 16) + 1024
     }
     pub(super) fn wgrad_bytes(self) -> usize {
         self.wgrad_stages() * (self.wgrad_stage_bytes() + 16) + self.wgrad_out_bytes() + 16 + 1024
