@@ -126,10 +126,9 @@ impl Bench {
         let index = index.to_kind(Kind::Int);
         let counts = self.counts(&vec![rows / EXPERTS; EXPERTS as usize]);
         let x = self.sets(&[T, d]);
-        let time = self.steady(|i| quantise::gathered(&x[i], &source, Some(&counts), Want::ROWS, RULE));
-        self.show(&format!("permute and quantise {T} x {ROUTES} x {d} rows"), (2 * T + rows) * d, copy, time);
-        let time = self.steady(|i| quantise::gathered(&x[i], &source, Some(&counts), Want::BOTH, RULE));
-        self.show(&format!("permute and quantise {T} x {ROUTES} x {d} both"), (2 * T + 2 * rows) * d, copy, time);
+        let sent = x.each_ref().map(|x| quantise::rows(x, RULE));
+        let time = self.steady(|i| quantise::columns_of(&sent[i], Some(&source), Some(&counts), RULE));
+        self.show(&format!("gather fp8 rows {T} x {ROUTES} x {d} and transpose"), (T + rows) * d, copy, time);
         let y = self.sets(&[rows, d]);
         let time = self.steady(|i| unpermute::forward(&y[i], &index, None, Some(&x[i])));
         self.show(

@@ -53,17 +53,8 @@ pub fn rows_and_columns(x: &Tensor, counts: Option<&Tensor>, rule: ScaleRule) ->
 /// x [R, C] in the layouts wanted.
 pub fn activation(x: &Tensor, counts: Option<&Tensor>, want: Want, rule: ScaleRule) -> Quantised {
     match x.device() {
-        Device::Cuda(_) => on_gpu(x, None, counts, want, rule),
+        Device::Cuda(_) => on_gpu(x, counts, want, rule),
         _ => cpu::activation(x, counts, want, rule),
-    }
-}
-
-/// Rows of x [T, C] in the order `source` [R] i32 names them, −1 being a row of zeros: a token's row becomes a row of
-/// each of its experts, and is quantised on the way.
-pub fn gathered(x: &Tensor, source: &Tensor, counts: Option<&Tensor>, want: Want, rule: ScaleRule) -> Quantised {
-    match x.device() {
-        Device::Cuda(_) => on_gpu(x, Some(source), counts, want, rule),
-        _ => cpu::activation(&cpu::gather(x, source), counts, want, rule),
     }
 }
 
@@ -86,7 +77,8 @@ pub fn columns_of(rows: &Rows, gathered: Option<&Tensor>, counts: Option<&Tensor
     let launch = launch.int(round_up(v, 4)).tensor_or_null(gathered, Kind::Int);
     let launch = launch.tensor(&columns.values, Kind::Float8e4m3fn).tensor(&columns.scales, Kind::Float);
     let launch = launch.tensor_or_null(counts, Kind::Int).int(num_experts).int(r).int(c);
-    tiles::strides(launch, [r, c], num_experts).run(shape(tiles_of(c), tiles::row_tiles(r, num_experts)));
+    // Four tiles a block.
+    tiles::strides(launch, [r, c], num_experts).run(shape((tiles_of(c) + 3) / 4, tiles::row_tiles(r, num_experts)));
     columns
 }
 
@@ -142,19 +134,13 @@ pub(crate) fn blocks<'a>(launch: Launch<'a>, plain: &Blocks, transposed: &Blocks
         .tensor(&transposed.scales, Kind::Float)
 }
 
-fn on_gpu(x: &Tensor, source: Option<&Tensor>, counts: Option<&Tensor>, want: Want, rule: ScaleRule) -> Quantised {
-    let (rows, c) = x.size2().expect("the quantiser takes a matrix");
-    // Of no rows at all the pointer would be null, and a null pointer says that nothing is gathered.
-    let r = source.map_or(rows, |source| source.size1().expect("the rows' sources are [R]"));
-    let source = source.filter(|_| r > 0);
+fn on_gpu(x: &Tensor, counts: Option<&Tensor>, want: Want, rule: ScaleRule) -> Quantised {
+    let (r, c) = x.size2().expect("the quantiser takes a matrix");
     let num_experts = counts.map_or(1, |counts| counts.size1().expect("counts are [E]"));
     let quantised = Quantised::empty([r, c], num_experts, want, x.device());
     let kernel = kernel(x, rule, "quantise");
-    let launch =
-        Launch::new(device::gpu(x.device()), &kernel).early().tensor(x, Kind::BFloat16).tensor_or_null(source, Kind::Int);
+    let launch = Launch::new(device::gpu(x.device()), &kernel).early().tensor(x, Kind::BFloat16);
     let launch = quantised.tensors(launch).tensor_or_null(counts, Kind::Int).int(num_experts).int(r).int(c);
-    let (columns, rows) = (tiles_of(c), tiles::row_tiles(r, num_experts));
-    let (x, y) = if source.is_some() { (rows, columns) } else { (columns, rows) };
-    tiles::strides(launch, [r, c], num_experts).run(shape(x, y));
+    tiles::strides(launch, [r, c], num_experts).run(shape(tiles_of(c), tiles::row_tiles(r, num_experts)));
     quantised
 }

@@ -3,33 +3,26 @@
 //
 // Defined from outside: INPUT_FP32 of weights (else BF16).
 
-// x [., C] → `out` for R rows. `source` [R]: row r of the output is row source[r] of x (a negative one is a row of
-// zeros); null: row r itself. `counts` cuts the rows into experts.
+// x [R, C] → the layouts that are wanted. `counts` cuts the rows into experts.
 extern "C" __global__ void __launch_bounds__(THREADS, 4)
-    quantise(const u16* x, const int* source, u8* values, float* scales, u8* transposed, float* scales_transposed,
+    quantise(const u16* x, u8* values, float* scales, u8* transposed, float* scales_transposed,
              const int* counts, int num_experts, int R, int C, int P, int scale_stride, int scale_stride_transposed) {
   __shared__ Scratch scratch;
   begin();
   const Out out = {values, scales, transposed, scales_transposed, C, P, scale_stride, scale_stride_transposed};
-  // Gathered rows are read several times: neighbours in time share the columns, so that these stay in L2.
-  const int column_tile = source ? blockIdx.y : blockIdx.x, row_tile = source ? blockIdx.x : blockIdx.y;
+  const int column_tile = blockIdx.x, row_tile = blockIdx.y;
   const Place place = find(counts, num_experts, R, row_tile);
   if (place.valid_rows <= 0) return;
   Tile t = empty_tile<Tile>();
-  const int column = column_tile * TILE + t.column;
-  int rows[8];
+  const int column = column_tile * TILE + t.column, there = column < C ? place.valid_rows - t.row : 0;
+  const u16* from = x + (long long)(place.first_row + t.row) * C + column;
 #pragma unroll
-  for (int r = 0; r < 8; r++) {
-    rows[r] = t.row + r < place.valid_rows && column < C ? place.first_row + t.row + r : -1;
-    if (source && rows[r] >= 0) rows[r] = __ldg(source + rows[r]);
-  }
-#pragma unroll
-  for (int r = 0; r < 8; r++) set_row(t, r, load_eight(x + (long long)rows[r] * C + column, rows[r] >= 0));
+  for (int r = 0; r < 8; r++) set_row(t, r, load_eight(from + (long long)r * C, r < there));
   emit(t, out, place, row_tile, column_tile, scratch);
 }
 
 // Rows in FP8 (values [., C], a scale for each 1×128 tile) → the transposed layout of R of them, rounded to BF16 on the way.
-// `source` as above; rows that several read stay in L2.
+// `source` [R]: row r of the output is row source[r] (null: row r itself); rows that several read stay in L2.
 extern "C" __global__ void __launch_bounds__(THREADS, 4)
     transpose(const u8* from, const float* from_scales, int from_stride, const int* source, u8* transposed,
               float* scales_transposed, const int* counts, int num_experts, int R, int C, int P, int scale_stride,
@@ -37,28 +30,35 @@ extern "C" __global__ void __launch_bounds__(THREADS, 4)
   __shared__ Scratch scratch;
   begin();
   const Out out = {nullptr, nullptr, transposed, scales_transposed, C, P, scale_stride, scale_stride_transposed};
-  const int column_tile = blockIdx.x, row_tile = blockIdx.y;
+  const int row_tile = blockIdx.y;
   const Place place = find(counts, num_experts, R, row_tile);
   if (place.valid_rows <= 0) return;
   Tile t = empty_tile<Tile>();
-  const int column = column_tile * TILE + t.column, there = column < C ? place.valid_rows - t.row : 0;
   const int first = place.first_row + t.row;
-  uint2 raw[8];
-  float scale[8];
+  int rows[8];
 #pragma unroll
-  for (int r = 0; r < 8; r++) {
-    const long long row = r < there ? (source ? __ldg(source + first + r) : first + r) : 0;
-    const uint2* at = (const uint2*)(from + row * C + column);
-    raw[r] = r < there ? (source ? __ldg(at) : __ldcs(at)) : make_uint2(0, 0);
-    scale[r] = r < there ? __ldg(from_scales + (long long)column_tile * from_stride + row) : 0;
-  }
+  for (int r = 0; r < 8; r++) rows[r] = t.row + r < place.valid_rows ? (source ? __ldg(source + first + r) : first + r) : -1;
+  // Where the rows lie is known by now: it serves several tiles.
+#pragma unroll 1
+  for (int column_tile = blockIdx.x; column_tile * TILE < C; column_tile += gridDim.x) {
+    const int column = column_tile * TILE + t.column;
+    uint2 raw[8];
+    float scale[8];
 #pragma unroll
-  for (int r = 0; r < 8; r++) {
-    float v[8];
-    unpack_fp8(v, raw[r], scale[r]);
-    set_row(t, r, bf16_eight(v));
+    for (int r = 0; r < 8; r++) {
+      const bool there = rows[r] >= 0 && column < C;
+      const uint2* at = (const uint2*)(from + (long long)rows[r] * C + column);
+      raw[r] = there ? (source ? __ldg(at) : __ldcs(at)) : make_uint2(0, 0);
+      scale[r] = there ? __ldg(from_scales + (long long)column_tile * from_stride + rows[r]) : 0;
+    }
+#pragma unroll
+    for (int r = 0; r < 8; r++) {
+      float v[8];
+      unpack_fp8(v, raw[r], scale[r]);
+      set_row(t, r, bf16_eight(v));
+    }
+    emit(t, out, place, row_tile, column_tile, scratch);
   }
-  emit(t, out, place, row_tile, column_tile, scratch);
 }
 
 // To E5M6: six bits of fraction, ties to even, at most 65024, steps of 2⁻²⁰ below 2⁻¹⁴.

@@ -169,34 +169,54 @@ static __device__ __forceinline__ u32 most_of(u32 a, u32 b) {
   return most;
 }
 
-// Every row of the tile with a scale of its own: 8 bytes a thread, 128 a row.
-static __device__ __forceinline__ void write_rows(const Tile& t, const Out& out, Place place, int column_tile) {
-  u32 amax[4];  // of two rows each
+// The largest magnitudes of a thread's rows, two rows each, and of its columns, two columns each.
+struct Most {
+  u32 of_rows[4], of_columns[4];
+};
+static __device__ __forceinline__ Most most_of(const Tile& t) {
+  Most most = {};
 #pragma unroll
   for (int r = 0; r < 8; r += 2) {
     u32 both[2];
 #pragma unroll
     for (int i = 0; i < 2; i++) {
-      const u32(&p)[4] = t.pairs[r + i];
-      const u32 left = most_of(p[0] & 0x7fff7fffu, p[1] & 0x7fff7fffu);
-      both[i] = most_of(left, most_of(p[2] & 0x7fff7fffu, p[3] & 0x7fff7fffu));
-    }
-    amax[r / 2] = most_of(__byte_perm(both[0], both[1], 0x5410), __byte_perm(both[0], both[1], 0x7632));
+      u32 p[4];
 #pragma unroll
-    for (int step = 1; step < 16; step *= 2) amax[r / 2] = most_of(amax[r / 2], __shfl_xor_sync(~0u, amax[r / 2], step));
+      for (int c = 0; c < 4; c++) {
+        p[c] = t.pairs[r + i][c] & 0x7fff7fffu;
+        most.of_columns[c] = most_of(most.of_columns[c], p[c]);
+      }
+      both[i] = most_of(most_of(p[0], p[1]), most_of(p[2], p[3]));
+    }
+    most.of_rows[r / 2] = most_of(__byte_perm(both[0], both[1], 0x5410), __byte_perm(both[0], both[1], 0x7632));
   }
-  // Eight threads divide, one a row.
-  const int lane = threadIdx.x % 32, mine = lane % 8;
-  const u32 pair = mine < 4 ? (mine < 2 ? amax[0] : amax[1]) : (mine < 6 ? amax[2] : amax[3]);
-  const float scale = scale_of(mine % 2 ? high_bf16(pair) : low_bf16(pair)), inverse = inverse_of(scale);
-  if (lane % 16 < 8 && t.row + mine < place.valid_rows) {
+  return most;
+}
+
+// Every row of the tile with a scale of its own: 8 bytes a thread, 128 a row.
+static __device__ __forceinline__ void write_rows(const Tile& t, const u32 (&most)[4], const Out& out, Place place,
+                                                  int column_tile) {
+  // Of the 16 threads that share the rows, four end with the same two of them, and two of these divide, one a row.
+  const int lane = threadIdx.x % 32;
+  u32 two[2], one;
+#pragma unroll
+  for (int i = 0; i < 2; i++) {
+    const u32 give = lane & 8 ? most[i] : most[i + 2], keep = lane & 8 ? most[i + 2] : most[i];
+    two[i] = most_of(keep, __shfl_xor_sync(~0u, give, 8));
+  }
+  one = most_of(lane & 4 ? two[1] : two[0], __shfl_xor_sync(~0u, lane & 4 ? two[0] : two[1], 4));
+  one = most_of(one, __shfl_xor_sync(~0u, one, 2));
+  one = most_of(one, __shfl_xor_sync(~0u, one, 1));
+  const int mine = lane / 4 % 4 * 2 + lane % 2;
+  const float scale = scale_of(lane % 2 ? high_bf16(one) : low_bf16(one)), inverse = inverse_of(scale);
+  if (lane % 4 < 2 && t.row + mine < place.valid_rows) {
     out.scales[(long long)column_tile * out.scale_stride + place.first_row + t.row + mine] = scale;
   }
   u8* to = out.values + (long long)(place.first_row + t.row) * out.C + column_tile * TILE + t.column;
   const int there = column_tile * TILE + t.column < out.C ? place.valid_rows - t.row : 0;
 #pragma unroll
   for (int r = 0; r < 8; r++, to += out.C) {
-    const float s = __shfl_sync(~0u, inverse, r, 16);
+    const float s = __shfl_sync(~0u, inverse, r / 2 * 4 + r % 2, 16);
     float v[8];
     unpack_bf16(v, make_uint4(t.pairs[r][0], t.pairs[r][1], t.pairs[r][2], t.pairs[r][3]));
     if (r < there) *(uint2*)to = fp8_eight(v, s);
@@ -234,25 +254,23 @@ static __device__ __forceinline__ void write_transposed(const T& t, const float 
 // columns of the tile that do not exist hold zeros.
 static __device__ __forceinline__ void emit(const Tile& t, const Out& out, Place place, int row_tile, int column_tile,
                                             Scratch& scratch) {
-  if (out.values) write_rows(t, out, place, column_tile);
+  const Most most = most_of(t);
+  if (out.transposed) {
+    u32 amax[4];
+#pragma unroll
+    for (int p = 0; p < 4; p++) amax[p] = most_of(most.of_columns[p], __shfl_xor_sync(~0u, most.of_columns[p], 16));
+    if (threadIdx.x % 32 < 16) {
+      *(uint4*)(scratch.column_max[threadIdx.x / 32] + t.column) = make_uint4(amax[0], amax[1], amax[2], amax[3]);
+    }
+  }
+  if (out.values) write_rows(t, most.of_rows, out, place, column_tile);
   if (!out.transposed) return;
-  u32 amax[4];
-#pragma unroll
-  for (int p = 0; p < 4; p++) {
-    amax[p] = t.pairs[0][p] & 0x7fff7fffu;
-#pragma unroll
-    for (int r = 1; r < 8; r++) amax[p] = most_of(amax[p], t.pairs[r][p] & 0x7fff7fffu);
-    amax[p] = most_of(amax[p], __shfl_xor_sync(~0u, amax[p], 16));
-  }
-  if (threadIdx.x % 32 < 16) {
-    *(uint4*)(scratch.column_max[threadIdx.x / 32] + t.column) = make_uint4(amax[0], amax[1], amax[2], amax[3]);
-  }
   __syncthreads();
   if (threadIdx.x < TILE) {
-    u32 most = 0;
+    u32 all = 0;
 #pragma unroll
-    for (int w = 0; w < THREADS / 32; w++) most = max(most, (u32)scratch.column_max[w][threadIdx.x]);
-    const float scale = scale_of(low_bf16(most));
+    for (int w = 0; w < THREADS / 32; w++) all = max(all, (u32)scratch.column_max[w][threadIdx.x]);
+    const float scale = scale_of(low_bf16(all));
     scratch.inverse[threadIdx.x] = inverse_of(scale);
     const int column = column_tile * TILE + threadIdx.x;
     if (column < out.C) out.scales_transposed[(long long)row_tile * out.scale_stride_transposed + column] = scale;

@@ -30,7 +30,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
     const u16* from = gate_up + (first_row + r) * 2 * C + column;
     set_row(gate, r, load_eight(from, r < there)), set_row(up, r, load_eight(from + C, r < there));
   }
-  if (gate_values) write_rows(gate, gate_out, place, column_tile), write_rows(up, up_out, place, column_tile);
+  if (gate_values) {
+    write_rows(gate, most_of(gate).of_rows, gate_out, place, column_tile);
+    write_rows(up, most_of(up).of_rows, up_out, place, column_tile);
+  }
   // The activation takes the gate's place.
 #pragma unroll
   for (int r = 0; r < 8; r++) {
