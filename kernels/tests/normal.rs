@@ -3,6 +3,7 @@ use kernels::ops::normal;
 use support::{gpu, poison};
 use tch::{Device, Kind};
 
+#[allow(dead_code)] // the other tests use the rest
 mod support;
 
 #[test]

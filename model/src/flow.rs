@@ -257,6 +257,9 @@ pub struct Backward<'a> {
     at: BackwardAt,
     /// The main head's gradient, while MTP's block runs.
     dmain: Option<Tensor>,
+    /// Weights' gradients to be made once the next transfer is under way: they hide it, and they are large, so on the links
+    /// they are not to be before it. The last of them hide the way of the embedding's gradient to its owners.
+    held: Vec<Work>,
 }
 
 enum BackwardAt {
@@ -271,14 +274,14 @@ impl<'a> Backward<'a> {
     /// `dy` is the gradient of `StageOut::Hidden`, none on the last stage.
     pub fn new(stage: &'a Stage, dy: Option<Tensor>, saved: StageSaved) -> Self {
         assert_eq!(dy.is_none(), stage.last.is_some(), "every stage but the last gets a gradient");
-        Backward { stage, saved, at: BackwardAt::Start(dy), dmain: None }
+        Backward { stage, saved, at: BackwardAt::Start(dy), dmain: None, held: Vec::new() }
     }
 
     /// The next segment; `work` takes what the weights' gradients need. False: it was the last.
     pub fn advance(&mut self, w: &Weights, work: &mut dyn FnMut(Work), other: Other) -> Result<bool, CommError> {
         let index = self.saved.blocks.len(); // of the block under way
         let dh = match std::mem::replace(&mut self.at, BackwardAt::Moving) {
-            BackwardAt::Start(dy) => self.enter(w, dy, work),
+            BackwardAt::Start(dy) => self.enter(w, dy),
             BackwardAt::Sent(sent) => {
                 let (sent, experts) = self.stage.block(index).backward_experts(w, sent, other)?;
                 self.at = BackwardAt::Combining(sent);
@@ -289,12 +292,13 @@ impl<'a> Backward<'a> {
                 event("backward", "wait");
                 let (dx, block) = self.stage.block(index).backward_end(w, sent)?;
                 other()?;
-                return self.run(w, dx, Some(Work::Block(index, Box::new(block))), work);
+                self.held.push(Work::Block(index, Box::new(block)));
+                return self.run(w, dx, work);
             }
             BackwardAt::Over(_) | BackwardAt::Moving => panic!("a backward was advanced past its end"),
         };
         other()?;
-        self.run(w, dh, None, work)
+        self.run(w, dh, work)
     }
 
     /// The next hop of what is under way.
@@ -317,46 +321,45 @@ impl<'a> Backward<'a> {
     }
 
     /// The losses' gradient, or the one that came from the next stage.
-    fn enter(&mut self, w: &Weights, dy: Option<Tensor>, work: &mut dyn FnMut(Work)) -> Tensor {
+    fn enter(&mut self, w: &Weights, dy: Option<Tensor>) -> Tensor {
         let Some(last) = &self.stage.last else { return dy.expect("checked in new") };
         let LossesSaved { head, mtp } = self.saved.losses.take().expect("forward ran to its end");
         let (dmain, head) = last.head.backward_input(w, (), head);
-        work(Work::Head(head));
+        self.held.push(Work::Head(head));
         let Some((mtp, saved)) = last.mtp.as_ref().zip(mtp) else { return dmain };
         let (dh, out) = mtp.backward_out(w, saved);
-        work(Work::MtpOut(out));
+        self.held.push(Work::MtpOut(out));
         self.dmain = Some(dmain);
         dh
     }
 
-    /// From one block's input to the next transfer, or the end. `held`: the block's weights, whose gradients hide the first
-    /// hop of what can be sent before them, or the way of the embedding's gradient to its owners.
-    fn run(&mut self, w: &Weights, mut dh: Tensor, mut held: Option<Work>, work: &mut dyn FnMut(Work)) -> Result<bool, CommError> {
+    /// From one block's input to the next transfer, or the end.
+    fn run(&mut self, w: &Weights, mut dh: Tensor, work: &mut dyn FnMut(Work)) -> Result<bool, CommError> {
         loop {
             if self.saved.blocks.len() == self.stage.blocks.len()
                 && let Some((last, saved)) = self.stage.last.as_ref().zip(self.saved.turn.take())
             {
-                dh = self.turn(w, last, dh, saved, work);
+                dh = self.turn(w, last, dh, saved);
             }
             let Some(saved) = self.saved.blocks.pop() else {
                 let more = self.leave(w, dh, work);
-                held.into_iter().for_each(work);
+                self.held.drain(..).for_each(work);
                 return Ok(more);
             };
             let index = self.saved.blocks.len();
             let block = self.stage.block(index);
             if !block.sends() {
-                held.take().into_iter().for_each(&mut *work);
+                self.held.drain(..).for_each(&mut *work);
             }
             match block.backward_input(w, dh, saved)? {
                 Started::Done((dx, block)) => {
-                    held = Some(Work::Block(index, Box::new(block)));
+                    self.held.push(Work::Block(index, Box::new(block)));
                     dh = dx;
                 }
                 Started::Sent(sent) => {
                     event("backward", "send");
                     self.at = BackwardAt::Sent(sent);
-                    held.into_iter().for_each(work);
+                    self.held.drain(..).for_each(work);
                     return Ok(true);
                 }
             }
@@ -364,11 +367,11 @@ impl<'a> Backward<'a> {
     }
 
     /// Through MTP's way in, where there is one, and the final norm.
-    fn turn(&mut self, w: &Weights, last: &Last, dh: Tensor, saved: TurnSaved, work: &mut dyn FnMut(Work)) -> Tensor {
+    fn turn(&mut self, w: &Weights, last: &Last, dh: Tensor, saved: TurnSaved) -> Tensor {
         let dh = match last.mtp.as_ref().zip(saved.mtp) {
             Some((mtp, mtp_saved)) => {
                 let (dinner, mtp_in) = mtp.backward_in(w, dh, mtp_saved);
-                work(Work::MtpIn(mtp_in));
+                self.held.push(Work::MtpIn(mtp_in));
                 let dmain = self.dmain.take().expect("made in enter");
                 let width = dmain.size()[1];
                 let per_sequence = dmain.view([saved.sequences, -1, width]);
@@ -380,7 +383,7 @@ impl<'a> Backward<'a> {
             None => dh,
         };
         let (dh, norm) = last.norm.backward_input(w, dh, saved.norm);
-        work(Work::Norm(norm));
+        self.held.push(Work::Norm(norm));
         dh
     }
 

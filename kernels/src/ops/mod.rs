@@ -13,6 +13,7 @@ pub mod normal;
 pub mod quantise;
 pub mod rms_norm;
 pub mod rope;
+pub mod routes;
 pub mod swiglu;
 pub mod unpermute;
 

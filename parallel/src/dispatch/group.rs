@@ -4,6 +4,7 @@
 use super::wire::Wire;
 use crate::comm::{Comm, CommError};
 use cudarc::driver::CudaEvent;
+use kernels::ops::routes;
 use tch::{Device, Kind, Tensor};
 
 /// Ranks that share out experts, and the way a row takes between them: in one hop, or first to the node, once,
@@ -96,14 +97,7 @@ pub(super) struct Counting {
 impl Counting {
     pub fn start(routes: &Tensor, num_experts: i64, group: &ExpertGroup) -> Self {
         let (ranks, per_node) = (group.all.size(), group.ranks_per_node);
-        let tokens_to = |parts: usize| {
-            let (parts, share) = (parts as i64, num_experts / parts as i64);
-            let wanted = Tensor::zeros([routes.size()[0], parts], (Kind::Int64, routes.device()));
-            wanted.scatter_value(1, &routes.divide_scalar_mode(share, "floor"), 1).sum_dim_intlist(&[0i64][..], false, Kind::Int64)
-        };
-        let rows = Tensor::zeros([num_experts], (Kind::Int64, routes.device()));
-        let rows = rows.scatter_add(0, &routes.flatten(0, -1), &routes.ones_like().flatten(0, -1));
-        let mine = Tensor::cat(&[rows, tokens_to(ranks), tokens_to(ranks / per_node)], 0);
+        let mine = routes::count(routes, num_experts, ranks as i64, (ranks / per_node) as i64);
         if !mine.device().is_cuda() {
             return Counting { mine, there: None };
         }

@@ -9,10 +9,11 @@
 //!
 //! Legend: T tokens, K experts a token, E experts, R rows at the local experts, D width.
 use crate::comm::{CommError, Pending};
-use hop::{Hop, Local, Places};
+use hop::{Hop, sum_places};
+use kernels::ops::routes::{self, Local, Places};
 use std::cell::OnceCell;
 use std::rc::Rc;
-use tch::Tensor;
+use tch::{Kind, Tensor};
 
 pub mod bytes;
 mod group;
@@ -90,7 +91,7 @@ impl Plan {
     pub fn tensors(&self) -> Vec<&Tensor> {
         let arrival = self.0.arrival.get().into_iter().flat_map(|arrival| {
             let local = [&arrival.local.pair, &arrival.local.row, &arrival.local.place];
-            arrival.places.iter().flat_map(Places::tensors).chain(local)
+            arrival.places.iter().flat_map(|places| [&places.source, &places.slots, &places.sent_row]).chain(local)
         });
         std::iter::once(&self.0.routes).chain(arrival).collect()
     }
@@ -106,7 +107,7 @@ impl Plan {
         let (route, kind) = (self.0.clone(), x.kind());
         let mut parts = route.wire.pack(x);
         parts.push(weights.shallow_clone());
-        let sent = route.clone().find_way(&self.0.routes, parts, Vec::new())?;
+        let sent = route.clone().find_way(&self.0.routes.to_kind(Kind::Int), parts, Vec::new())?;
         Ok(sent.map(move |mut parts| {
             let weights = parts.pop().expect("weights come last");
             let local = &route.arrival().local;
@@ -134,7 +135,7 @@ impl Plan {
     /// The backward of `dispatch`: the gradients of its rows [R, D] and weights [R] → those of x and weights.
     pub fn dispatch_backward(&self, drows: &Tensor, dweights: &Tensor) -> Result<Pending<DispatchGrad>, CommError> {
         let place = &self.0.arrival().local.place;
-        let slots = hop::with_zero(dweights).index_select(0, &place.flatten(0, -1)).view_as(place); // [V, K]
+        let slots = hop::picked(dweights, &place.flatten(0, -1)).view_as(place); // [V, K]
         let back = self.0.clone().inward(self.0.hops.len(), vec![self.0.sum_local(drows), slots])?;
         Ok(back.map(|parts| {
             // A slot came back from one rank, zeros from the others: their sum is exact.
@@ -155,13 +156,13 @@ impl Route {
 
     /// rows [R, D] → one for each row that came, [V, D].
     fn sum_local(&self, rows: &Tensor) -> Tensor {
-        hop::sum_places(rows, &self.arrival().local.place)
+        sum_places(rows, &self.arrival().local.place)
     }
 
     /// The first time outward, from the hop after `places`: finds those of each hop on the way.
     fn find_way(self: Rc<Self>, slots: &Tensor, parts: Vec<Tensor>, mut places: Vec<Places>) -> Result<Pending<Vec<Tensor>>, CommError> {
         let Some(hop) = self.hops.get(places.len()) else {
-            let local = Local::new(slots, self.counts.len() as i64, self.counts.iter().sum());
+            let local = routes::local(slots, self.counts.len() as i64, self.counts.iter().sum());
             assert!(self.arrival.set(Arrival { places, local }).is_ok(), "a plan dispatches once");
             return Ok(Pending::ready(parts));
         };
@@ -190,7 +191,7 @@ impl Route {
         let Some(level) = level.checked_sub(1) else { return Ok(Pending::ready(parts)) };
         let back = self.hops[level].back(parts)?;
         let onward = move |back: Vec<Tensor>| {
-            let sums = back.iter().map(|part| self.arrival().places[level].sum(part)).collect();
+            let sums = back.iter().map(|part| sum_places(part, &self.arrival().places[level].sent_row)).collect();
             self.inward(level, sums)
         };
         Ok(if level == 0 { back.map(|parts| onward(parts)?.wait()) } else { Pending::staged(|| onward(back.wait()?)) })

@@ -1,0 +1,101 @@
+//! Where rows go: from the experts that the gate chose to how many rows each rank and expert gets, and to each row's places on
+//! its way. Places are in a fixed order (by destination, then row), so sums over them are, too.
+//!
+//! Legend: V rows, K slots a row (the expert of each choice, −1: elsewhere), P ranks of X experts each, S rows sent, R rows
+//! at the local experts. All results are i32 unless said; −1 is nowhere.
+use crate::device;
+use crate::jit::Source;
+use crate::launch::{Launch, Shape};
+use tch::{Kind, Tensor};
+
+mod cpu;
+
+const TEXT: &str = include_str!("routes.cu");
+const THREADS: usize = 1024;
+/// A row's ranks are bits of a word.
+const MOST_RANKS: i64 = 64;
+/// Experts are counted in shared memory.
+const MOST_EXPERTS: i64 = 8192;
+
+fn source() -> Source {
+    Source { name: "routes", text: TEXT.to_string(), defines: Vec::new() }
+}
+
+/// Every variant, for a test that compiles them all.
+pub fn sources() -> Vec<(Source, &'static str)> {
+    vec![(source(), "places")]
+}
+
+fn launch(like: &Tensor, entry: &'static str, blocks: i64, arguments: impl FnOnce(Launch<'_>) -> Launch<'_>) {
+    let gpu = device::gpu(like.device());
+    let kernel = gpu.kernel(entry, entry, source).expect("our own kernels compile and load");
+    arguments(Launch::new(gpu, &kernel)).run(Shape { grid: [blocks as usize, 1], block: THREADS, shared_bytes: 0 });
+}
+
+fn on_gpu(slots: &Tensor, ranks: i64) -> bool {
+    slots.device().is_cuda() && ranks <= MOST_RANKS
+}
+
+/// routes [T, K] i64, all of `experts` → rows of each expert, then the rows that go to each of `ranks`, then to each of
+/// `nodes` ranks in a row, [experts + ranks + nodes] i64.
+pub fn count(routes: &Tensor, experts: i64, ranks: i64, nodes: i64) -> Tensor {
+    if !on_gpu(routes, ranks) || experts > MOST_EXPERTS {
+        return cpu::count(routes, experts, ranks, nodes);
+    }
+    let (t, k) = routes.size2().expect("routes are [T, K]");
+    let out = Tensor::empty([experts + ranks + nodes], (Kind::Int64, routes.device()));
+    launch(routes, "count", 1, |launch| {
+        launch.tensor(&routes.contiguous(), Kind::Int64).tensor(&out, Kind::Int64).int(t).int(k).int(experts).int(ranks).int(nodes)
+    });
+    out
+}
+
+/// A hop's rows.
+pub struct Places {
+    /// The row of each sent row, [S], by destination, then row.
+    pub source: Tensor,
+    /// The slots of each sent row as its destination counts them, [S, K].
+    pub slots: Tensor,
+    /// The sent row of (row, rank), [V, P].
+    pub sent_row: Tensor,
+}
+
+/// slots [V, K] i32; a row goes once to each rank that holds one of its experts; `sent` rows in all.
+pub fn places(slots: &Tensor, share: i64, ranks: i64, sent: i64) -> Places {
+    if !on_gpu(slots, ranks) {
+        return cpu::places(slots, share, ranks, sent);
+    }
+    let (v, k) = slots.size2().expect("slots are [V, K]");
+    let make = |shape: &[i64]| Tensor::empty(shape, (Kind::Int, slots.device()));
+    let places = Places { source: make(&[sent]), slots: make(&[sent, k]), sent_row: make(&[v, ranks]) };
+    launch(slots, "places", ranks, |launch| {
+        let launch = launch.tensor(&slots.contiguous(), Kind::Int).tensor(&places.source, Kind::Int).tensor(&places.slots, Kind::Int);
+        launch.tensor(&places.sent_row, Kind::Int).int(v).int(k).int(share).int(ranks)
+    });
+    places
+}
+
+/// Rows at their experts.
+pub struct Local {
+    /// The flat (row, slot) of each local row, [R], by expert, then row.
+    pub pair: Tensor,
+    /// The row of each local row, [R].
+    pub row: Tensor,
+    /// The local row of each (row, slot), [V, K].
+    pub place: Tensor,
+}
+
+/// slots [V, K] i32, `count` of them of this rank's `share` experts.
+pub fn local(slots: &Tensor, share: i64, count: i64) -> Local {
+    if !slots.device().is_cuda() {
+        return cpu::local(slots, share, count);
+    }
+    let (v, k) = slots.size2().expect("slots are [V, K]");
+    let make = |shape: &[i64]| Tensor::empty(shape, (Kind::Int, slots.device()));
+    let local = Local { pair: make(&[count]), row: make(&[count]), place: make(&[v, k]) };
+    launch(slots, "local", share, |launch| {
+        let launch = launch.tensor(&slots.contiguous(), Kind::Int).tensor(&local.pair, Kind::Int).tensor(&local.row, Kind::Int);
+        launch.tensor(&local.place, Kind::Int).int(v * k).int(k)
+    });
+    local
+}

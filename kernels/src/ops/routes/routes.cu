@@ -1,0 +1,107 @@
+// Counts and places of routed rows. A block counts or places in the order of the rows: each thread takes a run of them, and
+// learns from the others' counts where it starts.
+using u64 = unsigned long long;
+constexpr int THREADS = 1024, WARPS = THREADS / 32, MOST_EXPERTS = 8192, MOST_RANKS = 64;
+
+// The sum over the threads before this one; `all` becomes everyone's.
+static __device__ int sum_before(int mine, int& all) {
+  __shared__ int of_warp[WARPS];
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  int upto = mine;
+#pragma unroll
+  for (int step = 1; step < 32; step *= 2) {
+    const int other = __shfl_up_sync(~0u, upto, step);
+    if (lane >= step) upto += other;
+  }
+  __syncthreads();  // whoever reads an earlier call's
+  if (lane == 31) of_warp[warp] = upto;
+  __syncthreads();
+  int before = 0;
+  all = 0;
+  for (int w = 0; w < WARPS; w++) {
+    if (w < warp) before += of_warp[w];
+    all += of_warp[w];
+  }
+  return before + upto - mine;
+}
+
+// routes [T, K] → out [experts + ranks + nodes]: rows of each expert, rows to each rank, to each node.
+extern "C" __global__ void __launch_bounds__(THREADS) count(const long long* routes, long long* out, int T, int K, int experts, int ranks, int nodes) {
+  __shared__ int of_expert[MOST_EXPERTS], of_rank[MOST_RANKS], of_node[MOST_RANKS];
+  for (int i = threadIdx.x; i < experts; i += THREADS) of_expert[i] = 0;
+  if (threadIdx.x < MOST_RANKS) of_rank[threadIdx.x] = of_node[threadIdx.x] = 0;
+  __syncthreads();
+  const int share = experts / ranks, node_share = experts / nodes;
+  for (int t = threadIdx.x; t < T; t += THREADS) {
+    u64 to_rank = 0, to_node = 0;
+    for (int k = 0; k < K; k++) {
+      const int expert = (int)routes[(long long)t * K + k];
+      atomicAdd(of_expert + expert, 1);
+      to_rank |= 1ull << (expert / share);
+      to_node |= 1ull << (expert / node_share);
+    }
+    for (; to_rank; to_rank &= to_rank - 1) atomicAdd(of_rank + __ffsll(to_rank) - 1, 1);
+    for (; to_node; to_node &= to_node - 1) atomicAdd(of_node + __ffsll(to_node) - 1, 1);
+  }
+  __syncthreads();
+  for (int i = threadIdx.x; i < experts; i += THREADS) out[i] = of_expert[i];
+  if (threadIdx.x < ranks) out[experts + threadIdx.x] = of_rank[threadIdx.x];
+  if (threadIdx.x < nodes) out[experts + ranks + threadIdx.x] = of_node[threadIdx.x];
+}
+
+// slots [V, K] → source [S], there [S, K], sent_row [V, P]. A block a rank.
+extern "C" __global__ void __launch_bounds__(THREADS) places(const int* slots, int* source, int* there, int* sent_row, int V, int K, int share, int P) {
+  const int rank = blockIdx.x, each = (V + THREADS - 1) / THREADS;
+  const int first = min(V, (int)threadIdx.x * each), last = min(V, first + each);
+  const auto ranks_of = [&](int row) {
+    u64 ranks = 0;
+    for (int k = 0; k < K; k++) {
+      const int expert = slots[row * K + k];
+      if (expert >= 0) ranks |= 1ull << (expert / share);
+    }
+    return ranks;
+  };
+  int mine = 0, lower = 0, lower_all, all;
+  for (int row = first; row < last; row++) {
+    const u64 ranks = ranks_of(row);
+    mine += ranks >> rank & 1;
+    lower += __popcll(ranks & ((1ull << rank) - 1));
+  }
+  sum_before(lower, lower_all);
+  int at = lower_all + sum_before(mine, all);
+  for (int row = first; row < last; row++) {
+    const bool goes = ranks_of(row) >> rank & 1;
+    sent_row[row * P + rank] = goes ? at : -1;
+    if (!goes) continue;
+    source[at] = row;
+    for (int k = 0; k < K; k++) {
+      const int expert = slots[row * K + k] - rank * share;
+      there[at * K + k] = expert >= 0 && expert < share ? expert : -1;
+    }
+    at++;
+  }
+}
+
+// slots, flat [N = V·K] → pair [R], row [R], place [N]. A block an expert.
+extern "C" __global__ void __launch_bounds__(THREADS) local(const int* slots, int* pair, int* row, int* place, int N, int K) {
+  const int expert = blockIdx.x, each = (N + THREADS - 1) / THREADS;
+  const int first = min(N, (int)threadIdx.x * each), last = min(N, first + each);
+  int mine = 0, lower = 0, lower_all, all;
+  for (int i = first; i < last; i++) {
+    const int slot = slots[i];
+    mine += slot == expert;
+    lower += slot >= 0 && slot < expert;
+  }
+  sum_before(lower, lower_all);
+  int at = lower_all + sum_before(mine, all);
+  for (int i = first; i < last; i++) {
+    const int slot = slots[i];
+    if (slot == expert) {
+      pair[at] = i;
+      row[at] = i / K;
+      place[i] = at++;
+    } else if (slot < 0 && expert == 0) {
+      place[i] = -1;
+    }
+  }
+}

@@ -1,0 +1,50 @@
+//! Counts and places of routed rows on a GPU are the CPU's. Without a GPU the test says that it was skipped.
+use kernels::ops::routes;
+use support::{gpu, poison, same};
+use tch::{Device, Kind, Tensor};
+
+#[allow(dead_code)] // the other tests use the rest
+mod support;
+
+#[test]
+fn routed_rows_have_the_places_that_they_have_on_the_cpu() {
+    let Some(gpu) = gpu("routed_rows_have_the_places_that_they_have_on_the_cpu") else {
+        return;
+    };
+    for (rows, k, experts, ranks, per_node) in [(1i64, 1i64, 2i64, 2i64, 1i64), (0, 4, 8, 2, 2), (999, 3, 12, 4, 2), (4096, 8, 256, 64, 8), (5000, 6, 64, 8, 8)] {
+        let name = format!("{rows} rows of {k}, {experts} experts on {ranks} ranks");
+        let options = (Kind::Float, gpu.device());
+        // Distinct experts of each row.
+        let routes = Tensor::rand([rows, experts], options).argsort(1, false).narrow(1, 0, k).contiguous();
+        let on_cpu = routes.to_device(Device::Cpu);
+        let share = experts / ranks;
+        poison(gpu);
+        let counts = routes::count(&routes, experts, ranks, ranks / per_node);
+        assert!(same(&counts, &routes::count(&on_cpu, experts, ranks, ranks / per_node)), "{name}: counts");
+        let sent = counts.narrow(0, experts, ranks).sum(Kind::Int64).int64_value(&[]);
+        // Some choices are elsewhere.
+        let slots = |routes: &Tensor| routes.masked_fill(&(routes * 7).remainder(5).eq(0), -1).to_kind(Kind::Int);
+        for (what, slots, sent) in [("all", routes.to_kind(Kind::Int), sent), ("some", slots(&routes), -1)] {
+            let on_cpu = slots.to_device(Device::Cpu);
+            let holds = |rank: i64| on_cpu.ge(rank * share).logical_and(&on_cpu.lt((rank + 1) * share));
+            let goes = |rank: i64| if rows == 0 { 0 } else { holds(rank).any_dim(1, false).sum(Kind::Int64).int64_value(&[]) };
+            let real: i64 = (0..ranks).map(goes).sum();
+            assert!(sent < 0 || sent == real, "{name}: {sent} rows, not {real}");
+            poison(gpu);
+            let (got, want) = (routes::places(&slots, share, ranks, real), routes::places(&on_cpu, share, ranks, real));
+            let local = on_cpu.lt(share).logical_and(&on_cpu.ge(0)).sum(Kind::Int64).int64_value(&[]);
+            let cut = slots.masked_fill(&slots.ge(share), -1);
+            let (got_local, want_local) = (routes::local(&cut, share, local), routes::local(&cut.to_device(Device::Cpu), share, local));
+            for (part, got, want) in [
+                ("source", &got.source, &want.source),
+                ("slots", &got.slots, &want.slots),
+                ("sent rows", &got.sent_row, &want.sent_row),
+                ("pairs", &got_local.pair, &want_local.pair),
+                ("local rows", &got_local.row, &want_local.row),
+                ("local places", &got_local.place, &want_local.place),
+            ] {
+                assert!(same(got, want), "{name}, {what}: {part}");
+            }
+        }
+    }
+}
