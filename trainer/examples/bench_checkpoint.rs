@@ -136,9 +136,9 @@ impl Raw {
         Ok(options.custom_flags(if matches!(self, Raw::Cached) { 0 } else { libc::O_DIRECT }).open(path)?)
     }
 
-    /// As large as a tensor.
+    /// Of a size that disks are fastest with; tensors divide into it.
     fn memory(self) -> Result<MmapMut> {
-        let mut memory = MmapMut::map_anon(4 * SHAPE.iter().product::<i64>() as usize)?;
+        let mut memory = MmapMut::map_anon(4 << 20)?;
         memory.advise(if matches!(self, Raw::Large) { Advice::HugePage } else { Advice::NoHugePage })?;
         memory.fill(1);
         Ok(memory)
