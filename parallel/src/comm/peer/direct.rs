@@ -12,6 +12,7 @@ use cudarc::driver::DriverError;
 use cudarc::driver::sys::{self, CUdeviceptr};
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::ffi::{c_char, c_void};
 use tch::{Device, Kind, Tensor};
 
@@ -46,18 +47,20 @@ impl Exports {
         let (mut id, mut known) = (0u64, self.known.borrow_mut());
         // SAFETY: a live address of this context, and a place for the attribute.
         unsafe { ok(sys::cuPointerGetAttribute((&raw mut id).cast::<c_void>(), sys::CUpointer_attribute::CU_POINTER_ATTRIBUTE_BUFFER_ID, at))? };
-        if !known.contains_key(&id) {
-            let (mut base, mut handle) = (0, sys::CUipcMemHandle { reserved: [0; 64] });
-            // SAFETY: as above; places for one value each. The size is not asked for.
-            unsafe { ok(sys::cuMemGetAddressRange_v2(&mut base, std::ptr::null_mut(), at))? };
-            // SAFETY: as above.
-            if unsafe { sys::cuIpcGetMemHandle(&mut handle, base) }.result().is_err() {
-                return Ok(None);
+        let (base, handle) = match known.entry(id) {
+            Entry::Occupied(entry) => *entry.get(),
+            Entry::Vacant(entry) => {
+                let (mut base, mut handle) = (0, sys::CUipcMemHandle { reserved: [0; 64] });
+                // SAFETY: as above; a place for one value. The size is not asked for.
+                unsafe { ok(sys::cuMemGetAddressRange_v2(&mut base, std::ptr::null_mut(), at))? };
+                // SAFETY: as above.
+                if unsafe { sys::cuIpcGetMemHandle(&mut handle, base) }.result().is_err() {
+                    return Ok(None);
+                }
+                let word = |bytes: &[c_char]| i64::from_le_bytes(std::array::from_fn(|i| bytes[i] as u8));
+                *entry.insert((base, std::array::from_fn(|i| word(&handle.reserved[8 * i..][..8]))))
             }
-            let word = |bytes: &[c_char]| i64::from_le_bytes(std::array::from_fn(|i| bytes[i] as u8));
-            known.insert(id, (base, std::array::from_fn(|i| word(&handle.reserved[8 * i..][..8]))));
-        }
-        let (base, handle) = known[&id];
+        };
         let mut words = [0; WORDS];
         (words[0], words[1]) = (id as i64, (at - base) as i64);
         words[2..].copy_from_slice(&handle);
