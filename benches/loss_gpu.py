@@ -1,9 +1,10 @@
-"""Does FP8 train as BF16 does? One model, one seed, the same samples in the same order: BF16, BF16 with another order of
-the sums in attention's backward, and FP8, side by side on one GPU.
+"""Does one way of training train as another does? One model, one seed, the same samples in the same order; all runs at once.
+On one GPU: BF16, BF16 with another order of the sums in attention's backward, and FP8. With --ranks N, in FP8: one GPU, one
+with another order of the sums, and N GPUs under expert parallelism, the same with paired micro-batches, and DualPipe.
 
-    python3 benches/loss_gpu.py --tiefsee "COMMAND" --corpus DIR --out DIR
+    python3 benches/loss_gpu.py --tiefsee "COMMAND" --corpus DIR --out DIR [--ranks N] [--mpirun COMMAND]
 
-Prints the mean loss of the last 200 steps of each and their gaps, and draws the curves into OUT/loss.svg.
+Prints the mean loss of the last steps of each and their gaps, and draws the curves into OUT/loss.svg.
 """
 import argparse
 import json
@@ -11,18 +12,34 @@ import shlex
 import subprocess
 from pathlib import Path
 
-RUNS = {
+# The first is what the others are held against, the second says how far two orders of sums lie apart.
+PRECISIONS = {
     "bf16": ["run.precision=bf16"],
     "bf16, sums in another order": ["run.precision=bf16", "run.deterministic=true"],
     "fp8": ["run.precision=fp8"],
 }
-LAST = 200
+# 300 steps of four micro-batches.
+SHORT = ["phase.1.tokens=1638400", "phase.0.micro_batch=4", "phase.1.micro_batch=4"]
 
 
-def start(command, config, corpus, folder, name, sets):
+def layouts(ranks):
+    ep, pp = f"parallel.ep={ranks}", f"parallel.pp={ranks}"
+    return {
+        "one GPU": [],
+        "one GPU, sums in another order": ["run.deterministic=true"],
+        f"ep {ranks}": [ep],
+        f"ep {ranks}, paired": [ep, "parallel.schedule=paired"],
+        f"pp {ranks}, DualPipe": [pp, "parallel.schedule=dualpipe"],
+    }
+
+
+def start(args, name, sets):
+    folder = args.out
     directory = folder / name.replace(", ", "-").replace(" ", "-")
-    sets = [*sets, f"run.dir={directory}", f"data.mixture.0.path={corpus}"]
-    words = [*shlex.split(command), "train", "--config", config, *(word for value in sets for word in ("--set", value))]
+    sets = [*sets, *(SHORT if args.ranks > 1 else []), f"run.dir={directory}", f"data.mixture.0.path={args.corpus}"]
+    several = any(value.startswith("parallel.") for value in sets)
+    words = shlex.split(f"{args.mpirun} -n {args.ranks} {args.tiefsee}" if several else args.tiefsee)
+    words += ["train", "--config", args.config, *(word for value in sets for word in ("--set", value))]
     said = open(folder / f"{directory.name}.log", "w+")
     return directory, said, subprocess.Popen(words, stdout=said, stderr=said)
 
@@ -33,7 +50,7 @@ def losses(name, directory, said, run):
         raise SystemExit(f"{name}: {said.read()[-2000:]}")
     lines = [json.loads(line) for line in (directory / "log/rank-0.jsonl").read_text().splitlines()]
     steps = [line for line in lines if "loss" in line]
-    print(f"{name:<28} {len(steps)} steps, {sum(not line['applied'] for line in steps)} skipped", flush=True)
+    print(f"{name:<32} {len(steps)} steps, {sum(not line['applied'] for line in steps)} skipped", flush=True)
     return [line["loss"] for line in steps]
 
 
@@ -47,7 +64,7 @@ def draw(curves, path):
     high = max(max(curve) for curve in curves.values())
     lines = [f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" font-family="sans-serif" font-size="12">']
     lines.append(f'<rect width="{width}" height="{height}" fill="white"/>')
-    for (name, curve), colour in zip(curves.items(), ("#1f77b4", "#2ca02c", "#d62728")):
+    for (name, curve), colour in zip(curves.items(), ("#1f77b4", "#2ca02c", "#d62728", "#9467bd", "#ff7f0e")):
         x = lambda i: edge + i * (width - 2 * edge) / max(1, len(curve) - 1)
         y = lambda v: edge + (high - v) * (height - 2 * edge) / (high - low)
         points = " ".join(f"{x(i):.1f},{y(v):.1f}" for i, v in enumerate(curve))
@@ -66,16 +83,22 @@ def main():
     parser.add_argument("--config", default="configs/run/loss-gpu.toml")
     parser.add_argument("--corpus", required=True)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--ranks", type=int, default=1)
+    parser.add_argument("--mpirun", default="mpirun")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    runs = {name: start(args.tiefsee, args.config, args.corpus, args.out, name, sets) for name, sets in RUNS.items()}
+    wanted, last = (layouts(args.ranks), 100) if args.ranks > 1 else (PRECISIONS, 200)
+    runs = {name: start(args, name, sets) for name, sets in wanted.items()}
     curves = {name: losses(name, *run) for name, run in runs.items()}
-    means = {name: sum(curve[-LAST:]) / len(curve[-LAST:]) for name, curve in curves.items()}
-    first = means["bf16"]
+    means = {name: sum(curve[-last:]) / len(curve[-last:]) for name, curve in curves.items()}
+    first, *_ = means.values()
+    gaps = {name: abs(mean / first - 1) for name, mean in means.items()}
     for name, mean in means.items():
-        print(f"{name:<28} mean of the last {LAST} steps {mean:.5f}, {(mean / first - 1) * 100:+.3f} %")
-    between, fp8 = (abs(means[name] / first - 1) for name in list(RUNS)[1:])
-    print(f"FP8 {'passes' if fp8 < 0.0025 or fp8 < 2 * between else 'FAILS'}: its gap is {fp8:.3%}, that of two orders of sums {between:.3%}")
+        print(f"{name:<32} mean of the last {last} steps {mean:.5f}, {(mean / first - 1) * 100:+.3f} %")
+    between = list(gaps.values())[1]
+    for name in list(wanted)[2:]:
+        passes = gaps[name] < 0.0025 or gaps[name] < 2 * between
+        print(f"{name} {'passes' if passes else 'FAILS'}: its gap is {gaps[name]:.3%}, that of two orders of sums {between:.3%}")
     draw({name: smooth(curve) for name, curve in curves.items()}, args.out / "loss.svg")
 
 

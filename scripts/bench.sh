@@ -5,7 +5,8 @@
 #   gpu-step     a training step of V3's widths on one H100, ours in BF16 and FP8 beside torchtitan's, compiled, in one run:
 #                times, memory, and the kernels that the milliseconds go to
 #   gpu-loss     a 150M model over 1050 steps of real text (--corpus DIR of `prepare --vocab 16384`) in BF16, BF16 with other
-#                orders of sums, and FP8: the gaps, and the curves in --out DIR/loss.svg
+#                orders of sums, and FP8: the gaps, and the curves in --out DIR/loss.svg; with --ranks N 300 steps in FP8 on
+#                one GPU and, under mpirun, on N
 #   multi-gpu    on all GPUs of a host, under mpirun: the links by copy engine and over NCCL, and steps of V3's widths under
 #                expert, data and pipeline parallelism beside torchtitan's [--only links,ep,dp,pp] [--timeline FILE.svg]
 #   train-cpu    our training step and transformers', same model, batch, threads and machine, in turn

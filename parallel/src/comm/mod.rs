@@ -148,8 +148,9 @@ pub trait Communicator {
     /// meets the k-th receive.
     #[track_caller]
     fn exchange(&self, sends: Vec<(usize, Tensor)>, recvs: Vec<(usize, TensorSpec)>) -> Result<Pending<Vec<Tensor>>, CommError>;
-    /// As `exchange`, but every rank of the group calls it at the same place of its program, so that the ranks can tell
-    /// each other where things are to go; what comes is in `places` after the wait, and nobody touches them before.
+    /// As `exchange`, but all ranks of the group call it, with what meets, so that they can tell each other where things are
+    /// to go: on GPUs a host waits here until the others' hosts have come (not their GPUs). What comes is in `places` after
+    /// the wait, and nobody touches them before.
     #[track_caller]
     fn exchange_into(&self, sends: Vec<(usize, Tensor)>, places: Vec<(usize, Tensor)>) -> Result<Pending<()>, CommError> {
         let came = self.exchange(sends, specs(&places))?;

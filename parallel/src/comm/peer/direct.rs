@@ -3,6 +3,9 @@
 //! which the sender opens once. What is allocated anew is another buffer to CUDA, so a place is never taken for an older
 //! one; memory that a peer has opened comes back when the process ends.
 //!
+//! A host that waits for another's here has put everything before it on its GPU, and the only other place where a host waits
+//! is for counts in a forward: ranks of one group have their forwards behind them alike when gradients are complete.
+//!
 //! Invariant: the receiver says "ready" in its stream, so after everything that used the memory before; the flag says that
 //! all parts are there. First every rank posts its "ready"s, then its sends, then its waits: nobody waits for a "ready"
 //! that stands behind a wait.
