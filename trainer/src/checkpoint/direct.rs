@@ -141,12 +141,13 @@ mod tests {
             for len in [0, 1, PAGE - 1, PAGE, 3 * PAGE + 5] {
                 let path = folder.join(format!("tiefsee-direct-{}-{len}", std::process::id()));
                 let bytes: Vec<u8> = (0..len).map(|at| (at % 251) as u8).collect();
-                let (mut blocks, _used) = blocks(PAGE as u64);
+                let (mut blocks, used) = blocks(PAGE as u64);
                 let file = Direct::create(&path).unwrap();
                 for (index, part) in bytes.chunks(PAGE).enumerate() {
                     let mut block = blocks.take((index * PAGE) as u64).unwrap();
                     assert_eq!(block.append(part), part.len());
                     file.write(&mut block).unwrap();
+                    used.send(block).unwrap();
                 }
                 file.finish(len as u64).unwrap();
                 assert_eq!(std::fs::read(&path).unwrap(), bytes);
@@ -155,6 +156,7 @@ mod tests {
                     let mut block = blocks.take((index * PAGE) as u64).unwrap();
                     file.read(&mut block, part.len()).unwrap();
                     assert_eq!(block.bytes(), part);
+                    used.send(block).unwrap();
                 }
                 std::fs::remove_file(path).unwrap();
             }
