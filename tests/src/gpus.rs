@@ -1,10 +1,15 @@
-//! Two GPUs or more against one: every layout's losses, checkpoints that go from each to each, and a rank that dies or
-//! stops in the middle. With fewer GPUs each test says that it was skipped.
-use crate::launching::{Started, local, processes, rank_pid, signal, wait};
+//! Two, four and eight GPUs against one: every layout's losses, checkpoints that go from each to another, and a rank that dies
+//! or stops in the middle. With fewer GPUs each test says that it was skipped; that every layout is one, and the same run,
+//! CPUs show.
+use crate::launching::{Started, local, processes, signal, wait};
+use crate::layouts::over_threads;
 use crate::support::{Run, WIDE, gap, gpu, mpirun, start};
+use std::collections::VecDeque;
 use std::path::Path;
 use std::process::Command;
+use std::sync::Mutex;
 use std::time::Instant;
+use trainer::run::Start;
 
 /// A batch that every schedule takes, and every part of the loss.
 const SET: [&str; 7] = [
@@ -17,8 +22,14 @@ const SET: [&str; 7] = [
     "phase.0.mtp_weight=0.3",
 ];
 
-/// Of two GPUs: expert parallel on one node and on two, pipelines, data parallel with ZeRO-1; each over both transports.
-const LAYOUTS: &[(&str, &[&str])] = &[
+/// On more than two: two micro-batches a rank for the longest pipe beside others, and a layer for each stage.
+const WIDER: [&str; 4] = ["phase.0.batch=16", "phase.1.tokens=8192", "phase.1.batch=16", "phase.1.micro_batch=1"];
+
+/// A name, and `[parallel]`.
+type Layout = (&'static str, &'static [&'static str]);
+
+/// Expert parallel on one node and on two, pipelines, data parallel with ZeRO-1.
+const TWO: &[Layout] = &[
     ("ep2", &["parallel.ep=2"]),
     ("ep2-two-nodes", &["parallel.ep=2", "parallel.ranks_per_node=1"]),
     ("ep2-paired", &["parallel.ep=2", "parallel.schedule=paired"]),
@@ -28,122 +39,266 @@ const LAYOUTS: &[(&str, &[&str])] = &[
     ("dp2", &[]),
 ];
 
-fn two_gpus(test: &str) -> Option<()> {
+const FOUR: &[Layout] = &[
+    ("pp2-ep2-dualpipe", &["parallel.pp=2", "parallel.ep=2", "parallel.schedule=dualpipe"]),
+    ("ep4", &["parallel.ep=4"]),
+    ("ep4-two-nodes", &["parallel.ep=4", "parallel.ranks_per_node=2"]),
+    ("dp2-ep2", &["parallel.ep=2"]),
+    ("pp4-1f1b", &["parallel.pp=4"]),
+    ("pp4-zb1p", &["parallel.pp=4", "parallel.schedule=zb1p"]),
+    ("pp4-dualpipe", &["parallel.pp=4", "parallel.schedule=dualpipe"]),
+];
+
+const EIGHT: &[Layout] = &[
+    ("pp2-ep4-dualpipe", &["parallel.pp=2", "parallel.ep=4", "parallel.schedule=dualpipe"]),
+    ("pp4-ep2-dualpipe", &["parallel.pp=4", "parallel.ep=2", "parallel.schedule=dualpipe"]),
+    ("dp2-ep4", &["parallel.ep=4"]),
+    ("ep8", &["parallel.ep=8"]),
+    ("ep8-two-nodes", &["parallel.ep=8", "parallel.ranks_per_node=4"]),
+    ("pp8-dualpipe", &["parallel.pp=8", "parallel.schedule=dualpipe"]),
+];
+
+fn layouts(gpus: usize) -> &'static [Layout] {
+    match gpus {
+        2 => TWO,
+        4 => FOUR,
+        8 => EIGHT,
+        _ => unreachable!("no layouts of {gpus} GPUs"),
+    }
+}
+
+/// None: fewer are here, and the test has said so.
+fn enough(test: &str, wanted: usize) -> Option<()> {
     gpu(test)?;
-    let count = tch::Cuda::device_count();
-    if count < 2 {
-        println!("SKIPPED {test}: {count} GPU");
+    let count = tch::Cuda::device_count() as usize;
+    if count < wanted {
+        println!("SKIPPED {test}: {count} GPU(s) of {wanted}");
         return None;
     }
     Some(())
 }
 
-fn run(name: &str, set: &[&str]) -> Run {
-    Run::new(&format!("gpus-{name}"), &[&WIDE[..], &SET, set].concat())
+/// All of them, as far as there are layouts.
+fn all_gpus(test: &str) -> Option<usize> {
+    enough(test, 2)?;
+    [8, 4, 2].into_iter().find(|&gpus| gpus <= tch::Cuda::device_count() as usize)
 }
 
-/// Four at a time: the GPUs have room for small models.
-fn side_by_side<T: Sync>(jobs: &[T], work: impl Fn(&T) + Sync) {
-    for some in jobs.chunks(4) {
-        std::thread::scope(|scope| some.iter().for_each(|job| drop(scope.spawn(|| work(job)))));
-    }
+/// The run that layouts of so many GPUs are compared with.
+fn run(gpus: usize, name: &str, set: &[&str]) -> Run {
+    let layers = format!("model.num_hidden_layers={gpus}");
+    let wider = [&[&layers[..]], &WIDER[..]].concat();
+    Run::new(&format!("gpus-{gpus}-{name}"), &[&WIDE[..], &SET, if gpus > 2 { &wider } else { &[] }, set].concat())
 }
 
-#[test]
-fn every_layout_of_two_gpus_is_one_gpu() {
-    let Some(()) = two_gpus("every_layout_of_two_gpus_is_one_gpu") else { return };
+/// Eight at a time: the GPUs have room for small models.
+fn side_by_side<T: Send>(jobs: impl IntoIterator<Item = T>, work: impl Fn(T) + Sync) {
+    let queue = Mutex::new(jobs.into_iter().collect::<VecDeque<T>>());
+    let next = || queue.lock().expect("nobody panics with it").pop_front();
+    std::thread::scope(|scope| {
+        for _ in 0..8 {
+            scope.spawn(|| {
+                while let Some(job) = next() {
+                    work(job);
+                }
+            });
+        }
+    });
+}
+
+fn every_layout_is_one_gpu(test: &str, gpus: usize) {
+    let Some(()) = enough(test, gpus) else { return };
     for (precision, limit) in [("f32", 1e-5), ("bf16", 1e-2), ("fp8", 1e-2)] {
         let precision_set = format!("run.precision={precision}");
         let set = [&precision_set[..], "run.stop_after=10"];
-        let one = run(&format!("one-{precision}"), &set);
+        let one = run(gpus, &format!("one-{precision}"), &set);
         start(&one.train_args(), 75);
-        let jobs: Vec<_> = ["peer", "nccl"].iter().flat_map(|transport| LAYOUTS.iter().map(move |layout| (transport, layout))).collect();
-        side_by_side(&jobs, |(transport, (layout, more))| {
+        let jobs = ["peer", "nccl"].iter().flat_map(|transport| layouts(gpus).iter().map(move |layout| (transport, layout)));
+        side_by_side(jobs, |(transport, (layout, more))| {
             let transport_set = format!("parallel.transport={transport}");
-            let two = run(&format!("{layout}-{precision}-{transport}"), &[&set[..], &[&transport_set[..]], *more].concat());
-            mpirun(2, &two.train_args(), 75);
-            let gap = gap(&two.series("loss"), &one.series("loss"));
-            println!("{precision}, {transport}, {layout}: ten losses at most {gap:.2e} from one GPU's");
+            let several = run(gpus, &format!("{layout}-{precision}-{transport}"), &[&set[..], &[&transport_set[..]], *more].concat());
+            mpirun(gpus, &several.train_args(), 75);
+            let gap = gap(&several.series("loss"), &one.series("loss"));
+            println!("{gpus} GPUs, {precision}, {transport}, {layout}: ten losses at most {gap:.2e} from one GPU's");
             assert!(gap < limit, "{layout} over {transport} in {precision}: {gap:e}");
         });
     }
 }
 
+#[test]
+fn every_layout_of_two_gpus_is_one_gpu() {
+    every_layout_is_one_gpu("every_layout_of_two_gpus_is_one_gpu", 2);
+}
+
+#[test]
+fn every_layout_of_four_gpus_is_one_gpu() {
+    every_layout_is_one_gpu("every_layout_of_four_gpus_is_one_gpu", 4);
+}
+
+#[test]
+fn every_layout_of_eight_gpus_is_one_gpu() {
+    every_layout_is_one_gpu("every_layout_of_eight_gpus_is_one_gpu", 8);
+}
+
+/// The same settings on threads: no layout is refused, and each is the run of one rank, to rounding.
+#[test]
+fn every_layout_of_gpus_is_one_rank_on_cpus_too() {
+    for gpus in [2, 4, 8] {
+        let set = ["run.device=cpu", "run.precision=f64"];
+        let one = run(gpus, "cpu-one", &set);
+        over_threads(&one, 1, Start::Fresh, Some(2));
+        for (layout, more) in layouts(gpus) {
+            let several = run(gpus, &format!("cpu-{layout}"), &[&set[..], *more].concat());
+            over_threads(&several, gpus, Start::Fresh, Some(2));
+            several.assert_same(&one, 1e-11);
+        }
+    }
+}
+
 /// The run directory of `from`, copied, with another `[parallel]`.
-fn moved(from: &Run, name: &str, parallel: &[&str]) -> Run {
-    let to = run(name, parallel);
+fn moved(from: &Run, gpus: usize, name: &str, parallel: &[&str]) -> Run {
+    let to = run(gpus, name, parallel);
     let copied = Command::new("cp").arg("-r").arg(from.dir()).arg(to.dir()).status().expect("cp starts");
     assert!(copied.success());
     std::fs::write(trainer::run::resolved(to.dir()), to.config().to_toml().expect("TOML")).expect("a config is written");
     to
 }
 
+/// `ranks` ranks go on with a run that was stopped, to the end of step `last`.
+fn go_on(run: &Run, ranks: usize, last: u64) {
+    let resume = ["resume".into(), run.dir().display().to_string(), "--stop-after".into(), last.to_string()];
+    match ranks {
+        1 => start(&resume, 75),
+        _ => mpirun(ranks, &resume, 75),
+    };
+}
+
+/// (layout that begins, ranks and layout that go on)
+type Move = (&'static Layout, usize, Layout);
+
+/// Four steps in one layout and four in another, for each of `moves`, against eight on one GPU.
+fn checkpoints_go_on(test: &str, gpus: usize, moves: impl Fn(usize) -> Vec<Move>) {
+    let Some(()) = enough(test, gpus) else { return };
+    let precision = "run.precision=f32";
+    let one = run(gpus, "one-whole", &[precision, "run.stop_after=8"]);
+    start(&one.train_args(), 75);
+    let half = |(from, more): &Layout| run(gpus, &format!("half-{from}"), &[&[precision, "run.stop_after=4"][..], *more].concat());
+    side_by_side(layouts(gpus), |from| drop(mpirun(gpus, &half(from).train_args(), 75)));
+    let jobs = (0..layouts(gpus).len()).flat_map(moves);
+    side_by_side(jobs, |(from, ranks, (to, more))| {
+        let on = moved(&half(from), gpus, &format!("{}-to-{to}", from.0), &[&[precision][..], more].concat());
+        go_on(&on, ranks, 8);
+        let gap = gap(&on.series("loss"), &one.series("loss"));
+        println!("{gpus} GPUs, {} to {to} on {ranks}: eight losses at most {gap:.2e} from one GPU's", from.0);
+        assert!(gap < 1e-5, "{} to {to}: {gap:e}", from.0);
+    });
+}
+
+const ONE: Layout = ("one", &[]);
+
 #[test]
 fn a_checkpoint_of_each_layout_goes_on_in_each() {
-    let Some(()) = two_gpus("a_checkpoint_of_each_layout_goes_on_in_each") else { return };
-    let precision = "run.precision=f32";
-    let one = run("one-whole", &[precision, "run.stop_after=8"]);
-    start(&one.train_args(), 75);
-    let half = |from: &str, more: &[&str]| run(&format!("half-{from}"), &[&[precision, "run.stop_after=4"][..], more].concat());
-    side_by_side(LAYOUTS, |(from, more)| drop(mpirun(2, &half(from, more).train_args(), 75)));
-    let targets = || LAYOUTS.iter().copied().chain([("one", &[][..])]);
-    let jobs: Vec<_> = LAYOUTS.iter().flat_map(|from| targets().map(move |to| (from, to))).collect();
-    side_by_side(&jobs, |((from, begun), (to, more))| {
-        let on = moved(&half(from, begun), &format!("{from}-to-{to}"), &[&[precision][..], *more].concat());
-        let resume = ["resume".into(), on.dir().display().to_string(), "--stop-after".into(), "8".into()];
-        if *to == "one" { drop(start(&resume, 75)) } else { drop(mpirun(2, &resume, 75)) };
-        let gap = gap(&on.series("loss"), &one.series("loss"));
-        println!("{from} to {to}: eight losses at most {gap:.2e} from one GPU's");
-        assert!(gap < 1e-5, "{from} to {to}: {gap:e}");
-    });
+    let all = |from: usize| TWO.iter().map(move |&to| (&TWO[from], 2, to)).chain([(&TWO[from], 1, ONE)]).collect();
+    checkpoints_go_on("a_checkpoint_of_each_layout_goes_on_in_each", 2, all);
+}
+
+/// In the next layout, in one of half the GPUs, and on one GPU.
+fn around(gpus: usize) -> impl Fn(usize) -> Vec<Move> {
+    move |from| {
+        let (all, fewer) = (layouts(gpus), layouts(gpus / 2));
+        vec![(&all[from], gpus, all[(from + 1) % all.len()]), (&all[from], gpus / 2, fewer[from % fewer.len()]), (&all[from], 1, ONE)]
+    }
+}
+
+#[test]
+fn checkpoints_of_four_gpus_go_on_in_another_layout_on_two_and_on_one() {
+    checkpoints_go_on("checkpoints_of_four_gpus_go_on_in_another_layout_on_two_and_on_one", 4, around(4));
+}
+
+#[test]
+fn checkpoints_of_eight_gpus_go_on_in_another_layout_on_four_and_on_one() {
+    checkpoints_go_on("checkpoints_of_eight_gpus_go_on_in_another_layout_on_four_and_on_one", 8, around(8));
 }
 
 #[test]
 fn every_byte_of_a_thousand_exchanges_is_right() {
-    let Some(()) = two_gpus("every_byte_of_a_thousand_exchanges_is_right") else { return };
+    let Some(gpus) = all_gpus("every_byte_of_a_thousand_exchanges_is_right") else { return };
     let example = crate::support::binary().with_file_name("examples").join("comm_check");
     for over in ["peer", "nccl"] {
         let output = Command::new("timeout")
-            .args(["300", "mpirun", "--oversubscribe", "-n", "2"])
+            .args(["300", "mpirun", "--oversubscribe", "-n", &gpus.to_string()])
             .arg(&example)
             .args(["--gpu", over])
             .envs([("OMPI_ALLOW_RUN_AS_ROOT", "1"), ("OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1")])
             .output()
             .expect("mpirun starts");
         let text = format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
-        assert!(output.status.success() && text.contains(&format!("GPU tensors equal on 2 ranks over {over}")), "{over}: {text}");
+        assert!(output.status.success() && text.contains(&format!("GPU tensors equal on {gpus} ranks over {over}")), "{over}: {text}");
     }
 }
 
-/// Processes that hold memory of a GPU and name this run.
-fn on_gpus(run: &Run) -> usize {
-    let output = Command::new("nvidia-smi").args(["--query-compute-apps=pid", "--format=csv,noheader"]).output().expect("nvidia-smi");
-    let pids = String::from_utf8_lossy(&output.stdout).into_owned();
-    processes(run).iter().filter(|(pid, _, _)| pids.lines().any(|line| line.trim() == pid.to_string())).count()
+/// MiB in use on each GPU, whoever uses them.
+fn used() -> Vec<i64> {
+    let output =
+        Command::new("nvidia-smi").args(["--query-gpu=memory.used", "--format=csv,noheader,nounits"]).output().expect("nvidia-smi");
+    String::from_utf8_lossy(&output.stdout).lines().filter_map(|line| line.trim().parse().ok()).collect()
+}
+
+/// Sends rank 1 of a run that is on its way a signal: seconds until every process that was a rank then is gone, and with it
+/// what it held of its GPU.
+fn hurt(run: &Run, gpus: usize, name: &str) -> f64 {
+    run.wait_for_step(7);
+    let ranks: Vec<(u32, usize)> = processes(run).into_iter().filter_map(|(pid, rank, _)| Some((pid, rank?))).collect();
+    assert_eq!(ranks.len(), gpus, "{ranks:?}");
+    let &(victim, _) = ranks.iter().find(|&&(_, rank)| rank == 1).expect("rank 1");
+    signal(victim, name);
+    let start = Instant::now();
+    wait("the end of the ranks", || ranks.iter().all(|(pid, _)| !Path::new(&format!("/proc/{pid}")).exists()));
+    start.elapsed().as_secs_f64()
 }
 
 #[test]
-fn a_rank_that_dies_or_stops_in_mid_exchange_frees_both_gpus_and_the_run_ends_as_if_it_had_not() {
-    let Some(()) = two_gpus("a_rank_that_dies_or_stops_in_mid_exchange_frees_both_gpus_and_the_run_ends_as_if_it_had_not") else { return };
-    let set = ["parallel.ep=2", "run.precision=bf16", "run.deterministic=true", "checkpoint.every=5"];
-    let launch = |options: &str| local(&format!("--standalone --nproc-per-node 2 --back-off 0 {options}"));
-    let whole = run("whole", &set);
+fn a_rank_that_dies_or_stops_in_mid_exchange_frees_all_gpus_and_the_run_ends_as_if_it_had_not() {
+    let Some(gpus) = all_gpus("a_rank_that_dies_or_stops_in_mid_exchange_frees_all_gpus_and_the_run_ends_as_if_it_had_not") else { return };
+    let experts = format!("parallel.ep={gpus}");
+    let set = [&experts[..], "run.precision=bf16", "run.deterministic=true", "checkpoint.every=5"];
+    let launch = |options: &str| local(&format!("--standalone --nproc-per-node {gpus} --back-off 0 {options}"));
+    let whole = run(gpus, "whole", &set);
     let mut started = Started::train(launch(""), &whole, "out");
     assert_eq!(started.code(), 0, "{}", started.said());
-    for (signal_name, options, words) in [("KILL", "", "was killed by signal 9"), ("STOP", "--hang-floor 8 --hang-steps 20", "rank 1")] {
-        let hurt = run(&format!("hurt-{signal_name}"), &set);
-        let mut started = Started::train(launch(options), &hurt, "out");
-        hurt.wait_for_step(7);
-        let victim = rank_pid(&hurt, 1).expect("rank 1");
-        signal(victim, signal_name);
-        let start = Instant::now();
-        wait("the end of the ranks", || !Path::new(&format!("/proc/{victim}")).exists());
-        let (seconds, left) = (start.elapsed().as_secs_f64(), on_gpus(&hurt));
+    for (name, options, words) in [("KILL", "", "was killed by signal 9"), ("STOP", "--hang-floor 8 --hang-steps 20", "rank 1")] {
+        let other = run(gpus, &format!("hurt-{name}"), &set);
+        let mut started = Started::train(launch(options), &other, "out");
+        let seconds = hurt(&other, gpus, name);
         assert_eq!(started.code(), 0, "{}", started.said());
         started.says(words);
-        assert!(hurt.state().iter().all(|(name, tensor)| tensor.equal(&whole.state()[name])), "{signal_name}: the end differs");
-        assert_eq!(hurt.series("loss").last(), whole.series("loss").last());
-        println!("SIG{signal_name}: rank 1 was gone after {seconds:.1} s, {left} processes on the GPUs then; the run ended bit-equal to the undisturbed one");
-        assert!(signal_name == "STOP" || seconds < 10.0, "{seconds:.1} s");
+        assert!(other.state().iter().all(|(name, tensor)| tensor.equal(&whole.state()[name])), "{name}: the end differs");
+        assert_eq!(other.series("loss").last(), whole.series("loss").last());
+        println!("SIG{name}: all {gpus} ranks were gone after {seconds:.1} s; the run ended bit-equal to the undisturbed one");
+        assert!(name == "STOP" || seconds < 10.0, "{seconds:.1} s");
     }
+}
+
+#[test]
+fn a_run_whose_rank_died_goes_on_on_half_of_the_gpus() {
+    let Some(gpus) = all_gpus("a_run_whose_rank_died_goes_on_on_half_of_the_gpus") else { return };
+    let set = |ranks: usize, more: &'static str| {
+        [format!("parallel.ep={ranks}"), "run.precision=f32".into(), "checkpoint.every=5".into(), more.into()]
+    };
+    let of = |name: &str, set: [String; 4]| run(gpus, name, &set.each_ref().map(String::as_str));
+    let one = of("alone", set(1, "run.stop_after=14"));
+    start(&one.train_args(), 75);
+    let (died, before) = (of("died", set(gpus, "checkpoint.keep_last=4")), used());
+    let mut started = Started::train(local(&format!("--standalone --nproc-per-node {gpus} --max-restarts 0")), &died, "out");
+    let (seconds, after) = (hurt(&died, gpus, "KILL"), used());
+    assert_ne!(started.code(), 0, "{}", started.said());
+    let half = set(gpus / 2, "checkpoint.keep_last=4");
+    let on = moved(&died, gpus, "on-half", &half.each_ref().map(String::as_str));
+    go_on(&on, gpus / 2, 14);
+    let gap = gap(&on.series("loss"), &one.series("loss"));
+    println!(
+        "SIGKILL: all {gpus} ranks were gone after {seconds:.1} s, MiB in use on the GPUs before {before:?} and then {after:?}; on {} GPU(s) fourteen losses at most {gap:.2e} from one GPU's",
+        gpus / 2
+    );
+    assert!(seconds < 10.0 && gap < 1e-5, "{seconds:.1} s, {gap:e}");
 }

@@ -245,7 +245,7 @@ const RUNS: &[(usize, &[&str])] = &[
     (2, &["parallel.pp=2", "parallel.schedule=gpipe"]),
 ];
 
-fn over_threads(run: &Run, ranks: usize, start: Start, stop_after: Option<u64>) {
+pub fn over_threads(run: &Run, ranks: usize, start: Start, stop_after: Option<u64>) {
     let mut config = run.config();
     config.run.stop_after = stop_after;
     run_local(ranks, |world| train(&config, world, start, &StopSignal::default()).map(|_| ()).expect("the run"));
