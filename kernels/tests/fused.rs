@@ -299,6 +299,14 @@ fn the_gradient_norm_is_exact_and_repeats() {
     let got = gradient_norm::sum_of_squares(&all);
     assert!(relative_error(&cpu(&got), &want) < 1e-6);
     assert!(same(&got, &gradient_norm::sum_of_squares(&all)), "one order of the sum");
+    // A term added in the same pass; the second of two rows of 1_000_003 does not start at 16 bytes.
+    let rows = Tensor::randn([2, 1_000_003], (Kind::Float, gpu.device()));
+    for (gradient, more) in gradients.iter().zip(all.iter().map(|gradient| gradient.sin())).chain([(&rows.get(1), rows.get(0).copy())]) {
+        let (mut squares, mut sum) = (gradient_norm::Squares::default(), gradient.copy());
+        squares.add_and_take(&mut sum, &more);
+        assert!(same(&sum, &(gradient + &more)), "{:?}", gradient.size());
+        assert!(relative_error(&cpu(&squares.total()), &gradient_norm::sum_of_squares(&[&cpu(&sum)])) < 1e-6, "{:?}", gradient.size());
+    }
     let norm = want.double_value(&[]).sqrt();
     let factor = |sum: &Tensor| gradient_norm::clip_factor(sum, 1.0).double_value(&[0]);
     assert!((factor(&got) * norm - 1.0).abs() < 1e-5);

@@ -13,13 +13,14 @@ use crate::phase::Moment;
 use crate::pipeline::{LocalStages, Pipeline, parts};
 use crate::sentinel::{Seen, Sentinel};
 use crate::state::StateReader;
-use crate::zero::{BUCKET_BYTES, Zero, sum_of_squares};
+use crate::zero::{Arriving, BUCKET_BYTES, Zero};
 use anyhow::Result;
 use kernels::Precision;
+use kernels::ops::gradient_norm;
 use kernels::ops::rope::RopeScaling;
 use model::mla::Positions;
 use model::{ExpertShare, Grads, MicroBatch, ModelConfig, ParamId, ParamTable, StepContext, Weights};
-use parallel::comm::{Comm, CommError, Reduce};
+use parallel::comm::{Comm, CommError, Pending, Reduce};
 use parallel::dispatch::Wire;
 use parallel::mesh::{Groups, Mesh};
 use parallel::schedule::run::run as run_schedule;
@@ -78,6 +79,29 @@ pub struct StepReport {
     pub stop: bool,
     /// What the step waited for those that ran beside it.
     pub held_up: Duration,
+}
+
+/// What a rank's forwards and backwards came to, on its way to being summed.
+pub struct Computed {
+    /// [main, mtp, balance, stop, what is corrupt] f64, of this rank.
+    losses: Tensor,
+    counts: Pending<Vec<Tensor>>,
+    gradients: Arriving,
+}
+
+/// Of all ranks.
+pub struct Totals {
+    /// [main, mtp, balance] over the world.
+    pub losses: Vec<f64>,
+    /// How many ranks were asked to stop; how much is corrupt.
+    pub stop: f64,
+    pub corrupt: f64,
+    /// ‖g‖ over all parameters: every element has one owner in the world.
+    pub grad_norm: f64,
+    /// Expert counts of this rank's layers over all that hold them.
+    pub counts: Tensor,
+    /// Of this rank's shards over all that hold them.
+    pub gradients: Vec<Tensor>,
 }
 
 impl StepReport {
@@ -153,11 +177,9 @@ impl Trainer {
         }
         self.faults.in_memory(self.number, &mut self.weights, &self.zero, &self.optimizer)?;
         self.sentinel.begin(self.number, &mut self.weights);
-        let (gradients, held_up) = run_beside(beside, || self.gradients(&step, batch, stop));
-        let (losses, counts, gradients) = gradients?;
-        self.faults.in_gradients(self.number, &gradients);
-        let mut found = if losses[4] > 0.0 { self.findings()? } else { Vec::new() };
-        let norm = self.grad_norm(&gradients)?;
+        let (computed, held_up) = run_beside(beside, || self.gradients(&step, batch, stop));
+        let Totals { losses, stop, corrupt, grad_norm: norm, counts, gradients } = self.total(computed?)?;
+        let mut found = if corrupt > 0.0 { self.findings()? } else { Vec::new() };
 
         let loss = losses[0] / step.main_targets as f64;
         let load = self.load(&counts)?;
@@ -196,19 +218,13 @@ impl Trainer {
             odd: odd.filter(|worst| worst.value.is_finite()),
             found,
             seen,
-            stop: losses[3] > 0.0,
+            stop: stop > 0.0,
             held_up,
         })
     }
 
-    /// ([main, mtp, balance, stop, what is corrupt] over the world, expert counts of this rank's layers over all that hold them,
-    /// gradients of this rank's shards over all that hold them).
-    pub fn gradients(
-        &mut self,
-        step: &StepContext,
-        batch: &[MicroBatch],
-        stop: bool,
-    ) -> Result<(Vec<f64>, Tensor, Vec<Tensor>), CommError> {
+    /// Forwards and backwards of a step; their sums are under way.
+    pub fn gradients(&mut self, step: &StepContext, batch: &[MicroBatch], stop: bool) -> Result<Computed, CommError> {
         let actions = self.actions(batch.len());
         let probe = self.probe(&actions);
         let mut reduction = self.zero.begin();
@@ -219,16 +235,28 @@ impl Trainer {
         let Pipeline { sums, probe, .. } = pipeline;
         grads.finish();
         let gradients = reduction.finish()?;
-
         let counts = self.groups.data.all_reduce(vec![sums.counts()], Reduce::Sum)?;
         if let Some(probe) = probe {
             self.compute_again(step, batch, &probe)?;
         }
-        let corrupt = self.inspect()?;
         let stop = Tensor::from_slice(&[stop as i64 as f64]).to_device(sums.losses.device());
-        let losses = self.groups.world.all_reduce(vec![Tensor::cat(&[sums.losses, stop, corrupt], 0)], Reduce::Sum)?.wait()?;
-        let losses = Vec::<f64>::try_from(&losses[0]).expect("f64 sums");
-        Ok((losses, counts.wait()?.pop().expect("one went in"), gradients))
+        let losses = Tensor::cat(&[sums.losses, stop, self.inspect()?], 0);
+        Ok(Computed { losses, counts, gradients })
+    }
+
+    /// The sums, and what the host must know of them: it waits once.
+    pub fn total(&mut self, computed: Computed) -> Result<Totals, CommError> {
+        let (gradients, mut squares) = computed.gradients.sum()?;
+        if self.faults.in_gradients(self.number, &gradients) {
+            squares = gradient_norm::sum_of_squares(&gradients.iter().collect::<Vec<_>>());
+        }
+        let squares = squares.view(1).to_device(computed.losses.device());
+        let mine = Tensor::cat(&[computed.losses, squares], 0);
+        let sums = self.groups.world.all_reduce(vec![mine], Reduce::Sum)?.wait()?;
+        let mut losses = Vec::<f64>::try_from(&sums[0]).expect("f64 sums");
+        let [stop, corrupt, squares] = losses.split_off(3)[..] else { unreachable!("six sums") };
+        let counts = computed.counts.wait()?.pop().expect("one went in");
+        Ok(Totals { losses, stop, corrupt, grad_norm: squares.sqrt(), counts, gradients })
     }
 
     /// This rank's list for a step of so many micro-batches.
@@ -243,12 +271,6 @@ impl Trainer {
         let both = self.groups.world.all_reduce(vec![Tensor::from_slice(&[max, -min])], Reduce::Max)?.wait()?;
         let (max, min) = (both[0].double_value(&[0]), -both[0].double_value(&[1]));
         Ok(if min.is_finite() { (max, min) } else { (1.0, 1.0) }) // a model without a router
-    }
-
-    /// ‖g‖ over all parameters: every element has one owner in the world.
-    fn grad_norm(&self, gradients: &[Tensor]) -> Result<f64, CommError> {
-        let mine = Tensor::from_slice(&[sum_of_squares(gradients)]);
-        Ok(self.groups.world.all_reduce(vec![mine], Reduce::Sum)?.wait()?[0].double_value(&[0]).sqrt())
     }
 
     /// Σ of the main loss over this pipe's micro-batches, without a gradient; 0 on every rank but the last stage's.

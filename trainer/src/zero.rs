@@ -10,9 +10,8 @@
 mod layout;
 mod reduction;
 
-pub use reduction::Reduction;
+pub use reduction::{Arriving, Reduction};
 
-use kernels::ops::{adamw, gradient_norm};
 use layout::{Layout, Run, cut, share_out};
 use model::params::{ParamSpec, Role};
 use model::{ParamId, ParamTable, Weights};
@@ -33,14 +32,6 @@ pub fn holders(groups: &Groups, role: Role) -> &Comm {
         Role::Embedding => &groups.embedding,
         Role::Matrix | Role::Norm | Role::Gate | Role::Bias => &groups.data,
     }
-}
-
-/// Σ x² over tensors that no other rank has a part of.
-pub fn sum_of_squares(gradients: &[Tensor]) -> f64 {
-    if gradients.first().is_some_and(|first| first.device().is_cuda()) {
-        return gradient_norm::sum_of_squares(&gradients.iter().collect::<Vec<_>>()).double_value(&[]);
-    }
-    gradients.iter().map(adamw::sum_of_squares).sum()
 }
 
 /// Rows of a parameter that this rank updates.

@@ -14,7 +14,6 @@ pub mod peer;
 mod sum;
 pub mod watched;
 
-pub use sum::fold;
 
 use std::rc::Rc;
 use tch::{Device, Kind, Tensor};

@@ -25,7 +25,7 @@ pub(super) fn check_reducible(op: &'static str, tensors: &[Tensor], reduce: Redu
 
 /// `out` [n] = reduction of `parts`, each [n], contiguous, of `out`'s kind, in the order given.
 /// BF16 and F16 add in f32 and round once; integers add as integers.
-pub fn fold(out: &Tensor, parts: &[Tensor], reduce: Reduce) {
+pub(super) fn fold(out: &Tensor, parts: &[Tensor], reduce: Reduce) {
     let length = out.size1().expect("a flat tensor");
     let block = if out.device().is_cuda() { length } else { BLOCK };
     tch::no_grad(|| {

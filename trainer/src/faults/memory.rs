@@ -33,12 +33,10 @@ impl Faults {
         Ok(())
     }
 
-    /// Between the sum of the gradients and their use.
-    pub fn in_gradients(&mut self, step: u64, gradients: &[Tensor]) {
-        if self.waiting.is_empty() {
-            return;
-        }
+    /// Between the sum of the gradients and their use; whether one was changed.
+    pub fn in_gradients(&mut self, step: u64, gradients: &[Tensor]) -> bool {
         let now = |at: u64| at == step;
+        let before = self.waiting.len();
         if let Some(fault) = self.take(FaultKind::Nan, now) {
             let mut dice = dice(&fault);
             let gradient = pick(&mut dice, gradients);
@@ -56,6 +54,7 @@ impl Faults {
             let largest = flat.abs().argmax(0, false).int64_value(&[]);
             flip(&flat.narrow(0, largest, 1), &mut dice, Some(top));
         }
+        self.waiting.len() < before
     }
 
     /// Is a bit of this step's checked activation to be flipped here?

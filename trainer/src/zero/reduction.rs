@@ -1,8 +1,10 @@
 //! One step's gradients on their way to their owners: each bucket starts as soon as it is full and its turn has come.
 use super::{Bucket, Lane, Route, Zero};
+use kernels::ops::gradient_norm::Squares;
 use model::{GradSink, ParamId};
-use parallel::comm::{Comm, CommError, Pending, Reduce, fold};
+use parallel::comm::{Comm, CommError, Pending};
 use std::collections::BTreeMap;
+use std::rc::Rc;
 use tch::Tensor;
 
 /// Dropping one that was not finished waits for what it started.
@@ -17,13 +19,23 @@ pub struct Reduction<'a> {
     error: Option<CommError>,
 }
 
+/// What every rank made of one gradient, in rank order.
+type Parts = Vec<Tensor>;
+
+/// Gradients on their way to this rank, to be summed when all have started.
+pub struct Arriving {
+    /// Of parameters that no other rank holds, by shard.
+    whole: BTreeMap<usize, Tensor>,
+    /// Of every bucket, the shard of each of this rank's runs, and its parts.
+    buckets: Vec<(Vec<usize>, Pending<Vec<Parts>>)>,
+}
+
 pub(super) struct Filling {
     /// Until the bucket's transfer starts.
     gradients: BTreeMap<ParamId, Tensor>,
     /// Gradients still to come.
     missing: usize,
-    /// Of each of this rank's runs.
-    pub(super) sum: Option<Pending<Vec<Tensor>>>,
+    pub(super) arriving: Option<Pending<Vec<Parts>>>,
 }
 
 impl GradSink for Reduction<'_> {
@@ -47,7 +59,7 @@ impl Reduction<'_> {
         Reduction {
             zero,
             whole: BTreeMap::new(),
-            filling: zero.buckets.iter().map(|bucket| Filling { gradients: BTreeMap::new(), missing: bucket.ids.len(), sum: None }).collect(),
+            filling: zero.buckets.iter().map(|bucket| Filling { gradients: BTreeMap::new(), missing: bucket.ids.len(), arriving: None }).collect(),
             next: zero.lanes.iter().map(|lane| lane.buckets.start).collect(),
             error: None,
         }
@@ -58,51 +70,64 @@ impl Reduction<'_> {
         let Lane { comm, buckets } = &self.zero.lanes[lane];
         while self.next[lane] < buckets.end && self.filling[self.next[lane]].missing == 0 && self.error.is_none() {
             let filling = &mut self.filling[self.next[lane]];
-            match sum_at_owners(&self.zero.buckets[self.next[lane]], comm, std::mem::take(&mut filling.gradients)) {
-                Ok(sum) => filling.sum = Some(sum),
+            match to_owners(&self.zero.buckets[self.next[lane]], comm, std::mem::take(&mut filling.gradients)) {
+                Ok(arriving) => filling.arriving = Some(arriving),
                 Err(error) => self.error = Some(error),
             }
             self.next[lane] += 1;
         }
     }
 
-    /// The summed gradient of each of `Zero::shards`, in their order, once every parameter's is complete.
-    pub fn finish(mut self) -> Result<Vec<Tensor>, CommError> {
+    /// Once every parameter's gradient is complete.
+    pub fn finish(mut self) -> Result<Arriving, CommError> {
         if let Some(error) = self.error.take() {
             return Err(error);
         }
-        let mut sums = std::mem::take(&mut self.whole);
-        for (bucket, filling) in self.zero.buckets.iter().zip(self.filling) {
+        let started = |(bucket, filling): (&Rc<Bucket>, Filling)| {
             assert_eq!(filling.missing, 0, "gradients of a bucket of {:?} never came", bucket.ids);
-            let runs = filling.sum.expect("a full bucket was started").wait()?;
-            for (run, sum) in bucket.reduce.owned(bucket.rank).zip(runs) {
-                sums.insert(self.zero.index(run.shard.id), sum);
-            }
-        }
-        assert_eq!(sums.len(), self.zero.shards.len(), "every shard has a gradient");
-        Ok(sums.into_values().collect())
+            let shards = bucket.reduce.owned(bucket.rank).map(|run| self.zero.index(run.shard.id)).collect();
+            (shards, filling.arriving.expect("a full bucket was started"))
+        };
+        let filling = std::mem::take(&mut self.filling);
+        let buckets = self.zero.buckets.iter().zip(filling).map(started).collect();
+        Ok(Arriving { whole: std::mem::take(&mut self.whole), buckets })
     }
 }
 
-/// A reduce-scatter without a buffer: each run of rows goes from where it is to its owner, who adds in rank order.
-fn sum_at_owners(bucket: &Bucket, comm: &Comm, gradients: BTreeMap<ParamId, Tensor>) -> Result<Pending<Vec<Tensor>>, CommError> {
+impl Arriving {
+    /// The summed gradient of each of `Zero::shards`, in their order, and Σ x² over them, [] f64 where they are. Those that
+    /// came first are summed while others come, the last addition in the pass that squares.
+    pub fn sum(self) -> Result<(Vec<Tensor>, Tensor), CommError> {
+        let mut squares = Squares::default();
+        self.whole.values().for_each(|gradient| squares.take(gradient));
+        let mut sums = self.whole;
+        for (shards, arriving) in self.buckets {
+            for (shard, mut parts) in shards.into_iter().zip(arriving.wait()?) {
+                let last = parts.pop().expect("a part of every rank");
+                let mut sum = parts.remove(0);
+                parts.iter().for_each(|part| drop(sum.g_add_(part)));
+                squares.add_and_take(&mut sum, &last);
+                sums.insert(shard, sum);
+            }
+        }
+        Ok((sums.into_values().collect(), squares.total()))
+    }
+}
+
+/// A reduce-scatter without a buffer: each run of rows goes from where it is to its owner.
+fn to_owners(bucket: &Bucket, comm: &Comm, gradients: BTreeMap<ParamId, Tensor>) -> Result<Pending<Vec<Parts>>, CommError> {
     let (rank, size) = (comm.rank(), comm.size());
     let sends = bucket.reduce.runs.iter().filter(|run| run.owner != rank).map(|run| (run.owner, run.shard.of(&gradients[&run.shard.id])));
     let own: Vec<Tensor> = bucket.reduce.owned(rank).map(|run| run.shard.of(&gradients[&run.shard.id])).collect();
     let others = (0..size).filter(|&peer| peer != rank);
     let places: Vec<(usize, Tensor)> = others.flat_map(|peer| own.iter().map(move |run| (peer, run.empty_like()))).collect();
-    let received: Vec<Tensor> = places.iter().map(|(_, place)| place.view(-1)).collect();
+    let received: Vec<Tensor> = places.iter().map(|(_, place)| place.shallow_clone()).collect();
     let moved = comm.exchange_into(sends.collect(), places)?;
     Ok(moved.map(move |()| {
         let part = |from: usize, index: usize| match from {
-            _ if from == rank => own[index].view(-1),
+            _ if from == rank => own[index].shallow_clone(),
             _ => received[(from - usize::from(from > rank)) * own.len() + index].shallow_clone(),
         };
-        let sum = |index: usize| {
-            let out = own[index].empty_like();
-            fold(&out.view(-1), &(0..size).map(|from| part(from, index)).collect::<Vec<_>>(), Reduce::Sum);
-            out
-        };
-        Ok((0..own.len()).map(sum).collect())
+        Ok((0..own.len()).map(|index| (0..size).map(|from| part(from, index)).collect()).collect())
     }))
 }

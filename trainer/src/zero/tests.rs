@@ -131,7 +131,9 @@ fn reduced(groups: &Groups, bytes: usize, alter: impl Fn(ParamId, Tensor) -> Ten
     for id in order {
         reduction.complete(id, alter(id, gradient(&weights.table, id, rank)));
     }
-    let sums = reduction.finish().expect("sums");
+    let (sums, squares) = reduction.finish().and_then(Arriving::sum).expect("sums");
+    let square: f64 = sums.iter().map(|sum| sum.square().sum(Kind::Double).double_value(&[])).sum();
+    assert!((squares.double_value(&[]) / square - 1.0).abs() < 1e-12);
     let mut worst = 0f64;
     for (shard, sum) in zero.shards().iter().zip(&sums) {
         let holders = holders(groups, weights.table.spec(shard.id).role);
@@ -172,7 +174,7 @@ fn buckets_start_in_one_order_and_as_soon_as_they_may() {
         let zero = Zero::new(&groups, &weights, 64).expect("alike on all ranks");
         assert!(zero.buckets.len() >= 4, "{} buckets", zero.buckets.len());
         let mut reduction = zero.begin();
-        let started = |reduction: &Reduction| reduction.filling.iter().filter(|filling| filling.sum.is_some()).count();
+        let started = |reduction: &Reduction| reduction.filling.iter().filter(|filling| filling.arriving.is_some()).count();
         let ids = trained(&weights.table);
         // A backward completes the last first.
         let lane = |id: ParamId| {
@@ -189,7 +191,7 @@ fn buckets_start_in_one_order_and_as_soon_as_they_may() {
             reduction.complete(id, gradient(&weights.table, id, groups.world.rank()));
         }
         assert_eq!(started(&reduction), zero.buckets.len());
-        reduction.finish().expect("sums");
+        drop(reduction.finish().expect("they are on their way"));
     });
 }
 
@@ -228,11 +230,11 @@ fn alone_nothing_is_copied() {
     let gradients: Vec<Tensor> = ids.iter().map(|&id| gradient(&weights.table, id, 0)).collect();
     let mut reduction = zero.begin();
     ids.iter().zip(&gradients).rev().for_each(|(&id, gradient)| reduction.complete(id, gradient.shallow_clone()));
-    let sums = reduction.finish().expect("no transfer");
+    let (sums, squares) = reduction.finish().and_then(Arriving::sum).expect("no transfer");
     assert!(sums.iter().zip(&gradients).all(|(sum, gradient)| sum.data_ptr() == gradient.data_ptr()));
     let square = |x: &Tensor| x.square().sum(Kind::Double).double_value(&[]);
     let expected: f64 = gradients.iter().map(square).sum();
-    assert!((sum_of_squares(&sums) / expected - 1.0).abs() < 1e-12);
+    assert!((squares.double_value(&[]) / expected - 1.0).abs() < 1e-12);
     zero.gather(&mut weights, None).expect("nothing to gather");
 }
 

@@ -1,8 +1,9 @@
 //! The global norm of the gradients and what it clips them by, without a wait of the host: one pass over each gradient,
-//! summed in one order.
+//! summed in one order; the last addition of what ranks made of it is done in that pass.
 use crate::device;
 use crate::jit::Source;
 use crate::launch::{Launch, Shape, aligned};
+use crate::ops::adamw;
 use tch::{Device, Kind, Tensor};
 
 mod cpu;
@@ -17,7 +18,7 @@ fn source() -> Source {
 
 /// Every variant, for a test that compiles them all.
 pub fn sources() -> Vec<(Source, &'static str)> {
-    vec![(source(), "sum_of_squares")]
+    vec![(source(), "sum_of_squares"), (source(), "add_and_square")]
 }
 
 /// Σ x² over all `gradients` (of one device) → [] f64 on that device.
@@ -28,18 +29,57 @@ pub fn sum_of_squares(gradients: &[&Tensor]) -> Tensor {
     if !first.device().is_cuda() || first.kind() != Kind::Float {
         return cpu::sum_of_squares(gradients);
     }
-    let gpu = device::gpu(first.device());
-    let kernel = gpu.kernel("gradient_norm", "sum_of_squares", source).expect("our own kernels compile and load");
-    let parts = Tensor::empty([gradients.len() as i64, BLOCKS], (Kind::Double, first.device()));
-    for (index, gradient) in gradients.iter().enumerate() {
-        let gradient = &aligned(gradient);
-        Launch::new(gpu, &kernel)
-            .tensor(gradient, Kind::Float)
-            .tensor(&parts.get(index as i64), Kind::Double)
-            .int(gradient.numel() as i64)
-            .run(Shape { grid: [BLOCKS as usize, 1], block: 256, shared_bytes: 0 });
+    let mut squares = Squares::default();
+    gradients.iter().for_each(|gradient| squares.take(gradient));
+    squares.total()
+}
+
+/// Σ x² under way, one gradient after the other.
+#[derive(Default)]
+pub struct Squares(Vec<Tensor>);
+
+impl Squares {
+    pub fn take(&mut self, gradient: &Tensor) {
+        self.0.push(match on_gpu(gradient) {
+            true => squares("sum_of_squares", &aligned(gradient), None),
+            false => Tensor::from_slice(&[adamw::sum_of_squares(gradient)]).to_device(gradient.device()),
+        });
     }
-    parts.sum(Kind::Double)
+
+    /// `gradient` += `more`, in the same pass.
+    pub fn add_and_take(&mut self, gradient: &mut Tensor, more: &Tensor) {
+        assert_eq!(gradient.size(), more.size(), "two terms of one gradient");
+        let fits = |x: &Tensor| x.is_contiguous() && (x.data_ptr() as usize).is_multiple_of(16);
+        if on_gpu(gradient) && fits(gradient) && fits(more) {
+            return self.0.push(squares("add_and_square", gradient, Some(more)));
+        }
+        let _ = gradient.g_add_(more);
+        self.take(gradient)
+    }
+
+    /// [] f64, on the gradients' device.
+    pub fn total(&self) -> Tensor {
+        match &self.0[..] {
+            [] => Tensor::from(0f64),
+            parts => Tensor::cat(parts, 0).sum(Kind::Double),
+        }
+    }
+}
+
+fn on_gpu(gradient: &Tensor) -> bool {
+    gradient.device().is_cuda() && gradient.kind() == Kind::Float
+}
+
+/// A sum for each block.
+fn squares(name: &'static str, gradient: &Tensor, more: Option<&Tensor>) -> Tensor {
+    let gpu = device::gpu(gradient.device());
+    let kernel = gpu.kernel("gradient_norm", name, source).expect("our own kernels compile and load");
+    let parts = Tensor::empty([BLOCKS], (Kind::Double, gradient.device()));
+    let launch = Launch::new(gpu, &kernel).tensor(gradient, Kind::Float);
+    let launch = if let Some(more) = more { launch.tensor(more, Kind::Float) } else { launch };
+    let launch = launch.tensor(&parts, Kind::Double).int(gradient.numel() as i64);
+    launch.run(Shape { grid: [BLOCKS as usize, 1], block: 256, shared_bytes: 0 });
+    parts
 }
 
 /// What the gradients are multiplied by so that their norm is at most `max_norm`: [1] FP32, on the device of `sum`. Not
