@@ -53,6 +53,9 @@ pub struct Args {
     /// With --multi-gpu: not steps but the links between the GPUs.
     #[arg(long, requires = "multi_gpu")]
     links: bool,
+    /// With --multi-gpu: not steps but the parts of a pipeline's stage, which is the whole model.
+    #[arg(long, requires = "multi_gpu", conflicts_with = "links")]
+    stage: bool,
     /// On GPUs: write a Chrome trace of one step here.
     #[arg(long)]
     trace: Option<PathBuf>,

@@ -1,30 +1,29 @@
 //! `mpirun … tiefsee bench --multi-gpu`: what several GPUs of one host make of it. The links between them, as dispatch and
-//! combine use them at V3's widths, and the step of a layout. Rank 0 prints JSON; scripts/bench.sh multi-gpu puts the
-//! table together.
+//! combine use them at V3's widths, the parts of a pipeline's stage, and the step of a layout. Rank 0 prints JSON;
+//! scripts/bench.sh multi-gpu puts the table together.
+mod links;
+mod stage;
+
 use super::{Args, batch};
 use crate::environment;
 use anyhow::{Context, Result, ensure};
-use kernels::fp8::ScaleRule;
-use kernels::ops::{quantise, unpermute};
 use kernels::{device, shim};
 use parallel::comm::local::solo;
 use parallel::comm::mpi::MpiWorld;
 use parallel::comm::{Comm, Communicator, Reduce, barrier};
 use serde_json::{Value, json};
 use std::time::Instant;
-use tch::{Device, Kind, Tensor};
+use tch::{Device, Tensor};
 use trainer::RunConfig;
 use trainer::coordinator::nodes;
 use trainer::device::connect;
 use trainer::phase::Plan;
 use trainer::step::Trainer;
 
-/// Rounds before those that are timed, and those.
+/// Rounds before those that are timed.
 const WARM: usize = 4;
-const ROUNDS: usize = 30;
-/// A rank's tokens, and V3's width: each token goes to every peer.
-const ROWS: i64 = 4096;
-const WIDTH: i64 = 7168;
+/// Steps of a trace: what follows an update is in the second.
+const TRACED: usize = 2;
 
 pub fn run(args: &Args, config: &RunConfig) -> Result<()> {
     let mpi = if environment::launched_by_mpi() { Some(MpiWorld::init()?) } else { None };
@@ -34,9 +33,10 @@ pub fn run(args: &Args, config: &RunConfig) -> Result<()> {
     let world = connect(config, &mesh, control.clone())?;
     let on = trainer::device::open(config, &*control)?;
     ensure!(on.is_cuda(), "bench --multi-gpu: run.device = \"cpu\"; --set run.device=cuda");
-    let mut found = match args.links {
-        true => links(&*world, &*control, on)?,
-        false => steps(args, config, (&mesh, world.clone()), &*control)?,
+    let mut found = match (args.links, args.stage) {
+        (true, _) => links::links(&*world, &*control, on)?,
+        (_, true) => stage::stage(config, (&mesh, world.clone()), &*control)?,
+        _ => steps(args, config, (&mesh, world.clone()), &*control)?,
     };
     found["device"] = json!(device::gpu(on).name());
     found["ranks"] = json!(world.size());
@@ -58,80 +58,21 @@ fn median(mut times: Vec<f64>) -> f64 {
     times[times.len() / 2]
 }
 
-/// Medians over rounds that all ranks begin together, of the slowest rank.
-fn timed(control: &dyn Communicator, on: Device, rounds: usize, mut work: impl FnMut() -> Result<()>) -> Result<f64> {
+/// Milliseconds of the slowest rank for what `work` puts on the null stream, begun by all ranks together.
+fn together(control: &dyn Communicator, on: Device, work: impl FnOnce() -> Result<()>) -> Result<f64> {
     let gpu = device::gpu(on);
-    let mut times = Vec::new();
-    for round in 0..WARM + rounds {
-        gpu.synchronize()?;
-        barrier(control)?;
-        let mut outcome = Ok(());
-        let ms = gpu.time_ms(|| outcome = work())?;
-        outcome?;
-        if round >= WARM {
-            times.push(slowest(control, f64::from(ms))?);
-        }
-    }
-    Ok(median(times))
+    gpu.synchronize()?;
+    barrier(control)?;
+    let mut outcome = Ok(());
+    let ms = gpu.time_ms(|| outcome = work())?;
+    outcome?;
+    slowest(control, f64::from(ms))
 }
 
-/// Everyone sends everyone `ROWS` rows, as bytes: one exchange alone, several in a row, and beside GEMMs.
-fn links(world: &dyn Communicator, control: &dyn Communicator, on: Device) -> Result<Value> {
-    const CHAIN: usize = 8;
-    let peers = world.size() as i64 - 1;
-    let counts: Vec<i64> = (0..world.size()).map(|rank| if rank == world.rank() { 0 } else { ROWS }).collect();
-    let exchange = |rows: &Tensor| world.all_to_all(vec![rows.shallow_clone()], &counts, &counts);
-    let over = |rows: &Tensor| -> Result<()> {
-        exchange(rows)?.wait()?;
-        Ok(())
-    };
-    let (a, b) = (Tensor::randn([8192, 8192], (Kind::BFloat16, on)), Tensor::randn([8192, 8192], (Kind::BFloat16, on)));
-    let mut found = json!({});
-    for (name, bytes) in [("fp8", WIDTH), ("bf16", 2 * WIDTH)] {
-        let rows = Tensor::randint(255, [peers * ROWS, bytes], (Kind::Uint8, on));
-        let alone = timed(control, on, ROUNDS, || over(&rows))?;
-        let chain = timed(control, on, ROUNDS, || (0..CHAIN).try_for_each(|_| over(&rows)))? / CHAIN as f64;
-        let gemms = timed(control, on, ROUNDS, || {
-            (0..CHAIN).for_each(|_| drop(a.matmul(&b)));
-            Ok(())
-        })?;
-        let both = timed(control, on, ROUNDS, || {
-            for _ in 0..CHAIN {
-                let under_way = exchange(&rows)?;
-                drop(a.matmul(&b));
-                drop(under_way.wait()?);
-            }
-            Ok(())
-        })?;
-        let each_way = (peers * ROWS * bytes) as f64;
-        found[name] = json!({
-            "alone_us": alone * 1e3, "chain_us": chain * 1e3, "gb_per_s": each_way / (alone * 1e6), "gemm_us": gemms / CHAIN as f64 * 1e3,
-            "hidden": 1.0 - (both - gemms) / (chain * CHAIN as f64),
-        });
-    }
-    let x = Tensor::randn([ROWS, WIDTH], (Kind::BFloat16, on));
-    let order = Tensor::randperm(ROWS, (Kind::Int64, on));
-    let index = order.to_kind(Kind::Int).view([ROWS, 1]);
-    let us = |work: &mut dyn FnMut()| -> Result<f64> {
-        let ms = timed(control, on, ROUNDS, || {
-            work();
-            Ok(())
-        })?;
-        Ok(ms * 1e3)
-    };
-    found["quantise_us"] = json!(us(&mut || drop(quantise::rows(&x, ScaleRule::PowerOfTwo)))?);
-    let packed = quantise::rows(&x, ScaleRule::PowerOfTwo).values.view_dtype(Kind::Uint8);
-    found["pack_us"] = json!(us(&mut || drop(packed.index_select(0, &order)))?);
-    found["sum_us"] = json!(us(&mut || drop(unpermute::forward(&x, &index, None, None)))?);
-    let lists = vec![vec![1_i64; 64]; world.size()];
-    let mut times = Vec::new();
-    for _ in 0..200 {
-        let start = Instant::now();
-        world.exchange_counts(&lists)?;
-        times.push(start.elapsed().as_secs_f64() * 1e6);
-    }
-    found["counts_us"] = json!(slowest(control, median(times))?);
-    Ok(found)
+/// Their median over rounds.
+fn timed(control: &dyn Communicator, on: Device, rounds: usize, mut work: impl FnMut() -> Result<()>) -> Result<f64> {
+    let times = (0..WARM + rounds).map(|_| together(control, on, &mut work)).collect::<Result<Vec<f64>>>()?;
+    Ok(median(times[WARM..].to_vec()))
 }
 
 /// A layout's step: forward and backward alone, and all of it.
@@ -167,11 +108,13 @@ fn steps(args: &Args, config: &RunConfig, (mesh, world): (&parallel::mesh::Mesh,
     }
     let memory = trainer.memory()?.context("it is a GPU")?;
     if let Some(path) = &args.trace {
-        let batch = batch(&trainer, &moment, 1);
+        let batches = (0..TRACED).map(|step| batch(&trainer, &moment, step as i64)).collect::<Vec<_>>();
         let path = path.with_extension(format!("{}.json", control.rank()));
         barrier(control)?;
         shim::profile(&path, || -> Result<()> {
-            trainer.step(&moment, &batch, false)?;
+            for batch in &batches {
+                trainer.step(&moment, batch, false)?;
+            }
             Ok(gpu.synchronize()?)
         })??;
     }
