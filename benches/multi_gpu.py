@@ -1,10 +1,12 @@
 """Several GPUs of one host, ours and the rival's in one run: scripts/bench.sh multi-gpu calls this.
 
-    multi_gpu.py --ours CMD --rival CMD --ranks N [--only links,ep,pp,dp] [--json FILE] [--timeline FILE.svg] [--mpirun CMD]
+    multi_gpu.py --ours CMD --rival CMD --ranks N [--only links,ep,dp,pp] [--no-rival] [--json FILE] [--timeline FILE.svg]
+                 [--mpirun CMD]
 
 Links: every GPU sends every other one 4096 rows of 7168, as dispatch does in FP8 and combine in BF16, by copy engine
 (`peer`) and over NCCL: alone, in a row, and beside GEMMs. Steps: forward + backward and the whole step of V3's widths, per
-GPU against one GPU. The rival is torchtitan's own parallelisation, compiled.
+GPU against one GPU; what is hidden and idle is from a trace (timeline.py). The rival is torchtitan's own parallelisation,
+compiled.
 """
 import argparse
 import json
@@ -13,18 +15,20 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-from timeline import draw
+from multi_gpu_pipeline import pipelines
+from timeline import draw, measure
 
 BASE = "--config configs/run/bench-gpu.toml"
-# Pipelines run four layers and 16 micro-batches.
+# Two GPUs' pipelines run four layers and 16 micro-batches.
 PIPELINE = "--set model.num_hidden_layers=4 --set phase.0.batch=16"
+GIB = 2**30
 
 
 def last_json(command):
     run = subprocess.run(shlex.split(command), capture_output=True, text=True)
     lines = [line for line in run.stdout.splitlines() if line.startswith("{")]
     if run.returncode or not lines:
-        print(f"failed ({run.returncode}): {command}\n{(run.stdout + run.stderr)[-1500:]}")
+        print(f"failed ({run.returncode}): {command}\n{(run.stdout + run.stderr)[-1500:]}", flush=True)
         return None
     return json.loads(lines[-1])
 
@@ -33,14 +37,22 @@ class Bench:
     def __init__(self, args):
         self.args, self.found = args, []
 
-    def ours(self, name, ranks, settings, extra=""):
-        command = f"{self.args.ours} {BASE} --multi-gpu --steps {self.args.steps} {settings} {extra}"
+    def ours(self, name, ranks, settings, extra="", steps=None, trace=False):
+        """A row; with `trace` it holds what its ranks' traces say, and where they lie."""
+        at = Path(self.args.folder) / f"{name.replace(' ', '-')}.json"
+        command = f"{self.args.ours} {BASE} --multi-gpu --steps {steps or self.args.steps} {settings} {extra} {f'--trace {at}' if trace else ''}"
         row = last_json(command if ranks == 1 else f"{self.args.mpirun} -n {ranks} {command}")
         if row:
-            self.found.append({"name": name} | row)
+            row = {"name": name} | row
+            self.found.append(row)
+            if trace:
+                row["traces"] = [str(at.with_suffix(f".{rank}.json")) for rank in range(ranks)]
+                row["trace"] = measure(row["traces"])
         return row
 
     def rival(self, name, ranks, options):
+        if self.args.no_rival:
+            return None
         row = last_json(f"{self.args.rival.format(ranks=ranks)} {options}")
         if row:
             self.found.append({"name": name} | row)
@@ -48,63 +60,107 @@ class Bench:
 
 
 def links(bench, ranks):
-    print(f"\nlinks: {ranks} GPUs, 4096 rows to each other one; µs")
-    print(f"  {'':6}{'':5}{'alone':>8}{'in a row':>10}{'GB/s':>7}{'hidden':>8}{'counts':>8}{'quantise':>10}{'pack':>7}{'sum':>7}")
-    for transport in ("peer", "nccl"):
-        row = bench.ours(f"links {transport}", ranks, f"--set parallel.transport={transport} --set phase.0.batch={ranks}", "--links")
+    print(f"\nlinks: {ranks} GPUs, 4096 rows to each other one; µs, and GB/s that a GPU sends")
+    print(f"  {'':20}{'':5}{'alone':>8}{'GB/s':>6}{'in a row':>10}{'GB/s':>6}{'hidden':>8}{'counts':>8}{'quantise':>10}{'pack':>7}{'sum':>7}")
+    cases = [("peer", "peer", ""), ("nccl", "nccl", "")]
+    if ranks > 2:
+        cases.append(("peer, two groups", "peer", f"--set parallel.ranks_per_node={ranks // 2}"))
+    for label, transport, groups in cases:
+        row = bench.ours(f"links {label}", ranks, f"--set parallel.transport={transport} --set phase.0.batch={ranks} {groups}", "--links")
         for name in ("fp8", "bf16") if row else ():
             one = row[name]
-            print(f"  {transport:6}{name:5}{one['alone_us']:8.0f}{one['chain_us']:10.0f}{one['gb_per_s']:7.0f}{one['hidden']:8.0%}"
-                  f"{row['counts_us']:8.0f}{row['quantise_us']:10.0f}{row['pack_us']:7.0f}{row['sum_us']:7.0f}")
+            print(f"  {label:20}{name:5}{one['alone_us']:8.0f}{one['gb_per_s']:6.0f}{one['chain_us']:10.0f}{one['chain_gb_per_s']:6.0f}{one['hidden']:8.0%}"
+                  f"{row['counts_us']:8.0f}{row['quantise_us']:10.0f}{row['pack_us']:7.0f}{row['sum_us']:7.0f}", flush=True)
+    print("  hidden: 1 − (GEMMs and exchanges together − GEMMs) ÷ exchanges, medians of rounds of all three; a GEMM is 1.5 exchanges long")
 
 
-def line(name, row, one, rival=None):
+def line(name, row, one=None, rival=None):
+    """`one`: a row and how much of its time is a GPU's share."""
     if not row:
-        return print(f"  {name:34} failed")
-    text = f"  {name:34}{row['fwd_bwd_ms']:9.1f}{row['step_ms']:9.1f}"
-    share = lambda of, per: of["fwd_bwd_ms"] * per / row["fwd_bwd_ms"]
-    if one:
-        text += f"{share(*one):10.2f}"
+        return print(f"  {name:40} failed", flush=True)
+    text = f"  {name:40}{row['fwd_bwd_ms']:9.1f}{row['step_ms']:9.1f}"
+    for key in ("fwd_bwd_ms", "step_ms"):
+        text += f"{one[0][key] * one[1] / row[key]:8.2f}" if one else f"{'':8}"
+    text += f"{rival['fwd_bwd_ms'] / row['fwd_bwd_ms']:9.2f}" if rival else f"{'':9}"
+    trace = row.get("trace")
+    text += f"{trace['all']['hidden']:8.0%}" if trace and trace["all"]["hidden"] is not None else f"{'':8}"
+    text += f"{trace['idle']:7.1%}" if trace else f"{'':7}"
+    if "memory" in row:
+        text += f"{(row['memory']['peak'] + row['memory']['buffers']) / GIB:7.1f}"
+    print(text, flush=True)
+
+
+def experts(bench, ranks, one, theirs):
+    """Expert parallelism: weak scaling to all GPUs, the node-limited way, and what eight micro-batches hide."""
+    share = (one, 1) if one else None
+    of = lambda n: f"--set parallel.ep={n} --set model.n_routed_experts={16 * n} --set phase.0.batch={n}"
+    rival = bench.rival("rival ep", ranks, "ep")
     if rival:
-        text += f"{rival['fwd_bwd_ms'] / row['fwd_bwd_ms']:10.2f}"
-    print(text)
+        line(f"torchtitan, ep {ranks}", rival, (theirs, 1) if theirs else None)
+    for count in (n for n in (2, 4, 8) if n < ranks):
+        line(f"ep {count}, {16 * count} experts", bench.ours(f"ep {count}", count, of(count)), share)
+    line(f"ep {ranks}, {16 * ranks} experts", bench.ours("ep peer", ranks, of(ranks), trace=True), share, rival)
+    line(f"ep {ranks}, nccl", bench.ours("ep nccl", ranks, f"{of(ranks)} --set parallel.transport=nccl"), share, rival)
+    if ranks > 2:
+        groups = f"--set parallel.ranks_per_node={ranks // 2} --set model.n_group=2 --set model.topk_group=1"
+        line(f"ep {ranks}, two groups, a token to one", bench.ours("ep groups", ranks, f"{of(ranks)} {groups}"), share)
+    eight = bench.ours("one, 8 micro-batches", 1, "--set phase.0.batch=8", steps=3)
+    for schedule in ("1f1b", "paired"):
+        row = bench.ours(f"ep {schedule} 8", ranks, f"{of(ranks)} --set phase.0.batch={8 * ranks} --set parallel.schedule={schedule}", steps=3, trace=True)
+        line(f"ep {ranks}, 8 micro-batches, {schedule}", row, (eight, 1) if eight else None)
+        if row:
+            rows = row["trace"]["middle"]
+            print(f"      experts' rows: {rows['bytes'] / 1e9:.2f} GB and {rows['ms']:.1f} ms from a GPU, {rows['exposed_ms']:.1f} ms exposed = {rows['exposed_ms'] / max(rows['ms'], 1e-9):.0%}")
+            if schedule == "paired" and bench.args.timeline:
+                draw(row["traces"], bench.args.timeline)
+
+
+def data(bench, ranks, one, theirs):
+    rival = bench.rival("rival ddp", ranks, "ddp")
+    share = (one, 1) if one else None
+    if rival:
+        line(f"torchtitan, ddp {ranks}", rival, (theirs, 1) if theirs else None)
+    rows = [(f"dp {ranks}, ZeRO-1", "dp", f"--set phase.0.batch={ranks}")]
+    if ranks > 2:
+        half = ranks // 2
+        rows.append((f"dp 2 × ep {half}, {16 * half} experts", "dp ep", f"--set phase.0.batch={ranks} --set parallel.ep={half} --set model.n_routed_experts={16 * half}"))
+    for label, name, settings in rows:
+        row = bench.ours(name, ranks, settings, trace=True)
+        line(label, row, share, rival if name == "dp" else None)
+        for what, key in (("gradients, reduce-scatter", "reduce"), ("weights, all-gather", "gather")) if row and name == "dp" else ():
+            part = row["trace"].get(key)
+            if part and part["ms"]:
+                print(f"      {what}: {part['bytes'] / 1e9:.2f} GB and {part['ms']:.1f} ms from a GPU, {part['hidden']:.0%} hidden")
+        if row and one:
+            print(f"      optimizer: {row['memory']['optimizer'] / GIB:.2f} GiB a rank, one GPU {one['memory']['optimizer'] / GIB:.2f}")
+
+
+def two_gpu_pipeline(bench):
+    rival = bench.rival("rival pp", 2, "pp:1F1B --micro-batches 16 --layers 4 --rounds 3")
+    if rival:
+        line("torchtitan, pp 2, 1F1B", rival)
+    whole = bench.ours("one, 4 layers", 1, PIPELINE, steps=3)
+    line("one GPU, 4 layers, 16 micro-batches", whole)
+    for schedule in ("1f1b", "zb1p", "dualpipe"):
+        row = bench.ours(f"pp {schedule}", 2, f"{PIPELINE} --set parallel.pp=2 --set parallel.schedule={schedule}", steps=3, trace=True)
+        line(f"pp 2, {schedule}", row, (whole, 1 / 2) if whole else None, rival)
 
 
 def steps(bench, args):
     ranks = args.ranks
-    print(f"\nsteps: milliseconds of forward + backward and of all; per GPU against one GPU; torchtitan's time over ours")
-    print(f"  {'':34}{'fwd+bwd':>9}{'step':>9}{'of one':>10}{'× rival':>10}")
-    alone, theirs = bench.ours("one", 1, ""), bench.rival("rival one", 1, "one")
-    line("torchtitan, one GPU", theirs, None)
-    line("one GPU", alone, None, theirs)
-    one = (alone, 1) if alone else None
+    print("\nsteps: milliseconds of forward + backward and of all; one GPU's over them, per GPU, of both; torchtitan's over ours; transfers")
+    print("  hidden under kernels; GPUs idle from the update to the last weights' gradient; GiB")
+    print(f"  {'':40}{'fwd+bwd':>9}{'step':>9}{'of one':>8}{'step':>8}{'× rival':>9}{'hidden':>8}{'idle':>7}{'peak':>7}")
+    one, theirs = bench.ours("one", 1, "", trace=True), bench.rival("rival one", 1, "one")
+    if theirs:
+        line("torchtitan, one GPU", theirs)
+    line("one GPU", one, None, theirs)
     if "ep" in args.only:
-        rival = bench.rival("rival ep", ranks, "ep")
-        line(f"torchtitan, ep {ranks}", rival, (theirs, 1) if theirs else None)
-        ep = f"--set parallel.ep={ranks} --set model.n_routed_experts={16 * ranks}"
-        for transport in ("peer", "nccl"):
-            trace = f"--trace {args.trace_ep}" if args.trace_ep and transport == "peer" else ""
-            row = bench.ours(f"ep {transport}", ranks, f"{ep} --set phase.0.batch={ranks} --set parallel.transport={transport}", trace)
-            line(f"ep {ranks}, {transport}", row, one, rival)
-        eight = bench.ours("one, 8 micro-batches", 1, "--set phase.0.batch=8")
-        for schedule in ("1f1b", "paired"):
-            trace = f"--trace {Path(args.folder) / 'paired.json'}" if schedule == "paired" else ""
-            row = bench.ours(f"ep {schedule} 8", ranks, f"{ep} --set phase.0.batch={8 * ranks} --set parallel.schedule={schedule}", trace)
-            line(f"ep {ranks}, 8 micro-batches, {schedule}", row, (eight, 1) if eight else None)
-        if args.timeline:
-            draw(sorted(Path(args.folder).glob("paired.*.json")), args.timeline)
+        experts(bench, ranks, one, theirs)
     if "dp" in args.only:
-        rival = bench.rival("rival ddp", ranks, "ddp")
-        line(f"torchtitan, ddp {ranks}", rival, (theirs, 1) if theirs else None)
-        line(f"dp {ranks}, ZeRO-1", bench.ours("dp", ranks, f"--set phase.0.batch={ranks}"), one, rival)
-    if "pp" in args.only:
-        rival = bench.rival("rival pp", ranks, "pp:1F1B --micro-batches 16 --layers 4 --rounds 3")
-        line(f"torchtitan, pp {ranks}, 1F1B", rival, None)
-        whole = bench.ours("one, 4 layers", 1, PIPELINE)
-        line("one GPU, 4 layers, 16 micro-batches", whole, None)
-        for schedule in ("1f1b", "zb1p", "dualpipe"):
-            row = bench.ours(f"pp {schedule}", ranks, f"{PIPELINE} --set parallel.pp={ranks} --set parallel.schedule={schedule}")
-            line(f"pp {ranks}, {schedule}", row, (whole, 1 / ranks) if whole else None, rival)
+        data(bench, ranks, one, theirs)
+    if "pp" in args.only and ranks == 2:
+        two_gpu_pipeline(bench)
 
 
 def main():
@@ -114,17 +170,21 @@ def main():
     parser.add_argument("--ranks", type=int, required=True)
     parser.add_argument("--mpirun", default="mpirun")
     parser.add_argument("--only", type=lambda text: text.split(","), default=["links", "ep", "dp", "pp"])
-    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--no-rival", action="store_true")
+    parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--json")
-    parser.add_argument("--timeline")
-    parser.add_argument("--trace-ep", help="the profiler's trace of a step under ep, FILE.json: FILE.RANK.json")
+    parser.add_argument("--timeline", help="FILE.svg of a paired step, and of DualPipe's FILE.pp.svg")
+    parser.add_argument("--traces", help="keep the profiler's traces there")
     args = parser.parse_args()
-    args.folder = tempfile.mkdtemp()
+    args.folder = args.traces or tempfile.mkdtemp()
+    Path(args.folder).mkdir(parents=True, exist_ok=True)
     bench = Bench(args)
     if "links" in args.only:
         links(bench, args.ranks)
-    if set(args.only) - {"links"}:
+    if {"ep", "dp"} & set(args.only) or args.ranks == 2 and "pp" in args.only:
         steps(bench, args)
+    if "pp" in args.only and args.ranks > 2:
+        pipelines(bench, args.ranks)
     if args.json:
         Path(args.json).write_text(json.dumps(bench.found, indent=1))
 

@@ -7,8 +7,9 @@
 #   gpu-loss     a 150M model over 1050 steps of real text (--corpus DIR of `prepare --vocab 16384`) in BF16, BF16 with other
 #                orders of sums, and FP8: the gaps, and the curves in --out DIR/loss.svg; with --ranks N 300 steps in FP8 on
 #                one GPU and, under mpirun, on N
-#   multi-gpu    on all GPUs of a host, under mpirun: the links by copy engine and over NCCL, and steps of V3's widths under
-#                expert, data and pipeline parallelism beside torchtitan's [--only links,ep,dp,pp] [--timeline FILE.svg]
+#   multi-gpu    on all GPUs of a host (2, 4 or 8), under mpirun: the links by copy engine and over NCCL, and steps of V3's
+#                widths under expert, data and pipeline parallelism beside torchtitan's, with what a trace says is hidden
+#                [--only links,ep,dp,pp] [--no-rival] [--timeline FILE.svg] [--traces DIR]
 #   train-cpu    our training step and transformers', same model, batch, threads and machine, in turn
 #   parallel-cpu layouts of 1 to 8 ranks (threads): step time, bytes by axis, share of communication, peak memory,
 #                MoE dispatch's bytes over their formula, and how much of the transfers a paired step hides

@@ -1,10 +1,12 @@
 """A training step of V3's widths on several GPUs of one host as a PyTorch user has it: torchtitan's DeepSeek-V3 through its
 own parallelisation, BF16, fused AdamW.
 
-    torchrun --standalone --nproc-per-node N benches/rivals/step_multi.py LAYOUT [--micro-batches M] [--layers L] [--eager]
+    torchrun --standalone --nproc-per-node N benches/rivals/step_multi.py LAYOUT
+        [--ep E] [--micro-batches M] [--layers L] [--vocab V] [--eager]
 
 LAYOUT: one, ep, fsdp, ddp, or pp:SCHEDULE (1F1B; ZBVZeroBubble and DualPipeV take no compiled stages, so --eager). Experts
-grow with ep, 16 a GPU; 4096 tokens a GPU and micro-batch. Rank 0 prints one JSON line: median milliseconds of forward +
+grow with ep, 16 a GPU: all GPUs share them out under ep, E of them otherwise, which leaves N / E to a pipeline. 4096 tokens
+a GPU and micro-batch. With --vocab the vocabulary is small enough for every stage to have as many layers. Rank 0 prints one JSON line: median milliseconds of forward +
 backward and of the whole step on the slowest rank, and its peak GiB. Needs Hopper GPUs and
     pip install torch==2.11.0 torchtitan==0.2.2 torchao==0.17.0
 """
@@ -54,6 +56,8 @@ def job(options, pp, ep):
     config.training.mixed_precision_param = config.training.mixed_precision_reduce = "bfloat16"
     config.parallelism.pipeline_parallel_degree, config.parallelism.pipeline_parallel_microbatch_size = pp, 1
     config.parallelism.expert_parallel_degree = ep
+    if options.vocab:
+        config.parallelism.pipeline_parallel_first_stage_less_layers = config.parallelism.pipeline_parallel_last_stage_less_layers = 0
     if pp > 1:
         config.parallelism.pipeline_parallel_schedule = options.layout.split(":")[1]
     return config
@@ -68,6 +72,8 @@ def main():
     parser.add_argument("layout")
     parser.add_argument("--micro-batches", type=int, default=1)
     parser.add_argument("--layers", type=int)
+    parser.add_argument("--ep", type=int)
+    parser.add_argument("--vocab", type=int)
     parser.add_argument("--eager", action="store_true")
     parser.add_argument("--rounds", type=int, default=8)
     options = parser.parse_args()
@@ -78,10 +84,13 @@ def main():
     torch.manual_seed(0)
     torch._dynamo.config.capture_scalar_outputs = True  # experts' row counts
     kind = options.layout.split(":")[0]
-    ep, pp = world if kind == "ep" else 1, world if kind == "pp" else 1
+    ep = options.ep or (world if kind == "ep" else 1)
+    pp = world // ep if kind == "pp" else 1
     config = tomllib.loads(MODEL.read_text())
+    config["vocab_size"] = options.vocab or config["vocab_size"]
     args, jobs = model_args(config, options.layers or config["num_hidden_layers"], ep), job(options, pp, ep)
-    dims = ParallelDims(dp_replicate=world if kind == "ddp" else 1, dp_shard=world if kind in ("ep", "fsdp") else 1, cp=1, tp=1, pp=pp, ep=ep, etp=1, world_size=world)
+    shards = {"ep": world, "fsdp": world, "pp": ep}.get(kind, 1)
+    dims = ParallelDims(dp_replicate=world if kind == "ddp" else 1, dp_shard=shards, cp=1, tp=1, pp=pp, ep=ep, etp=1, world_size=world)
     with torch.device("meta"):
         model = DeepSeekV3Model(args).to(torch.bfloat16)
     schedule, first, last = None, True, True
