@@ -96,16 +96,28 @@ impl<S: UnderWay> UnderWay for BlockSent<S> {
     }
 }
 
-pub struct BlockWork {
-    attention_norm: Tensor,
-    attention: MlaWork,
-    ffn_norm: Tensor,
-    ffn: FfnWork,
+/// A backward between the feed-forward and the attention.
+pub struct BlockMiddle {
+    dh: Tensor,
+    attention_norm: NormSaved,
+    attention_in: Option<Operand>,
+    attention: MlaSaved,
 }
 
-enum FfnWork {
+/// The feed-forward's weights, but the routed experts', and its norm's.
+pub struct FfnWork {
+    norm: Tensor,
+    kind: FfnWorkOf,
+}
+
+enum FfnWorkOf {
     Dense(Box<MlpWork>),
     Moe(Box<MoeWork>),
+}
+
+pub struct AttentionWork {
+    norm: Tensor,
+    attention: MlaWork,
 }
 
 pub type BlockOut = (Tensor, Option<Load>, BlockSaved);
@@ -171,15 +183,15 @@ impl Block {
         Ok((sent.h + out, Some(load), BlockSaved { before: sent.before, ffn: FfnSaved::Moe(Box::new(saved)) }))
     }
 
-    /// dy [T, D] → dx [T, D], or gradients on their way to the experts.
-    pub fn backward_input(&self, w: &Weights, dy: Tensor, saved: BlockSaved) -> Result<Started<(Tensor, BlockWork), BlockSent<MoeBackDispatched>>, CommError> {
+    /// dy [T, D] → the feed-forward's input gradient, or gradients on their way to the experts.
+    pub fn backward_input(&self, w: &Weights, dy: Tensor, saved: BlockSaved) -> Result<Started<(BlockMiddle, FfnWork), BlockSent<MoeBackDispatched>>, CommError> {
         let BlockSaved { mut before, ffn } = saved;
         let ffn_in = before.ffn_in.take();
         Ok(match (&self.ffn, ffn) {
             (Ffn::Dense(mlp), FfnSaved::Dense(ffn)) => {
                 let x = ffn_in.unwrap_or_else(|| self.ffn_norm.operand_again(w, &before.ffn_norm, Want::COLUMNS, &[mlp.gate_up.weight]));
                 let (dnormed, work) = mlp.backward_input(w, MlpGrad { dy: dy.shallow_clone(), x }, ffn);
-                Started::Done(self.backward_attention(w, dy, dnormed, before, FfnWork::Dense(Box::new(work))))
+                Started::Done(self.backward_middle(w, dy, dnormed, before, FfnWorkOf::Dense(Box::new(work))))
             }
             (Ffn::Moe(moe), FfnSaved::Moe(ffn)) => {
                 let x = match ffn_in {
@@ -200,33 +212,47 @@ impl Block {
         Ok((BlockSent { h: sent.h, before: sent.before, moe: Box::new(moe) }, work))
     }
 
-    pub fn backward_end(&self, w: &Weights, sent: BlockSent<MoeBackCombining>) -> Result<(Tensor, BlockWork), CommError> {
+    pub fn backward_end(&self, w: &Weights, sent: BlockSent<MoeBackCombining>) -> Result<(BlockMiddle, FfnWork), CommError> {
         let (dnormed, work) = self.moe().backward_combine(w, *sent.moe)?;
-        Ok(self.backward_attention(w, sent.h, dnormed, sent.before, FfnWork::Moe(Box::new(work))))
+        Ok(self.backward_middle(w, sent.h, dnormed, sent.before, FfnWorkOf::Moe(Box::new(work))))
     }
 
-    /// From the feed-forward's input gradient to the block's.
-    fn backward_attention(&self, w: &Weights, dy: Tensor, dnormed: Tensor, saved: BeforeFfn, ffn: FfnWork) -> (Tensor, BlockWork) {
-        let (dh, ffn_norm) = self.ffn_norm.backward_residual(w, dnormed, saved.ffn_norm, &dy);
-        let again = || self.attention_norm.operand_again(w, &saved.attention_norm, Want::COLUMNS, &self.attention.readers());
-        let x = saved.attention_in.unwrap_or_else(again);
-        let (dnormed, attention) = self.attention.backward_input(w, MlaGrad { dy: dh.shallow_clone(), x }, saved.attention);
-        let (dx, attention_norm) = self.attention_norm.backward_residual(w, dnormed, saved.attention_norm, &dh);
-        (dx, BlockWork { attention_norm, attention, ffn_norm, ffn })
+    fn backward_middle(&self, w: &Weights, dy: Tensor, dnormed: Tensor, before: BeforeFfn, kind: FfnWorkOf) -> (BlockMiddle, FfnWork) {
+        let BeforeFfn { attention_norm, attention_in, attention, ffn_norm, .. } = before;
+        let (dh, norm) = self.ffn_norm.backward_residual(w, dnormed, ffn_norm, &dy);
+        (BlockMiddle { dh, attention_norm, attention_in, attention }, FfnWork { norm, kind })
+    }
+
+    /// To the block's input gradient, [T, D].
+    pub fn backward_attention(&self, w: &Weights, middle: BlockMiddle) -> (Tensor, AttentionWork) {
+        let BlockMiddle { dh, attention_norm, attention_in, attention } = middle;
+        let again = || self.attention_norm.operand_again(w, &attention_norm, Want::COLUMNS, &self.attention.readers());
+        let x = attention_in.unwrap_or_else(again);
+        let (dnormed, attention) = self.attention.backward_input(w, MlaGrad { dy: dh.shallow_clone(), x }, attention);
+        let (dx, norm) = self.attention_norm.backward_residual(w, dnormed, attention_norm, &dh);
+        (dx, AttentionWork { norm, attention })
     }
 
     pub fn backward_experts_weight(&self, work: ExpertsWork, grads: &mut Grads) {
         self.moe().backward_experts(work, grads);
     }
 
-    pub fn backward_weight(&self, work: BlockWork, grads: &mut Grads) {
-        match (&self.ffn, work.ffn) {
-            (Ffn::Dense(mlp), FfnWork::Dense(work)) => mlp.backward_weight(*work, grads),
-            (Ffn::Moe(moe), FfnWork::Moe(work)) => moe.backward_weight(*work, grads),
+    pub fn backward_ffn_weight(&self, work: FfnWork, grads: &mut Grads) {
+        match (&self.ffn, work.kind) {
+            (Ffn::Dense(mlp), FfnWorkOf::Dense(work)) => mlp.backward_weight(*work, grads),
+            (Ffn::Moe(moe), FfnWorkOf::Moe(work)) => moe.backward_weight(*work, grads),
             _ => unreachable!("backward_input made the other form"),
         }
-        self.ffn_norm.backward_weight(work.ffn_norm, grads);
+        self.ffn_norm.backward_weight(work.norm, grads);
+    }
+
+    pub fn backward_attention_weight(&self, work: AttentionWork, grads: &mut Grads) {
         self.attention.backward_weight(work.attention, grads);
-        self.attention_norm.backward_weight(work.attention_norm, grads);
+        self.attention_norm.backward_weight(work.norm, grads);
+    }
+
+    /// The last of its parameters whose gradient comes after the block's input gradient (`flow::Backward`).
+    pub fn last_held(&self) -> ParamId {
+        if self.sends() { ParamId(self.params.end - 1) } else { ParamId(self.ffn_norm.weight.0 - 1) }
     }
 }

@@ -8,7 +8,7 @@
 //! The two lists may differ in length: dense blocks join the segment before them. A transfer of two hops (to the node,
 //! then to the rank) has its second posted by the other micro-batch amid its segment, `Other`: so that, too, passes under
 //! computation.
-use crate::block::{Block, BlockContext, BlockOut, BlockSaved, BlockSent, BlockWork, Started};
+use crate::block::{AttentionWork, Block, BlockContext, BlockOut, BlockSaved, BlockSent, FfnWork, Started};
 use crate::embedding::EmbeddingWork;
 use crate::experts::ExpertsWork;
 use crate::head::{HeadIn, HeadSaved};
@@ -65,7 +65,8 @@ pub enum Work {
     MtpOut(MtpOutWork),
     MtpIn(MtpInWork),
     Experts(usize, ExpertsWork),
-    Block(usize, Box<BlockWork>),
+    Ffn(usize, FfnWork),
+    Attention(usize, Box<AttentionWork>),
     Embedding(EmbeddingWork),
 }
 
@@ -87,7 +88,8 @@ impl Stage {
             Work::MtpOut(work) => mtp().backward_out_weight(work, grads),
             Work::MtpIn(work) => mtp().backward_in_weight(work, grads),
             Work::Experts(index, work) => self.block(index).backward_experts_weight(work, grads),
-            Work::Block(index, work) => self.block(index).backward_weight(*work, grads),
+            Work::Ffn(index, work) => self.block(index).backward_ffn_weight(work, grads),
+            Work::Attention(index, work) => self.block(index).backward_attention_weight(*work, grads),
             Work::Embedding(work) => self.embedding.as_ref().expect("the first stage's work").backward_weight(work, grads),
         }
     }
@@ -290,9 +292,11 @@ impl<'a> Backward<'a> {
             }
             BackwardAt::Combining(sent) => {
                 event("backward", "wait");
-                let (dx, block) = self.stage.block(index).backward_end(w, sent)?;
+                let block = self.stage.block(index);
+                let (middle, ffn) = block.backward_end(w, sent)?;
+                let (dx, attention) = block.backward_attention(w, middle);
                 other()?;
-                self.held.push(Work::Block(index, Box::new(block)));
+                self.held.extend([Work::Ffn(index, ffn), Work::Attention(index, Box::new(attention))]);
                 return self.run(w, dx, work);
             }
             BackwardAt::Over(_) | BackwardAt::Moving => panic!("a backward was advanced past its end"),
@@ -352,8 +356,10 @@ impl<'a> Backward<'a> {
                 self.held.drain(..).for_each(&mut *work);
             }
             match block.backward_input(w, dh, saved)? {
-                Started::Done((dx, block)) => {
-                    self.held.push(Work::Block(index, Box::new(block)));
+                Started::Done((middle, ffn)) => {
+                    work(Work::Ffn(index, ffn)); // its way is hidden by the attention's backward
+                    let (dx, attention) = block.backward_attention(w, middle);
+                    self.held.push(Work::Attention(index, Box::new(attention)));
                     dh = dx;
                 }
                 Started::Sent(sent) => {

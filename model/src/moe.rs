@@ -136,10 +136,11 @@ impl Moe {
             tracing::trace!(target: "routes", ?routes);
         }
         let counted = Counted::start(&routing.routes, routing.counts.size()[0], &context.experts);
+        let outgoing = counted.pack(&x, &routing.weights);
         // The shared experts need no rows from elsewhere: one half hides the hosts' agreeing on counts, one the rows' way.
         let shared = self.shared.as_ref().map(|shared| shared.activate(w, Operand::new(w, x.shallow_clone(), Want::ROWS, &[shared.gate_up.weight])));
         let plan = counted.plan()?;
-        let rows = plan.dispatch(&x, &routing.weights)?;
+        let rows = plan.send(outgoing)?;
         let load = Load { counts: routing.counts, balance: routing.balance };
         Ok(MoeDispatched { shared, gate, plan, load, rows })
     }

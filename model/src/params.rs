@@ -169,7 +169,7 @@ impl ParamTable {
         self.early = Some((id, before));
     }
     /// In the order in which a backward completes their gradients: from the last to the first, but the embedding's, which
-    /// needs no weight's gradient of the first block.
+    /// comes before those that hide its way (`flow::Backward::held`).
     pub fn completed(&self) -> Vec<ParamId> {
         let mut ids: Vec<ParamId> = self.ids().collect();
         if let Some((early, before)) = self.early {

@@ -155,7 +155,7 @@ impl Stage {
         let embedding = part.first.then(|| Embedding { weight: table.embedding(config) });
         let blocks: Vec<Block> = part.layers.clone().map(|layer| Block::new(table, config, &format!("model.layers.{layer}"), config.is_moe(layer))).collect();
         if let Some((embedding, first)) = embedding.as_ref().zip(blocks.first()) {
-            table.completes_before(embedding.weight, ParamId(first.params.end - 1));
+            table.completes_before(embedding.weight, first.last_held());
         }
         let last = part.last.then(|| {
             let norm = RmsNorm { weight: table.norm("model.norm.weight", config.hidden_size), eps: config.rms_norm_eps };

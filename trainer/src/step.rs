@@ -20,7 +20,7 @@ use kernels::ops::gradient_norm;
 use kernels::ops::rope::RopeScaling;
 use model::mla::Positions;
 use model::{ExpertShare, Grads, MicroBatch, ModelConfig, ParamId, ParamTable, StepContext, Weights};
-use parallel::comm::{Comm, CommError, Pending, Reduce};
+use parallel::comm::{Comm, CommError, Reduce};
 use parallel::dispatch::Wire;
 use parallel::mesh::{Groups, Mesh};
 use parallel::schedule::run::run as run_schedule;
@@ -85,7 +85,7 @@ pub struct StepReport {
 pub struct Computed {
     /// [main, mtp, balance, stop, what is corrupt] f64, of this rank.
     losses: Tensor,
-    counts: Pending<Vec<Tensor>>,
+    counts: Tensor,
     gradients: Arriving,
 }
 
@@ -235,11 +235,10 @@ impl Trainer {
         let Pipeline { sums, probe, .. } = pipeline;
         grads.finish();
         let gradients = reduction.finish()?;
-        let counts = self.groups.data.all_reduce(vec![sums.counts()], Reduce::Sum)?;
         if let Some(probe) = probe {
             self.compute_again(step, batch, &probe)?;
         }
-        let stop = Tensor::from_slice(&[stop as i64 as f64]).to_device(sums.losses.device());
+        let (counts, stop) = (sums.counts(), Tensor::from_slice(&[stop as i64 as f64]).to_device(sums.losses.device()));
         let losses = Tensor::cat(&[sums.losses, stop, self.inspect()?], 0);
         Ok(Computed { losses, counts, gradients })
     }
@@ -252,10 +251,11 @@ impl Trainer {
         }
         let squares = squares.view(1).to_device(computed.losses.device());
         let mine = Tensor::cat(&[computed.losses, squares], 0);
+        let counts = self.groups.data.all_reduce(vec![computed.counts], Reduce::Sum)?;
         let sums = self.groups.world.all_reduce(vec![mine], Reduce::Sum)?.wait()?;
         let mut losses = Vec::<f64>::try_from(&sums[0]).expect("f64 sums");
         let [stop, corrupt, squares] = losses.split_off(3)[..] else { unreachable!("six sums") };
-        let counts = computed.counts.wait()?.pop().expect("one went in");
+        let counts = counts.wait()?.pop().expect("one went in");
         Ok(Totals { losses, stop, corrupt, grad_norm: squares.sqrt(), counts, gradients })
     }
 

@@ -11,7 +11,7 @@
 use crate::comm::{CommError, Pending};
 use hop::{Hop, sum_places};
 use kernels::ops::routes::{self, Local, Places};
-use std::cell::OnceCell;
+use std::cell::{Cell, OnceCell};
 use std::rc::Rc;
 use tch::{Kind, Tensor};
 
@@ -28,6 +28,8 @@ pub struct Plan(Rc<Route>);
 
 struct Route {
     routes: Tensor,
+    /// Until the first dispatch: the slots of the rows here, and their places if they go anywhere.
+    first: Cell<Option<(Tensor, Option<Places>)>>,
     hops: Vec<Hop>,
     wire: Wire,
     counts: Vec<i64>,
@@ -55,9 +57,26 @@ pub struct DispatchGrad {
 /// A plan whose counts are on their way to the host.
 pub struct Counted {
     routes: Tensor,
+    slots: Tensor,
+    /// With room for as many rows as there could be.
+    places: Option<Places>,
     num_experts: i64,
     group: ExpertGroup,
     counting: group::Counting,
+}
+
+/// Rows as they travel, and their weights.
+pub struct Outgoing {
+    parts: Vec<Tensor>,
+    kind: Kind,
+}
+
+impl Outgoing {
+    fn new(wire: Wire, x: &Tensor, weights: &Tensor) -> Outgoing {
+        let mut parts = wire.pack(x);
+        parts.push(weights.shallow_clone());
+        Outgoing { parts, kind: x.kind() }
+    }
 }
 
 impl Counted {
@@ -65,19 +84,32 @@ impl Counted {
     pub fn start(routes: &Tensor, num_experts: i64, group: &ExpertGroup) -> Self {
         assert_eq!(num_experts % group.all.size() as i64, 0, "experts are shared out evenly");
         let counting = group::Counting::start(routes, num_experts, group);
-        Counted { routes: routes.shallow_clone(), num_experts, group: group.clone(), counting }
+        let slots = routes.to_kind(Kind::Int);
+        let places = group.hops().first().map(|comm| {
+            let (ranks, (tokens, choices)) = (comm.size() as i64, routes.size2().expect("routes are [T, K]"));
+            routes::places(&slots, num_experts / ranks, ranks, tokens * ranks.min(choices))
+        });
+        Counted { routes: routes.shallow_clone(), slots, places, num_experts, group: group.clone(), counting }
+    }
+
+    /// As `Plan::dispatch` takes them; made before the host must wait.
+    pub fn pack(&self, x: &Tensor, weights: &Tensor) -> Outgoing {
+        Outgoing::new(self.group.wire(), x, weights)
     }
 
     /// Collective over the group; the one host wait of a layer and micro-batch, for all counts of all hops.
     pub fn plan(self) -> Result<Plan, CommError> {
-        let Counted { routes, num_experts, group, counting } = self;
+        let Counted { routes, slots, places, num_experts, group, counting } = self;
         let counts = group::Counts::exchange(counting, num_experts, &group)?;
         let mut share = num_experts;
         let hops = group.hops().iter().zip(counts.send.into_iter().zip(counts.recv)).map(|(comm, (send, recv))| {
             share /= comm.size() as i64;
             Hop { comm: comm.clone(), send, recv, share }
         });
-        Ok(Plan(Rc::new(Route { hops: hops.collect(), routes, wire: group.wire, counts: counts.experts, arrival: OnceCell::new() })))
+        let hops: Vec<Hop> = hops.collect();
+        let places = places.zip(hops.first()).map(|(places, hop)| places.cut(hop.send.iter().sum()));
+        let first = Cell::new(Some((slots, places)));
+        Ok(Plan(Rc::new(Route { hops, routes, first, wire: group.wire, counts: counts.experts, arrival: OnceCell::new() })))
     }
 }
 
@@ -104,10 +136,14 @@ impl Plan {
     /// Forward: x [T, D] and weights [T, K] → the rows and weights at the local experts, in one transfer. Once a plan,
     /// and before all others.
     pub fn dispatch(&self, x: &Tensor, weights: &Tensor) -> Result<Pending<Dispatched>, CommError> {
-        let (route, kind) = (self.0.clone(), x.kind());
-        let mut parts = route.wire.pack(x);
-        parts.push(weights.shallow_clone());
-        let sent = route.clone().find_way(&self.0.routes.to_kind(Kind::Int), parts, Vec::new())?;
+        self.send(Outgoing::new(self.0.wire, x, weights))
+    }
+
+    /// `dispatch` of what is packed.
+    pub fn send(&self, Outgoing { parts, kind }: Outgoing) -> Result<Pending<Dispatched>, CommError> {
+        let route = self.0.clone();
+        let (slots, places) = route.first.take().expect("a plan dispatches once");
+        let sent = route.clone().find_way(&slots, places, parts, Vec::new())?;
         Ok(sent.map(move |mut parts| {
             let weights = parts.pop().expect("weights come last");
             let local = &route.arrival().local;
@@ -159,20 +195,23 @@ impl Route {
         sum_places(rows, &self.arrival().local.place)
     }
 
-    /// The first time outward, from the hop after `places`: finds those of each hop on the way.
-    fn find_way(self: Rc<Self>, slots: &Tensor, parts: Vec<Tensor>, mut places: Vec<Places>) -> Result<Pending<Vec<Tensor>>, CommError> {
-        let Some(hop) = self.hops.get(places.len()) else {
+    /// The first time outward, from the hop after those whose places are `found`: finds those of each hop on the way, `next`
+    /// is the first's.
+    fn find_way(
+        self: Rc<Self>, slots: &Tensor, next: Option<Places>, parts: Vec<Tensor>, mut found: Vec<Places>,
+    ) -> Result<Pending<Vec<Tensor>>, CommError> {
+        let Some(hop) = self.hops.get(found.len()) else {
             let local = routes::local(slots, self.counts.len() as i64, self.counts.iter().sum());
-            assert!(self.arrival.set(Arrival { places, local }).is_ok(), "a plan dispatches once");
+            assert!(self.arrival.set(Arrival { places: found, local }).is_ok(), "a plan dispatches once");
             return Ok(Pending::ready(parts));
         };
-        let found = hop.places(slots);
-        let sent = hop.out(&parts, &found, true)?;
-        places.push(found);
-        let last = places.len() == self.hops.len();
+        let places = next.unwrap_or_else(|| hop.places(slots));
+        let sent = hop.out(&parts, &places, true)?;
+        found.push(places);
+        let last = found.len() == self.hops.len();
         let onward = move |mut parts: Vec<Tensor>| {
             let slots = parts.pop().expect("slots come last");
-            self.find_way(&slots, parts, places)
+            self.find_way(&slots, None, parts, found)
         };
         // After the last hop nothing is to be posted.
         Ok(if last { sent.map(|parts| onward(parts)?.wait()) } else { Pending::staged(|| onward(sent.wait()?)) })

@@ -18,7 +18,7 @@ fn source() -> Source {
 
 /// Every variant, for a test that compiles them all.
 pub fn sources() -> Vec<(Source, &'static str)> {
-    vec![(source(), "sum_of_squares"), (source(), "add_and_square")]
+    vec![(source(), "add_and_square")]
 }
 
 /// Σ x² over all `gradients` (of one device) → [] f64 on that device.

@@ -5,7 +5,7 @@
 //! at the local experts. All results are i32 unless said; −1 is nowhere.
 use crate::device;
 use crate::jit::Source;
-use crate::launch::{Launch, Shape};
+use crate::launch::{Launch, Shape, aligned};
 use tch::{Kind, Tensor};
 
 mod cpu;
@@ -17,18 +17,19 @@ const MOST_RANKS: i64 = 64;
 /// Experts are counted in shared memory.
 const MOST_EXPERTS: i64 = 8192;
 
-fn source() -> Source {
-    Source { name: "routes", text: TEXT.to_string(), defines: Vec::new() }
+fn source(slots: i64) -> Source {
+    Source { name: "routes", text: TEXT.to_string(), defines: vec![("SLOTS", slots.to_string())] }
 }
 
 /// Every variant, for a test that compiles them all.
 pub fn sources() -> Vec<(Source, &'static str)> {
-    vec![(source(), "places")]
+    [6, 8].into_iter().map(|slots| (source(slots), "places")).collect()
 }
 
-fn launch(like: &Tensor, entry: &'static str, blocks: i64, arguments: impl FnOnce(Launch<'_>) -> Launch<'_>) {
-    let gpu = device::gpu(like.device());
-    let kernel = gpu.kernel(entry, entry, source).expect("our own kernels compile and load");
+/// `slots` [V, K] is read in 16-byte pieces where K allows.
+fn launch(slots: &Tensor, entry: &'static str, blocks: i64, arguments: impl FnOnce(Launch<'_>) -> Launch<'_>) {
+    let (gpu, k) = (device::gpu(slots.device()), slots.size()[1]);
+    let kernel = gpu.kernel(&format!("routes {k}"), entry, || source(k)).expect("our own kernels compile and load");
     arguments(Launch::new(gpu, &kernel)).run(Shape { grid: [blocks as usize, 1], block: THREADS, shared_bytes: 0 });
 }
 
@@ -42,10 +43,10 @@ pub fn count(routes: &Tensor, experts: i64, ranks: i64, nodes: i64) -> Tensor {
     if !on_gpu(routes, ranks) || experts > MOST_EXPERTS {
         return cpu::count(routes, experts, ranks, nodes);
     }
-    let (t, k) = routes.size2().expect("routes are [T, K]");
+    let (t, _) = routes.size2().expect("routes are [T, K]");
     let out = Tensor::empty([experts + ranks + nodes], (Kind::Int64, routes.device()));
     launch(routes, "count", 1, |launch| {
-        launch.tensor(&routes.contiguous(), Kind::Int64).tensor(&out, Kind::Int64).int(t).int(k).int(experts).int(ranks).int(nodes)
+        launch.tensor(&routes.contiguous(), Kind::Int64).tensor(&out, Kind::Int64).int(t).int(experts).int(ranks).int(nodes)
     });
     out
 }
@@ -60,7 +61,16 @@ pub struct Places {
     pub sent_row: Tensor,
 }
 
-/// slots [V, K] i32; a row goes once to each rank that holds one of its experts; `sent` rows in all.
+impl Places {
+    /// Of so many rows.
+    pub fn cut(&self, sent: i64) -> Places {
+        let first = |all: &Tensor| all.narrow(0, 0, sent);
+        Places { source: first(&self.source), slots: first(&self.slots), sent_row: self.sent_row.shallow_clone() }
+    }
+}
+
+/// slots [V, K] i32; a row goes once to each rank that holds one of its experts; `sent` rows in all, or a bound of their
+/// number: what lies behind the last has no meaning.
 pub fn places(slots: &Tensor, share: i64, ranks: i64, sent: i64) -> Places {
     if !on_gpu(slots, ranks) {
         return cpu::places(slots, share, ranks, sent);
@@ -69,8 +79,8 @@ pub fn places(slots: &Tensor, share: i64, ranks: i64, sent: i64) -> Places {
     let make = |shape: &[i64]| Tensor::empty(shape, (Kind::Int, slots.device()));
     let places = Places { source: make(&[sent]), slots: make(&[sent, k]), sent_row: make(&[v, ranks]) };
     launch(slots, "places", ranks, |launch| {
-        let launch = launch.tensor(&slots.contiguous(), Kind::Int).tensor(&places.source, Kind::Int).tensor(&places.slots, Kind::Int);
-        launch.tensor(&places.sent_row, Kind::Int).int(v).int(k).int(share).int(ranks)
+        let launch = launch.tensor(&aligned(slots), Kind::Int).tensor(&places.source, Kind::Int).tensor(&places.slots, Kind::Int);
+        launch.tensor(&places.sent_row, Kind::Int).int(v).int(share).int(ranks)
     });
     places
 }
@@ -94,8 +104,8 @@ pub fn local(slots: &Tensor, share: i64, count: i64) -> Local {
     let make = |shape: &[i64]| Tensor::empty(shape, (Kind::Int, slots.device()));
     let local = Local { pair: make(&[count]), row: make(&[count]), place: make(&[v, k]) };
     launch(slots, "local", share, |launch| {
-        let launch = launch.tensor(&slots.contiguous(), Kind::Int).tensor(&local.pair, Kind::Int).tensor(&local.row, Kind::Int);
-        launch.tensor(&local.place, Kind::Int).int(v * k).int(k)
+        let launch = launch.tensor(&aligned(slots), Kind::Int).tensor(&local.pair, Kind::Int).tensor(&local.row, Kind::Int);
+        launch.tensor(&local.place, Kind::Int).int(v)
     });
     local
 }

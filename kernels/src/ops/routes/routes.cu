@@ -2,6 +2,24 @@
 // learns from the others' counts where it starts.
 using u64 = unsigned long long;
 constexpr int THREADS = 1024, WARPS = THREADS / 32, MOST_EXPERTS = 8192, MOST_RANKS = 64;
+constexpr int K = SLOTS;
+
+// Those of a row, read at once.
+struct Slots {
+  int at[K];
+  __device__ Slots(const int* slots, int row) {
+    if constexpr (K % 4 == 0) {
+#pragma unroll
+      for (int k = 0; k < K; k += 4) {
+        const int4 four = ((const int4*)slots)[(row * K + k) / 4];
+        at[k] = four.x, at[k + 1] = four.y, at[k + 2] = four.z, at[k + 3] = four.w;
+      }
+    } else {
+#pragma unroll
+      for (int k = 0; k < K; k++) at[k] = slots[row * K + k];
+    }
+  }
+};
 
 // The sum over the threads before this one; `all` becomes everyone's.
 static __device__ int sum_before(int mine, int& all) {
@@ -26,7 +44,7 @@ static __device__ int sum_before(int mine, int& all) {
 }
 
 // routes [T, K] → out [experts + ranks + nodes]: rows of each expert, rows to each rank, to each node.
-extern "C" __global__ void __launch_bounds__(THREADS) count(const long long* routes, long long* out, int T, int K, int experts, int ranks, int nodes) {
+extern "C" __global__ void __launch_bounds__(THREADS) count(const long long* routes, long long* out, int T, int experts, int ranks, int nodes) {
   __shared__ int of_expert[MOST_EXPERTS], of_rank[MOST_RANKS], of_node[MOST_RANKS];
   for (int i = threadIdx.x; i < experts; i += THREADS) of_expert[i] = 0;
   if (threadIdx.x < MOST_RANKS) of_rank[threadIdx.x] = of_node[threadIdx.x] = 0;
@@ -34,6 +52,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) count(const long long* rou
   const int share = experts / ranks, node_share = experts / nodes;
   for (int t = threadIdx.x; t < T; t += THREADS) {
     u64 to_rank = 0, to_node = 0;
+#pragma unroll
     for (int k = 0; k < K; k++) {
       const int expert = (int)routes[(long long)t * K + k];
       atomicAdd(of_expert + expert, 1);
@@ -50,58 +69,69 @@ extern "C" __global__ void __launch_bounds__(THREADS) count(const long long* rou
 }
 
 // slots [V, K] → source [S], there [S, K], sent_row [V, P]. A block a rank.
-extern "C" __global__ void __launch_bounds__(THREADS) places(const int* slots, int* source, int* there, int* sent_row, int V, int K, int share, int P) {
+extern "C" __global__ void __launch_bounds__(THREADS) places(const int* slots, int* source, int* there, int* sent_row, int V, int share, int P) {
   const int rank = blockIdx.x, each = (V + THREADS - 1) / THREADS;
   const int first = min(V, (int)threadIdx.x * each), last = min(V, first + each);
-  const auto ranks_of = [&](int row) {
+  const auto ranks_of = [&](const Slots& of_row) {
     u64 ranks = 0;
-    for (int k = 0; k < K; k++) {
-      const int expert = slots[row * K + k];
-      if (expert >= 0) ranks |= 1ull << (expert / share);
-    }
+#pragma unroll
+    for (int k = 0; k < K; k++) ranks |= of_row.at[k] >= 0 ? 1ull << (of_row.at[k] / share) : 0;
     return ranks;
   };
   int mine = 0, lower = 0, lower_all, all;
+#pragma unroll 4
   for (int row = first; row < last; row++) {
-    const u64 ranks = ranks_of(row);
+    const u64 ranks = ranks_of(Slots(slots, row));
     mine += ranks >> rank & 1;
     lower += __popcll(ranks & ((1ull << rank) - 1));
   }
   sum_before(lower, lower_all);
   int at = lower_all + sum_before(mine, all);
+#pragma unroll 4
   for (int row = first; row < last; row++) {
-    const bool goes = ranks_of(row) >> rank & 1;
+    const Slots of_row(slots, row);
+    const bool goes = ranks_of(of_row) >> rank & 1;
     sent_row[row * P + rank] = goes ? at : -1;
     if (!goes) continue;
     source[at] = row;
+#pragma unroll
     for (int k = 0; k < K; k++) {
-      const int expert = slots[row * K + k] - rank * share;
+      const int expert = of_row.at[k] - rank * share;
       there[at * K + k] = expert >= 0 && expert < share ? expert : -1;
     }
     at++;
   }
 }
 
-// slots, flat [N = V·K] → pair [R], row [R], place [N]. A block an expert.
-extern "C" __global__ void __launch_bounds__(THREADS) local(const int* slots, int* pair, int* row, int* place, int N, int K) {
-  const int expert = blockIdx.x, each = (N + THREADS - 1) / THREADS;
-  const int first = min(N, (int)threadIdx.x * each), last = min(N, first + each);
+// slots [V, K] → pair [R], row [R], place [V, K]. A block an expert.
+extern "C" __global__ void __launch_bounds__(THREADS) local(const int* slots, int* pair, int* row_of, int* place, int V) {
+  const int expert = blockIdx.x, each = (V + THREADS - 1) / THREADS;
+  const int first = min(V, (int)threadIdx.x * each), last = min(V, first + each);
   int mine = 0, lower = 0, lower_all, all;
-  for (int i = first; i < last; i++) {
-    const int slot = slots[i];
-    mine += slot == expert;
-    lower += slot >= 0 && slot < expert;
+#pragma unroll 4
+  for (int row = first; row < last; row++) {
+    const Slots of_row(slots, row);
+#pragma unroll
+    for (int k = 0; k < K; k++) {
+      mine += of_row.at[k] == expert;
+      lower += of_row.at[k] >= 0 && of_row.at[k] < expert;
+    }
   }
   sum_before(lower, lower_all);
   int at = lower_all + sum_before(mine, all);
-  for (int i = first; i < last; i++) {
-    const int slot = slots[i];
-    if (slot == expert) {
-      pair[at] = i;
-      row[at] = i / K;
-      place[i] = at++;
-    } else if (slot < 0 && expert == 0) {
-      place[i] = -1;
+#pragma unroll 4
+  for (int row = first; row < last; row++) {
+    const Slots of_row(slots, row);
+#pragma unroll
+    for (int k = 0; k < K; k++) {
+      const int i = row * K + k;
+      if (of_row.at[k] == expert) {
+        pair[at] = i;
+        row_of[at] = row;
+        place[i] = at++;
+      } else if (of_row.at[k] < 0 && expert == 0) {
+        place[i] = -1;
+      }
     }
   }
 }

@@ -127,15 +127,15 @@ impl NcclComm {
         }
         let (peers, tensors): (Vec<usize>, Vec<Tensor>) = sends.into_iter().unzip();
         let tensors = contiguous(tensors);
-        // To itself: the k-th of what is sent is the k-th of what comes.
-        let from_self = places.iter().filter(|(peer, _)| *peer == self.rank).map(|(_, place)| place.shallow_clone());
-        let to_self = tensors.iter().zip(&peers).filter(|(_, peer)| **peer == self.rank);
-        tch::no_grad(|| from_self.zip(to_self).for_each(|(mut place, (tensor, _))| place.copy_(tensor)));
         self.axis.fork(OP)?;
         let mut moves: Vec<Move> = tensors.iter().zip(&peers).map(|(tensor, &peer)| Move::Send(tensor, peer)).collect();
         moves.extend(places.iter().map(|(peer, place)| Move::Receive(place, *peer)));
         moves.retain(|one| one.peer() != self.rank);
         self.axis.post(OP, &moves, in_step)?;
+        // To itself: the k-th of what is sent is the k-th of what comes.
+        let from_self = places.iter().filter(|(peer, _)| *peer == self.rank).map(|(_, place)| place.shallow_clone());
+        let to_self = tensors.iter().zip(&peers).filter(|(_, peer)| **peer == self.rank);
+        tch::no_grad(|| from_self.zip(to_self).for_each(|(mut place, (tensor, _))| place.copy_(tensor)));
         Ok(tensors)
     }
 }
@@ -270,20 +270,16 @@ impl Communicator for NcclComm {
             let mut shape = tensor.size();
             shape[0] = recv.iter().sum();
             let out = empty_like(tensor, &shape);
-            for p in 0..self.size {
-                let (from, to) = (tensor.narrow(0, send_at[p], send[p]), out.narrow(0, recv_at[p], recv[p]));
-                if p == self.rank {
-                    let mut to = to;
-                    tch::no_grad(|| to.copy_(&from));
-                } else {
-                    pieces.push((from, to, p));
-                }
-            }
+            pieces.extend((0..self.size).map(|p| (tensor.narrow(0, send_at[p], send[p]), out.narrow(0, recv_at[p], recv[p]), p)));
             outs.push(out);
         }
         self.axis.fork(OP)?;
-        let moves: Vec<Move> = pieces.iter().flat_map(|(from, to, peer)| [Move::Send(from, *peer), Move::Receive(to, *peer)]).collect();
+        let others = pieces.iter().filter(|(.., peer)| *peer != self.rank);
+        let moves: Vec<Move> = others.flat_map(|(from, to, peer)| [Move::Send(from, *peer), Move::Receive(to, *peer)]).collect();
         self.axis.post(OP, &moves, true)?;
+        // Its own rows meanwhile.
+        let own = pieces.iter().filter(|(.., peer)| *peer == self.rank);
+        tch::no_grad(|| own.for_each(|(from, to, _)| to.shallow_clone().copy_(from)));
         self.pending(OP, tensors, move || outs)
     }
 
