@@ -167,7 +167,7 @@ def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--ours", required=True)
     parser.add_argument("--rival", required=True, help="{ranks} is filled in")
-    parser.add_argument("--ranks", type=int, required=True)
+    parser.add_argument("--ranks", type=int, required=True, choices=[2, 4, 8])
     parser.add_argument("--mpirun", default="mpirun")
     parser.add_argument("--only", type=lambda text: text.split(","), default=["links", "ep", "dp", "pp"])
     parser.add_argument("--no-rival", action="store_true")

@@ -60,5 +60,8 @@ def pipeline(bench, pp, ep):
 def pipelines(bench, ranks):
     print("\npipelines, one MoE layer a stage, the first dense; milliseconds, as a step was and as its stages alone foretell; M (F + B) over it; bubble: step − work,")
     print("and by formula, both also of the step; GPUs idle from the update to the last weights' gradient, on average and most; transfers hidden; GiB")
+    dense = bench.ours("stage dense", 1, settings(1, 1, 4), "--stage")
+    if dense:
+        print(f"the dense layer, first of all: F {dense['stage']['forward_ms']:.2f}, B {dense['stage']['backward_ms']:.2f} ms")
     for pp, ep in ((ranks, 1), (ranks // 2, 2)):
         pipeline(bench, pp, ep)
