@@ -24,8 +24,12 @@ PIPELINE = "--set model.num_hidden_layers=4 --set phase.0.batch=16"
 GIB = 2**30
 
 
-def last_json(command):
-    run = subprocess.run(shlex.split(command), capture_output=True, text=True)
+# Seconds a row may take: what hangs is ended with its ranks, and the table goes on.
+OURS, RIVAL = 120, 400
+
+
+def last_json(command, limit):
+    run = subprocess.run(["timeout", "--kill-after=10", str(limit), *shlex.split(command)], capture_output=True, text=True)
     lines = [line for line in run.stdout.splitlines() if line.startswith("{")]
     if run.returncode or not lines:
         print(f"failed ({run.returncode}): {command}\n{(run.stdout + run.stderr)[-1500:]}", flush=True)
@@ -41,21 +45,27 @@ class Bench:
         """A row; with `trace` it holds what its ranks' traces say, and where they lie."""
         at = Path(self.args.folder) / f"{name.replace(' ', '-')}.json"
         command = f"{self.args.ours} {BASE} --multi-gpu --steps {steps or self.args.steps} {settings} {extra} {f'--trace {at}' if trace else ''}"
-        row = last_json(command if ranks == 1 else f"{self.args.mpirun} -n {ranks} {command}")
-        if row:
-            row = {"name": name} | row
-            self.found.append(row)
-            if trace:
-                row["traces"] = [str(at.with_suffix(f".{rank}.json")) for rank in range(ranks)]
+        row = self.keep(name, last_json(command if ranks == 1 else f"{self.args.mpirun} -n {ranks} {command}", OURS))
+        if row and trace:
+            row["traces"] = [str(at.with_suffix(f".{rank}.json")) for rank in range(ranks)]
+            try:
                 row["trace"] = measure(row["traces"])
+            except (OSError, ValueError, IndexError, ZeroDivisionError) as error:
+                print(f"no figures of the traces of {name}: {error!r}", flush=True)
         return row
 
     def rival(self, name, ranks, options):
         if self.args.no_rival:
             return None
-        row = last_json(f"{self.args.rival.format(ranks=ranks)} {options}")
+        return self.keep(name, last_json(f"{self.args.rival.format(ranks=ranks)} {options}", RIVAL))
+
+    def keep(self, name, row):
+        """Rows are written as they come: a table that is cut off leaves those before."""
         if row:
-            self.found.append({"name": name} | row)
+            row = {"name": name} | row
+            self.found.append(row)
+        if self.args.json:
+            Path(self.args.json).write_text(json.dumps(self.found, indent=1))
         return row
 
 
@@ -108,7 +118,7 @@ def experts(bench, ranks, one, theirs):
     for schedule in ("1f1b", "paired"):
         row = bench.ours(f"ep {schedule} 8", ranks, f"{of(ranks)} --set phase.0.batch={8 * ranks} --set parallel.schedule={schedule}", steps=3, trace=True)
         line(f"ep {ranks}, 8 micro-batches, {schedule}", row, (eight, 1) if eight else None)
-        if row:
+        if row and "trace" in row:
             rows = row["trace"]["middle"]
             print(f"      experts' rows: {rows['bytes'] / 1e9:.2f} GB and {rows['ms']:.1f} ms from a GPU, {rows['exposed_ms']:.1f} ms exposed = {rows['exposed_ms'] / max(rows['ms'], 1e-9):.0%}")
             if schedule == "paired" and bench.args.timeline:
@@ -128,7 +138,7 @@ def data(bench, ranks, one, theirs):
         row = bench.ours(name, ranks, settings, trace=True)
         line(label, row, share, rival if name == "dp" else None)
         for what, key in (("gradients, reduce-scatter", "reduce"), ("weights, all-gather", "gather")) if row and name == "dp" else ():
-            part = row["trace"].get(key)
+            part = row.get("trace", {}).get(key)
             if part and part["ms"]:
                 print(f"      {what}: {part['bytes'] / 1e9:.2f} GB and {part['ms']:.1f} ms from a GPU, {part['hidden']:.0%} hidden")
         if row and one:
