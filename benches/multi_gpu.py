@@ -97,6 +97,8 @@ def line(name, row, one=None, rival=None):
     text += f"{trace['idle']:7.1%}" if trace else f"{'':7}"
     if "memory" in row:
         text += f"{(row['memory']['peak'] + row['memory']['buffers']) / GIB:7.1f}"
+    if "busiest_rank" in row:
+        text += f"{row['busiest_rank']:9.2f}"
     print(text, flush=True)
 
 
@@ -159,8 +161,8 @@ def two_gpu_pipeline(bench):
 def steps(bench, args):
     ranks = args.ranks
     print("\nsteps: milliseconds of forward + backward and of all; one GPU's over them, per GPU, of both; torchtitan's over ours; transfers")
-    print("  hidden under kernels; GPUs idle from the update to the last weights' gradient; GiB")
-    print(f"  {'':40}{'fwd+bwd':>9}{'step':>9}{'of one':>8}{'step':>8}{'× rival':>9}{'hidden':>8}{'idle':>7}{'peak':>7}")
+    print("  hidden under kernels; GPUs idle from the update to the last weights' gradient; GiB; rows of the busiest rank over an even share")
+    print(f"  {'':40}{'fwd+bwd':>9}{'step':>9}{'of one':>8}{'step':>8}{'× rival':>9}{'hidden':>8}{'idle':>7}{'peak':>7}{'busiest':>9}")
     one, theirs = bench.ours("one", 1, "", trace=True), bench.rival("rival one", 1, "one")
     if theirs:
         line("torchtitan, one GPU", theirs)
