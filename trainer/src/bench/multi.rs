@@ -13,7 +13,7 @@ use parallel::comm::mpi::MpiWorld;
 use parallel::comm::{Comm, Communicator, Reduce, barrier};
 use serde_json::{Value, json};
 use std::time::Instant;
-use tch::{Device, Tensor};
+use tch::{Device, Kind, Tensor};
 use trainer::RunConfig;
 use trainer::coordinator::nodes;
 use trainer::device::connect;
@@ -107,6 +107,9 @@ fn steps(args: &Args, config: &RunConfig, (mesh, world): (&parallel::mesh::Mesh,
             Ok(())
         })?);
     }
+    let (context, last) = (trainer.context(&moment, moment.batch), batch(&trainer, &moment, 0));
+    let computed = trainer.gradients(&context, &last, false)?;
+    let busiest = busiest(&trainer.total(computed)?.counts, mesh.ep as i64);
     let memory = trainer.memory()?.context("it is a GPU")?;
     if let Some(path) = &args.trace {
         let batches = (0..TRACED).map(|step| batch(&trainer, &moment, step as i64)).collect::<Vec<_>>();
@@ -122,7 +125,17 @@ fn steps(args: &Args, config: &RunConfig, (mesh, world): (&parallel::mesh::Mesh,
     let tokens = moment.batch * moment.phase.sequence_length;
     Ok(json!({
         "pp": mesh.pp, "dp": mesh.dp, "ep": mesh.ep, "schedule": mesh.schedule.to_string(), "nodes": mesh.nodes.last().map_or(0, |last| last + 1),
-        "precision": config.run.precision, "tokens": tokens, "losses": losses, "memory": memory,
+        "precision": config.run.precision, "tokens": tokens, "losses": losses, "memory": memory, "busiest_rank": busiest,
         "fwd_bwd_ms": median(gradients.split_off(1)), "step_ms": median(whole.split_off(WARM)),
     }))
+}
+
+/// counts [layers, E] → rows at the rank of `ep` that has most of them, against an even share; the mean over layers.
+fn busiest(counts: &Tensor, ep: i64) -> f64 {
+    if counts.numel() == 0 {
+        return 1.0;
+    }
+    let of_rank = counts.view([counts.size()[0], ep, -1]).sum_dim_intlist(&[2i64][..], false, Kind::Double);
+    let share = of_rank.amax([1], false) / of_rank.mean_dim(&[1i64][..], false, Kind::Double);
+    share.mean(Kind::Double).double_value(&[])
 }
