@@ -9,6 +9,7 @@ use crate::mlp::{Mlp, MlpGrad, MlpWork};
 use crate::moe::{Load, Moe, MoeBackCombining, MoeBackDispatched, MoeCombining, MoeDispatched, MoeSaved, MoeWork, UnderWay};
 use crate::norm::{NormSaved, RmsNorm};
 use crate::operand::Operand;
+use crate::params::Role;
 use crate::saved::See;
 use crate::swiglu::SwigluSaved;
 use crate::{Grads, Layer, ModelConfig, ParamId, ParamTable, Recompute, Weights};
@@ -25,8 +26,17 @@ pub struct Block {
     ffn_norm: RmsNorm,
     pub ffn: Ffn,
     recompute: Recompute,
-    /// Its parameters' ids.
-    pub params: Range<usize>,
+    /// Its parameters' ids, in the order in which they are read: up to the feed-forward's norm, up to the routed experts, all.
+    params: [Range<usize>; 3],
+}
+
+/// What of a block's weights is read at a time.
+#[derive(Clone, Copy)]
+pub enum Part {
+    Attention,
+    /// All but the routed experts.
+    Ffn,
+    Experts,
 }
 
 #[derive(Debug)]
@@ -96,9 +106,9 @@ impl<S: UnderWay> UnderWay for BlockSent<S> {
     }
 }
 
-/// A backward between the feed-forward and the attention.
+/// A block between the attention and the feed-forward, either way.
 pub struct BlockMiddle {
-    dh: Tensor,
+    h: Tensor, // as in BlockSent
     attention_norm: NormSaved,
     attention_in: Option<Operand>,
     attention: MlaSaved,
@@ -130,7 +140,13 @@ impl Block {
         let ffn_norm = RmsNorm { weight: table.norm(format!("{prefix}.post_attention_layernorm.weight"), config.hidden_size), eps };
         let prefix = format!("{prefix}.mlp");
         let ffn = if moe { Ffn::Moe(Moe::new(table, config, &prefix)) } else { Ffn::Dense(Mlp::new(table, config, &prefix, config.intermediate_size)) };
-        Block { attention_norm, attention, ffn_norm, ffn, recompute: table.recompute, params: first..table.specs().len() }
+        let (middle, end) = (ffn_norm.weight.0, table.specs().len());
+        let experts = (middle..end).find(|&id| table.specs()[id].role == Role::Experts).unwrap_or(end);
+        Block { attention_norm, attention, ffn_norm, ffn, recompute: table.recompute, params: [first..middle, middle..experts, experts..end] }
+    }
+
+    pub fn holds(&self, part: Part, id: ParamId) -> bool {
+        self.params[part as usize].contains(&id.0)
     }
 
     /// Has experts, which may be elsewhere.
@@ -143,12 +159,17 @@ impl Block {
         moe
     }
 
-    /// x [T, D] → y [T, D], or rows on their way to the experts.
-    pub fn forward(&self, w: &Weights, x: Tensor, context: &BlockContext) -> Result<Started<BlockOut, BlockSent<MoeDispatched>>, CommError> {
+    /// x [T, D], up to the feed-forward.
+    pub fn forward_attention(&self, w: &Weights, x: Tensor, context: &BlockContext) -> BlockMiddle {
         let (input, attention_in, attention_norm) = self.input(w, &self.attention_norm, x.shallow_clone(), &self.attention.readers());
         let mla_in = MlaIn { x: input, sequences: context.sequences, positions: context.positions.clone() };
         let (attended, attention) = self.attention.forward(w, mla_in);
-        let h = x + attended;
+        BlockMiddle { h: x + attended, attention_norm, attention_in, attention }
+    }
+
+    /// y [T, D], or rows on their way to the experts.
+    pub fn forward_ffn(&self, w: &Weights, middle: BlockMiddle, context: &BlockContext) -> Result<Started<BlockOut, BlockSent<MoeDispatched>>, CommError> {
+        let BlockMiddle { h, attention_norm, attention_in, attention } = middle;
         let before = |ffn_norm, ffn_in| BeforeFfn { attention_norm, attention_in, attention, ffn_norm, ffn_in };
         Ok(match &self.ffn {
             Ffn::Dense(mlp) => {
@@ -220,12 +241,12 @@ impl Block {
     fn backward_middle(&self, w: &Weights, dy: Tensor, dnormed: Tensor, before: BeforeFfn, kind: FfnWorkOf) -> (BlockMiddle, FfnWork) {
         let BeforeFfn { attention_norm, attention_in, attention, ffn_norm, .. } = before;
         let (dh, norm) = self.ffn_norm.backward_residual(w, dnormed, ffn_norm, &dy);
-        (BlockMiddle { dh, attention_norm, attention_in, attention }, FfnWork { norm, kind })
+        (BlockMiddle { h: dh, attention_norm, attention_in, attention }, FfnWork { norm, kind })
     }
 
     /// To the block's input gradient, [T, D].
     pub fn backward_attention(&self, w: &Weights, middle: BlockMiddle) -> (Tensor, AttentionWork) {
-        let BlockMiddle { dh, attention_norm, attention_in, attention } = middle;
+        let BlockMiddle { h: dh, attention_norm, attention_in, attention } = middle;
         let again = || self.attention_norm.operand_again(w, &attention_norm, Want::COLUMNS, &self.attention.readers());
         let x = attention_in.unwrap_or_else(again);
         let (dnormed, attention) = self.attention.backward_input(w, MlaGrad { dy: dh.shallow_clone(), x }, attention);
@@ -253,6 +274,6 @@ impl Block {
 
     /// The last of its parameters whose gradient comes after the block's input gradient (`flow::Backward`).
     pub fn last_held(&self) -> ParamId {
-        if self.sends() { ParamId(self.params.end - 1) } else { ParamId(self.ffn_norm.weight.0 - 1) }
+        ParamId(self.params[if self.sends() { Part::Ffn } else { Part::Attention } as usize].end - 1)
     }
 }

@@ -8,7 +8,7 @@
 //! The two lists may differ in length: dense blocks join the segment before them. A transfer of two hops (to the node,
 //! then to the rank) has its second posted by the other micro-batch amid its segment, `Other`: so that, too, passes under
 //! computation.
-use crate::block::{AttentionWork, Block, BlockContext, BlockOut, BlockSaved, BlockSent, FfnWork, Started};
+use crate::block::{AttentionWork, Block, BlockContext, BlockOut, BlockSaved, BlockSent, FfnWork, Part, Started};
 use crate::embedding::EmbeddingWork;
 use crate::experts::ExpertsWork;
 use crate::head::{HeadIn, HeadSaved};
@@ -138,7 +138,9 @@ impl<'a> Forward<'a> {
         let h = match std::mem::replace(&mut self.at, ForwardAt::Moving) {
             ForwardAt::Start(x) => self.enter(w, x)?,
             ForwardAt::Sent(sent) => {
-                self.at = ForwardAt::Combining(self.stage.block(self.saved.blocks.len()).forward_experts(w, sent, other)?);
+                let block = self.stage.block(self.saved.blocks.len());
+                w.ready(|id| block.holds(Part::Experts, id))?;
+                self.at = ForwardAt::Combining(block.forward_experts(w, sent, other)?);
                 return Ok(true);
             }
             ForwardAt::Combining(sent) => {
@@ -202,8 +204,10 @@ impl<'a> Forward<'a> {
                 }
             }
             let block = self.stage.block(index);
-            w.ready(|id| block.params.contains(&id.0))?;
-            match block.forward(w, h, &self.context)? {
+            w.ready(|id| block.holds(Part::Attention, id))?;
+            let middle = block.forward_attention(w, h, &self.context);
+            w.ready(|id| block.holds(Part::Ffn, id))?;
+            match block.forward_ffn(w, middle, &self.context)? {
                 Started::Done(out) => h = self.leave(out),
                 Started::Sent(sent) => {
                     event("forward", "send");

@@ -120,11 +120,10 @@ pub struct Load {
 impl Moe {
     pub fn new(table: &mut ParamTable, config: &ModelConfig, prefix: &str) -> Self {
         let shared = config.n_shared_experts * config.moe_intermediate_size;
-        Moe {
-            gate: Gate::new(table, config, &format!("{prefix}.gate")),
-            experts: Experts::new(table, config, &format!("{prefix}.experts")),
-            shared: (shared > 0).then(|| Mlp::new(table, config, &format!("{prefix}.shared_experts"), shared)),
-        }
+        // In the order in which a forward reads them, and a backward completes their gradients, the other way round.
+        let gate = Gate::new(table, config, &format!("{prefix}.gate"));
+        let shared = (shared > 0).then(|| Mlp::new(table, config, &format!("{prefix}.shared_experts"), shared));
+        Moe { gate, shared, experts: Experts::new(table, config, &format!("{prefix}.experts")) }
     }
 
     /// x [T, D]: the caller keeps it, or makes it again, for the backward.

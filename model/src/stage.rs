@@ -193,7 +193,8 @@ impl Stage {
         let (first, last) = self.embedding.as_ref().zip(self.last.as_ref()).expect("the whole model");
         let (mut h, context) = (first.forward(w, mb.inputs()).0, step.block_context(mb));
         for block in &self.blocks {
-            h = match block.forward(w, h, &context)? {
+            let middle = block.forward_attention(w, h, &context);
+            h = match block.forward_ffn(w, middle, &context)? {
                 Started::Done((y, ..)) => y,
                 Started::Sent(sent) => block.forward_end(block.forward_experts(w, sent, &mut alone)?)?.0,
             };

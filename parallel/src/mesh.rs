@@ -167,13 +167,12 @@ pub struct Groups {
     /// Everyone with this rank's dense parameters: their gradients are summed here. Under DualPipe 2 × dp, the
     /// mirror ranks last.
     pub data: Comm,
-    /// The ranks at this place of every pipe: they see different samples. Equals `data` unless DualPipe.
-    pub samples: Comm,
-    /// Everyone with the embedding: the first stage and, for MTP, the last. Meaningless on the stages between.
+    /// Everyone with the embedding: the first stage and, for MTP, the last. Meaningless on the stages between. `data` itself
+    /// where it is the same ranks: what goes over one communicator keeps its order.
     pub embedding: Comm,
     /// The ranks among which this stage's experts are shared out; tokens travel here.
     pub expert: ExpertGroup,
-    /// Everyone with this rank's experts. Under DualPipe 2 × dp / ep.
+    /// Everyone with this rank's experts. Under DualPipe 2 × dp / ep. `data` itself where ep is 1.
     pub expert_data: Comm,
     /// The ranks of this node.
     pub node: Comm,
@@ -186,13 +185,14 @@ impl Groups {
         let rank = world.rank();
         let place = mesh.place(rank);
         let stages = mesh.stage_group(place);
+        let data = world.split(stages, rank)?;
+        let last = place.pp + 1 == mesh.pp;
         Ok(Groups {
             pipe: world.split(place.dp, place.pp)?,
-            data: world.split(stages, rank)?,
-            embedding: world.split(if mtp && place.pp + 1 == mesh.pp { 0 } else { stages }, rank)?,
-            samples: world.split(place.pp, rank)?,
+            embedding: if mtp && mesh.pp > 1 { world.split(if last { 0 } else { stages }, rank)? } else { data.clone() },
             expert: ExpertGroup::new(world.split(rank / mesh.ep, rank)?, &mesh.expert_nodes(rank))?,
-            expert_data: world.split(stages * mesh.ep + place.ep, rank)?,
+            expert_data: if mesh.ep > 1 { world.split(stages * mesh.ep + place.ep, rank)? } else { data.clone() },
+            data,
             node: world.split(mesh.nodes[rank], rank)?,
             world,
         })
@@ -260,7 +260,7 @@ mod tests {
             let (rank, stage, pair) = (world.rank() as i64, world.rank() as i64 / 4 * 4, world.rank() as i64 / 2 * 2);
             assert_eq!(of(&groups.pipe), [rank % 4, rank % 4 + 4]);
             assert_eq!(of(&groups.data), (stage..stage + 4).collect::<Vec<_>>());
-            assert_eq!(of(&groups.samples), of(&groups.data));
+            assert_eq!(of(&groups.embedding), (0..8).collect::<Vec<_>>());
             assert_eq!(of(&groups.expert.all), [pair, pair + 1]);
             assert_eq!(of(&groups.expert_data), [stage + rank % 2, stage + rank % 2 + 2]);
             assert_eq!(of(&groups.node), [pair, pair + 1]);
@@ -277,8 +277,7 @@ mod tests {
             let (low, high) = (place.pp.min(3 - place.pp) as i64 * 2, place.pp.max(3 - place.pp) as i64 * 2);
             assert_eq!(members(&world, &groups.data), [low, low + 1, high, high + 1]);
             assert_eq!(members(&world, &groups.expert_data), [low + place.ep as i64, high + place.ep as i64]);
-            assert_eq!(members(&world, &groups.samples), [place.pp as i64 * 2, place.pp as i64 * 2 + 1]);
-            assert_eq!(members(&world, &groups.expert.all), members(&world, &groups.samples));
+            assert_eq!(members(&world, &groups.expert.all), [place.pp as i64 * 2, place.pp as i64 * 2 + 1]);
         });
     }
 }

@@ -118,7 +118,7 @@ struct Measured {
     formula: [u64; 2],
 }
 
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Default)]
 struct Axis {
     inside: u64,
     between: u64,
@@ -142,21 +142,23 @@ fn one_rank(config: &RunConfig, mesh: &Mesh, world: parallel::comm::Comm, steps:
     let (world, meters) = metered(world, &mesh.nodes);
     let mut trainer = Trainer::new(config, mesh, world)?;
     let groups = &trainer.groups;
-    let axes = [&groups.world, &groups.pipe, &groups.data, &groups.embedding, &groups.expert_data, &groups.expert.all]
-        .map(|group| meters.of(group));
+    let axes = [&groups.world, &groups.pipe, &groups.data, &groups.embedding, &groups.expert_data, &groups.expert.all];
+    let first = |index: usize| axes[..index].iter().all(|other| !Rc::ptr_eq(other, axes[index])); // one communicator counts once
+    let axes: Vec<Option<Rc<Meter>>> = (0..axes.len()).map(|index| first(index).then(|| meters.of(axes[index]))).collect();
+    let now = || axes.iter().map(|meter| meter.as_ref().map_or(Axis::default(), |meter| Axis::now(meter))).collect::<Vec<_>>();
     let plan = Plan::new(&config.phase, &config.data.mixture);
     let moment = plan.at(0).expect("a config has a phase");
     let (mut times, mut loss, mut before) = (Vec::new(), 0.0, Vec::new());
     for step in 0..steps + WARM {
         let batch = batch(&trainer, &moment, step as i64);
         if step == WARM {
-            before = axes.iter().map(|meter| Axis::now(meter)).collect();
+            before = now();
         }
         let start = Instant::now();
         loss = trainer.step(&moment, &batch, false)?.loss;
         times.push(start.elapsed().as_secs_f64());
     }
-    let axes = axes.iter().zip(before).map(|(meter, before)| Axis::now(meter).since(before)).collect();
+    let axes = now().into_iter().zip(before).map(|(now, before)| now.since(before)).collect();
     let (dispatch, formula) = dispatch_bytes(&mut trainer, &meters, &moment)?;
     Ok(Measured { times: times.split_off(WARM), loss, threads: tch::get_num_threads(), axes, dispatch, formula })
 }

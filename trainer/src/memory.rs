@@ -3,6 +3,7 @@ use crate::step::Trainer;
 use anyhow::Result;
 use kernels::{device, shim};
 use serde::Serialize;
+use std::rc::Rc;
 use tch::{Device, Tensor};
 
 /// Bytes; also TensorBoard's tags below `memory/`.
@@ -45,7 +46,8 @@ impl Trainer {
         let optimizer: i64 = self.optimizer.slots.iter().map(|slot| own(slot) + bytes(&slot.first) + bytes(&slot.second)).sum();
         let activations = (held.peak - weights - gradients - optimizer).max(0);
         let g = &self.groups;
-        let axes = [&g.world, &g.pipe, &g.data, &g.samples, &g.embedding, &g.expert.all, &g.expert_data, &g.node];
+        let mut axes = vec![&g.world, &g.pipe, &g.embedding, &g.data, &g.expert_data, &g.expert.all, &g.node];
+        axes.dedup_by(|a, b| Rc::ptr_eq(a, b));
         let buffers = axes.iter().map(|axis| axis.buffer_bytes() as i64).sum::<i64>() + g.expert.hop_buffer_bytes() as i64;
         let total = device::gpu(on).memory()?.total_bytes as i64;
         Ok(Some(MemoryReport { weights, gradients, optimizer, activations, peak: held.peak, buffers, reserved: held.reserved, total }))

@@ -19,6 +19,13 @@ pub struct Optimizer {
     one: Tensor,
 }
 
+/// What all updates of a step share.
+#[derive(Clone, Copy)]
+pub struct Rate {
+    clip: f64,
+    lr: f64,
+}
+
 /// A shard's state; every tensor has its shape.
 pub struct Slot {
     pub shard: Shard,
@@ -51,32 +58,33 @@ impl Optimizer {
         Optimizer { rule, slots: slots.collect(), updates: 0, one }
     }
 
-    /// `gradients` of the slots, summed over all ranks that hold the parameter. Writes the shards' rows of `weights`; the
-    /// other rows are for `Zero::gather` to bring.
-    pub fn step(&mut self, weights: &mut Weights, gradients: &[Tensor], clip: f64, lr: f64) {
-        assert_eq!(gradients.len(), self.slots.len(), "a gradient for every shard");
+    /// From here on `update` makes the next update of every slot.
+    pub fn begin(&mut self, clip: f64, lr: f64) -> Rate {
         self.updates += 1;
-        let table = weights.table.clone();
-        for (slot, gradient) in self.slots.iter_mut().zip(gradients) {
-            let spec: &ParamSpec = table.spec(slot.shard.id);
-            assert_eq!(gradient.size(), slot.master.size(), "shape of the gradient of {}", spec.name);
-            let at = Step { lr, step: self.updates, clip, decay: spec.decayed() };
-            let id = slot.shard.id;
-            let whole = slot.shard.rows == spec.shape[0];
-            let (weight, blocks) = if whole { weights.write_whole(id) } else { (weights.write(id), None) };
-            let rows = slot.shard.of(weight);
-            let fp8 = blocks.map(|both| Fp8 { plain: &both.plain, transposed: &both.transposed, rule: ScaleRule::Amax });
-            let weight = (rows.kind() != slot.master.kind()).then_some(&rows); // else they are one tensor
-            let state = State { master: &mut slot.master, first: &mut slot.first, second: &mut slot.second };
-            self.rule.update_fused(state, gradient, &self.one, Outputs { weight, fp8 }, at);
-        }
+        Rate { clip, lr }
     }
 
-    /// The checksums of every slot and its weight's rows as they are now.
-    pub fn sum_up(&mut self, weights: &Weights) {
-        for slot in &mut self.slots {
-            slot.sums = Some(Sums::of(slot, weights));
-        }
+    /// `gradient` of one slot, summed over all ranks that hold the parameter. Writes the shard's rows of `weights`; the other
+    /// rows are for `Zero::gather` to bring.
+    pub fn update(&mut self, weights: &mut Weights, index: usize, gradient: &Tensor, Rate { clip, lr }: Rate) {
+        let (slot, table) = (&mut self.slots[index], weights.table.clone());
+        let spec: &ParamSpec = table.spec(slot.shard.id);
+        assert_eq!(gradient.size(), slot.master.size(), "shape of the gradient of {}", spec.name);
+        let at = Step { lr, step: self.updates, clip, decay: spec.decayed() };
+        let id = slot.shard.id;
+        let whole = slot.shard.rows == spec.shape[0];
+        let (weight, blocks) = if whole { weights.write_whole(id) } else { (weights.write(id), None) };
+        let rows = slot.shard.of(weight);
+        let fp8 = blocks.map(|both| Fp8 { plain: &both.plain, transposed: &both.transposed, rule: ScaleRule::Amax });
+        let weight = (rows.kind() != slot.master.kind()).then_some(&rows); // else they are one tensor
+        let state = State { master: &mut slot.master, first: &mut slot.first, second: &mut slot.second };
+        self.rule.update_fused(state, gradient, &self.one, Outputs { weight, fp8 }, at);
+    }
+
+    /// The checksums of a slot and its weight's rows as they are now.
+    pub fn sum_up(&mut self, weights: &Weights, index: usize) {
+        let slot = &mut self.slots[index];
+        slot.sums = Some(Sums::of(slot, weights));
     }
 
     /// The weights' rows from the masters, with the sums that AdamW left.
@@ -86,8 +94,8 @@ impl Optimizer {
         }
     }
 
-    /// Of the weights' rows.
-    pub fn weight_sums(&self) -> Option<Vec<&Tensor>> {
-        self.slots.iter().map(|slot| slot.sums.as_ref().map(|sums| &sums.weight)).collect()
+    /// Of the weights' rows of these slots.
+    pub fn weight_sums(&self, slots: &[usize]) -> Vec<&Tensor> {
+        slots.iter().map(|&index| &self.slots[index].sums.as_ref().expect("`sum_up` came before").weight).collect()
     }
 }

@@ -197,11 +197,7 @@ impl Trainer {
         let seen = if found.is_empty() { self.sentinel.end(self.number, &self.weights, &*self.groups.world)? } else { Seen::default() };
         if verdict == Verdict::Apply {
             let clip = if norm > self.max_grad_norm { self.max_grad_norm / norm } else { 1.0 };
-            self.optimizer.step(&mut self.weights, &gradients, clip, moment.lr);
-            if self.checks.config.memory {
-                self.optimizer.sum_up(&self.weights);
-            }
-            self.gather()?;
+            self.update(&gradients, clip, moment.lr)?;
             if let Some(ema) = &mut self.ema {
                 ema.update(&self.optimizer.slots);
             }
@@ -221,6 +217,22 @@ impl Trainer {
             stop: stop > 0.0,
             held_up,
         })
+    }
+
+    /// New weights travel to those that compute with them as soon as they are written.
+    fn update(&mut self, gradients: &[Tensor], clip: f64, lr: f64) -> Result<(), CommError> {
+        assert_eq!(gradients.len(), self.optimizer.slots.len(), "a gradient for every shard");
+        let rate = self.optimizer.begin(clip, lr);
+        for turn in self.zero.turns() {
+            for &index in &turn.shards {
+                self.optimizer.update(&mut self.weights, index, &gradients[index], rate);
+                if self.checks.config.memory {
+                    self.optimizer.sum_up(&self.weights, index);
+                }
+            }
+            self.send(&turn)?;
+        }
+        Ok(())
     }
 
     /// Forwards and backwards of a step; their sums are under way.

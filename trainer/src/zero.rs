@@ -195,35 +195,45 @@ impl Zero {
         self.buckets.iter().flat_map(of).collect()
     }
 
-    /// Sends the new values of this rank's rows, which the optimizer has written into `weights`, and announces those of the
-    /// others: they land when `weights.ready` asks for them. In the order in which a forward does. `sums`: the checksum of
-    /// each of `shards`, to go with them.
-    pub fn gather(&self, weights: &mut Weights, sums: Option<&[&Tensor]>) -> Result<(), CommError> {
+    /// Of `shards`, by index, what is updated and then gathered together, in the order in which a forward reads them; last
+    /// what no other rank holds, under whose update the others' rows travel.
+    pub fn turns(&self) -> Vec<Turn> {
         let mut forward: Vec<&Rc<Bucket>> = self.buckets.iter().collect();
         forward.sort_by_key(|bucket| bucket.ids.iter().min().copied());
-        for bucket in forward {
-            let comm = &self.lanes[bucket.lane].comm;
-            let sums = sums.map(|sums| {
-                let own: Vec<&Tensor> = bucket.reduce.owned(bucket.rank).map(|run| sums[self.index(run.shard.id)]).collect();
-                bucket.pack_sums(&own, self.device)
-            });
-            if comm.lands_in_place() {
-                bucket.gather_in_place(weights, comm, sums)?;
-                continue;
-            }
-            let mut mine: Vec<Tensor> = bucket.gather.iter().map(|(kind, layout)| bucket.pack(weights, *kind, layout)).collect();
-            mine.extend(sums);
-            let arriving = comm.all_gather(mine)?;
-            let (ids, bucket) = (bucket.ids.clone(), bucket.clone());
-            weights.expect(ids, move |weights| {
-                let mut arrived = arriving.wait()?;
-                bucket.sums.replace(arrived.split_off(bucket.gather.len()).pop());
-                bucket.gather.iter().zip(arrived).for_each(|((_, layout), whole)| bucket.unpack(layout, &whole, weights));
-                Ok(())
-            });
+        let of = |bucket: &Rc<Bucket>| bucket.reduce.owned(bucket.rank).map(|run| self.index(run.shard.id)).collect();
+        let mut turns: Vec<Turn> = forward.into_iter().map(|bucket| Turn { shards: of(bucket), bucket: Some(bucket.clone()) }).collect();
+        let alone = (0..self.shards.len()).filter(|&index| self.routes[self.shards[index].id.0] == Route::Alone).collect();
+        turns.push(Turn { shards: alone, bucket: None });
+        turns
+    }
+
+    /// Sends the new values of a turn's rows, which the optimizer has written into `weights`, and announces those of the
+    /// others: they land when `weights.ready` asks for them. `sums`: the checksum of each of the turn's shards, to go with them.
+    pub fn gather(&self, turn: &Turn, weights: &mut Weights, sums: Option<Vec<&Tensor>>) -> Result<(), CommError> {
+        let Some(bucket) = &turn.bucket else { return Ok(()) };
+        let comm = &self.lanes[bucket.lane].comm;
+        let sums = sums.map(|sums| bucket.pack_sums(&sums, self.device));
+        if comm.lands_in_place() {
+            return bucket.gather_in_place(weights, comm, sums);
         }
+        let mut mine: Vec<Tensor> = bucket.gather.iter().map(|(kind, layout)| bucket.pack(weights, *kind, layout)).collect();
+        mine.extend(sums);
+        let arriving = comm.all_gather(mine)?;
+        let (ids, bucket) = (bucket.ids.clone(), bucket.clone());
+        weights.expect(ids, move |weights| {
+            let mut arrived = arriving.wait()?;
+            bucket.sums.replace(arrived.split_off(bucket.gather.len()).pop());
+            bucket.gather.iter().zip(arrived).for_each(|((_, layout), whole)| bucket.unpack(layout, &whole, weights));
+            Ok(())
+        });
         Ok(())
     }
+}
+
+/// Some shards, and how the others get to know them.
+pub struct Turn {
+    pub shards: Vec<usize>,
+    bucket: Option<Rc<Bucket>>,
 }
 
 impl Bucket {

@@ -17,6 +17,7 @@ use ::mpi::traits::{AsRaw, Communicator as _, Root as _};
 use std::cell::{Cell, RefCell};
 use std::ffi::{CStr, c_int, c_void};
 use std::rc::Rc;
+use std::time::Duration;
 use tch::{Device, Tensor};
 
 /// MPI counts are C ints: a message over 2 GiB goes in pieces of this many bytes.
@@ -33,6 +34,8 @@ pub struct MpiWorld {
 struct Shared {
     in_flight: RefCell<Vec<Rc<progress::Flight>>>,
     piece_bytes: Cell<usize>,
+    /// How long a wait keeps its core.
+    spin: Duration,
     universe: Universe,
 }
 
@@ -49,7 +52,8 @@ impl MpiWorld {
         let group = universe.world().duplicate();
         // SAFETY: the handle is live, and MPI_ERRORS_RETURN is a predefined handler. Sub-groups inherit it.
         unsafe { ffi::MPI_Comm_set_errhandler(group.as_raw(), ffi::RSMPI_ERRORS_RETURN) };
-        let shared = Rc::new(Shared { in_flight: RefCell::default(), piece_bytes: Cell::new(PIECE_BYTES), universe });
+        let spin = progress::spin(universe.world().split_shared(universe.world().rank()).size() as usize);
+        let shared = Rc::new(Shared { in_flight: RefCell::default(), piece_bytes: Cell::new(PIECE_BYTES), spin, universe });
         Ok(MpiWorld { comm: Rc::new(MpiComm::new(Rc::new(Link { group, shared }))) })
     }
 

@@ -22,6 +22,8 @@ use trainer::step::Trainer;
 
 /// Rounds before those that are timed.
 const WARM: usize = 4;
+/// Steps that even out the use of experts: of one micro-batch; fewer through a pipeline, which takes no fewer than its own.
+const BALANCING: usize = 32;
 /// Steps of a trace: what follows an update is in the second.
 const TRACED: usize = 2;
 
@@ -91,6 +93,12 @@ fn steps(args: &Args, config: &RunConfig, (mesh, world): (&parallel::mesh::Mesh,
         gpu.synchronize()?;
         slowest(control, start.elapsed().as_secs_f64() * 1e3)
     };
+    // Experts of several ranks are used evenly first, as in training: else all wait for the rank that has most rows.
+    let balancing = if mesh.ep == 1 { 0 } else if mesh.pp == 1 { BALANCING } else { BALANCING / 6 };
+    for step in 0..balancing {
+        let batch = batch(&trainer, &moment, step as i64);
+        trainer.step(&moment, if mesh.pp == 1 { &batch[..1] } else { &batch }, false)?;
+    }
     for step in 0..args.steps + WARM {
         let batch = batch(&trainer, &moment, step as i64);
         whole.push(clock(&mut || {

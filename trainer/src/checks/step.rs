@@ -3,6 +3,7 @@ use super::{Finding, Place, Probe};
 use crate::guard::Worst;
 use crate::pipeline::Pipeline;
 use crate::step::Trainer;
+use crate::zero::Turn;
 use model::{GradSink, Grads, MicroBatch, ParamId, StepContext};
 use parallel::comm::{CommError, Reduce, gather_bytes};
 use parallel::schedule::run::run as run_schedule;
@@ -14,7 +15,7 @@ impl Trainer {
     pub fn seal(&mut self) -> Result<(), CommError> {
         self.weights.ready(|_| true)?;
         if self.checks.config.memory {
-            self.optimizer.sum_up(&self.weights);
+            (0..self.optimizer.slots.len()).for_each(|index| self.optimizer.sum_up(&self.weights, index));
             self.checks.set_biases(&self.weights);
         }
         self.gather()
@@ -28,7 +29,12 @@ impl Trainer {
 
     /// The new weights of this rank's shards to all that compute with them.
     pub(crate) fn gather(&mut self) -> Result<(), CommError> {
-        self.zero.gather(&mut self.weights, self.optimizer.weight_sums().as_deref())
+        self.zero.turns().iter().try_for_each(|turn| self.send(turn))
+    }
+
+    pub(crate) fn send(&mut self, turn: &Turn) -> Result<(), CommError> {
+        let sums = self.checks.config.memory.then(|| self.optimizer.weight_sums(&turn.shards));
+        self.zero.gather(turn, &mut self.weights, sums)
     }
 
     /// Is everything in memory as it was left? Collective.

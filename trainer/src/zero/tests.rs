@@ -208,7 +208,7 @@ fn new_values_reach_every_holder_in_the_kinds_that_layers_compute_with() {
                     let new = &rows * 2.0 + 1.0;
                     rows.copy_(&new);
                 }
-                zero.gather(&mut weights, None).expect("it starts");
+                zero.turns().iter().try_for_each(|turn| zero.gather(turn, &mut weights, None)).expect("it starts");
                 weights.ready(|_| true).expect("it lands");
                 for id in weights.table.ids() {
                     let before = &before[id.0];
@@ -235,7 +235,9 @@ fn alone_nothing_is_copied() {
     let square = |x: &Tensor| x.square().sum(Kind::Double).double_value(&[]);
     let expected: f64 = gradients.iter().map(square).sum();
     assert!((squares.double_value(&[]) / expected - 1.0).abs() < 1e-12);
-    zero.gather(&mut weights, None).expect("nothing to gather");
+    let turns = zero.turns();
+    assert!(turns.len() == 1 && turns[0].shards == (0..ids.len()).collect::<Vec<_>>());
+    zero.gather(&turns[0], &mut weights, None).expect("nothing to gather");
 }
 
 #[test]

@@ -4,7 +4,7 @@ using u64 = unsigned long long;
 constexpr int THREADS = 1024, WARPS = THREADS / 32, MOST_EXPERTS = 8192, MOST_RANKS = 64;
 constexpr int K = SLOTS;
 
-// Those of a row, read at once.
+// Those of a row, read and written at once.
 struct Slots {
   int at[K];
   __device__ Slots(const int* slots, int row) {
@@ -17,6 +17,15 @@ struct Slots {
     } else {
 #pragma unroll
       for (int k = 0; k < K; k++) at[k] = slots[row * K + k];
+    }
+  }
+  __device__ void store(int* slots, int row) const {
+    if constexpr (K % 4 == 0) {
+#pragma unroll
+      for (int k = 0; k < K; k += 4) ((int4*)slots)[(row * K + k) / 4] = make_int4(at[k], at[k + 1], at[k + 2], at[k + 3]);
+    } else {
+#pragma unroll
+      for (int k = 0; k < K; k++) slots[row * K + k] = at[k];
     }
   }
 };
@@ -72,10 +81,11 @@ extern "C" __global__ void __launch_bounds__(THREADS) count(const long long* rou
 extern "C" __global__ void __launch_bounds__(THREADS) places(const int* slots, int* source, int* there, int* sent_row, int V, int share, int P) {
   const int rank = blockIdx.x, each = (V + THREADS - 1) / THREADS;
   const int first = min(V, (int)threadIdx.x * each), last = min(V, first + each);
+  const float part = 1.0f / share;  // a division of small integers that costs four instructions
   const auto ranks_of = [&](const Slots& of_row) {
     u64 ranks = 0;
 #pragma unroll
-    for (int k = 0; k < K; k++) ranks |= of_row.at[k] >= 0 ? 1ull << (of_row.at[k] / share) : 0;
+    for (int k = 0; k < K; k++) ranks |= of_row.at[k] >= 0 ? 1ull << (int)((of_row.at[k] + 0.5f) * part) : 0;
     return ranks;
   };
   int mine = 0, lower = 0, lower_all, all;
@@ -94,16 +104,17 @@ extern "C" __global__ void __launch_bounds__(THREADS) places(const int* slots, i
     sent_row[row * P + rank] = goes ? at : -1;
     if (!goes) continue;
     source[at] = row;
+    Slots at_rank = of_row;
 #pragma unroll
     for (int k = 0; k < K; k++) {
       const int expert = of_row.at[k] - rank * share;
-      there[at * K + k] = expert >= 0 && expert < share ? expert : -1;
+      at_rank.at[k] = expert >= 0 && expert < share ? expert : -1;
     }
-    at++;
+    at_rank.store(there, at++);
   }
 }
 
-// slots [V, K] → pair [R], row [R], place [V, K]. A block an expert.
+// slots [V, K] → pair [R], row [R], place [V, K], which was −1. A block an expert.
 extern "C" __global__ void __launch_bounds__(THREADS) local(const int* slots, int* pair, int* row_of, int* place, int V) {
   const int expert = blockIdx.x, each = (V + THREADS - 1) / THREADS;
   const int first = min(V, (int)threadIdx.x * each), last = min(V, first + each);
@@ -124,14 +135,10 @@ extern "C" __global__ void __launch_bounds__(THREADS) local(const int* slots, in
     const Slots of_row(slots, row);
 #pragma unroll
     for (int k = 0; k < K; k++) {
-      const int i = row * K + k;
-      if (of_row.at[k] == expert) {
-        pair[at] = i;
-        row_of[at] = row;
-        place[i] = at++;
-      } else if (of_row.at[k] < 0 && expert == 0) {
-        place[i] = -1;
-      }
+      if (of_row.at[k] != expert) continue;
+      pair[at] = row * K + k;
+      row_of[at] = row;
+      place[row * K + k] = at++;
     }
   }
 }

@@ -133,9 +133,9 @@ impl NcclComm {
         moves.retain(|one| one.peer() != self.rank);
         self.axis.post(OP, &moves, in_step)?;
         // To itself: the k-th of what is sent is the k-th of what comes.
-        let from_self = places.iter().filter(|(peer, _)| *peer == self.rank).map(|(_, place)| place.shallow_clone());
-        let to_self = tensors.iter().zip(&peers).filter(|(_, peer)| **peer == self.rank);
-        tch::no_grad(|| from_self.zip(to_self).for_each(|(mut place, (tensor, _))| place.copy_(tensor)));
+        let from_self = places.iter().filter(|(peer, _)| *peer == self.rank).map(|(_, place)| place);
+        let to_self = tensors.iter().zip(&peers).filter(|(_, peer)| **peer == self.rank).map(|(tensor, _)| tensor);
+        to_self.zip(from_self).try_for_each(|(tensor, place)| self.axis.copy(OP, tensor, place))?;
         Ok(tensors)
     }
 }
@@ -277,9 +277,8 @@ impl Communicator for NcclComm {
         let others = pieces.iter().filter(|(.., peer)| *peer != self.rank);
         let moves: Vec<Move> = others.flat_map(|(from, to, peer)| [Move::Send(from, *peer), Move::Receive(to, *peer)]).collect();
         self.axis.post(OP, &moves, true)?;
-        // Its own rows meanwhile.
-        let own = pieces.iter().filter(|(.., peer)| *peer == self.rank);
-        tch::no_grad(|| own.for_each(|(from, to, _)| to.shallow_clone().copy_(from)));
+        let mut own = pieces.iter().filter(|(.., peer)| *peer == self.rank);
+        own.try_for_each(|(from, to, _)| self.axis.copy(OP, from, to))?;
         self.pending(OP, tensors, move || outs)
     }
 
