@@ -130,7 +130,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) local(const int* slots, in
   }
   sum_before(lower, lower_all);
   int at = lower_all + sum_before(mine, all);
-#pragma unroll 4
+#pragma unroll 2
   for (int row = first; row < last; row++) {
     const Slots of_row(slots, row);
 #pragma unroll
