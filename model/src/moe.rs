@@ -14,7 +14,7 @@ use crate::swiglu::SwigluSaved;
 use crate::{Grads, Layer, ModelConfig, ParamTable, Weights};
 use parallel::comm::{CommError, Pending};
 use kernels::ops::quantise::Want;
-use parallel::dispatch::{Counted, DispatchGrad, Dispatched, Plan, Rows};
+use parallel::dispatch::{Counted, DispatchGrad, Dispatched, Plan, Returned, Rows};
 use tch::Tensor;
 
 #[derive(Debug)]
@@ -51,7 +51,7 @@ pub struct MoeDispatched {
 
 /// Forward, what the experts made on its way back.
 pub struct MoeCombining {
-    rows: Pending<Tensor>,
+    rows: Pending<Returned>,
     shared: Option<Tensor>,
     load: Load,
     saved: MoeSaved,
@@ -159,10 +159,10 @@ impl Moe {
         Ok(MoeCombining { rows, shared: out, load, saved: MoeSaved { gate, plan, experts, shared } })
     }
 
-    pub fn combine(&self, state: MoeCombining) -> Result<(Tensor, Load, MoeSaved), CommError> {
-        let rows = state.rows.wait()?; // [T, D]
-        let y = state.shared.map_or_else(|| rows.shallow_clone(), |shared| &rows + shared);
-        Ok((y, state.load, state.saved))
+    /// `add` [T, D] + what the experts made of each token.
+    pub fn combine(&self, state: MoeCombining, add: &Tensor) -> Result<(Tensor, Load, MoeSaved), CommError> {
+        let add = state.shared.map_or_else(|| add.shallow_clone(), |shared| add + shared); // while rows travel
+        Ok((state.rows.wait()?.sum(Some(&add)), state.load, state.saved))
     }
 
     /// The backward of combine is a dispatch. `x` is forward's.
@@ -189,11 +189,12 @@ impl Moe {
     }
 
     pub fn backward_combine(&self, w: &Weights, state: MoeBackCombining) -> Result<(Tensor, MoeWork), CommError> {
-        let DispatchGrad { x: mut dx, weights: dweights } = state.dx.wait()?;
-        let (dx_gate, gate) = self.gate.backward_input(w, GateGrad { dweights, x: state.x }, state.gate);
-        dx += dx_gate; // combine made dx: nothing else holds it
         let (dx_shared, shared) = state.shared.unzip();
-        Ok((dx_shared.map_or_else(|| dx.shallow_clone(), |dx_shared| &dx + dx_shared), MoeWork { gate, shared }))
+        let DispatchGrad { x, weights: dweights } = state.dx.wait()?;
+        let (dx_gate, gate) = self.gate.backward_input(w, GateGrad { dweights, x: state.x }, state.gate);
+        let mut dx = x.sum(dx_shared.as_ref());
+        dx += dx_gate;
+        Ok((dx, MoeWork { gate, shared }))
     }
 
     pub fn backward_experts(&self, work: ExpertsWork, grads: &mut Grads) {

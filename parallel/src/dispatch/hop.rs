@@ -47,13 +47,15 @@ pub(super) fn picked(rows: &Tensor, index: &Tensor) -> Tensor {
     with_zero.index_select(0, &index.remainder(rows.size()[0] + 1))
 }
 
-/// rows [R, D], places [M, P] i32 (−1: nowhere) → the sum over P of the rows there, [M, D], taken in at least FP32.
-pub(super) fn sum_places(rows: &Tensor, places: &Tensor) -> Tensor {
+/// rows [R, D], places [M, P] i32 (−1: nowhere), add [M, D] → add + the sum over P of the rows there, [M, D], taken in at
+/// least FP32.
+pub(super) fn sum_places(rows: &Tensor, places: &Tensor, add: Option<&Tensor>) -> Tensor {
     let (count, each) = places.size2().expect("places [M, P]");
     if rows.device().is_cuda() && rows.kind() == Kind::BFloat16 && rows.size()[1] % 8 == 0 {
-        return unpermute::forward(&rows.contiguous(), places, None, None);
+        return unpermute::forward(&rows.contiguous(), places, None, add);
     }
     let wide = if rows.kind() == Kind::Double { Kind::Double } else { Kind::Float };
     let picked = picked(rows, &places.flatten(0, -1)).view([count, each, rows.size()[1]]);
-    picked.sum_dim_intlist(&[1i64][..], false, wide).to_kind(rows.kind())
+    let sum = picked.sum_dim_intlist(&[1i64][..], false, wide);
+    add.map_or_else(|| sum.shallow_clone(), |add| &sum + add).to_kind(rows.kind())
 }

@@ -50,8 +50,21 @@ pub struct Dispatched {
 
 /// The gradients of what was dispatched.
 pub struct DispatchGrad {
-    pub x: Tensor,       // [T, D]
+    pub x: Returned,     // of [T, D]
     pub weights: Tensor, // [T, K]
+}
+
+/// Rows that are back, still to be summed for each token.
+pub struct Returned {
+    rows: Tensor,
+    places: Tensor,
+}
+
+impl Returned {
+    /// `add` [T, D] + the sum of each token's rows, [T, D], taken in at least FP32.
+    pub fn sum(&self, add: Option<&Tensor>) -> Tensor {
+        sum_places(&self.rows, &self.places, add)
+    }
 }
 
 /// A plan whose counts are on their way to the host.
@@ -152,12 +165,16 @@ impl Plan {
         }))
     }
 
-    /// Forward: rows [R, D] → the sum of each token's rows, [T, D]; each sum is taken in at least FP32.
-    pub fn combine(&self, rows: &Tensor) -> Result<Pending<Tensor>, CommError> {
-        let back = self.0.clone().inward(self.0.hops.len(), vec![self.0.sum_local(rows)])?;
-        Ok(back.map(|parts| {
-            let [y] = all(parts);
-            Ok(y)
+    /// Forward: rows [R, D] → those of each token, to be summed; what a rank or node has of a token's it sums first.
+    pub fn combine(&self, rows: &Tensor) -> Result<Pending<Returned>, CommError> {
+        let route = self.0.clone();
+        if route.hops.is_empty() {
+            return Ok(Pending::ready(Returned { rows: rows.shallow_clone(), places: route.arrival().local.place.shallow_clone() }));
+        }
+        let back = self.0.clone().inward(vec![route.sum_local(rows)], route.hops.len())?;
+        Ok(back.map(move |parts| {
+            let [rows] = all(parts);
+            Ok(route.returned(rows))
         }))
     }
 
@@ -170,13 +187,18 @@ impl Plan {
 
     /// The backward of `dispatch`: the gradients of its rows [R, D] and weights [R] → those of x and weights.
     pub fn dispatch_backward(&self, drows: &Tensor, dweights: &Tensor) -> Result<Pending<DispatchGrad>, CommError> {
-        let place = &self.0.arrival().local.place;
+        let (route, place) = (self.0.clone(), &self.0.arrival().local.place);
         let slots = hop::picked(dweights, &place.flatten(0, -1)).view_as(place); // [V, K]
-        let back = self.0.clone().inward(self.0.hops.len(), vec![self.0.sum_local(drows), slots])?;
-        Ok(back.map(|parts| {
-            // A slot came back from one rank, zeros from the others: their sum is exact.
+        if route.hops.is_empty() {
+            let x = Returned { rows: drows.shallow_clone(), places: place.shallow_clone() };
+            return Ok(Pending::ready(DispatchGrad { x, weights: slots }));
+        }
+        let back = self.0.clone().inward(vec![route.sum_local(drows), slots], route.hops.len())?;
+        Ok(back.map(move |parts| {
             let [x, weights] = all(parts);
-            Ok(DispatchGrad { x, weights })
+            // A slot came back from one rank, zeros from the others: their sum is exact.
+            let weights = route.returned(weights).sum(None);
+            Ok(DispatchGrad { x: route.returned(x), weights })
         }))
     }
 }
@@ -192,7 +214,12 @@ impl Route {
 
     /// rows [R, D] → one for each row that came, [V, D].
     fn sum_local(&self, rows: &Tensor) -> Tensor {
-        sum_places(rows, &self.arrival().local.place)
+        sum_places(rows, &self.arrival().local.place, None)
+    }
+
+    /// What came back over the first hop.
+    fn returned(&self, rows: Tensor) -> Returned {
+        Returned { rows, places: self.arrival().places[0].sent_row.shallow_clone() }
     }
 
     /// The first time outward, from the hop after those whose places are `found`: finds those of each hop on the way, `next`
@@ -225,15 +252,18 @@ impl Route {
         Ok(if last { sent } else { Pending::staged(move || self.outward(level + 1, sent.wait()?)) })
     }
 
-    /// One row of each part for each that came, [V, …] → their sums, [T, …]; over the first `level` hops.
-    fn inward(self: Rc<Self>, level: usize, parts: Vec<Tensor>) -> Result<Pending<Vec<Tensor>>, CommError> {
-        let Some(level) = level.checked_sub(1) else { return Ok(Pending::ready(parts)) };
-        let back = self.hops[level].back(parts)?;
-        let onward = move |back: Vec<Tensor>| {
-            let sums = back.iter().map(|part| sum_places(part, &self.arrival().places[level].sent_row)).collect();
-            self.inward(level, sums)
-        };
-        Ok(if level == 0 { back.map(|parts| onward(parts)?.wait()) } else { Pending::staged(|| onward(back.wait()?)) })
+    /// One row of each part for each that came, [V, …], goes back over the first `level` hops, of which there are some; on the
+    /// way, but not after the last, they are summed.
+    fn inward(self: Rc<Self>, parts: Vec<Tensor>, level: usize) -> Result<Pending<Vec<Tensor>>, CommError> {
+        let back = self.hops[level - 1].back(parts)?;
+        if level == 1 {
+            return Ok(back);
+        }
+        Ok(Pending::staged(move || {
+            let sum = |part: &Tensor| sum_places(part, &self.arrival().places[level - 1].sent_row, None);
+            let sums = back.wait()?.iter().map(sum).collect();
+            self.inward(sums, level - 1)
+        }))
     }
 }
 
