@@ -53,7 +53,7 @@ fn check(folder: &Path, jit: &Jit, cache: &Path, (source, entry): &(Source, &str
     // The compiler may make each wait for the one before, and only warns of it.
     let count = |what| sass.matches(what).count();
     assert!(2 * count("WARPGROUP.DEPBAR") <= count("QGMMA"), "{variant}: multiplications wait for each other");
-    if source.name == "gemm_forward" {
+    if multiplies {
         let adds: Vec<&str> = sass.lines().filter(|line| line.contains("FFMA")).collect();
         let kept = adds.iter().filter(|line| line.contains(".reuse")).count();
         assert!(3 * kept >= 2 * adds.len(), "{variant}: {kept} of {} additions keep their factor", adds.len());

@@ -161,7 +161,7 @@ fn forward_source(plan: Plan, options: Options, interleaved: bool) -> Source {
 
 fn wgrad_source(plan: Plan, write: Write) -> Source {
     let mut defines = tile_defines(plan, plan.wgrad_stages());
-    defines.extend([("ACCUMULATE", flag(write == Write::Accumulate)), ("RELOAD", flag(plan.reload))]);
+    defines.extend([("ACCUMULATE", flag(write == Write::Accumulate)), ("RELOAD", flag(plan.reload)), (KEEP_FACTORS, "8".to_string())]);
     Source { name: "gemm_wgrad", text: [HOPPER, &wgmma::text(plan.width), WGRAD].concat(), defines }
 }
 

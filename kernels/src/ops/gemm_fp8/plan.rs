@@ -83,7 +83,7 @@ impl Plan {
     fn wgrad_cost(self) -> [f64; 2] {
         match (self.reload, self.width, self.along_m) {
             (true, ..) => [1.28, 5.5],
-            (_, 160, true) => [1.17, 14.0],
+            (_, 160, true) => [1.20, 14.0],
             (_, 160, false) => [1.24, 14.6],
             _ => [1.0, 10.0],
         }

@@ -172,6 +172,20 @@ static __device__ __forceinline__ void exchange(const Shared& at, const TensorMa
   }
 }
 
+// sum += acc · scale(column) · scale(row), in runs that share a factor (sass.rs).
+static __device__ __forceinline__ void promote(float (&sum)[BN / 2], float (&acc)[BN / 2], const float2 (&scales)[BN / 8],
+                                               float upper, float lower) {
+#pragma unroll
+  for (int j = 0; j < BN / 8; j++) {
+    acc[4 * j] *= scales[j].x, acc[4 * j + 2] *= scales[j].x;
+    acc[4 * j + 1] *= scales[j].y, acc[4 * j + 3] *= scales[j].y;
+  }
+#pragma unroll
+  for (int i = 0; i < BN / 2; i += 4) sum[i] += acc[i] * upper, sum[i + 1] += acc[i + 1] * upper;
+#pragma unroll
+  for (int i = 2; i < BN / 2; i += 4) sum[i] += acc[i] * lower, sum[i + 1] += acc[i + 1] * lower;
+}
+
 // As in forward.cu. The columns' scales are read before the multiplication starts: while it works, shared memory is busy.
 template <int WARPGROUP>
 static __device__ __forceinline__ void consume(const Shared& at, const TensorMap& map_d, Walk walk, u32 rank) {
@@ -200,11 +214,7 @@ static __device__ __forceinline__ void consume(const Shared& at, const TensorMap
       if (AHEAD) barrier_wait(stage.full, stage.parity);
       wgmma_wait<0>();
       if (lane < 2) barrier_arrive(used + 8 * STAGES, lane);
-#pragma unroll
-      for (int j = 0; j < BN / 8; j++) {
-        sum[4 * j] += acc[4 * j] * (upper * scales[j].x), sum[4 * j + 1] += acc[4 * j + 1] * (upper * scales[j].y);
-        sum[4 * j + 2] += acc[4 * j + 2] * (lower * scales[j].x), sum[4 * j + 3] += acc[4 * j + 3] * (lower * scales[j].y);
-      }
+      promote(sum, acc, scales, upper, lower);
     }
     if (ACCUMULATE && walk.num_k == 0) continue;
     const int row = walk.row + (ALONG_M ? rank * BM : 0), column = (WIDE * walk.column + (ALONG_M ? 0 : rank)) * BN;
