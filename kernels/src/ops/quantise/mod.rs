@@ -3,7 +3,7 @@
 //! `counts` [E] i32, on the tensor's device, cuts the rows into experts; None is one group with all rows.
 //! Of columns, the tiles of experts that have rows are written; the rest of the room is nobody's.
 use crate::device::{self, Kernel};
-use crate::fp8::{self, Blocks, Columns, Rows, ScaleRule, round_up};
+use crate::fp8::{self, Blocks, Columns, Rows, ScaleRule, padded_rows, round_up};
 use crate::jit::Source;
 use crate::launch::{Launch, aligned};
 use std::sync::Arc;
@@ -78,7 +78,8 @@ pub fn columns_of(rows: &Rows, gathered: Option<&Tensor>, counts: Option<&Tensor
     let launch = launch.tensor(&columns.values, Kind::Float8e4m3fn).tensor(&columns.scales, Kind::Float);
     let launch = launch.tensor_or_null(counts, Kind::Int).int(num_experts).int(r).int(c);
     // Four tiles a block.
-    tiles::strides(launch, [r, c], num_experts).run(shape((tiles_of(c) + 3) / 4, tiles::row_tiles(r, num_experts)));
+    let launch = launch.int(padded_rows(r, num_experts)).int(round_up(c, 4));
+    launch.run(shape(tiles::row_tiles(r, num_experts), (tiles_of(c) + 3) / 4));
     columns
 }
 
@@ -107,7 +108,7 @@ pub fn weights(w: &Tensor, rule: ScaleRule) -> (Blocks, Blocks) {
     let size = w.size();
     let (r, c) = (size[size.len() - 2], size[size.len() - 1]);
     let kernel = kernel(w, rule, "quantise_weights");
-    let launch = Launch::new(device::gpu(w.device()), &kernel).tensor(w, w.kind());
+    let launch = Launch::new(device::gpu(w.device()), &kernel).early().tensor(w, w.kind());
     let matrices = w.numel() as i64 / (r * c).max(1);
     blocks(launch, &plain, &transposed).int(r).int(c).run(shape(tiles_of(c), tiles_of(r) * matrices));
     (plain, transposed)

@@ -21,43 +21,99 @@ extern "C" __global__ void __launch_bounds__(THREADS, 4)
   emit(t, out, place, row_tile, column_tile, scratch);
 }
 
+// Of two pairs of BF16, the larger magnitudes; their signs are anyone's.
+static __device__ __forceinline__ u32 larger_of(u32 a, u32 b) {
+  u32 larger;
+  asm("max.NaN.xorsign.abs.bf16x2 %0, %1, %2;" : "=r"(larger) : "r"(a), "r"(b));
+  return larger;
+}
+
+// 16 rows of four columns, TILE bytes from one row to the next, as part of the eight groups of rows that lie four lanes apart
+// in the warp → 16 bytes of each column.
+static __device__ __forceinline__ void transpose_part(const u8* from, const float* of_row, u8* to, long long P, float* scales) {
+  u32 pairs[16][2], most[2] = {0, 0};
+#pragma unroll
+  for (int r = 0; r < 16; r++) {
+    float v[4];
+    unpack_fp8(v, {*(const u32*)(from + r * TILE)}, of_row[r]);
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+      pairs[r][i] = bf16_pair(v[2 * i], v[2 * i + 1]);
+      most[i] = larger_of(most[i], pairs[r][i]);
+    }
+  }
+#pragma unroll
+  for (int lane = 4; lane < 32; lane *= 2) {
+#pragma unroll
+    for (int i = 0; i < 2; i++) most[i] = larger_of(most[i], __shfl_xor_sync(~0u, most[i], lane));
+  }
+  auto half_of = [](u32 pair, int c) { return c % 2 ? high_bf16(pair) : low_bf16(pair); };
+  // The eight groups need the same four scales: each works out one.
+  const int lane = threadIdx.x % 32, mine = lane / 4 % 4;
+  const float scale = scale_of(fabsf(half_of(mine / 2 ? most[1] : most[0], mine))), of_column = inverse_of(scale);
+  if (lane < 16) scales[mine] = scale;
+#pragma unroll
+  for (int c = 0; c < 4; c++) {
+    const float inverse = __shfl_sync(~0u, of_column, c * 4 + lane % 4);
+    u32 packed[4];
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      float v[4];
+#pragma unroll
+      for (int r = 0; r < 4; r++) v[r] = half_of(pairs[4 * i + r][c / 2], c) * inverse;
+      packed[i] = fp8_pair(v[0], v[1]) | fp8_pair(v[2], v[3]) << 16;
+    }
+    *(uint4*)(to + c * P) = make_uint4(packed[0], packed[1], packed[2], packed[3]);
+  }
+}
+
 // Rows in FP8 (values [., C], a scale for each 1×128 tile) → the transposed layout of R of them, rounded to BF16 on the way.
-// `source` [R]: row r of the output is row source[r] (null: row r itself); rows that several read stay in L2.
+// `source` [R]: row r of the output is row source[r] (null: row r itself). Row tiles run fastest: what several rows of the
+// output read is the same few columns at a time, and stays in L2. A block takes every gridDim.y-th column tile; the next one
+// is on its way to shared memory while this one is worked on: a thread fetches 16 bytes of each of four rows, and transposes
+// 16 rows of four columns, so that a warp has all rows of its 16 columns.
 extern "C" __global__ void __launch_bounds__(THREADS, 4)
     transpose(const u8* from, const float* from_scales, int from_stride, const int* source, u8* transposed,
-              float* scales_transposed, const int* counts, int num_experts, int R, int C, int P, int scale_stride,
-              int scale_stride_transposed) {
-  __shared__ Scratch scratch;
+              float* scales_transposed, const int* counts, int num_experts, int R, int C, int P, int scale_stride_transposed) {
+  __shared__ __align__(16) u8 raw[2][TILE * TILE];
+  __shared__ __align__(16) float of_row[2][TILE];
+  __shared__ int rows[TILE];  // where they lie; -1: nowhere
   begin();
-  const Out out = {nullptr, nullptr, transposed, scales_transposed, C, P, scale_stride, scale_stride_transposed};
-  const int row_tile = blockIdx.y;
+  const int row_tile = blockIdx.x;
   const Place place = find(counts, num_experts, R, row_tile);
   if (place.valid_rows <= 0) return;
-  Tile t = empty_tile<Tile>();
-  const int first = place.first_row + t.row;
-  int rows[8];
+  if (threadIdx.x < TILE) {
+    const int row = place.first_row + threadIdx.x;
+    rows[threadIdx.x] = threadIdx.x >= place.valid_rows ? -1 : source ? __ldg(source + row) : row;
+  }
+  __syncthreads();
+  auto fetch = [&](int column_tile, int half) {
+    if (column_tile * TILE >= C) return;
+    const int piece = threadIdx.x % 8, column = column_tile * TILE + piece * 16;
 #pragma unroll
-  for (int r = 0; r < 8; r++) rows[r] = t.row + r < place.valid_rows ? (source ? __ldg(source + first + r) : first + r) : -1;
-  // Where the rows lie is known by now: it serves several tiles.
+    for (int i = 0; i < 4; i++) {
+      const int to = threadIdx.x / 8 + 32 * i, row = rows[to];
+      const bool there = row >= 0 && column < C;
+      // Pieces of 16 bytes are permuted by the group of 16 rows: a warp that reads a word of each group meets all banks.
+      fetch_sixteen(raw[half] + to * TILE + (piece ^ to / 16) * 16, from + (there ? (long long)row * C + column : 0), there);
+    }
+    if (threadIdx.x >= TILE) return;
+    const int row = rows[threadIdx.x];
+    fetch_four(of_row[half] + threadIdx.x, from_scales + (long long)column_tile * from_stride + max(row, 0), row >= 0);
+  };
+  const int warp = threadIdx.x / 32, group = threadIdx.x % 32 / 4, quad = threadIdx.x % 4;
+  int half = 0;
+  fetch(blockIdx.y, half);
 #pragma unroll 1
-  for (int column_tile = blockIdx.x; column_tile * TILE < C; column_tile += gridDim.x) {
-    const int column = column_tile * TILE + t.column;
-    uint2 raw[8];
-    float scale[8];
-#pragma unroll
-    for (int r = 0; r < 8; r++) {
-      const bool there = rows[r] >= 0 && column < C;
-      const uint2* at = (const uint2*)(from + (long long)rows[r] * C + column);
-      raw[r] = there ? (source ? __ldg(at) : __ldcs(at)) : make_uint2(0, 0);
-      scale[r] = there ? __ldg(from_scales + (long long)column_tile * from_stride + rows[r]) : 0;
-    }
-#pragma unroll
-    for (int r = 0; r < 8; r++) {
-      float v[8];
-      unpack_fp8(v, raw[r], scale[r]);
-      set_row(t, r, bf16_eight(v));
-    }
-    emit(t, out, place, row_tile, column_tile, scratch);
+  for (int column_tile = blockIdx.y; column_tile * TILE < C; column_tile += gridDim.y, half ^= 1) {
+    fetched();
+    __syncthreads();
+    fetch(column_tile + gridDim.y, half ^ 1);
+    const int column = column_tile * TILE + warp * 16 + quad * 4;
+    if (column >= C) continue;  // so is the whole warp's part
+    u8* to = transposed + (long long)column * P + row_tile * TILE + group * 16;
+    float* scales = scales_transposed + (long long)row_tile * scale_stride_transposed + column;
+    transpose_part(raw[half] + group * 16 * TILE + (warp ^ group) * 16 + quad * 4, of_row[half] + group * 16, to, P, scales);
   }
 }
 

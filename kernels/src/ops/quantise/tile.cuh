@@ -88,15 +88,16 @@ static __device__ __forceinline__ void unpack_bf16(float (&v)[8], uint4 raw) {
   for (int i = 0; i < 8; i++) v[i] = i % 2 ? high_bf16(words[i / 2]) : low_bf16(words[i / 2]);
 }
 
-static __device__ __forceinline__ void unpack_fp8(float (&v)[8], uint2 raw, float scale) {
-  const u32 words[2] = {raw.x, raw.y};
+template <int COUNT>
+static __device__ __forceinline__ void unpack_fp8(float (&v)[COUNT], const u32 (&words)[COUNT / 4], float scale) {
 #pragma unroll
-  for (int i = 0; i < 8; i += 2) {
-    u32 halves;
-    asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(halves) : "h"((u16)(words[i / 4] >> (i % 4 * 8))));
-    asm("cvt.f32.f16 %0, %1;" : "=f"(v[i]) : "h"((u16)halves));
-    asm("cvt.f32.f16 %0, %1;" : "=f"(v[i + 1]) : "h"((u16)(halves >> 16)));
-    v[i] *= scale, v[i + 1] *= scale;
+  for (int i = 0; i < COUNT; i += 4) {
+    asm("{\n.reg .b16 low, high, a, b, c, d;\n.reg .b32 ab, cd;\nmov.b32 {low, high}, %4;\n"
+        "cvt.rn.f16x2.e4m3x2 ab, low;\ncvt.rn.f16x2.e4m3x2 cd, high;\nmov.b32 {a, b}, ab;\nmov.b32 {c, d}, cd;\n"
+        "cvt.f32.f16 %0, a;\ncvt.f32.f16 %1, b;\ncvt.f32.f16 %2, c;\ncvt.f32.f16 %3, d;\n}"
+        : "=f"(v[i]), "=f"(v[i + 1]), "=f"(v[i + 2]), "=f"(v[i + 3])
+        : "r"(words[i / 4]));
+    v[i] *= scale, v[i + 1] *= scale, v[i + 2] *= scale, v[i + 3] *= scale;
   }
 }
 
@@ -104,6 +105,19 @@ static __device__ __forceinline__ void unpack_fp8(float (&v)[8], uint2 raw, floa
 static __device__ __forceinline__ uint4 load_eight(const u16* from, bool there) {
   return there ? __ldg((const uint4*)from) : make_uint4(0, 0, 0, 0);
 }
+
+static __device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
+// To shared memory, past the registers; zeros where there is nothing.
+static __device__ __forceinline__ void fetch_sixteen(void* to, const void* from, bool there) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(there ? 16 : 0) : "memory");
+}
+static __device__ __forceinline__ void fetch_eight(void* to, const void* from, bool there) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(shared_address(to)), "l"(from), "r"(there ? 8 : 0) : "memory");
+}
+static __device__ __forceinline__ void fetch_four(void* to, const void* from, bool there) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared_address(to)), "l"(from), "r"(there ? 4 : 0) : "memory");
+}
+static __device__ __forceinline__ void fetched() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
 template <class T>
 static __device__ __forceinline__ T empty_tile() {

@@ -53,7 +53,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 3)
   __shared__ Scratch scratch;
   begin();
   const Out out = {values, scales, transposed, scales_transposed, C, P, scale_stride, scale_stride_transposed};
-  const int column_tile = blockIdx.x, row_tile = blockIdx.y;
+  // From the last rows to the first: what the pass before, over the same rows, has read last is still in L2.
+  const int column_tile = blockIdx.x, row_tile = (R - 1) / TILE - blockIdx.y;
   const Place place = {row_tile * TILE, min(TILE, R - row_tile * TILE)};
   Tile t = empty_tile<Tile>();
   const int column = column_tile * TILE + t.column, there = column < C ? place.valid_rows - t.row : 0;

@@ -100,7 +100,7 @@ pub fn backward_quantised(
     let (experts, gpu) = (num_experts(counts), device::gpu(device));
     let dgate_up = Quantised::empty([r, 2 * i], experts, make.want, device);
     let act = Quantised::empty([r, i], experts, Want { rows: false, columns: make.save }, device).columns;
-    let parts = row_weight.map(|_| Tensor::zeros([tiles_of(i), r], (Kind::Float, device)));
+    let parts = row_weight.map(|_| Tensor::empty([tiles_of(i), r], (Kind::Float, device)));
     let (bf16, halves) = match saved {
         GateUp::Bf16(gate_up) => (Some(gate_up), None),
         GateUp::Fp8(halves) => (None, Some(halves)),
@@ -128,7 +128,13 @@ pub fn backward_quantised(
         .int(round_up(2 * i, 4))
         .int(round_up(i, 4))
         .run(shape(tiles_of(i), row_tiles(r, experts)));
-    let drow_weight = parts.map(|parts| parts.sum_dim_intlist(&[0i64][..], false, None));
+    let drow_weight = parts.map(|parts| {
+        let sums = Tensor::empty([r], (Kind::Float, device));
+        let kernel = gpu.kernel(&key, "sum_weights", source).expect("our own kernels compile and load");
+        let launch = Launch::new(gpu, &kernel).early().tensor(&parts, Kind::Float).tensor(&sums, Kind::Float);
+        launch.tensor_or_null(counts, Kind::Int).int(experts).int(r).int(tiles_of(i)).run(shape((r + 31) / 32, 1));
+        sums
+    });
     FusedBackward { dgate_up, act, drow_weight }
 }
 

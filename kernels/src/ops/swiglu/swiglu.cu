@@ -49,15 +49,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
   emit(gate, out, place, row_tile, column_tile, scratch);
 }
 
-static __device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
-// To this thread's own place, past the registers; zeros where there is nothing.
-static __device__ __forceinline__ void fetch_sixteen(void* to, const void* from, bool there) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(there ? 16 : 0) : "memory");
-}
-static __device__ __forceinline__ void fetch_eight(void* to, const void* from, bool there) {
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(shared_address(to)), "l"(from), "r"(there ? 8 : 0) : "memory");
-}
-
 // dact [R, I] → d[gate, up] [R, 2I] in the layouts wanted; act by columns, if wanted; dweights [tiles of I, R], each
 // tile's part of d(row weight), if there are weights. One block a tile of dact; I is a multiple of 128.
 extern "C" __global__ void __launch_bounds__(THREADS, 2)
@@ -95,15 +86,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
   }
   if (row_weight && is_there) weight_of_row = __ldg(row_weight + first_row + mine);
   float dweight[8] = {};
-  asm volatile("cp.async.wait_all;" ::: "memory");
+  fetched();
 #pragma unroll
   for (int r = 0; r < 8; r++) {
     const long long row = first_row + r;
     float g[8], u[8], d[8];
     if (SAVED_FP8) {
       const uint4 both = parked[1][r][threadIdx.x];
-      unpack_fp8(g, make_uint2(both.x, both.y), __shfl_sync(~0u, scale_of_row, r, 16));
-      unpack_fp8(u, make_uint2(both.z, both.w), __shfl_sync(~0u, scale_of_row, r + 8, 16));
+      unpack_fp8(g, {both.x, both.y}, __shfl_sync(~0u, scale_of_row, r, 16));
+      unpack_fp8(u, {both.z, both.w}, __shfl_sync(~0u, scale_of_row, r + 8, 16));
     } else {
       const u16* from = gate_up + row * 2 * I + column;
       unpack_bf16(g, load_eight(from, r < there)), unpack_bf16(u, load_eight(from + I, r < there));
@@ -134,4 +125,24 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
     for (int r = 0; r < 8; r++) set_row(act, r, parked[half][r][threadIdx.x]);
     emit(act, out, place, row_tile, column_tile + half * (I / TILE), scratch);
   }
+}
+
+// parts [tiles, R] → their sums [R], in one order; zeros for rows that are no expert's. Blocks of 32 rows × 8 warps.
+extern "C" __global__ void __launch_bounds__(THREADS)
+    sum_weights(const float* parts, float* sums, const int* counts, int num_experts, int R, int tiles) {
+  __shared__ float of_part[THREADS / 32][32];
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, row = blockIdx.x * 32 + lane;
+  begin();
+  int rows = counts ? 0 : R;
+  for (int expert = 0; counts && expert < num_experts; expert++) rows += __ldg(counts + expert);
+  float sum = 0;
+  if (row < rows) {
+#pragma unroll 8
+    for (int part = warp; part < tiles; part += THREADS / 32) sum += __ldg(parts + (long long)part * R + row);
+  }
+  of_part[warp][lane] = sum;
+  __syncthreads();
+  if (warp > 0 || row >= R) return;
+  for (int i = 1; i < THREADS / 32; i++) sum += of_part[i][lane];
+  sums[row] = sum;
 }
