@@ -93,7 +93,7 @@ fn a_layout_differs_from_one_rank_by_the_rounding_of_its_weight_gradients() {
         }
         for (name, gradient) in &found.gradients {
             let apart = distance(gradient, &one.gradients[name]);
-            assert!(apart < 0.06, "{other:?}: the gradient of {name} is {apart} from one rank's");
+            assert!(apart < 0.1, "{other:?}: the gradient of {name} is {apart} from one rank's");
         }
     }
 }
