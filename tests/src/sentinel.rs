@@ -165,7 +165,7 @@ fn a_resume_and_four_ranks_take_the_same_branches() {
         assert_eq!(in_bf16(&four, name), in_bf16(&whole, name), "{name}");
     }
     for (a, b) in four.series("loss").iter().zip(whole.series("loss")) {
-        assert!((a - b).abs() < 1e-3 * b, "losses {:?}, of one rank {:?}", four.series("loss"), whole.series("loss"));
+        assert!((a - b).abs() < 1e-4 * b, "losses {:?}, of one rank {:?}", four.series("loss"), whole.series("loss"));
     }
 }
 
