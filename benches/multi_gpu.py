@@ -5,8 +5,9 @@
 
 Links: every GPU sends every other one 4096 rows of 7168, as dispatch does in FP8 and combine in BF16, by copy engine
 (`peer`) and over NCCL: alone, in a row, and beside GEMMs. Steps: forward + backward and the whole step of V3's widths, per
-GPU against one GPU; what is hidden and idle is from a trace (timeline.py). The rival is torchtitan's own parallelisation,
-compiled.
+GPU against one GPU; what is hidden and idle is from a trace (timeline.py). Forward + backward ends when every gradient is
+with its owner; there it is added up in the update's first pass, which the whole step has. Under ep the bias first evens out
+the experts' use, as in training. The rival is torchtitan's own parallelisation, compiled.
 """
 import argparse
 import json

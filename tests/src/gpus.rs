@@ -91,12 +91,12 @@ fn run(gpus: usize, name: &str, set: &[&str]) -> Run {
     Run::new(&format!("gpus-{gpus}-{name}"), &[&WIDE[..], &SET, if gpus > 2 { &wider } else { &[] }, set].concat())
 }
 
-/// Eight at a time: the GPUs have room for small models.
+/// Four at a time: more have room, but GPUs take turns with them and are no sooner done.
 fn side_by_side<T: Send>(jobs: impl IntoIterator<Item = T>, work: impl Fn(T) + Sync) {
     let queue = Mutex::new(jobs.into_iter().collect::<VecDeque<T>>());
     let next = || queue.lock().expect("nobody panics with it").pop_front();
     std::thread::scope(|scope| {
-        for _ in 0..8 {
+        for _ in 0..4 {
             scope.spawn(|| {
                 while let Some(job) = next() {
                     work(job);
