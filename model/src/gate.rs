@@ -78,6 +78,10 @@ impl Gate {
         }
     }
 
+    pub fn experts(&self) -> i64 {
+        self.experts
+    }
+
     pub fn bias(&self) -> Option<ParamId> {
         self.bias
     }
@@ -114,6 +118,28 @@ impl Gate {
         let total = (&f * p).sum(scores.kind());
         (f / positions as f64, total)
     }
+
+    /// `Layer::forward`; `with_routes` gets them as soon as they are chosen: all else is made under what it starts.
+    pub fn forward_then<R>(&self, w: &Weights, input: GateIn, with_routes: impl FnOnce(&Tensor) -> R) -> (GateOut, GateSaved, R) {
+        let (weight, GateIn { x, sequences, balance_scale }) = (w.get(self.weight), input);
+        let x = x.to_kind(weight.kind());
+        w.gemms.count(x.kind());
+        let logits = linear::forward(&x, weight); // [T, E]
+        let scores = match self.scoring {
+            Scoring::Sigmoid => logits.sigmoid(),
+            Scoring::Softmax => logits.softmax(-1, logits.kind()),
+        };
+        let routes = self.choose(w, &scores);
+        let then = with_routes(&routes);
+        let chosen = scores.gather(1, &routes, false);
+        let weights = if self.renormalise { &chosen / (chosen.sum_dim_intlist(&[1i64][..], true, None) + 1e-20) } else { chosen } * self.factor;
+        let chosen_by = routes.flatten(0, -1);
+        // bincount would make the host wait for a GPU.
+        let counts = Tensor::zeros([self.experts], (Kind::Int64, routes.device())).scatter_add(0, &chosen_by, &chosen_by.ones_like());
+        let (f, balance) = self.balance(&scores, sequences);
+        let saved = GateSaved { scores, routes: routes.shallow_clone(), balance: f * balance_scale };
+        (GateOut { routes, weights, counts, balance }, saved, then)
+    }
 }
 
 impl Layer for Gate {
@@ -124,24 +150,9 @@ impl Layer for Gate {
     type Saved = GateSaved;
     type WeightWork = GateWork;
 
-    fn forward(&self, w: &Weights, GateIn { x, sequences, balance_scale }: GateIn) -> (GateOut, GateSaved) {
-        let weight = w.get(self.weight);
-        let x = x.to_kind(weight.kind());
-        w.gemms.count(x.kind());
-        let logits = linear::forward(&x, weight); // [T, E]
-        let scores = match self.scoring {
-            Scoring::Sigmoid => logits.sigmoid(),
-            Scoring::Softmax => logits.softmax(-1, logits.kind()),
-        };
-        let routes = self.choose(w, &scores);
-        let chosen = scores.gather(1, &routes, false);
-        let weights = if self.renormalise { &chosen / (chosen.sum_dim_intlist(&[1i64][..], true, None) + 1e-20) } else { chosen } * self.factor;
-        let chosen_by = routes.flatten(0, -1);
-        // bincount would make the host wait for a GPU.
-        let counts = Tensor::zeros([self.experts], (Kind::Int64, routes.device())).scatter_add(0, &chosen_by, &chosen_by.ones_like());
-        let (f, balance) = self.balance(&scores, sequences);
-        let saved = GateSaved { scores, routes: routes.shallow_clone(), balance: f * balance_scale };
-        (GateOut { routes, weights, counts, balance }, saved)
+    fn forward(&self, w: &Weights, input: GateIn) -> (GateOut, GateSaved) {
+        let (out, saved, ()) = self.forward_then(w, input, |_| ());
+        (out, saved)
     }
 
     fn backward_input(&self, w: &Weights, GateGrad { dweights, x }: GateGrad, saved: GateSaved) -> (Tensor, GateWork) {

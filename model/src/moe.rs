@@ -129,12 +129,12 @@ impl Moe {
     /// x [T, D]: the caller keeps it, or makes it again, for the backward.
     pub fn dispatch(&self, w: &Weights, x: Tensor, context: &BlockContext) -> Result<MoeDispatched, CommError> {
         let gate_in = GateIn { x: x.shallow_clone(), sequences: context.sequences, balance_scale: context.balance_scale };
-        let (routing, gate) = self.gate.forward(w, gate_in);
+        let count = |routes: &Tensor| Counted::start(routes, self.gate.experts(), &context.experts);
+        let (routing, gate, counted) = self.gate.forward_then(w, gate_in, count);
         if tracing::enabled!(target: "routes", tracing::Level::TRACE) {
             let routes = Vec::<i64>::try_from(routing.routes.flatten(0, -1)).expect("i64 routes");
             tracing::trace!(target: "routes", ?routes);
         }
-        let counted = Counted::start(&routing.routes, routing.counts.size()[0], &context.experts);
         let outgoing = counted.pack(&x, &routing.weights);
         // The shared experts need no rows from elsewhere: one half hides the hosts' agreeing on counts, one the rows' way.
         let shared = self.shared.as_ref().map(|shared| shared.activate(w, Operand::new(w, x.shallow_clone(), Want::ROWS, &[shared.gate_up.weight])));
