@@ -203,6 +203,7 @@ impl Groups {
 mod tests {
     use super::*;
     use crate::comm::local::run_local;
+    use std::rc::Rc;
     use tch::Tensor;
 
     fn config(pp: usize, dp: usize, ep: usize) -> ParallelConfig {
@@ -266,6 +267,18 @@ mod tests {
             assert_eq!(of(&groups.node), [pair, pair + 1]);
             assert_eq!(mesh.expert_nodes(world.rank()), [pair as usize / 2; 2]);
         });
+    }
+
+    #[test]
+    fn groups_of_the_same_ranks_are_one_communicator() {
+        for (pp, ep, mtp, embedding, experts) in [(1, 1, true, true, true), (1, 2, true, true, false), (2, 1, true, false, true), (2, 2, false, true, false)] {
+            let mesh = config(pp, 2, ep).validate(&vec![0; 2 * pp]).unwrap();
+            run_local(2 * pp, |world| {
+                let groups = Groups::new(world, &mesh, mtp).unwrap();
+                let is_data = |group| Rc::ptr_eq(group, &groups.data);
+                assert_eq!((is_data(&groups.embedding), is_data(&groups.expert_data)), (embedding, experts), "pp {pp}, ep {ep}, MTP {mtp}");
+            });
+        }
     }
 
     #[test]
