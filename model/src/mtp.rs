@@ -67,6 +67,11 @@ pub struct MtpOutWork {
 }
 
 impl Mtp {
+    /// The last of its parameters.
+    pub fn last(&self) -> ParamId {
+        self.norm.weight
+    }
+
     pub fn new(table: &mut ParamTable, config: &ModelConfig, head: ParamId) -> Self {
         let (d, eps) = (config.hidden_size, config.rms_norm_eps);
         let prefix = format!("model.layers.{}", config.num_hidden_layers);

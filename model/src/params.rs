@@ -113,8 +113,8 @@ pub struct ParamTable {
     pub(crate) recompute: Recompute,
     /// The parameter of every layer declared since `take_uses`, shared ones once a layer.
     uses: Vec<ParamId>,
-    /// One whose gradient is complete before that of the others, from this one back.
-    early: Option<(ParamId, ParamId)>,
+    /// Those whose gradient is complete before that of the other, declared later, and of all between them.
+    early: Vec<(ParamId, ParamId)>,
 }
 
 impl ParamTable {
@@ -166,15 +166,16 @@ impl ParamTable {
     }
     /// The gradient of `id` is complete before that of `before` and of those declared between them.
     pub(crate) fn completes_before(&mut self, id: ParamId, before: ParamId) {
-        self.early = Some((id, before));
+        self.early.push((id, before));
     }
     /// In the order in which a backward completes their gradients: from the last to the first, but the embedding's, which
-    /// comes before those that hide its way (`flow::Backward::held`).
+    /// comes before those that hide its way (`flow::Backward::held`), and the head's, which comes before MTP's block.
     pub fn completed(&self) -> Vec<ParamId> {
         let mut ids: Vec<ParamId> = self.ids().collect();
-        if let Some((early, before)) = self.early {
-            ids.remove(early.0);
-            ids.insert(before.0, early); // one place further back, since `early` was declared before it
+        for (early, before) in &self.early {
+            ids.retain(|id| id != early);
+            let place = ids.iter().position(|id| id == before).expect("a declared parameter");
+            ids.insert(place + 1, *early);
         }
         ids.reverse();
         ids
@@ -296,6 +297,8 @@ pub struct Grads<'a> {
     tensors: Vec<Option<Tensor>>,
     /// Contributions still to come.
     missing: Vec<usize>,
+    /// Trained parameters that get none.
+    unused: Vec<ParamId>,
     sink: &'a mut dyn GradSink,
     gemms: Rc<Gemms>,
     pub(crate) sentinel: Rc<Sentinel>,
@@ -303,19 +306,15 @@ pub struct Grads<'a> {
 
 impl<'a> Grads<'a> {
     /// `uses`: every contribution that this step will make, in any order. A trained parameter without any is zero, and
-    /// complete at once.
+    /// complete at the end: the host may wait there for other ranks, who may be waiting for this one's forwards.
     pub fn new(weights: &Weights, uses: impl IntoIterator<Item = ParamId>, sink: &'a mut dyn GradSink) -> Self {
         let table = weights.table.clone();
         let mut missing = vec![0; table.specs().len()];
         uses.into_iter().for_each(|id| missing[id.0] += 1);
         let (kind, device, tensors) = (weights.precision.master(), weights.device(), missing.iter().map(|_| None).collect());
         let (gemms, sentinel) = (weights.gemms.clone(), weights.sentinel.clone());
-        let grads = Grads { kind, device, tensors, table, missing, sink, gemms, sentinel };
-        for id in grads.table.ids().filter(|&id| grads.missing[id.0] == 0 && grads.table.spec(id).trained()).collect::<Vec<_>>() {
-            let zeros = Tensor::zeros(&grads.table.spec(id).shape, (grads.kind, grads.device));
-            grads.sink.complete(id, zeros);
-        }
-        grads
+        let unused = table.ids().filter(|&id| missing[id.0] == 0 && table.spec(id).trained()).collect();
+        Grads { kind, device, tensors, table, missing, unused, sink, gemms, sentinel }
     }
 
     /// `contribute(gradient, fresh)` adds to the gradient, or where nothing is in it yet (`fresh`) assigns every value.
@@ -370,12 +369,28 @@ impl<'a> Grads<'a> {
         for id in self.table.ids() {
             assert_eq!(self.missing[id.0], 0, "{} misses contributions", self.table.spec(id).name);
         }
+        for id in self.unused {
+            self.sink.complete(id, Tensor::zeros(&self.table.spec(id).shape, (self.kind, self.device)));
+        }
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_parameter_that_a_step_does_not_use_is_complete_at_its_end() {
+        let mut table = ParamTable::default();
+        let [used, unused] = ["used", "unused"].map(|name| table.add(name, &[2, 2], Init::Zeros, Role::Matrix));
+        let weights = Weights::initial(Rc::new(table), Precision::F64, 1, Device::Cpu);
+        let mut made: Vec<(ParamId, Tensor)> = Vec::new();
+        let mut grads = Grads::new(&weights, [used], &mut made);
+        grads.add(used, Tensor::ones([2, 2], (Kind::Double, Device::Cpu)));
+        grads.finish();
+        let sums: Vec<_> = made.iter().map(|(id, gradient)| (*id, gradient.sum(Kind::Double).double_value(&[]))).collect();
+        assert_eq!(sums, [(used, 4.0), (unused, 0.0)]);
+    }
 
     #[test]
     fn a_weight_is_quantised_once_until_it_is_written() {

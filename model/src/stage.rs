@@ -161,6 +161,9 @@ impl Stage {
             let norm = RmsNorm { weight: table.norm("model.norm.weight", config.hidden_size), eps: config.rms_norm_eps };
             let head = table.matrix("lm_head.weight", &[config.vocab_size, config.hidden_size], config);
             let mtp = (config.num_nextn_predict_layers == 1).then(|| Mtp::new(table, config, head));
+            if let Some(mtp) = &mtp {
+                table.completes_before(head, mtp.last());
+            }
             Last { norm, head: LmHead { weight: head }, mtp }
         });
         let mut uses = table.take_uses();

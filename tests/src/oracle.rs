@@ -102,11 +102,7 @@ impl Subject {
     }
 
     /// Buckets of gradients leave in the order that the table foretells: one that is out of it holds up all behind it.
-    /// (MTP's come with a few places changed.)
     fn completes_in_order(&self, complete: &[(ParamId, Tensor)]) {
-        if self.config.num_nextn_predict_layers > 0 {
-            return;
-        }
         let table = &self.weights.table;
         let name = |id: ParamId| table.spec(id).name.clone();
         let foretold = table.completed().into_iter().filter(|&id| table.spec(id).trained());
