@@ -159,10 +159,8 @@ impl Moe {
         Ok(MoeCombining { rows, shared: out, load, saved: MoeSaved { gate, plan, experts, shared } })
     }
 
-    /// `add` [T, D] + what the experts made of each token.
-    pub fn combine(&self, state: MoeCombining, add: &Tensor) -> Result<(Tensor, Load, MoeSaved), CommError> {
-        let add = state.shared.map_or_else(|| add.shallow_clone(), |shared| add + shared); // while rows travel
-        Ok((state.rows.wait()?.sum(Some(&add)), state.load, state.saved))
+    pub fn combine(&self, state: MoeCombining) -> Result<(Tensor, Load, MoeSaved), CommError> {
+        Ok((state.rows.wait()?.sum(state.shared.as_ref()), state.load, state.saved))
     }
 
     /// The backward of combine is a dispatch. `x` is forward's.

@@ -56,7 +56,7 @@ pub(super) fn sum_places(rows: &Tensor, places: &Tensor, add: Option<&Tensor>) -
     }
     let wide = if rows.kind() == Kind::Double { Kind::Double } else { Kind::Float };
     let picked = picked(rows, &places.flatten(0, -1)).view([count, each, rows.size()[1]]);
-    // Rounded before the addition, as a sum that has travelled is: with two experts a token a layout is one rank, bit for bit.
+    // Rounded before the addition, as what has travelled is: with two experts a token a layout is one rank, bit for bit.
     let sum = picked.sum_dim_intlist(&[1i64][..], false, wide).to_kind(rows.kind());
     add.map_or_else(|| sum.shallow_clone(), |add| &sum + add)
 }
