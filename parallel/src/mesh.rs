@@ -168,7 +168,7 @@ pub struct Groups {
     /// mirror ranks last.
     pub data: Comm,
     /// Everyone with the embedding: the first stage and, for MTP, the last. Meaningless on the stages between. `data` itself
-    /// where it is the same ranks: what goes over one communicator keeps its order.
+    /// where it is the same ranks (under DualPipe they hold both stages): what goes over one communicator keeps its order.
     pub embedding: Comm,
     /// The ranks among which this stage's experts are shared out; tokens travel here.
     pub expert: ExpertGroup,
@@ -189,7 +189,7 @@ impl Groups {
         let last = place.pp + 1 == mesh.pp;
         Ok(Groups {
             pipe: world.split(place.dp, place.pp)?,
-            embedding: if mtp && mesh.pp > 1 { world.split(if last { 0 } else { stages }, rank)? } else { data.clone() },
+            embedding: if mtp && mesh.pp > 1 && mesh.num_copies() == 1 { world.split(if last { 0 } else { stages }, rank)? } else { data.clone() },
             expert: ExpertGroup::new(world.split(rank / mesh.ep, rank)?, &mesh.expert_nodes(rank))?,
             expert_data: if mesh.ep > 1 { world.split(stages * mesh.ep + place.ep, rank)? } else { data.clone() },
             data,
@@ -271,12 +271,19 @@ mod tests {
 
     #[test]
     fn groups_of_the_same_ranks_are_one_communicator() {
-        for (pp, ep, mtp, embedding, experts) in [(1, 1, true, true, true), (1, 2, true, true, false), (2, 1, true, false, true), (2, 2, false, true, false)] {
-            let mesh = config(pp, 2, ep).validate(&vec![0; 2 * pp]).unwrap();
+        let plain = Schedule::OneFOneB;
+        for (pp, ep, schedule, mtp, embedding, experts) in [
+            (1, 1, plain, true, true, true),
+            (1, 2, plain, true, true, false),
+            (2, 1, plain, true, false, true),
+            (2, 2, plain, false, true, false),
+            (4, 1, Schedule::DualPipe, true, true, true),
+        ] {
+            let mesh = ParallelConfig { schedule, ..config(pp, 2, ep) }.validate(&vec![0; 2 * pp]).unwrap();
             run_local(2 * pp, |world| {
                 let groups = Groups::new(world, &mesh, mtp).unwrap();
                 let is_data = |group| Rc::ptr_eq(group, &groups.data);
-                assert_eq!((is_data(&groups.embedding), is_data(&groups.expert_data)), (embedding, experts), "pp {pp}, ep {ep}, MTP {mtp}");
+                assert_eq!((is_data(&groups.embedding), is_data(&groups.expert_data)), (embedding, experts), "pp {pp}, ep {ep}, {schedule}, MTP {mtp}");
             });
         }
     }
