@@ -27,7 +27,7 @@ fn gemms_are_three_a_linear_and_one_more_where_it_is_made_again() {
         let (mut trainer, plan, batch) = trainer("gemms", &[&WIDTHS[..], &["run.precision=fp8", &recompute, "recompute.rms_norm=true"]].concat(), 32);
         let moment = plan.at(0).expect("a phase");
         let context = trainer.context(&moment, 2);
-        drop(trainer.gradients(&context, &[batch(1), batch(2)], false).expect("gradients"));
+        drop(trainer.gradients(&context, &[batch(1), batch(2)]).expect("gradients"));
         let counted = trainer.weights.gemms.take();
 
         let config = &trainer.config;
@@ -52,7 +52,7 @@ fn a_linear_that_fell_back_is_in_bf16_in_all_three_of_its_gemms() {
     let mut counted = |names: &[&str]| {
         let ids = names.iter().map(|name| trainer.weights.table.find(name).expect("a linear")).collect();
         trainer.weights.sentinel = Rc::new(Sentinel::new(ids, None));
-        drop(trainer.gradients(&context, &[batch(1)], false).expect("gradients"));
+        drop(trainer.gradients(&context, &[batch(1)]).expect("gradients"));
         trainer.weights.gemms.take()
     };
     let none = counted(&[]);

@@ -92,8 +92,8 @@ pub fn find(run: &Run, (pp, dp, ep, schedule, size, _): Layout) -> Found {
         let mine = all.narrow(0, (place.dp * each) as i64, each as i64);
         let batch: Vec<MicroBatch> = mine.split(size as i64, 0).into_iter().map(MicroBatch::new).collect();
         let step = trainer.context(&moment, BATCH as u64);
-        let computed = trainer.gradients(&step, &batch, false).expect("a step");
-        let Totals { losses, counts, gradients, .. } = trainer.total(computed).expect("sums");
+        let computed = trainer.gradients(&step, &batch).expect("a step");
+        let Totals { losses, counts, gradients, .. } = trainer.total(&step, &batch, computed, false).expect("sums");
         // Every token is counted once; MTP's block has one position a sequence less.
         let routed = [LENGTH, LENGTH - 1].map(|length| BATCH as i64 * length * config.model.num_experts_per_tok);
         for layer in 0..counts.size()[0] {

@@ -2,7 +2,7 @@
 //!
 //! Legend: B sequences of a micro-batch, L positions, E experts.
 use crate::balance;
-use crate::checks::{Checks, Finding};
+use crate::checks::{Checks, Finding, Probe};
 use crate::config::RunConfig;
 use crate::device;
 use crate::ema::Ema;
@@ -83,10 +83,11 @@ pub struct StepReport {
 
 /// What a rank's forwards and backwards came to, on its way to being summed.
 pub struct Computed {
-    /// [main, mtp, balance, stop, what is corrupt] f64, of this rank.
+    /// [main, mtp, balance] f64, of this rank.
     losses: Tensor,
     counts: Tensor,
     gradients: Arriving,
+    probe: Option<Probe>,
 }
 
 /// Of all ranks.
@@ -177,12 +178,11 @@ impl Trainer {
         }
         self.faults.in_memory(self.number, &mut self.weights, &self.zero, &self.optimizer)?;
         self.sentinel.begin(self.number, &mut self.weights);
-        let (computed, held_up) = run_beside(beside, || self.gradients(&step, batch, stop));
-        let Totals { losses, stop, corrupt, grad_norm: norm, counts, gradients } = self.total(computed?)?;
+        let (computed, held_up) = run_beside(beside, || self.gradients(&step, batch));
+        let Totals { losses, stop, corrupt, grad_norm: norm, counts, gradients } = self.total(&step, batch, computed?, stop)?;
         let mut found = if corrupt > 0.0 { self.findings()? } else { Vec::new() };
 
         let loss = losses[0] / step.main_targets as f64;
-        let load = self.load(&counts)?;
         let mut odd = None;
         let verdict = if found.is_empty() {
             let worst = if self.guard.wants_worst(norm) { self.worst_gradient(&gradients)? } else { None };
@@ -204,6 +204,7 @@ impl Trainer {
             balance::update(&mut self.weights, &self.biases, &counts, moment.phase.bias_speed);
             self.checks.set_biases(&self.weights);
         }
+        let load = self.load(&counts)?;
         Ok(StepReport {
             loss,
             mtp: (self.config.num_nextn_predict_layers == 1).then(|| losses[1] / step.mtp_targets as f64),
@@ -236,7 +237,7 @@ impl Trainer {
     }
 
     /// Forwards and backwards of a step; their sums are under way.
-    pub fn gradients(&mut self, step: &StepContext, batch: &[MicroBatch], stop: bool) -> Result<Computed, CommError> {
+    pub fn gradients(&mut self, step: &StepContext, batch: &[MicroBatch]) -> Result<Computed, CommError> {
         let actions = self.actions(batch.len());
         let probe = self.probe(&actions);
         let mut reduction = self.zero.begin();
@@ -246,24 +247,22 @@ impl Trainer {
         run_schedule(&actions, &*self.groups.pipe, &mut pipeline)?;
         let Pipeline { sums, probe, .. } = pipeline;
         grads.finish();
-        let gradients = reduction.finish()?;
+        Ok(Computed { counts: sums.counts(), losses: sums.losses, gradients: reduction.finish()?, probe })
+    }
+
+    /// The sums, and what the host must know of them: it waits once. `stop` is this rank's own wish.
+    pub fn total(&mut self, step: &StepContext, batch: &[MicroBatch], computed: Computed, stop: bool) -> Result<Totals, CommError> {
+        let Computed { losses, counts, gradients, probe } = computed;
+        let (gradients, mut squares) = gradients.sum()?;
         if let Some(probe) = probe {
             self.compute_again(step, batch, &probe)?;
         }
-        let (counts, stop) = (sums.counts(), Tensor::from_slice(&[stop as i64 as f64]).to_device(sums.losses.device()));
-        let losses = Tensor::cat(&[sums.losses, stop, self.inspect()?], 0);
-        Ok(Computed { losses, counts, gradients })
-    }
-
-    /// The sums, and what the host must know of them: it waits once.
-    pub fn total(&mut self, computed: Computed) -> Result<Totals, CommError> {
-        let (gradients, mut squares) = computed.gradients.sum()?;
         if self.faults.in_gradients(self.number, &gradients) {
             squares = gradient_norm::sum_of_squares(&gradients.iter().collect::<Vec<_>>());
         }
-        let squares = squares.view(1).to_device(computed.losses.device());
-        let mine = Tensor::cat(&[computed.losses, squares], 0);
-        let counts = self.groups.data.all_reduce(vec![computed.counts], Reduce::Sum)?;
+        let stop = Tensor::from_slice(&[stop as i64 as f64]).to_device(losses.device());
+        let mine = Tensor::cat(&[&losses, &stop, &self.inspect()?, &squares.view(1).to_device(losses.device())], 0);
+        let counts = self.groups.data.all_reduce(vec![counts], Reduce::Sum)?;
         let sums = self.groups.world.all_reduce(vec![mine], Reduce::Sum)?.wait()?;
         let mut losses = Vec::<f64>::try_from(&sums[0]).expect("f64 sums");
         let [stop, corrupt, squares] = losses.split_off(3)[..] else { unreachable!("six sums") };

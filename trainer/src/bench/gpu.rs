@@ -42,13 +42,13 @@ pub fn run(args: &super::Args, config: &RunConfig) -> Result<()> {
         let context = trainer.context(&moment, moment.batch);
         gpu.synchronize()?;
         let start = Instant::now();
-        drop(trainer.gradients(&context, &batch, false)?);
+        drop(trainer.gradients(&context, &batch)?);
         gpu.synchronize()?;
         gradients.push(start.elapsed().as_secs_f64() * 1e3);
     }
     trainer.weights.gemms.take();
     let context = trainer.context(&moment, moment.batch);
-    drop(trainer.gradients(&context, &batch(&trainer, &moment, 0)[..1], false)?);
+    drop(trainer.gradients(&context, &batch(&trainer, &moment, 0)[..1])?);
     let gemms = trainer.weights.gemms.take();
     let reports = Recompute { rms_norm: true, mla_up_projection: true, swiglu: true };
     let kept = [kept(&mut trainer, &moment, config.recompute)?, kept(&mut trainer, &moment, reports)?];

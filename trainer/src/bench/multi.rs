@@ -111,13 +111,13 @@ fn steps(args: &Args, config: &RunConfig, (mesh, world): (&parallel::mesh::Mesh,
         let batch = batch(&trainer, &moment, step as i64);
         let context = trainer.context(&moment, moment.batch);
         gradients.push(clock(&mut || {
-            drop(trainer.gradients(&context, &batch, false)?);
+            drop(trainer.gradients(&context, &batch)?);
             Ok(())
         })?);
     }
     let (context, last) = (trainer.context(&moment, moment.batch), batch(&trainer, &moment, 0));
-    let computed = trainer.gradients(&context, &last, false)?;
-    let busiest = busiest(&trainer.total(computed)?.counts, mesh.ep as i64);
+    let computed = trainer.gradients(&context, &last)?;
+    let busiest = busiest(&trainer.total(&context, &last, computed, false)?.counts, mesh.ep as i64);
     let memory = trainer.memory()?.context("it is a GPU")?;
     if let Some(path) = &args.trace {
         let batches = (0..TRACED).map(|step| batch(&trainer, &moment, step as i64)).collect::<Vec<_>>();

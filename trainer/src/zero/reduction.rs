@@ -19,7 +19,8 @@ pub struct Reduction<'a> {
     error: Option<CommError>,
 }
 
-/// What every rank made of one gradient, in rank order.
+/// What every rank made of one gradient, in rank order, but that the second comes before this rank's own as the first: their
+/// sum is the same, and is made where the other came in, not in the whole gradient's memory.
 type Parts = Vec<Tensor>;
 
 /// Gradients on their way to this rank, to be summed when all have started.
@@ -114,7 +115,7 @@ impl Arriving {
     }
 }
 
-/// A reduce-scatter without a buffer: each run of rows goes from where it is to its owner.
+/// Each run of rows goes from where it is to its owner, who gets a place for every other rank's.
 fn to_owners(bucket: &Bucket, comm: &Comm, gradients: BTreeMap<ParamId, Tensor>) -> Result<Pending<Vec<Parts>>, CommError> {
     let (rank, size) = (comm.rank(), comm.size());
     let sends = bucket.reduce.runs.iter().filter(|run| run.owner != rank).map(|run| (run.owner, run.shard.of(&gradients[&run.shard.id])));
@@ -128,6 +129,13 @@ fn to_owners(bucket: &Bucket, comm: &Comm, gradients: BTreeMap<ParamId, Tensor>)
             _ if from == rank => own[index].shallow_clone(),
             _ => received[(from - usize::from(from > rank)) * own.len() + index].shallow_clone(),
         };
-        Ok((0..own.len()).map(|index| (0..size).map(|from| part(from, index)).collect()).collect())
+        let of = |index: usize| {
+            let mut parts: Parts = (0..size).map(|from| part(from, index)).collect();
+            if rank == 0 {
+                parts.swap(0, 1);
+            }
+            parts
+        };
+        Ok((0..own.len()).map(of).collect())
     }))
 }
