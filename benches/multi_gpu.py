@@ -7,7 +7,7 @@ Links: every GPU sends every other one 4096 rows of 7168, as dispatch does in FP
 (`peer`) and over NCCL: alone, in a row, and beside GEMMs. Steps: forward + backward and the whole step of V3's widths, per
 GPU against one GPU; what is hidden and idle is from a trace (timeline.py). Forward + backward ends when every gradient is
 with its owner; there it is added up in the update's first pass, which the whole step has. Under ep the bias first evens out
-the experts' use, as in training. The rival is torchtitan's own parallelisation, compiled.
+the experts' use, as in training; the rival's is forced to be even. It is torchtitan's own parallelisation, compiled.
 """
 import argparse
 import json
@@ -92,7 +92,8 @@ def line(name, row, one=None, rival=None):
     text = f"  {name:40}{row['fwd_bwd_ms']:9.1f}{row['step_ms']:9.1f}"
     for key in ("fwd_bwd_ms", "step_ms"):
         text += f"{one[0][key] * one[1] / row[key]:8.2f}" if one else f"{'':8}"
-    text += f"{rival['fwd_bwd_ms'] / row['fwd_bwd_ms']:9.2f}" if rival else f"{'':9}"
+    for key in ("fwd_bwd_ms", "step_ms"):
+        text += f"{rival[key] / row[key]:9.2f}" if rival else f"{'':9}"
     trace = row.get("trace")
     text += f"{trace['all']['hidden']:8.0%}" if trace and trace["all"]["hidden"] is not None else f"{'':8}"
     text += f"{trace['idle']:7.1%}" if trace else f"{'':7}"
@@ -163,7 +164,7 @@ def steps(bench, args):
     ranks = args.ranks
     print("\nsteps: milliseconds of forward + backward and of all; one GPU's over them, per GPU, of both; torchtitan's over ours; transfers")
     print("  hidden under kernels; GPUs idle from the update to the last weights' gradient; GiB; rows of the busiest rank over an even share")
-    print(f"  {'':40}{'fwd+bwd':>9}{'step':>9}{'of one':>8}{'step':>8}{'× rival':>9}{'hidden':>8}{'idle':>7}{'peak':>7}{'busiest':>9}")
+    print(f"  {'':40}{'fwd+bwd':>9}{'step':>9}{'of one':>8}{'step':>8}{'× rival':>9}{'step':>9}{'hidden':>8}{'idle':>7}{'peak':>7}{'busiest':>9}")
     one, theirs = bench.ours("one", 1, "", trace=True), bench.rival("rival one", 1, "one")
     if theirs:
         line("torchtitan, one GPU", theirs)

@@ -6,7 +6,7 @@ and moments, and some 1 GB for each micro-batch in flight, P + 1 of them.
 
 Work: what a rank computes in a step, from the times of one stage alone over the same experts (bench --stage): a forward F, a
 backward B, its weights' part W, a forward and a backward overlapped FB. Bubble: what a step takes beyond that, so also what
-stages do not have alike, and gradients' sums after the last backward. Formula (DeepSeek-V3, table 2): 1F1B (P−1)(F+B), ZB1P
+stages do not have alike, and gradients' way to their owners after the last backward. Formula (DeepSeek-V3, table 2): 1F1B (P−1)(F+B), ZB1P
 (P−1)(F+B−2W), DualPipe (P/2−1)(FB+B−3W).
 """
 from pathlib import Path

@@ -35,6 +35,7 @@ def model_args(config, layers, ep):
     experts = MoEArgs(
         num_experts=config["n_routed_experts"] * ep, num_shared_experts=config["n_shared_experts"], top_k=config["num_experts_per_tok"],
         score_func="sigmoid", route_norm=True, route_scale=config["routed_scaling_factor"], score_before_experts=False,
+        _debug_force_load_balance=True,
     )
     args = DeepSeekV3ModelArgs(
         vocab_size=config["vocab_size"], dim=config["hidden_size"], inter_dim=config["intermediate_size"],
