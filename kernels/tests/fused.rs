@@ -307,11 +307,6 @@ fn the_gradient_norm_is_exact_and_repeats() {
         assert!(same(&sum, &(gradient + &more)), "{:?}", gradient.size());
         assert!(relative_error(&cpu(&squares.total()), &gradient_norm::sum_of_squares(&[&cpu(&sum)])) < 1e-6, "{:?}", gradient.size());
     }
-    let norm = want.double_value(&[]).sqrt();
-    let factor = |sum: &Tensor| gradient_norm::clip_factor(sum, 1.0).double_value(&[0]);
-    assert!((factor(&got) * norm - 1.0).abs() < 1e-5);
-    assert_eq!(factor(&(got.zeros_like() + 0.25)), 1.0);
-    assert!(factor(&(got.zeros_like() + f64::INFINITY)).is_nan());
 }
 
 #[test]

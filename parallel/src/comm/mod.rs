@@ -14,7 +14,6 @@ pub mod peer;
 mod sum;
 pub mod watched;
 
-
 use std::rc::Rc;
 use tch::{Device, Kind, Tensor};
 

@@ -1,4 +1,4 @@
-//! The global norm of the gradients and what it clips them by, without a wait of the host: one pass over each gradient,
+//! The global norm of the gradients, without a wait of the host: one pass over each gradient,
 //! summed in one order; the last addition of what ranks made of it is done in that pass.
 use crate::device;
 use crate::jit::Source;
@@ -80,12 +80,4 @@ fn squares(name: &'static str, gradient: &Tensor, more: Option<&Tensor>) -> Tens
     let launch = launch.tensor(&parts, Kind::Double).int(gradient.numel() as i64);
     launch.run(Shape { grid: [BLOCKS as usize, 1], block: 256, shared_bytes: 0 });
     parts
-}
-
-/// What the gradients are multiplied by so that their norm is at most `max_norm`: [1] FP32, on the device of `sum`. Not
-/// a number where the norm is none: AdamW then changes nothing.
-pub fn clip_factor(sum: &Tensor, max_norm: f64) -> Tensor {
-    let norm = sum.sqrt();
-    let nothing_or_nan = norm.fmod(1.0) * 0.0; // ∞ has no remainder
-    ((norm.reciprocal() * max_norm).clamp_max(1.0) + nothing_or_nan).to_kind(Kind::Float).view([1])
 }
