@@ -27,7 +27,7 @@ use parallel::schedule::run::run as run_schedule;
 use parallel::schedule::{Action, Schedule};
 use std::rc::Rc;
 use std::time::{Duration, Instant};
-use tch::Tensor;
+use tch::{Device, Tensor};
 
 /// The model and its optimizer on one rank.
 pub struct Trainer {
@@ -99,8 +99,9 @@ pub struct Totals {
     pub corrupt: f64,
     /// ‖g‖ over all parameters: every element has one owner in the world.
     pub grad_norm: f64,
-    /// Expert counts of this rank's layers over all that hold them.
+    /// Expert counts of this rank's layers over all that hold them, and their extremes.
     pub counts: Tensor,
+    pub load: (f64, f64),
     /// Of this rank's shards over all that hold them.
     pub gradients: Vec<Tensor>,
 }
@@ -179,7 +180,7 @@ impl Trainer {
         self.faults.in_memory(self.number, &mut self.weights, &self.zero, &self.optimizer)?;
         self.sentinel.begin(self.number, &mut self.weights);
         let (computed, held_up) = run_beside(beside, || self.gradients(&step, batch));
-        let Totals { losses, stop, corrupt, grad_norm: norm, counts, gradients } = self.total(&step, batch, computed?, stop)?;
+        let Totals { losses, stop, corrupt, grad_norm: norm, counts, load, gradients } = self.total(&step, batch, computed?, stop)?;
         let mut found = if corrupt > 0.0 { self.findings()? } else { Vec::new() };
 
         let loss = losses[0] / step.main_targets as f64;
@@ -204,7 +205,7 @@ impl Trainer {
             balance::update(&mut self.weights, &self.biases, &counts, moment.phase.bias_speed);
             self.checks.set_biases(&self.weights);
         }
-        let load = self.load(&counts)?;
+        let load = self.load(load)?; // between hosts alone, while a GPU updates
         Ok(StepReport {
             loss,
             mtp: (self.config.num_nextn_predict_layers == 1).then(|| losses[1] / step.mtp_targets as f64),
@@ -267,7 +268,8 @@ impl Trainer {
         let mut losses = Vec::<f64>::try_from(&sums[0]).expect("f64 sums");
         let [stop, corrupt, squares] = losses.split_off(3)[..] else { unreachable!("six sums") };
         let counts = counts.wait()?.pop().expect("one went in");
-        Ok(Totals { losses, stop, corrupt, grad_norm: squares.sqrt(), counts, gradients })
+        let load = balance::extremes(&counts.to_device(Device::Cpu));
+        Ok(Totals { losses, stop, corrupt, grad_norm: squares.sqrt(), counts, load, gradients })
     }
 
     /// This rank's list for a step of so many micro-batches.
@@ -276,9 +278,8 @@ impl Trainer {
         schedule.actions(self.groups.pipe.rank(), self.mesh.pp, micro_batches).expect("every step's schedule was checked at the start")
     }
 
-    /// Largest and smallest load of an expert ÷ its layer's mean, over all layers of the model.
-    fn load(&self, counts: &Tensor) -> Result<(f64, f64), CommError> {
-        let (max, min) = balance::extremes(counts);
+    /// Largest and smallest load of an expert ÷ its layer's mean, over all layers of the model, from those of a rank's.
+    fn load(&self, (max, min): (f64, f64)) -> Result<(f64, f64), CommError> {
         let both = self.groups.world.all_reduce(vec![Tensor::from_slice(&[max, -min])], Reduce::Max)?.wait()?;
         let (max, min) = (both[0].double_value(&[0]), -both[0].double_value(&[1]));
         Ok(if min.is_finite() { (max, min) } else { (1.0, 1.0) }) // a model without a router
