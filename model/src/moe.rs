@@ -42,7 +42,7 @@ impl MoeSaved {
 
 /// Forward, rows on their way to the experts.
 pub struct MoeDispatched {
-    shared: Option<(Operand, SwigluSaved)>,
+    shared: Option<(Tensor, SwigluSaved)>,
     gate: GateSaved,
     plan: Plan,
     load: Load,
@@ -137,9 +137,9 @@ impl Moe {
         }
         let outgoing = counted.pack(&x, &routing.weights);
         // The shared experts need no rows from elsewhere: one half hides the hosts' agreeing on counts, one the rows' way.
-        let shared = self.shared.as_ref().map(|shared| shared.activate(w, Operand::new(w, x.shallow_clone(), Want::ROWS, &[shared.gate_up.weight])));
-        let plan = counted.plan()?;
-        let rows = plan.send(outgoing)?;
+        let mut half = self.shared.as_ref().map(|shared| (shared, shared.activate(w, Operand::new(w, x.shallow_clone(), Want::ROWS, &[shared.gate_up.weight]))));
+        let (plan, mut shared) = (counted.plan()?, None);
+        let rows = plan.send(outgoing, &mut || shared = half.take().map(|(layer, (activation, saved))| (layer.project(w, activation), saved)))?;
         let load = Load { counts: routing.counts, balance: routing.balance };
         Ok(MoeDispatched { shared, gate, plan, load, rows })
     }
@@ -147,8 +147,7 @@ impl Moe {
     pub fn compute(&self, w: &Weights, state: MoeDispatched, other: Other) -> Result<MoeCombining, CommError> {
         let MoeDispatched { shared, gate, plan, load, rows } = state;
         let counts = RowCounts::new(plan.counts().to_vec(), &load.counts);
-        let project = |(layer, (activation, saved)): (&Mlp, (Operand, SwigluSaved))| (layer.project(w, activation), saved);
-        let (out, shared) = self.shared.as_ref().zip(shared).map(project).unzip();
+        let (out, shared) = shared.unzip();
         other()?;
         event("forward", "wait");
         let Dispatched { rows, weights } = rows.wait()?;

@@ -7,7 +7,7 @@
 //! disagree. Call sites are named but not compared: root and others may well stand on different lines.
 
 use super::call::{self, Call};
-use super::{Comm, CommError, Communicator, Pending, Reduce, TensorSpec, gather_bytes, specs};
+use super::{Comm, CommError, Communicator, Pending, Reduce, TensorSpec, Work, gather_bytes, specs};
 use std::cell::{Cell, RefCell};
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::panic::Location;
@@ -161,7 +161,7 @@ impl Communicator for Checked {
         self.comm.exchange_counts(counts)
     }
 
-    fn all_to_all(&self, tensors: Vec<Tensor>, send: &[i64], recv: &[i64]) -> Result<Pending<Vec<Tensor>>, CommError> {
+    fn all_to_all_under(&self, tensors: Vec<Tensor>, send: &[i64], recv: &[i64], work: Work) -> Result<Pending<Vec<Tensor>>, CommError> {
         let site = Location::caller();
         call::check_all_to_all(&tensors, send, recv, self.size())?;
         self.compare(&Call::new("all_to_all", &tensors).rows_free(), site)?;
@@ -170,7 +170,7 @@ impl Communicator for Checked {
             let mine = format!("all_to_all receiving {} rows on axis {} at {site}", recv[peer], self.axis);
             return Err(CommError::Disagree { rank: self.rank(), peer, mine, theirs: format!("all_to_all sending {} rows", theirs[peer][0]) });
         }
-        self.comm.all_to_all(tensors, send, recv)
+        self.comm.all_to_all_under(tensors, send, recv, work)
     }
 
     fn exchange(&self, sends: Vec<(usize, Tensor)>, recvs: Vec<(usize, TensorSpec)>) -> Result<Pending<Vec<Tensor>>, CommError> {

@@ -2,7 +2,7 @@
 //! Invariant: a collective counts as its definition says (scatter, add, gather), not as a back end may shorten
 //! it; so the figures of all back ends are equal and can be held against a formula.
 
-use super::{Comm, CommError, Communicator, Pending, Reduce, TensorSpec};
+use super::{Comm, CommError, Communicator, Pending, Reduce, TensorSpec, Work};
 use std::cell::Cell;
 use std::rc::Rc;
 use tch::Tensor;
@@ -101,12 +101,12 @@ impl Communicator for Counted {
         self.comm.exchange_counts(counts)
     }
 
-    fn all_to_all(&self, tensors: Vec<Tensor>, send: &[i64], recv: &[i64]) -> Result<Pending<Vec<Tensor>>, CommError> {
+    fn all_to_all_under(&self, tensors: Vec<Tensor>, send: &[i64], recv: &[i64], work: Work) -> Result<Pending<Vec<Tensor>>, CommError> {
         let rows: i64 = send.iter().sum();
         // Every row of a tensor has the same bytes; no rows, no bytes.
         let row_bytes = if rows > 0 { bytes(&tensors) / rows as u64 } else { 0 };
         send.iter().enumerate().for_each(|(peer, &rows)| self.add(peer, rows as u64 * row_bytes));
-        self.comm.all_to_all(tensors, send, recv)
+        self.comm.all_to_all_under(tensors, send, recv, work)
     }
 
     fn exchange(&self, sends: Vec<(usize, Tensor)>, recvs: Vec<(usize, TensorSpec)>) -> Result<Pending<Vec<Tensor>>, CommError> {

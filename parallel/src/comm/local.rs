@@ -5,7 +5,7 @@
 
 use super::call::{self, Call};
 use super::sum;
-use super::{Comm, CommError, Communicator, Pending, Reduce, TensorSpec};
+use super::{Comm, CommError, Communicator, Pending, Reduce, TensorSpec, Work};
 use rendezvous::{Post, World};
 use std::cell::{Cell, RefCell};
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
@@ -205,13 +205,15 @@ impl Communicator for LocalComm {
         call::exchange_counts(self, counts)
     }
 
-    fn all_to_all(&self, tensors: Vec<Tensor>, send: &[i64], recv: &[i64]) -> Result<Pending<Vec<Tensor>>, CommError> {
+    fn all_to_all_under(&self, tensors: Vec<Tensor>, send: &[i64], recv: &[i64], work: Work) -> Result<Pending<Vec<Tensor>>, CommError> {
         const OP: &str = "all_to_all";
         call::check_all_to_all(&tensors, send, recv, self.size())?;
         if send == recv && self.size() == 1 {
+            work();
             return Ok(Pending::ready(tensors));
         }
         let op = self.post(Call::new(OP, &tensors).rows_free(), &tensors, send)?;
+        work();
         let recv = recv.to_vec();
         Ok(self.pending(op, OP, move |comm, posts| {
             let me = comm.rank();

@@ -115,6 +115,9 @@ impl<T> Drop for Pending<T> {
     }
 }
 
+/// Called once, amid a call.
+pub type Work<'a> = &'a mut dyn FnMut();
+
 /// One group of ranks along one axis. Not `Send`: a communicator belongs to its rank's thread.
 /// Tensors are passed by value; every rank of the group makes the same calls in the same order with the
 /// same shapes and kinds. A group of one is a real group: it may hand the very tensor back.
@@ -141,7 +144,13 @@ pub trait Communicator {
     /// Rows sorted by destination; `send[p]` rows go to rank p, `recv[p]` come from it (any count ≥ 0). Each
     /// tensor's result has Σ recv rows in rank order.
     #[track_caller]
-    fn all_to_all(&self, tensors: Vec<Tensor>, send: &[i64], recv: &[i64]) -> Result<Pending<Vec<Tensor>>, CommError>;
+    fn all_to_all(&self, tensors: Vec<Tensor>, send: &[i64], recv: &[i64]) -> Result<Pending<Vec<Tensor>>, CommError> {
+        self.all_to_all_under(tensors, send, recv, &mut || ())
+    }
+    /// `all_to_all`; `work` is called once, to give a GPU what it can do meanwhile: the transfer does not wait for that, also
+    /// not while the host posts it.
+    #[track_caller]
+    fn all_to_all_under(&self, tensors: Vec<Tensor>, send: &[i64], recv: &[i64], work: Work) -> Result<Pending<Vec<Tensor>>, CommError>;
     /// Batched point-to-point: all sends and receives are posted together. Between two ranks the k-th send
     /// meets the k-th receive.
     #[track_caller]

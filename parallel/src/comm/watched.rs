@@ -1,6 +1,6 @@
 //! Watches what a rank waits for, and for how long: the rest of its time it works, and if it never comes back from a wait,
 //! somebody else can say which one that is.
-use super::{Comm, CommError, Communicator, Pending, Reduce, TensorSpec};
+use super::{Comm, CommError, Communicator, Pending, Reduce, TensorSpec, Work};
 use std::cell::Cell;
 use std::rc::Rc;
 use std::sync::{Arc, Mutex};
@@ -99,8 +99,8 @@ impl Communicator for Watched {
         self.watch.during(self.wait("exchange_counts"), || self.comm.exchange_counts(counts))
     }
 
-    fn all_to_all(&self, tensors: Vec<Tensor>, send: &[i64], recv: &[i64]) -> Result<Pending<Vec<Tensor>>, CommError> {
-        self.under_way(self.wait("all_to_all"), || self.comm.all_to_all(tensors, send, recv))
+    fn all_to_all_under(&self, tensors: Vec<Tensor>, send: &[i64], recv: &[i64], work: Work) -> Result<Pending<Vec<Tensor>>, CommError> {
+        self.under_way(self.wait("all_to_all"), || self.comm.all_to_all_under(tensors, send, recv, work))
     }
 
     fn exchange(&self, sends: Vec<(usize, Tensor)>, recvs: Vec<(usize, TensorSpec)>) -> Result<Pending<Vec<Tensor>>, CommError> {

@@ -4,7 +4,7 @@
 //! Invariant: sums are gathers over fixed places, never scattered additions, so they have one order.
 //!
 //! Legend: V rows here, K slots a row, P ranks of the hop, S rows sent, X experts a rank.
-use crate::comm::{Comm, CommError, Pending};
+use crate::comm::{Comm, CommError, Pending, Work};
 use kernels::ops::routes::{self, Places};
 use kernels::ops::unpermute;
 use tch::{Kind, Tensor};
@@ -24,13 +24,13 @@ impl Hop {
         routes::places(slots, self.share, self.send.len() as i64, self.send.iter().sum())
     }
 
-    /// Rows of each part [V, …] go out. With `slots`, those go too, as the last part.
-    pub fn out(&self, parts: &[Tensor], places: &Places, slots: bool) -> Result<Pending<Vec<Tensor>>, CommError> {
+    /// Rows of each part [V, …] go out. With `slots`, those go too, as the last part. `work`: as `all_to_all_under`.
+    pub fn out(&self, parts: &[Tensor], places: &Places, slots: bool, work: Work) -> Result<Pending<Vec<Tensor>>, CommError> {
         let mut sent: Vec<Tensor> = parts.iter().map(|part| part.index_select(0, &places.source)).collect();
         if slots {
             sent.push(places.slots.shallow_clone());
         }
-        self.comm.all_to_all(sent, &self.send, &self.recv)
+        self.comm.all_to_all_under(sent, &self.send, &self.recv, work)
     }
 
     /// One row for each that came, of each part, goes back.

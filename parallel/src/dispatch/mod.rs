@@ -8,7 +8,7 @@
 //! hop is posted by `Pending::advance`, or else by the wait: at the same place of the program on all ranks of a group.
 //!
 //! Legend: T tokens, K experts a token, E experts, R rows at the local experts, D width.
-use crate::comm::{CommError, Pending};
+use crate::comm::{CommError, Pending, Work};
 use hop::{Hop, sum_places};
 use kernels::ops::routes::{self, Local, Places};
 use std::cell::{Cell, OnceCell};
@@ -149,14 +149,14 @@ impl Plan {
     /// Forward: x [T, D] and weights [T, K] → the rows and weights at the local experts, in one transfer. Once a plan,
     /// and before all others.
     pub fn dispatch(&self, x: &Tensor, weights: &Tensor) -> Result<Pending<Dispatched>, CommError> {
-        self.send(Outgoing::new(self.0.wire, x, weights))
+        self.send(Outgoing::new(self.0.wire, x, weights), &mut || ())
     }
 
-    /// `dispatch` of what is packed.
-    pub fn send(&self, Outgoing { parts, kind }: Outgoing) -> Result<Pending<Dispatched>, CommError> {
+    /// `dispatch` of what is packed. `work` is called once, to give a GPU what it can do while rows travel to the first hop.
+    pub fn send(&self, Outgoing { parts, kind }: Outgoing, work: Work) -> Result<Pending<Dispatched>, CommError> {
         let route = self.0.clone();
         let (slots, places) = route.first.take().expect("a plan dispatches once");
-        let sent = route.clone().find_way(&slots, places, parts, Vec::new())?;
+        let sent = route.clone().find_way(&slots, places, parts, Vec::new(), work)?;
         Ok(sent.map(move |mut parts| {
             let weights = parts.pop().expect("weights come last");
             let local = &route.arrival().local;
@@ -225,20 +225,21 @@ impl Route {
     /// The first time outward, from the hop after those whose places are `found`: finds those of each hop on the way, `next`
     /// is the first's.
     fn find_way(
-        self: Rc<Self>, slots: &Tensor, next: Option<Places>, parts: Vec<Tensor>, mut found: Vec<Places>,
+        self: Rc<Self>, slots: &Tensor, next: Option<Places>, parts: Vec<Tensor>, mut found: Vec<Places>, work: Work,
     ) -> Result<Pending<Vec<Tensor>>, CommError> {
         let Some(hop) = self.hops.get(found.len()) else {
+            work();
             let local = routes::local(slots, self.counts.len() as i64, self.counts.iter().sum());
             assert!(self.arrival.set(Arrival { places: found, local }).is_ok(), "a plan dispatches once");
             return Ok(Pending::ready(parts));
         };
         let places = next.unwrap_or_else(|| hop.places(slots));
-        let sent = hop.out(&parts, &places, true)?;
+        let sent = hop.out(&parts, &places, true, work)?;
         found.push(places);
         let last = found.len() == self.hops.len();
         let onward = move |mut parts: Vec<Tensor>| {
             let slots = parts.pop().expect("slots come last");
-            self.find_way(&slots, None, parts, found)
+            self.find_way(&slots, None, parts, found, &mut || ())
         };
         // After the last hop nothing is to be posted.
         Ok(if last { sent.map(|parts| onward(parts)?.wait()) } else { Pending::staged(|| onward(sent.wait()?)) })
@@ -247,7 +248,7 @@ impl Route {
     /// Rows of each part [T, …] → the rows that arrive, [V, …]; from `level` on.
     fn outward(self: Rc<Self>, level: usize, parts: Vec<Tensor>) -> Result<Pending<Vec<Tensor>>, CommError> {
         let Some(hop) = self.hops.get(level) else { return Ok(Pending::ready(parts)) };
-        let sent = hop.out(&parts, &self.arrival().places[level], false)?;
+        let sent = hop.out(&parts, &self.arrival().places[level], false, &mut || ())?;
         let last = level + 1 == self.hops.len();
         Ok(if last { sent } else { Pending::staged(move || self.outward(level + 1, sent.wait()?)) })
     }

@@ -1,6 +1,6 @@
 //! What a rank sends and waits for, by axis: a world communicator whose groups each have a meter of their own.
 use parallel::comm::counted::{Traffic, counted};
-use parallel::comm::{Comm, CommError, Communicator, Pending, Reduce, TensorSpec};
+use parallel::comm::{Comm, CommError, Communicator, Pending, Reduce, TensorSpec, Work};
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 use std::time::Instant;
@@ -103,9 +103,9 @@ impl Communicator for Metered {
         self.meter.timed(|| self.comm.exchange_counts(counts))
     }
 
-    fn all_to_all(&self, tensors: Vec<Tensor>, send: &[i64], recv: &[i64]) -> Result<Pending<Vec<Tensor>>, CommError> {
+    fn all_to_all_under(&self, tensors: Vec<Tensor>, send: &[i64], recv: &[i64], work: Work) -> Result<Pending<Vec<Tensor>>, CommError> {
         self.meter.last_posted.set(tensors.iter().map(|t| (t.numel() * t.kind().elt_size_in_bytes()) as u64).sum());
-        self.under_way(|| self.comm.all_to_all(tensors, send, recv))
+        self.under_way(|| self.comm.all_to_all_under(tensors, send, recv, work))
     }
 
     fn exchange(&self, sends: Vec<(usize, Tensor)>, recvs: Vec<(usize, TensorSpec)>) -> Result<Pending<Vec<Tensor>>, CommError> {

@@ -8,7 +8,7 @@ use super::progress::Step;
 use super::{Batch, Link, byte_length};
 use crate::comm::call;
 use crate::comm::sum;
-use crate::comm::{Comm, CommError, Communicator, Pending, Reduce, TensorSpec};
+use crate::comm::{Comm, CommError, Communicator, Pending, Reduce, TensorSpec, Work};
 use ::mpi::traits::Communicator as _;
 use std::cell::Cell;
 use std::ffi::c_int;
@@ -280,9 +280,10 @@ impl Communicator for MpiComm {
         call::exchange_counts(self, counts)
     }
 
-    fn all_to_all(&self, tensors: Vec<Tensor>, send: &[i64], recv: &[i64]) -> Result<Pending<Vec<Tensor>>, CommError> {
+    fn all_to_all_under(&self, tensors: Vec<Tensor>, send: &[i64], recv: &[i64], work: Work) -> Result<Pending<Vec<Tensor>>, CommError> {
         call::check_all_to_all(&tensors, send, recv, self.size)?;
         if self.size == 1 && send == recv {
+            work();
             return Ok(Pending::ready(tensors));
         }
         if send[self.rank] != recv[self.rank] {
@@ -305,7 +306,9 @@ impl Communicator for MpiComm {
             }
             outs.push(out);
         }
-        Ok(self.fly(batch, Vec::new(), move || home.bring(outs)))
+        let flying = self.fly(batch, Vec::new(), move || home.bring(outs));
+        work();
+        Ok(flying)
     }
 
     fn exchange(&self, sends: Vec<(usize, Tensor)>, recvs: Vec<(usize, TensorSpec)>) -> Result<Pending<Vec<Tensor>>, CommError> {

@@ -8,7 +8,7 @@ use super::{Axis, Move};
 use crate::comm::call;
 use crate::comm::local::solo;
 use crate::comm::sum;
-use crate::comm::{Comm, CommError, Communicator, Pending, Reduce, TensorSpec};
+use crate::comm::{Comm, CommError, Communicator, Pending, Reduce, TensorSpec, Work};
 use std::rc::Rc;
 use tch::{Device, Tensor};
 
@@ -253,10 +253,10 @@ impl Communicator for NcclComm {
         self.axis.control.exchange_counts(counts)
     }
 
-    fn all_to_all(&self, tensors: Vec<Tensor>, send: &[i64], recv: &[i64]) -> Result<Pending<Vec<Tensor>>, CommError> {
+    fn all_to_all_under(&self, tensors: Vec<Tensor>, send: &[i64], recv: &[i64], work: Work) -> Result<Pending<Vec<Tensor>>, CommError> {
         const OP: &str = "all_to_all";
         if all_on_host(OP, &tensors)? {
-            return self.axis.control.all_to_all(tensors, send, recv);
+            return self.axis.control.all_to_all_under(tensors, send, recv, work);
         }
         call::check_all_to_all(&tensors, send, recv, self.size)?;
         if send[self.rank] != recv[self.rank] {
@@ -274,6 +274,7 @@ impl Communicator for NcclComm {
             outs.push(out);
         }
         self.axis.fork(OP)?;
+        work();
         let others = pieces.iter().filter(|(.., peer)| *peer != self.rank);
         let moves: Vec<Move> = others.flat_map(|(from, to, peer)| [Move::Send(from, *peer), Move::Receive(to, *peer)]).collect();
         self.axis.post(OP, &moves, true)?;
