@@ -200,8 +200,8 @@ impl Block {
     }
 
     pub fn forward_end(&self, sent: BlockSent<MoeCombining>) -> Result<BlockOut, CommError> {
-        let (out, load, saved) = self.moe().combine(*sent.moe)?;
-        Ok((sent.h + out, Some(load), BlockSaved { before: sent.before, ffn: FfnSaved::Moe(Box::new(saved)) }))
+        let (y, load, saved) = self.moe().combine(*sent.moe, &sent.h)?;
+        Ok((y, Some(load), BlockSaved { before: sent.before, ffn: FfnSaved::Moe(Box::new(saved)) }))
     }
 
     /// dy [T, D] → the feed-forward's input gradient, or gradients on their way to the experts.

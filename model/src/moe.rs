@@ -158,8 +158,10 @@ impl Moe {
         Ok(MoeCombining { rows, shared: out, load, saved: MoeSaved { gate, plan, experts, shared } })
     }
 
-    pub fn combine(&self, state: MoeCombining) -> Result<(Tensor, Load, MoeSaved), CommError> {
-        Ok((state.rows.wait()?.sum(state.shared.as_ref()), state.load, state.saved))
+    /// `h` [T, D] + what the experts made of each token.
+    pub fn combine(&self, state: MoeCombining, h: &Tensor) -> Result<(Tensor, Load, MoeSaved), CommError> {
+        let add: Vec<&Tensor> = state.shared.iter().chain([h]).collect();
+        Ok((state.rows.wait()?.sum(&add), state.load, state.saved))
     }
 
     /// The backward of combine is a dispatch. `x` is forward's.
@@ -189,7 +191,7 @@ impl Moe {
         let (dx_shared, shared) = state.shared.unzip();
         let DispatchGrad { x, weights: dweights } = state.dx.wait()?;
         let (dx_gate, gate) = self.gate.backward_input(w, GateGrad { dweights, x: state.x }, state.gate);
-        let mut dx = x.sum(dx_shared.as_ref());
+        let mut dx = x.sum(&dx_shared.iter().collect::<Vec<_>>());
         dx += dx_gate;
         Ok((dx, MoeWork { gate, shared }))
     }

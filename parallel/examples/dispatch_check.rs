@@ -52,11 +52,11 @@ fn program(group: &ExpertGroup, kind: Kind) -> Vec<u8> {
         back.push(plan.combine(&(rows * weights.unsqueeze(1)).to_kind(kind)).unwrap());
     }
     for ((plan, x, _), back) in each.iter().zip(back) {
-        results.extend(bytes(&back.wait().unwrap().sum(None)));
+        results.extend(bytes(&back.wait().unwrap().sum(&[])));
         let drows = plan.combine_backward(x).unwrap().wait().map(Rows::into_tensor).unwrap();
         let dweights = drows.sum_dim_intlist(&[1i64][..], false, Kind::Float);
         let gradient = plan.dispatch_backward(&drows, &dweights).unwrap().wait().unwrap();
-        results.extend([bytes(&drows), bytes(&gradient.x.sum(None)), bytes(&gradient.weights)].concat());
+        results.extend([bytes(&drows), bytes(&gradient.x.sum(&[])), bytes(&gradient.weights)].concat());
     }
     results
 }

@@ -47,9 +47,9 @@ pub(super) fn picked(rows: &Tensor, index: &Tensor) -> Tensor {
     with_zero.index_select(0, &index.remainder(rows.size()[0] + 1))
 }
 
-/// rows [R, D], places [M, P] i32 (−1: nowhere), add [M, D] → add + the sum over P of the rows there, [M, D], taken in at
+/// rows [R, D], places [M, P] i32 (−1: nowhere), add, up to two [M, D] → these and the sum over P of the rows there, [M, D], taken in at
 /// least FP32.
-pub(super) fn sum_places(rows: &Tensor, places: &Tensor, add: Option<&Tensor>) -> Tensor {
+pub(super) fn sum_places(rows: &Tensor, places: &Tensor, add: &[&Tensor]) -> Tensor {
     let (count, each) = places.size2().expect("places [M, P]");
     if rows.device().is_cuda() && rows.kind() == Kind::BFloat16 && rows.size()[1] % 8 == 0 {
         return unpermute::forward(&rows.contiguous(), places, None, add);
@@ -58,5 +58,5 @@ pub(super) fn sum_places(rows: &Tensor, places: &Tensor, add: Option<&Tensor>) -
     let picked = picked(rows, &places.flatten(0, -1)).view([count, each, rows.size()[1]]);
     // Rounded before the addition, as what has travelled is: with two experts a token a layout is one rank, bit for bit.
     let sum = picked.sum_dim_intlist(&[1i64][..], false, wide).to_kind(rows.kind());
-    add.map_or_else(|| sum.shallow_clone(), |add| &sum + add)
+    add.iter().fold(sum, |sum, add| sum + *add)
 }

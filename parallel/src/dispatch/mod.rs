@@ -61,8 +61,8 @@ pub struct Returned {
 }
 
 impl Returned {
-    /// `add` [T, D] + the sum of each token's rows, [T, D], taken in at least FP32.
-    pub fn sum(&self, add: Option<&Tensor>) -> Tensor {
+    /// `add`, up to two [T, D], + the sum of each token's rows, [T, D], taken in at least FP32.
+    pub fn sum(&self, add: &[&Tensor]) -> Tensor {
         sum_places(&self.rows, &self.places, add)
     }
 }
@@ -197,7 +197,7 @@ impl Plan {
         Ok(back.map(move |parts| {
             let [x, weights] = all(parts);
             // A slot came back from one rank, zeros from the others: their sum is exact.
-            let weights = route.returned(weights).sum(None);
+            let weights = route.returned(weights).sum(&[]);
             Ok(DispatchGrad { x: route.returned(x), weights })
         }))
     }
@@ -214,7 +214,7 @@ impl Route {
 
     /// rows [R, D] → one for each row that came, [V, D].
     fn sum_local(&self, rows: &Tensor) -> Tensor {
-        sum_places(rows, &self.arrival().local.place, None)
+        sum_places(rows, &self.arrival().local.place, &[])
     }
 
     /// What came back over the first hop.
@@ -261,7 +261,7 @@ impl Route {
             return Ok(back);
         }
         Ok(Pending::staged(move || {
-            let sum = |part: &Tensor| sum_places(part, &self.arrival().places[level - 1].sent_row, None);
+            let sum = |part: &Tensor| sum_places(part, &self.arrival().places[level - 1].sent_row, &[]);
             let sums = back.wait()?.iter().map(sum).collect();
             self.inward(sums, level - 1)
         }))

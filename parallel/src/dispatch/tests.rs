@@ -57,14 +57,14 @@ fn equals_the_dense_reference(group: &ExpertGroup, routes: &Tensor) {
     let factors = Tensor::from_slice(&factors);
     let out = &rows * (&factors * &row_weights).unsqueeze(1);
     let back = plan.combine(&out).unwrap().wait().unwrap();
-    assert!(back.sum(None).equal(&dense(&x, routes, &weights)));
-    assert!(back.sum(Some(&(&x * 2.0))).equal(&(dense(&x, routes, &weights) + &x * 2.0)));
+    assert!(back.sum(&[]).equal(&dense(&x, routes, &weights)));
+    assert!(back.sum(&[&x, &x]).equal(&(dense(&x, routes, &weights) + &x * 2.0)));
 
     let dy = &x + 7.0;
     let drows = plan.combine_backward(&dy).unwrap().wait().unwrap().into_tensor();
     let dweights = &factors * (&drows * &rows).sum_dim_intlist(&[1i64][..], false, Kind::Double);
     let back = plan.dispatch_backward(&(&drows * (&factors * &row_weights).unsqueeze(1)), &dweights).unwrap().wait().unwrap();
-    assert!(back.x.sum(None).equal(&dense(&dy, routes, &weights)));
+    assert!(back.x.sum(&[]).equal(&dense(&dy, routes, &weights)));
     let expected = (routes.to_kind(Kind::Double) + 1.0) * (&dy * &x).sum_dim_intlist(&[1i64][..], true, Kind::Double);
     assert!(back.weights.equal(&expected), "{:?} {expected:?}", back.weights);
 }
@@ -190,10 +190,10 @@ fn fp8_rows_arrive_as_they_were_quantised() {
             assert!(found.into_tensor().equal(&expected));
             // Combine's backward too; combine and dispatch's backward in BF16, whatever the wire.
             assert!(fp8.combine_backward(&x).unwrap().wait().unwrap().into_tensor().equal(&expected));
-            let y = |plan: &Plan| plan.combine(&expected).unwrap().wait().unwrap().sum(None);
+            let y = |plan: &Plan| plan.combine(&expected).unwrap().wait().unwrap().sum(&[]);
             assert!(y(&fp8).equal(&y(&own)) && y(&fp8).kind() == Kind::BFloat16);
             let row_weights = Tensor::ones([expected.size()[0]], (Kind::Float, Device::Cpu));
-            let dx = |plan: &Plan| plan.dispatch_backward(&expected, &row_weights).unwrap().wait().unwrap().x.sum(None);
+            let dx = |plan: &Plan| plan.dispatch_backward(&expected, &row_weights).unwrap().wait().unwrap().x.sum(&[]);
             assert!(dx(&fp8).equal(&dx(&own)));
         });
     }
@@ -207,7 +207,7 @@ fn a_node_adds_in_fp32() {
         let plan = Plan::new(&routes, EXPERTS, &group).unwrap();
         let x = Tensor::ones([1, 16], (Kind::BFloat16, Device::Cpu));
         let rows = plan.dispatch(&x, &routes.to_kind(Kind::Float)).unwrap().wait().unwrap().rows.into_tensor();
-        let y = plan.combine(&(rows * if group.all.rank() == 4 { 256.0 } else { 1.0 })).unwrap().wait().unwrap().sum(None);
+        let y = plan.combine(&(rows * if group.all.rank() == 4 { 256.0 } else { 1.0 })).unwrap().wait().unwrap().sum(&[]);
         assert!(y.equal(&(x * 258.0)));
     });
 }
@@ -237,7 +237,7 @@ fn the_second_hop_is_posted_by_advance() {
         assert_eq!(bytes, (2 * 64, 0));
         let (bytes, _) = grown(&traffic, || back.advance().unwrap());
         assert_eq!(bytes, (0, 64));
-        assert!(back.wait().unwrap().sum(None).equal(&(x * 4.0)));
+        assert!(back.wait().unwrap().sum(&[]).equal(&(x * 4.0)));
         // One that nobody waits for still passes its rows on.
         let (bytes, _) = grown(&traffic, || drop(plan.combine_backward(&rows.narrow(0, 0, 1)).unwrap()));
         assert_eq!(bytes, (2 * 64, 64));

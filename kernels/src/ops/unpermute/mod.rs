@@ -20,9 +20,10 @@ pub fn sources() -> Vec<(Source, &'static str)> {
     vec![(source(), "unpermute")]
 }
 
-/// rows [R, D] BF16, index [T, K] i32 (−1: none), weights [T, K] FP32, add [T, D] BF16 →
-/// add[t] + Σ over k of weights[t, k] · rows[index[t, k]], [T, D] BF16, summed in FP32 in the order of k.
-pub fn forward(rows: &Tensor, index: &Tensor, weights: Option<&Tensor>, add: Option<&Tensor>) -> Tensor {
+/// rows [R, D] BF16, index [T, K] i32 (−1: none), weights [T, K] FP32, add up to two [T, D] BF16 →
+/// Σ add[t] + Σ over k of weights[t, k] · rows[index[t, k]], [T, D] BF16, summed in FP32 in this order.
+pub fn forward(rows: &Tensor, index: &Tensor, weights: Option<&Tensor>, add: &[&Tensor]) -> Tensor {
+    assert!(add.len() <= 2, "{} tensors to add", add.len());
     let Device::Cuda(_) = rows.device() else {
         return cpu::forward(rows, index, weights, add);
     };
@@ -35,7 +36,8 @@ pub fn forward(rows: &Tensor, index: &Tensor, weights: Option<&Tensor>, add: Opt
         .tensor(rows, Kind::BFloat16)
         .tensor(index, Kind::Int)
         .tensor_or_null(weights, Kind::Float)
-        .tensor_or_null(add, Kind::BFloat16)
+        .tensor_or_null(add.first().copied(), Kind::BFloat16)
+        .tensor_or_null(add.get(1).copied(), Kind::BFloat16)
         .tensor(&out, Kind::BFloat16)
         .int(k)
         .int(d)

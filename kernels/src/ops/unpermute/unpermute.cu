@@ -1,4 +1,4 @@
-// out[t] = add[t] + Σ over k of weights[t, k] · rows[index[t, k]], summed in FP32 in the order of k. One block a token.
+// out[t] = add[t] + more[t] + Σ over k of weights[t, k] · rows[index[t, k]], summed in FP32 in the order of k. One block a token.
 using u8 = unsigned char;
 using u16 = unsigned short;
 using u32 = unsigned int;
@@ -19,13 +19,14 @@ static __device__ __forceinline__ u32 bf16_pair(float low, float high) {
   return pair;
 }
 
-// rows [R, D], index [T, K] with -1 for none, weights [T, K] or null, add [T, D] or null → out [T, D]. D a multiple of 8.
+// rows [R, D], index [T, K] with -1 for none, weights [T, K] or null, add and more [T, D] or null → out [T, D]. D a multiple of 8.
 extern "C" __global__ void __launch_bounds__(THREADS)
-    unpermute(const u16* rows, const int* index, const float* weights, const u16* add, u16* out, int K, int D) {
+    unpermute(const u16* rows, const int* index, const float* weights, const u16* add, const u16* more, u16* out, int K, int D) {
   const long long token = blockIdx.x;
   for (int at = threadIdx.x * 8; at < D; at += THREADS * 8) {
     float sum[8] = {};
     if (add) add_eight(sum, __ldcs((const uint4*)(add + token * D + at)), 1.0f);
+    if (more) add_eight(sum, __ldcs((const uint4*)(more + token * D + at)), 1.0f);
 #pragma unroll 8
     for (int k = 0; k < K; k++) {
       const int row = __ldg(index + token * K + k);

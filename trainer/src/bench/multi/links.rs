@@ -119,7 +119,7 @@ fn parts(found: &mut Value, world: &dyn Communicator, control: &dyn Communicator
     found["quantise_us"] = json!(us(&mut || drop(quantise::rows(&x, ScaleRule::PowerOfTwo)))?);
     let packed = quantise::rows(&x, ScaleRule::PowerOfTwo).values.view_dtype(Kind::Uint8);
     found["pack_us"] = json!(us(&mut || drop(packed.index_select(0, &order)))?);
-    found["sum_us"] = json!(us(&mut || drop(unpermute::forward(&x, &index, None, None)))?);
+    found["sum_us"] = json!(us(&mut || drop(unpermute::forward(&x, &index, None, &[])))?);
     let lists = vec![vec![1_i64; 64]; world.size()];
     let mut times = Vec::new();
     for _ in 0..200 {
