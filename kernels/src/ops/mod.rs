@@ -4,6 +4,7 @@ pub mod attention;
 pub mod checksum;
 pub mod cross_entropy;
 pub mod embedding;
+pub mod gate;
 pub mod gemm_fp8;
 pub mod gemm_grouped;
 pub mod gradient_norm;

@@ -1,0 +1,45 @@
+//! The router's passes on a GPU are the CPU's. Without a GPU the test says that it was skipped.
+use kernels::fp8::relative_error;
+use kernels::ops::gate::{self, Rule};
+use support::{gpu, poison, same};
+use tch::{Device, Kind, Tensor};
+
+#[allow(dead_code)] // the other tests use the rest
+mod support;
+
+#[test]
+fn routes_and_gradients_are_the_cpus() {
+    let Some(gpu) = gpu("routes_and_gradients_are_the_cpus") else {
+        return;
+    };
+    let rule = |experts, top_k, groups, top_groups, renormalise| Rule { softmax: false, experts, top_k, groups, top_groups, renormalise, factor: 2.5 };
+    let cpu = |x: &Tensor| x.to_device(Device::Cpu);
+    for (b, s, rule) in [
+        (1, 4096, rule(256, 8, 8, 4, true)),
+        (3, 77, rule(32, 8, 1, 1, true)),
+        (2, 33, rule(12, 3, 4, 2, false)),
+        (5, 1, rule(512, 8, 16, 4, true)),
+        (1, 40, rule(33, 33, 1, 1, true)),
+    ] {
+        let name = format!("{b} × {s}, {rule:?}");
+        let options = (Kind::Float, gpu.device());
+        let (logits, bias) = (Tensor::randn([b * s, rule.experts], options), Tensor::randn([rule.experts], options) * 0.1);
+        poison(gpu);
+        let (got, want) = (gate::forward(&logits, Some(&bias), b, &rule), gate::forward(&cpu(&logits), Some(&cpu(&bias)), b, &rule));
+        for (part, got, want) in [("routes", &got.routes, &want.routes), ("counts", &got.counts, &want.counts), ("top", &got.top, &want.top)] {
+            // A score beside another in the last bit may come before it on one side.
+            let differ = cpu(got).ne_tensor(want).to_kind(Kind::Double).mean(Kind::Double).double_value(&[]);
+            assert!(differ < 1e-3, "{name}: {differ} of the {part} differ");
+        }
+        for (part, got, want) in [("scores", &got.scores, &want.scores), ("weights", &got.weights, &want.weights), ("shares", &got.share, &want.share)] {
+            assert!(relative_error(&cpu(got), want) < 1e-5, "{name}: {part}");
+        }
+        let again = gate::forward(&logits, Some(&bias), b, &rule);
+        assert!(same(&again.share, &got.share) && same(&again.counts, &got.counts), "{name}: one order of sums");
+        let (dweights, balance) = (Tensor::randn([b * s, rule.top_k], options), Tensor::randn([b, rule.experts], options));
+        poison(gpu);
+        let got_d = gate::backward(&dweights, &got.scores, &got.routes, &balance, &rule);
+        let want_d = gate::backward(&cpu(&dweights), &cpu(&got.scores), &cpu(&got.routes), &cpu(&balance), &rule);
+        assert!(relative_error(&cpu(&got_d), &want_d) < 1e-5, "{name}: gradient");
+    }
+}
