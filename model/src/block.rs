@@ -168,10 +168,10 @@ impl Block {
     }
 
     /// y [T, D], or rows on their way to the experts.
-    pub fn forward_ffn(&self, w: &Weights, middle: BlockMiddle, context: &BlockContext) -> Result<Started<BlockOut, BlockSent<MoeDispatched>>, CommError> {
+    pub fn forward_ffn(&self, w: &Weights, middle: BlockMiddle, context: &BlockContext) -> Started<BlockOut, BlockSent<MoeDispatched>> {
         let BlockMiddle { h, attention_norm, attention_in, attention } = middle;
         let before = |ffn_norm, ffn_in| BeforeFfn { attention_norm, attention_in, attention, ffn_norm, ffn_in };
-        Ok(match &self.ffn {
+        match &self.ffn {
             Ffn::Dense(mlp) => {
                 let (input, ffn_in, ffn_norm) = self.input(w, &self.ffn_norm, h.shallow_clone(), &[mlp.gate_up.weight]);
                 let (out, saved) = mlp.forward(w, input);
@@ -182,9 +182,9 @@ impl Block {
                 // The gate reads it as it is, also in FP8 runs.
                 let (normed, ffn_norm) = self.ffn_norm.forward(w, h.shallow_clone());
                 let ffn_in = (!self.recompute.rms_norm).then(|| Operand::Own(normed.shallow_clone()));
-                Started::Sent(BlockSent { h, before: before(ffn_norm, ffn_in), moe: Box::new(moe.dispatch(w, normed, context)?) })
+                Started::Sent(BlockSent { h, before: before(ffn_norm, ffn_in), moe: Box::new(moe.dispatch(w, normed, context)) })
             }
-        })
+        }
     }
 
     /// A norm's output as the linears read it, and what is kept of that.
@@ -193,6 +193,11 @@ impl Block {
         let (input, saved) = norm.forward_operand(w, x, if again { Want::ROWS } else { Want::BOTH }, readers);
         let kept = (!again).then(|| input.share().for_weight());
         (input, kept, saved)
+    }
+
+    /// As `Moe::onward`.
+    pub fn forward_onward(&self, w: &Weights, sent: &mut BlockSent<MoeDispatched>) -> Result<bool, CommError> {
+        self.moe().onward(w, &mut sent.moe)
     }
 
     pub fn forward_experts(&self, w: &Weights, sent: BlockSent<MoeDispatched>, other: Other) -> Result<BlockSent<MoeCombining>, CommError> {
@@ -226,11 +231,13 @@ impl Block {
         })
     }
 
-    pub fn backward_experts(
-        &self, w: &Weights, sent: BlockSent<MoeBackDispatched>, other: Other,
-    ) -> Result<(BlockSent<MoeBackCombining>, ExpertsWork), CommError> {
-        let (moe, work) = self.moe().backward_compute(w, *sent.moe, other)?;
+    pub fn backward_experts(&self, w: &Weights, sent: BlockSent<MoeBackDispatched>) -> Result<(BlockSent<MoeBackCombining>, ExpertsWork), CommError> {
+        let (moe, work) = self.moe().backward_compute(w, *sent.moe)?;
         Ok((BlockSent { h: sent.h, before: sent.before, moe: Box::new(moe) }, work))
+    }
+
+    pub fn backward_shared(&self, w: &Weights, sent: &mut BlockSent<MoeBackCombining>) {
+        self.moe().backward_shared(w, &mut sent.moe);
     }
 
     pub fn backward_end(&self, w: &Weights, sent: BlockSent<MoeBackCombining>) -> Result<(BlockMiddle, FfnWork), CommError> {

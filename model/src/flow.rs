@@ -2,12 +2,12 @@
 //! computes, and ends with the next transfer under way. So two micro-batches that take turns hide each other's
 //! transfers (report §3.2.1, fig. 4), and one alone runs its segments in a row.
 //!
-//!     backward  [head, send dy]            [wait, experts' dgrad, send, wgrad]       [wait, attention, …
-//!     forward               [attention, gate, send]              [wait, experts, send]          [wait, …
+//!     backward  [head, send dy]           [wait, experts' dgrad, send; wgrad]      [wait, attention, …
+//!     forward           [attention, gate, count]              (send)      [wait, experts, send]      [wait, …
 //!
-//! The two lists may differ in length: dense blocks join the segment before them. A transfer of two hops (to the node,
-//! then to the rank) has its second posted by the other micro-batch amid its segment, `Other`: so that, too, passes under
-//! computation.
+//! The two lists may differ in length: dense blocks join the segment before them. Rows leave for the experts amid the other
+//! micro-batch's segment, `Other`: ranks wait for each other there to agree on counts, and a GPU that has work meanwhile does
+//! not wait with them. There, too, the second hop is posted of a transfer that has two (to the node, then to the rank).
 use crate::block::{AttentionWork, Block, BlockContext, BlockOut, BlockSaved, BlockSent, FfnWork, Part, Started};
 use crate::embedding::EmbeddingWork;
 use crate::experts::ExpertsWork;
@@ -155,9 +155,9 @@ impl<'a> Forward<'a> {
     }
 
     /// The next hop of what is under way.
-    fn onward(&mut self) -> Result<(), CommError> {
+    fn onward(&mut self, w: &Weights) -> Result<(), CommError> {
         let posted = match &mut self.at {
-            ForwardAt::Sent(sent) => sent.onward()?,
+            ForwardAt::Sent(sent) => self.stage.block(self.saved.blocks.len()).forward_onward(w, sent)?,
             ForwardAt::Combining(sent) => sent.onward()?,
             _ => false,
         };
@@ -205,12 +205,12 @@ impl<'a> Forward<'a> {
             }
             let block = self.stage.block(index);
             w.ready(|id| block.holds(Part::Attention, id))?;
+            event("forward", "computes");
             let middle = block.forward_attention(w, h, &self.context);
             w.ready(|id| block.holds(Part::Ffn, id))?;
-            match block.forward_ffn(w, middle, &self.context)? {
+            match block.forward_ffn(w, middle, &self.context) {
                 Started::Done(out) => h = self.leave(out),
                 Started::Sent(sent) => {
-                    event("forward", "send");
                     self.at = ForwardAt::Sent(sent);
                     return Ok(true);
                 }
@@ -289,15 +289,22 @@ impl<'a> Backward<'a> {
         let dh = match std::mem::replace(&mut self.at, BackwardAt::Moving) {
             BackwardAt::Start(dy) => self.enter(w, dy),
             BackwardAt::Sent(sent) => {
-                let (sent, experts) = self.stage.block(index).backward_experts(w, sent, other)?;
-                self.at = BackwardAt::Combining(sent);
+                let block = self.stage.block(index);
+                let (mut sent, experts) = block.backward_experts(w, sent)?;
+                other()?; // posts its first hop: while hosts agree on its counts, the GPU has the experts' dgrad
+                event("backward", "computes");
                 work(Work::Experts(index, experts));
+                other()?; // the second
+                event("backward", "computes");
+                block.backward_shared(w, &mut sent);
+                self.at = BackwardAt::Combining(sent);
                 return Ok(true);
             }
             BackwardAt::Combining(sent) => {
                 event("backward", "wait");
                 let block = self.stage.block(index);
                 let (middle, ffn) = block.backward_end(w, sent)?;
+                event("backward", "computes");
                 let (dx, attention) = block.backward_attention(w, middle);
                 other()?;
                 self.held.extend([Work::Ffn(index, ffn), Work::Attention(index, Box::new(attention))]);
@@ -344,6 +351,7 @@ impl<'a> Backward<'a> {
     /// From one block's input to the next transfer, or the end.
     fn run(&mut self, w: &Weights, mut dh: Tensor, work: &mut dyn FnMut(Work)) -> Result<bool, CommError> {
         loop {
+            event("backward", "computes");
             if self.saved.blocks.len() == self.stage.blocks.len()
                 && let Some((last, saved)) = self.stage.last.as_ref().zip(self.saved.turn.take())
             {
@@ -369,6 +377,7 @@ impl<'a> Backward<'a> {
                 Started::Sent(sent) => {
                     event("backward", "send");
                     self.at = BackwardAt::Sent(sent);
+                    event("backward", "computes");
                     self.held.drain(..).for_each(work);
                     return Ok(true);
                 }
@@ -417,7 +426,7 @@ pub fn forward_backward(mut forward: Forward, mut backward: Backward, w: &mut We
     let (mut forward_runs, mut backward_runs) = (true, true);
     while forward_runs || backward_runs {
         if backward_runs {
-            backward_runs = backward.advance(w, &mut |work| stage.backward_weight(work, grads), &mut || forward.onward())?;
+            backward_runs = backward.advance(w, &mut |work| stage.backward_weight(work, grads), &mut || forward.onward(w))?;
         }
         if forward_runs {
             forward_runs = forward.advance(w, &mut || backward.onward())?;
@@ -426,8 +435,8 @@ pub fn forward_backward(mut forward: Forward, mut backward: Backward, w: &mut We
     Ok((forward.finish(), backward.finish()))
 }
 
-/// For the log of what overlaps: this direction posted a transfer ("send"), its second hop ("onward"), or waits for it
-/// ("wait").
+/// For the log of what overlaps: this direction posted a transfer ("send"), its second hop ("onward"), waits for it ("wait"),
+/// or gives the device work that needs none ("computes").
 pub(crate) fn event(direction: &'static str, what: &'static str) {
     tracing::trace!(target: "overlap", direction, what);
 }

@@ -40,14 +40,14 @@ pub struct MlpHalf {
 
 /// In halves, for who has something to do between them.
 impl Mlp {
-    /// x [T, D] → [T, I]
-    pub fn activate(&self, w: &Weights, x: Operand) -> (Operand, SwigluSaved) {
-        let (gate_up, _) = self.gate_up.forward(w, x); // [T, 2I]
-        swiglu::forward(w, gate_up, None, (self.down.weight, self.recompute.swiglu))
+    /// x [T, D] → gate and up, [T, 2I]
+    pub fn forward_up(&self, w: &Weights, x: Operand) -> Tensor {
+        self.gate_up.forward(w, x).0
     }
-    /// [T, I] → [T, D]
-    pub fn project(&self, w: &Weights, activation: Operand) -> Tensor {
-        self.down.forward(w, activation).0
+    /// [T, 2I] → [T, D]
+    pub fn forward_down(&self, w: &Weights, gate_up: Tensor) -> (Tensor, SwigluSaved) {
+        let (activation, saved) = swiglu::forward(w, gate_up, None, (self.down.weight, self.recompute.swiglu));
+        (self.down.forward(w, activation).0, saved)
     }
     pub fn backward_project(&self, w: &Weights, MlpGrad { dy, x }: MlpGrad, saved: SwigluSaved) -> MlpHalf {
         let (dactivation, dy) = x.gradient(w, dy, self.down.weight).backward_input(w, self.down.weight);
@@ -70,8 +70,8 @@ impl Layer for Mlp {
     type WeightWork = MlpWork;
 
     fn forward(&self, w: &Weights, x: Operand) -> (Tensor, SwigluSaved) {
-        let (activation, saved) = self.activate(w, x);
-        (self.project(w, activation), saved)
+        let gate_up = self.forward_up(w, x);
+        self.forward_down(w, gate_up)
     }
     fn backward_input(&self, w: &Weights, grad: MlpGrad, saved: SwigluSaved) -> (Tensor, MlpWork) {
         let half = self.backward_project(w, grad, saved);

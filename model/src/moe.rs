@@ -14,7 +14,7 @@ use crate::swiglu::SwigluSaved;
 use crate::{Grads, Layer, ModelConfig, ParamTable, Weights};
 use parallel::comm::{CommError, Pending};
 use kernels::ops::quantise::Want;
-use parallel::dispatch::{Counted, DispatchGrad, Dispatched, Plan, Returned, Rows};
+use parallel::dispatch::{Counted, DispatchGrad, Dispatched, Outgoing, Plan, Returned, Rows};
 use tch::Tensor;
 
 #[derive(Debug)]
@@ -42,11 +42,16 @@ impl MoeSaved {
 
 /// Forward, rows on their way to the experts.
 pub struct MoeDispatched {
-    shared: Option<(Tensor, SwigluSaved)>,
     gate: GateSaved,
-    plan: Plan,
     load: Load,
-    rows: Pending<Dispatched>,
+    way: Option<Way>,
+}
+
+enum Way {
+    /// The counts are on their way to the host. `shared`: what the shared experts read.
+    Counted { counted: Counted, outgoing: Outgoing, shared: Option<Operand> },
+    /// `gate_up`: the shared experts', [T, 2I].
+    Sent { plan: Plan, rows: Pending<Dispatched>, gate_up: Option<Tensor> },
 }
 
 /// Forward, what the experts made on its way back.
@@ -71,6 +76,7 @@ pub struct MoeBackDispatched {
 pub struct MoeBackCombining {
     x: Tensor,
     dx: Pending<DispatchGrad>,
+    half: Option<MlpHalf>,
     shared: Option<(Tensor, MlpWork)>,
     gate: GateSaved,
 }
@@ -79,12 +85,6 @@ pub struct MoeBackCombining {
 pub trait UnderWay {
     /// Posts the next hop; false: there is none.
     fn onward(&mut self) -> Result<bool, CommError>;
-}
-
-impl UnderWay for MoeDispatched {
-    fn onward(&mut self) -> Result<bool, CommError> {
-        self.rows.advance()
-    }
 }
 
 impl UnderWay for MoeCombining {
@@ -127,7 +127,7 @@ impl Moe {
     }
 
     /// x [T, D]: the caller keeps it, or makes it again, for the backward.
-    pub fn dispatch(&self, w: &Weights, x: Tensor, context: &BlockContext) -> Result<MoeDispatched, CommError> {
+    pub fn dispatch(&self, w: &Weights, x: Tensor, context: &BlockContext) -> MoeDispatched {
         let gate_in = GateIn { x: x.shallow_clone(), sequences: context.sequences, balance_scale: context.balance_scale };
         let count = |routes: &Tensor| Counted::start(routes, self.gate.experts(), &context.experts);
         let (routing, gate, counted) = self.gate.forward_then(w, gate_in, count);
@@ -135,26 +135,48 @@ impl Moe {
             let routes = Vec::<i64>::try_from(routing.routes.flatten(0, -1)).expect("i64 routes");
             tracing::trace!(target: "routes", ?routes);
         }
+        // Packed and quantised while the counts are on their way to the host.
         let outgoing = counted.pack(&x, &routing.weights);
-        // The shared experts need no rows from elsewhere: one half hides the hosts' agreeing on counts, one the rows' way.
-        let mut half = self.shared.as_ref().map(|shared| (shared, shared.activate(w, Operand::new(w, x.shallow_clone(), Want::ROWS, &[shared.gate_up.weight]))));
-        let (plan, mut shared) = (counted.plan()?, None);
-        let rows = plan.send(outgoing, &mut || shared = half.take().map(|(layer, (activation, saved))| (layer.project(w, activation), saved)))?;
+        let shared = self.shared.as_ref().map(|shared| Operand::new(w, x, Want::ROWS, &[shared.gate_up.weight]));
         let load = Load { counts: routing.counts, balance: routing.balance };
-        Ok(MoeDispatched { shared, gate, plan, load, rows })
+        MoeDispatched { gate, load, way: Some(Way::Counted { counted, outgoing, shared }) }
     }
 
-    pub fn compute(&self, w: &Weights, state: MoeDispatched, other: Other) -> Result<MoeCombining, CommError> {
-        let MoeDispatched { shared, gate, plan, load, rows } = state;
+    /// Posts the first hop, or the next; whether that was one after the first. For the first, hosts agree on counts: the GPU
+    /// is better given other work before.
+    pub fn onward(&self, w: &Weights, state: &mut MoeDispatched) -> Result<bool, CommError> {
+        let (way, next) = match state.way.take().expect("there between calls") {
+            Way::Counted { counted, outgoing, mut shared } => {
+                let (plan, mut gate_up) = (counted.plan()?, None);
+                // The shared experts need no rows from elsewhere: one half hides the rows' way, one the results' way back.
+                let mut up = || gate_up = self.shared.as_ref().zip(shared.take()).map(|(shared, x)| shared.forward_up(w, x));
+                let rows = plan.send(outgoing, &mut up)?;
+                event("forward", "send");
+                (Way::Sent { plan, rows, gate_up }, false)
+            }
+            Way::Sent { plan, mut rows, gate_up } => {
+                let next = rows.advance()?;
+                (Way::Sent { plan, rows, gate_up }, next)
+            }
+        };
+        state.way = Some(way);
+        Ok(next)
+    }
+
+    pub fn compute(&self, w: &Weights, mut state: MoeDispatched, other: Other) -> Result<MoeCombining, CommError> {
+        if let Some(Way::Counted { .. }) = state.way {
+            self.onward(w, &mut state)?;
+        }
+        let MoeDispatched { gate, load, way: Some(Way::Sent { plan, rows, gate_up }) } = state else { unreachable!("just sent") };
         let counts = RowCounts::new(plan.counts().to_vec(), &load.counts);
-        let (out, shared) = shared.unzip();
         other()?;
         event("forward", "wait");
         let Dispatched { rows, weights } = rows.wait()?;
-        let routed = Routed { counts, rows, weights };
-        let (rows, experts) = self.experts.forward(w, routed);
+        event("forward", "computes");
+        let (rows, experts) = self.experts.forward(w, Routed { counts, rows, weights });
         let rows = plan.combine(&rows)?;
         event("forward", "send");
+        let (out, shared) = self.shared.as_ref().zip(gate_up).map(|(shared, gate_up)| shared.forward_down(w, gate_up)).unzip();
         Ok(MoeCombining { rows, shared: out, load, saved: MoeSaved { gate, plan, experts, shared } })
     }
 
@@ -175,16 +197,19 @@ impl Moe {
         Ok(MoeBackDispatched { x, shared, drows, gate, plan, experts })
     }
 
-    pub fn backward_compute(&self, w: &Weights, state: MoeBackDispatched, other: Other) -> Result<(MoeBackCombining, ExpertsWork), CommError> {
+    pub fn backward_compute(&self, w: &Weights, state: MoeBackDispatched) -> Result<(MoeBackCombining, ExpertsWork), CommError> {
         let MoeBackDispatched { x, shared, drows, gate, plan, experts } = state;
         event("backward", "wait");
         let (droutes, work) = self.experts.backward_input(w, drows.wait()?, experts);
         // The backward of dispatch is a combine.
         let dx = plan.dispatch_backward(&droutes.rows, &droutes.weights)?;
         event("backward", "send");
-        other()?;
-        let shared = self.shared.as_ref().zip(shared).map(|(shared, half)| shared.backward_activate(w, half));
-        Ok((MoeBackCombining { x, dx, shared, gate }, work))
+        Ok((MoeBackCombining { x, dx, half: shared, shared: None, gate }, work))
+    }
+
+    /// The rest of the shared experts', once, before `backward_combine`.
+    pub fn backward_shared(&self, w: &Weights, state: &mut MoeBackCombining) {
+        state.shared = self.shared.as_ref().zip(state.half.take()).map(|(shared, half)| shared.backward_activate(w, half));
     }
 
     pub fn backward_combine(&self, w: &Weights, state: MoeBackCombining) -> Result<(Tensor, MoeWork), CommError> {

@@ -197,7 +197,7 @@ impl Stage {
         let (mut h, context) = (first.forward(w, mb.inputs()).0, step.block_context(mb));
         for block in &self.blocks {
             let middle = block.forward_attention(w, h, &context);
-            h = match block.forward_ffn(w, middle, &context)? {
+            h = match block.forward_ffn(w, middle, &context) {
                 Started::Done((y, ..)) => y,
                 Started::Sent(sent) => block.forward_end(block.forward_experts(w, sent, &mut alone)?)?.0,
             };

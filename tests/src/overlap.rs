@@ -9,7 +9,7 @@ use tracing_subscriber::layer::{Context, Layer, SubscriberExt};
 use trainer::phase::Plan;
 use trainer::step::Trainer;
 
-/// (direction, "send" or "wait"), in the order of one rank's program.
+/// (direction, what), as `model` logs it, in the order of one rank's program.
 type Log = Vec<(String, String)>;
 
 struct Keep(Arc<Mutex<Log>>);
@@ -60,46 +60,50 @@ fn log(schedule: &str, ranks: usize) -> Log {
     logs.into_iter().next().expect("a rank")
 }
 
-/// (transfers with a segment of the other direction between post and wait, all transfers)
-fn overlapped(log: &Log) -> (usize, usize) {
+/// What happened between each "send" and the "wait" of its direction: its second hop ("onward"), what it computed itself ("own"),
+/// what the other direction did ("computes"). No other transfer of its own comes between.
+fn under_way(log: &Log) -> Vec<Vec<&'static str>> {
     let sends = log.iter().enumerate().filter(|(_, (_, what))| what == "send");
-    let hidden = sends.clone().filter(|(at, (direction, _))| {
-        let after = &log[at + 1..];
-        let wait = after.iter().position(|(other, _)| other == direction).expect("every transfer is waited on");
-        assert_eq!(after[wait].1, "wait", "a transfer is waited on before the next is posted");
-        wait > 0
+    let between = sends.map(|(at, (direction, _))| {
+        let mut found = Vec::new();
+        for (other, what) in &log[at + 1..] {
+            match (other == direction, &what[..]) {
+                (true, "wait") => return found,
+                (true, "onward") => found.push("onward"),
+                (true, "computes") => found.push("own"),
+                (false, "computes") => found.push("computes"),
+                (own, what) => assert!(!own, "a transfer is waited on before the next is posted: {what}"),
+            }
+        }
+        panic!("every transfer is waited on")
     });
-    (hidden.count(), sends.count())
+    between.collect()
 }
+
+/// Two MoE layers and MTP's, with a dispatch and a combine each way.
+const TRANSFERS: usize = 3 * 2;
 
 #[test]
 fn in_a_pair_every_transfer_is_under_way_while_the_other_micro_batch_computes() {
-    // Two MoE layers and MTP's, with a dispatch and a combine each way.
-    let transfers = 3 * 2;
-    let (hidden, all) = overlapped(&log("paired", 2));
-    assert_eq!(all, MICRO_BATCHES * 2 * transfers);
-    assert_eq!(all - hidden, 2 * transfers, "only the first forward and the last backward have no partner");
-    let (hidden, all) = overlapped(&log("1f1b", 2));
-    assert_eq!((hidden, all), (0, MICRO_BATCHES * 2 * transfers), "forward, then backward hides nothing");
+    let hidden = |log: Log| {
+        let transfers = under_way(&log);
+        assert_eq!(transfers.len(), MICRO_BATCHES * 2 * TRANSFERS);
+        transfers.iter().filter(|between| between.contains(&"computes")).count()
+    };
+    let all = MICRO_BATCHES * 2 * TRANSFERS;
+    assert_eq!(hidden(log("paired", 2)), all - 2 * TRANSFERS, "only the first forward and the last backward have no partner");
+    assert_eq!(hidden(log("1f1b", 2)), 0, "forward, then backward hides nothing");
 }
 
 #[test]
-fn a_second_hop_is_posted_while_the_other_micro_batch_computes() {
+fn both_hops_pass_while_something_is_computed() {
     let log = log("paired", 4);
-    let mut onward = 0;
-    for (at, (direction, what)) in log.iter().enumerate().filter(|(_, (_, what))| what == "send") {
-        let wait = at + 1 + log[at + 1..].iter().position(|(other, what)| other == direction && what == "wait").expect("it is waited on");
-        let between = &log[at + 1..wait];
-        let own = between.iter().filter(|(other, _)| other == direction).count();
-        assert!(own <= 1 && what == "send", "only its second hop comes between");
-        let Some(hop) = between.iter().position(|(other, what)| other == direction && what == "onward") else {
-            assert!(between.is_empty(), "a transfer with a partner goes on under the partner's segment: {between:?}");
-            continue;
-        };
-        onward += 1;
-        // After it the partner posts or waits for something of its own, or its segment's weight gradients are made.
-        assert!(between.len() > hop || between.len() == 1, "{between:?}");
+    let transfers = under_way(&log);
+    let (with_partner, alone): (Vec<_>, Vec<_>) = transfers.iter().partition(|between| between.contains(&"computes"));
+    assert_eq!((with_partner.len(), alone.len()), (2 * TRANSFERS * (MICRO_BATCHES - 1), 2 * TRANSFERS));
+    for between in with_partner {
+        let hop = between.iter().position(|what| *what == "onward").expect("the second hop is posted before the wait");
+        assert!(hop > 0 && between[hop + 1..].contains(&"computes"), "{between:?}");
     }
-    let transfers = 3 * 2;
-    assert_eq!(onward, 2 * transfers * (MICRO_BATCHES - 1), "every transfer of a pair");
+    assert!(alone.iter().all(|between| !between.contains(&"onward")), "{alone:?}");
 }
