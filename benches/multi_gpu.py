@@ -6,8 +6,9 @@
 Links: every GPU sends every other one 4096 rows of 7168, as dispatch does in FP8 and combine in BF16, by copy engine
 (`peer`) and over NCCL: alone, in a row, and beside GEMMs. Steps: forward + backward and the whole step of V3's widths, per
 GPU against one GPU; what is hidden and idle is from a trace (timeline.py). Forward + backward ends when every gradient is
-with its owner; there it is added up in the update's first pass, which the whole step has. Under ep the bias first evens out
-the experts' use, as in training; the rival's is forced to be even. It is torchtitan's own parallelisation, compiled.
+with its owner; there it is added up in the update's first pass, which the whole step has. The rival's routes are forced to be
+even; ours are made so, by the bias, on one sequence a rank, and one row has new sequences at each step. The rival is
+torchtitan's own parallelisation, compiled.
 """
 import argparse
 import json
@@ -115,6 +116,7 @@ def experts(bench, ranks, one, theirs):
         line(f"ep {count}, {16 * count} experts", bench.ours(f"ep {count}", count, of(count)), share)
     line(f"ep {ranks}, {16 * ranks} experts", bench.ours("ep peer", ranks, of(ranks), trace=True), share, rival)
     line(f"ep {ranks}, nccl", bench.ours("ep nccl", ranks, f"{of(ranks)} --set parallel.transport=nccl"), share, rival)
+    line(f"ep {ranks}, new sequences at each step", bench.ours("ep new", ranks, of(ranks), "--new-sequences"), share)
     if ranks > 2:
         groups = f"--set parallel.ranks_per_node={ranks // 2} --set model.n_group=2 --set model.topk_group=1"
         line(f"ep {ranks}, two groups, a token to one", bench.ours("ep groups", ranks, f"{of(ranks)} {groups}"), share)

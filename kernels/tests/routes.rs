@@ -44,6 +44,7 @@ fn routed_rows_have_the_places_that_they_have_on_the_cpu() {
                 ("pairs", &got_local.pair, &want_local.pair),
                 ("local rows", &got_local.row, &want_local.row),
                 ("local places", &got_local.place, &want_local.place),
+                ("local counts", &got_local.counts, &want_local.counts),
             ] {
                 assert!(same(got, want), "{name}, {what}: {part}");
             }

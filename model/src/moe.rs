@@ -168,10 +168,10 @@ impl Moe {
             self.onward(w, &mut state)?;
         }
         let MoeDispatched { gate, load, way: Some(Way::Sent { plan, rows, gate_up }) } = state else { unreachable!("just sent") };
-        let counts = RowCounts::new(plan.counts().to_vec(), &load.counts);
         other()?;
         event("forward", "wait");
-        let Dispatched { rows, weights } = rows.wait()?;
+        let Dispatched { rows, counts, weights } = rows.wait()?;
+        let counts = RowCounts { host: plan.counts().to_vec(), device: counts };
         event("forward", "computes");
         let (rows, experts) = self.experts.forward(w, Routed { counts, rows, weights });
         let rows = plan.combine(&rows)?;

@@ -12,7 +12,7 @@ use kernels::ops::gemm_fp8::{self, Options, Write};
 use kernels::ops::quantise::{self, Quantised, Want};
 use kernels::ops::{gemm_grouped, linear};
 use parallel::dispatch::Rows;
-use tch::{Device, Kind, Tensor};
+use tch::{Kind, Tensor};
 
 pub enum Operand {
     Own(Tensor), // [T, I]
@@ -30,16 +30,6 @@ pub struct RowCounts {
 }
 
 impl RowCounts {
-    pub fn new(host: Vec<i64>, like: &Tensor) -> RowCounts {
-        let counts: Vec<i32> = host.iter().map(|&count| i32::try_from(count).expect("fewer than 2³¹ rows")).collect();
-        let mut device = Tensor::from_slice(&counts);
-        if let Device::Cuda(_) = like.device() {
-            // From pinned memory the copy waits for nothing but its turn on the stream.
-            device = device.pin_memory(like.device()).to_device_(like.device(), Kind::Int, true, false);
-        }
-        RowCounts { host, device }
-    }
-
     /// (expert, first row, rows) of the experts that have any.
     fn groups(&self) -> impl Iterator<Item = (i64, i64, i64)> + '_ {
         let starts = self.host.iter().scan(0, |next, &count| {

@@ -46,7 +46,7 @@ fn program(group: &ExpertGroup, kind: Kind) -> Vec<u8> {
     let mut results = Vec::new();
     let mut back = Vec::new();
     for ((plan, ..), sent) in each.iter().zip(sent) {
-        let Dispatched { rows, weights } = sent.wait().unwrap();
+        let Dispatched { rows, counts: _, weights } = sent.wait().unwrap();
         let rows = rows.into_tensor();
         results.extend([bytes(&rows), bytes(&weights)].concat());
         back.push(plan.combine(&(rows * weights.unsqueeze(1)).to_kind(kind)).unwrap());

@@ -1,7 +1,7 @@
 //! `precision = "fp8"`: the numerics of report §3.3 through the layers, emulated on the CPU as the kernels' references
 //! are. Each layer against its formula over dequantised operands, a run against BF16's, FP8 on the wire.
 use crate::layouts::{Found, Layout, find, run};
-use crate::support::{Run, assert_close, distance, random, small};
+use crate::support::{Run, assert_close, distance, random, row_counts, small};
 use kernels::Precision;
 use kernels::fp8::{ScaleRule, quantise_blocks, quantise_columns, quantise_rows};
 use kernels::ops::quantise::Want;
@@ -10,7 +10,6 @@ use model::operand::Operand;
 use model::experts::{Experts, Routed};
 use model::mla::{Mla, MlaGrad, MlaIn, Positions};
 use model::mlp::{Mlp, MlpGrad};
-use model::operand::RowCounts;
 use model::params::{Init, Role};
 use model::{ExpertShare, Grads, Layer, ModelConfig, ParamTable, Recompute, Sentinel, Weights};
 use parallel::comm::local::run_local;
@@ -154,7 +153,7 @@ fn every_layer_of_fp8_products_is_near_the_one_in_f64() {
                 Precision::Fp8 => Rows::Fp8(Packed::new(x, &Tensor::arange(x.size()[0], (Kind::Int64, Device::Cpu)))),
                 _ => Rows::Own(x.to_kind(precision.compute())),
             };
-            let routed = |_: &Weights| Routed { rows: arrived(&x), counts: RowCounts::new(counts.to_vec(), &x), weights: weights.to_kind(precision.master()) };
+            let routed = |_: &Weights| Routed { rows: arrived(&x), counts: row_counts(&counts), weights: weights.to_kind(precision.master()) };
             through(precision, table, &layer, (routed, |y| y), (|_: &Weights| arrived(&dy), |d| vec![d.rows, d.weights]))
         };
         assert_noise("experts", experts(Precision::Fp8), experts(Precision::F64));

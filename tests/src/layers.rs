@@ -1,6 +1,6 @@
 //! Every layer's backward against torch autograd in f64, through one `check_layer`. The references are written
 //! from the formulas, not from the layers.
-use crate::support::{F64, assert_close, random, small, tokens};
+use crate::support::{F64, assert_close, random, row_counts, small, tokens};
 use kernels::Precision;
 use kernels::ops::rope::{RopeScaling, RopeTable};
 use model::config::{ModelConfig, Scoring};
@@ -12,7 +12,7 @@ use model::linear::Linear;
 use model::mla::{Mla, MlaGrad, MlaIn, Positions};
 use model::mlp::{Mlp, MlpGrad};
 use model::norm::RmsNorm;
-use model::operand::{Operand, RowCounts};
+use model::operand::Operand;
 use model::params::{Init, Role};
 use model::{ExpertShare, Grads, Layer, ParamId, ParamTable, Recompute, Weights};
 use parallel::dispatch::Rows;
@@ -263,7 +263,7 @@ fn experts_with_empty_and_full_ones() {
             inputs: vec![random(1, &[9, config.hidden_size]), random(2, &[9])],
             input: &|mut x| {
                 let weights = x.pop().expect("weights");
-                Routed { counts: RowCounts::new(counts.clone(), &weights), weights, rows: Rows::Own(only(x)) }
+                Routed { counts: row_counts(&counts), weights, rows: Rows::Own(only(x)) }
             },
             outputs: &one,
             doutputs: &|dy| Rows::Own(only(dy)),

@@ -1,4 +1,5 @@
 //! What the tests share: tolerances, small configs, random tensors.
+use model::operand::RowCounts;
 use model::config::{ModelConfig, Scoring};
 use tch::{Device, Kind, Tensor};
 
@@ -20,6 +21,12 @@ pub fn assert_close(name: &str, a: &Tensor, b: &Tensor, limit: f64) {
 pub fn random(seed: u64, shape: &[i64]) -> Tensor {
     let spec = model::params::ParamSpec { name: format!("random {seed}"), shape: shape.to_vec(), init: model::params::Init::Normal { std: 1.0 }, role: model::params::Role::Matrix, start: 0, total: shape[0] };
     spec.initial(seed, Kind::Double, Device::Cpu)
+}
+
+/// Rows of each expert, on the CPU.
+pub fn row_counts(counts: &[i64]) -> RowCounts {
+    let device: Vec<i32> = counts.iter().map(|&count| count as i32).collect();
+    RowCounts { host: counts.to_vec(), device: Tensor::from_slice(&device) }
 }
 
 /// `count` token ids below `vocab`.

@@ -56,6 +56,9 @@ pub struct Args {
     /// With --multi-gpu: not steps but the parts of a pipeline's stage, which is the whole model.
     #[arg(long, requires = "multi_gpu", conflicts_with = "links")]
     stage: bool,
+    /// With --multi-gpu: new sequences at each step, which use the experts unevenly; else a rank has one, and its routes are even.
+    #[arg(long, requires = "multi_gpu")]
+    new_sequences: bool,
     /// On GPUs: write a Chrome trace of one step here.
     #[arg(long)]
     trace: Option<PathBuf>,

@@ -87,13 +87,16 @@ struct Nccl {
 /// A point in all streams of an axis.
 struct Mark(Vec<CudaEvent>);
 
-/// One tensor that goes to a rank or comes from it.
-enum Move<'a> {
-    Send(&'a Tensor, usize),
-    Receive(&'a Tensor, usize),
+/// Of this rank's GPU: an address and bytes, which whoever posts keeps alive until it has joined.
+type Memory = (*mut c_void, usize);
+
+/// One piece of memory that goes to a rank or comes from it.
+enum Move {
+    Send(Memory, usize),
+    Receive(Memory, usize),
 }
 
-impl Move<'_> {
+impl Move {
     fn peer(&self) -> usize {
         match *self {
             Move::Send(_, peer) | Move::Receive(_, peer) => peer,
@@ -198,8 +201,7 @@ impl Axis {
         let Some(peers) = &self.peers else { return Ok(()) };
         let (mut sends, mut receives) = (vec![Parts::new(); self.control.size()], vec![Parts::new(); self.control.size()]);
         for one in moves.iter().filter(|one| near(one.peer()).is_some()) {
-            let (Move::Send(tensor, peer) | Move::Receive(tensor, peer)) = *one;
-            let (at, bytes) = self.memory(tensor);
+            let (Move::Send((at, bytes), peer) | Move::Receive((at, bytes), peer)) = *one;
             if bytes > 0 {
                 let list = if matches!(one, Move::Send(..)) { &mut sends } else { &mut receives };
                 list[peer].push((at as u64, bytes));
@@ -217,8 +219,7 @@ impl Axis {
     }
 
     /// What a rank sends itself, beside the other transfers.
-    fn copy(&self, op: &'static str, from: &Tensor, to: &Tensor) -> Result<(), CommError> {
-        let ((from, bytes), (to, room)) = (self.memory(from), self.memory(to));
+    fn copy(&self, op: &'static str, (from, bytes): Memory, (to, room): Memory) -> Result<(), CommError> {
         assert_eq!(bytes, room, "as much room as is sent");
         let stream = self.streams().last().expect("an axis has streams");
         if bytes == 0 {
@@ -235,8 +236,7 @@ impl Axis {
         self.check(op, unsafe { (self.library.group_start)() })?;
         let mut outcome = Ok(());
         for &one in moves {
-            let (Move::Send(tensor, peer) | Move::Receive(tensor, peer)) = *one;
-            let (at, bytes) = self.memory(tensor);
+            let (Move::Send((at, bytes), peer) | Move::Receive((at, bytes), peer)) = *one;
             let code = match one {
                 _ if bytes == 0 => SUCCESS,
                 // SAFETY: `bytes` bytes of a live GPU tensor, which the caller keeps until it has joined.
@@ -291,7 +291,7 @@ impl Axis {
     }
 
     /// A tensor's memory on this rank's GPU, and its length in bytes.
-    fn memory(&self, tensor: &Tensor) -> (*mut c_void, usize) {
+    fn memory(&self, tensor: &Tensor) -> Memory {
         assert!(tensor.is_contiguous(), "transfers take contiguous memory");
         assert_eq!(tensor.device(), Device::Cuda(self.options.device), "a tensor of another device");
         (tensor.data_ptr(), tensor.numel() * tensor.kind().elt_size_in_bytes())

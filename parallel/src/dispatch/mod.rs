@@ -45,6 +45,7 @@ struct Arrival {
 /// What arrives at the local experts.
 pub struct Dispatched {
     pub rows: Rows,      // [R, D], sorted by expert
+    pub counts: Tensor,  // rows of each local expert, i32
     pub weights: Tensor, // [R]
 }
 
@@ -161,7 +162,7 @@ impl Plan {
             let weights = parts.pop().expect("weights come last");
             let local = &route.arrival().local;
             let weights = weights.flatten(0, -1).index_select(0, &local.pair);
-            Ok(Dispatched { rows: route.wire.unpack(parts, &local.row, kind), weights })
+            Ok(Dispatched { rows: route.wire.unpack(parts, &local.row, kind), counts: local.counts.shallow_clone(), weights })
         }))
     }
 

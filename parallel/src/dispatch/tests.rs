@@ -48,7 +48,8 @@ fn equals_the_dense_reference(group: &ExpertGroup, routes: &Tensor) {
     let plan = Plan::new(routes, EXPERTS, group).unwrap();
     let x = Tensor::arange(tokens * 3, (Kind::Double, Device::Cpu)).view([tokens, 3]) + rank as f64 * 100.0;
     let weights = (routes * 3 + Tensor::arange(tokens, (Kind::Int64, Device::Cpu)).unsqueeze(1)).to_kind(Kind::Double) * 0.5;
-    let Dispatched { rows, weights: row_weights } = plan.dispatch(&x, &weights).unwrap().wait().unwrap();
+    let Dispatched { rows, counts, weights: row_weights } = plan.dispatch(&x, &weights).unwrap().wait().unwrap();
+    assert_eq!(Vec::<i64>::try_from(counts).unwrap(), plan.counts());
     let rows = rows.into_tensor();
     assert_eq!(rows.size()[0], plan.counts().iter().sum::<i64>());
     // Which expert a row is at follows from the counts alone.

@@ -8,6 +8,7 @@ use super::{Args, batch};
 use crate::environment;
 use anyhow::{Context, Result, ensure};
 use kernels::{device, shim};
+use model::MicroBatch;
 use parallel::comm::local::solo;
 use parallel::comm::mpi::MpiWorld;
 use parallel::comm::{Comm, Communicator, Reduce, barrier};
@@ -17,13 +18,15 @@ use tch::{Device, Kind, Tensor};
 use trainer::RunConfig;
 use trainer::coordinator::nodes;
 use trainer::device::connect;
-use trainer::phase::Plan;
+use trainer::phase::{Moment, Plan};
 use trainer::step::Trainer;
 
 /// Rounds before those that are timed.
 const WARM: usize = 4;
-/// Steps that even out the use of experts: of one micro-batch; fewer through a pipeline, which takes no fewer than its own.
-const BALANCING: usize = 32;
+/// Steps that even out the use of experts, and their γ: of one micro-batch; fewer through a pipeline, which takes no fewer than
+/// its own.
+const BALANCING: [(usize, f64); 3] = [(24, 3e-3), (12, 1e-3), (12, 3e-4)];
+const THROUGH_A_PIPE: usize = 6;
 /// Steps of a trace: what follows an update is in the second.
 const TRACED: usize = 2;
 
@@ -83,7 +86,7 @@ fn steps(args: &Args, config: &RunConfig, (mesh, world): (&parallel::mesh::Mesh,
     let on = trainer.weights.device();
     let gpu = device::gpu(on);
     let plan = Plan::new(&config.phase, &config.data.mixture);
-    let moment = plan.at(0).context("a config has a phase")?;
+    let configured = plan.at(0).context("a config has a phase")?;
     let (mut gradients, mut whole, mut losses) = (Vec::new(), Vec::new(), Vec::new());
     let clock = |work: &mut dyn FnMut() -> Result<()>| -> Result<f64> {
         gpu.synchronize()?;
@@ -93,14 +96,19 @@ fn steps(args: &Args, config: &RunConfig, (mesh, world): (&parallel::mesh::Mesh,
         gpu.synchronize()?;
         slowest(control, start.elapsed().as_secs_f64() * 1e3)
     };
-    // Experts of several ranks are used evenly first, as in training: else all wait for the rank that has most rows.
-    let balancing = if mesh.ep == 1 { 0 } else if mesh.pp == 1 { BALANCING } else { BALANCING / 6 };
-    for step in 0..balancing {
-        let batch = batch(&trainer, &moment, step as i64);
-        trainer.step(&moment, if mesh.pp == 1 { &batch[..1] } else { &batch }, false)?;
+    // Experts are used evenly first: else all wait for the rank that has most rows.
+    let mut phase = configured.phase.clone();
+    for (count, speed) in BALANCING {
+        phase.bias_speed = speed;
+        let moment = Moment { phase: &phase, ..configured };
+        for step in 0..if mesh.pp == 1 { count } else { count / THROUGH_A_PIPE } {
+            let batch = sequences(args, &trainer, &moment, step);
+            trainer.step(&moment, if mesh.pp == 1 { &batch[..1] } else { &batch }, false)?;
+        }
     }
+    let moment = Moment { phase: &phase, ..configured };
     for step in 0..args.steps + WARM {
-        let batch = batch(&trainer, &moment, step as i64);
+        let batch = sequences(args, &trainer, &moment, step);
         whole.push(clock(&mut || {
             losses.push(trainer.step(&moment, &batch, false)?.loss);
             Ok(())
@@ -108,19 +116,19 @@ fn steps(args: &Args, config: &RunConfig, (mesh, world): (&parallel::mesh::Mesh,
     }
     // Everything has been opened and allocated by now.
     for step in 0..args.steps + 1 {
-        let batch = batch(&trainer, &moment, step as i64);
+        let batch = sequences(args, &trainer, &moment, step);
         let context = trainer.context(&moment, moment.batch);
         gradients.push(clock(&mut || {
             drop(trainer.gradients(&context, &batch)?);
             Ok(())
         })?);
     }
-    let (context, last) = (trainer.context(&moment, moment.batch), batch(&trainer, &moment, 0));
+    let (context, last) = (trainer.context(&moment, moment.batch), sequences(args, &trainer, &moment, 0));
     let computed = trainer.gradients(&context, &last)?;
     let busiest = busiest(&trainer.total(&context, &last, computed, false)?.counts, mesh.ep as i64);
     let memory = trainer.memory()?.context("it is a GPU")?;
     if let Some(path) = &args.trace {
-        let batches = (0..TRACED).map(|step| batch(&trainer, &moment, step as i64)).collect::<Vec<_>>();
+        let batches = (0..TRACED).map(|step| sequences(args, &trainer, &moment, step)).collect::<Vec<_>>();
         let path = path.with_extension(format!("{}.json", control.rank()));
         barrier(control)?;
         shim::profile(&path, || -> Result<()> {
@@ -136,6 +144,15 @@ fn steps(args: &Args, config: &RunConfig, (mesh, world): (&parallel::mesh::Mesh,
         "precision": config.run.precision, "tokens": tokens, "losses": losses, "memory": memory, "busiest_rank": busiest,
         "fwd_bwd_ms": median(gradients.split_off(1)), "step_ms": median(whole.split_off(WARM)),
     }))
+}
+
+/// Of a step: one sequence of this rank's own for all of its micro-batches, or new ones each time.
+fn sequences(args: &Args, trainer: &Trainer, moment: &Moment, step: usize) -> Vec<MicroBatch> {
+    if args.new_sequences {
+        return batch(trainer, moment, step as i64);
+    }
+    let found = batch(trainer, moment, 0);
+    found.iter().map(|_| found[0].share()).collect()
 }
 
 /// counts [layers, E] → rows at the rank of `ep` that has most of them, against an even share; the mean over layers.

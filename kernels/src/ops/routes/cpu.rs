@@ -34,7 +34,8 @@ pub(super) fn local(slots: &Tensor, share: i64, count: i64) -> Local {
     // Stable: rows of one expert stay in their order.
     let pair = expert.argsort_stable(true, 0, false).narrow(0, 0, count);
     let place = Tensor::full_like(&expert, -1).scatter(0, &pair, &arange(count, slots)).view([rows, top_k]);
-    Local { row: int(&pair.divide_scalar_mode(top_k, "floor")), pair: int(&pair), place: int(&place) }
+    let counts = Tensor::zeros([share + 1], (Kind::Int64, slots.device())).scatter_add(0, &expert, &expert.ones_like()).narrow(0, 0, share);
+    Local { row: int(&pair.divide_scalar_mode(top_k, "floor")), pair: int(&pair), place: int(&place), counts: int(&counts) }
 }
 
 fn int(tensor: &Tensor) -> Tensor {

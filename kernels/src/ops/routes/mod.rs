@@ -93,6 +93,8 @@ pub struct Local {
     pub row: Tensor,
     /// The local row of each (row, slot), [V, K].
     pub place: Tensor,
+    /// Rows of each expert, [X].
+    pub counts: Tensor,
 }
 
 /// slots [V, K] i32, `count` of them of this rank's `share` experts.
@@ -103,10 +105,10 @@ pub fn local(slots: &Tensor, share: i64, count: i64) -> Local {
     let (v, k) = slots.size2().expect("slots are [V, K]");
     let make = |shape: &[i64]| Tensor::empty(shape, (Kind::Int, slots.device()));
     let place = Tensor::full([v, k], -1, (Kind::Int, slots.device()));
-    let local = Local { pair: make(&[count]), row: make(&[count]), place };
+    let local = Local { pair: make(&[count]), row: make(&[count]), place, counts: make(&[share]) };
     launch(slots, "local", share, |launch| {
         let launch = launch.tensor(&aligned(slots), Kind::Int).tensor(&local.pair, Kind::Int).tensor(&local.row, Kind::Int);
-        launch.tensor(&local.place, Kind::Int).int(v)
+        launch.tensor(&local.place, Kind::Int).tensor(&local.counts, Kind::Int).int(v)
     });
     local
 }

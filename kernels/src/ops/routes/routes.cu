@@ -114,8 +114,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) places(const int* slots, i
   }
 }
 
-// slots [V, K] → pair [R], row [R], place [V, K], which was −1. A block an expert.
-extern "C" __global__ void __launch_bounds__(THREADS) local(const int* slots, int* pair, int* row_of, int* place, int V) {
+// slots [V, K] → pair [R], row [R], place [V, K], which was −1, counts [X]. A block an expert.
+extern "C" __global__ void __launch_bounds__(THREADS) local(const int* slots, int* pair, int* row_of, int* place, int* counts, int V) {
   const int expert = blockIdx.x, each = (V + THREADS - 1) / THREADS;
   const int first = min(V, (int)threadIdx.x * each), last = min(V, first + each);
   int mine = 0, lower = 0, lower_all, all;
@@ -130,6 +130,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) local(const int* slots, in
   }
   sum_before(lower, lower_all);
   int at = lower_all + sum_before(mine, all);
+  if (threadIdx.x == 0) counts[expert] = all;
 #pragma unroll 2
   for (int row = first; row < last; row++) {
     const Slots of_row(slots, row);

@@ -4,7 +4,7 @@
 //! those of `all_reduce` at once, because what follows them uses the axis' stream again and all ranks must use
 //! it in one order.
 
-use super::{Axis, Move};
+use super::{Axis, Memory, Move};
 use crate::comm::call;
 use crate::comm::local::solo;
 use crate::comm::sum;
@@ -82,7 +82,7 @@ impl NcclComm {
                 shares.push((flat.narrow(0, start, theirs), &of_tensor[peer], peer));
             }
         }
-        let moves: Vec<Move> = shares.iter().flat_map(|(out, part, peer)| [Move::Send(out, *peer), Move::Receive(part, *peer)]).collect();
+        let moves: Vec<Move> = shares.iter().flat_map(|(out, part, peer)| [Move::Send(self.axis.memory(out), *peer), Move::Receive(self.axis.memory(part), *peer)]).collect();
         self.axis.post(op, &moves, true)?;
         Ok(parts)
     }
@@ -114,7 +114,7 @@ impl NcclComm {
                 pieces.push((piece(out, self.rank), piece(out, peer), peer));
             }
         }
-        let moves: Vec<Move> = pieces.iter().flat_map(|(mine, theirs, peer)| [Move::Send(mine, *peer), Move::Receive(theirs, *peer)]).collect();
+        let moves: Vec<Move> = pieces.iter().flat_map(|(mine, theirs, peer)| [Move::Send(self.axis.memory(mine), *peer), Move::Receive(self.axis.memory(theirs), *peer)]).collect();
         self.axis.post(OP, &moves, true)?;
         self.pending(OP, flats, move || outs)
     }
@@ -128,14 +128,14 @@ impl NcclComm {
         let (peers, tensors): (Vec<usize>, Vec<Tensor>) = sends.into_iter().unzip();
         let tensors = contiguous(tensors);
         self.axis.fork(OP)?;
-        let mut moves: Vec<Move> = tensors.iter().zip(&peers).map(|(tensor, &peer)| Move::Send(tensor, peer)).collect();
-        moves.extend(places.iter().map(|(peer, place)| Move::Receive(place, *peer)));
+        let mut moves: Vec<Move> = tensors.iter().zip(&peers).map(|(tensor, &peer)| Move::Send(self.axis.memory(tensor), peer)).collect();
+        moves.extend(places.iter().map(|(peer, place)| Move::Receive(self.axis.memory(place), *peer)));
         moves.retain(|one| one.peer() != self.rank);
         self.axis.post(OP, &moves, in_step)?;
         // To itself: the k-th of what is sent is the k-th of what comes.
         let from_self = places.iter().filter(|(peer, _)| *peer == self.rank).map(|(_, place)| place);
         let to_self = tensors.iter().zip(&peers).filter(|(_, peer)| **peer == self.rank).map(|(tensor, _)| tensor);
-        to_self.zip(from_self).try_for_each(|(tensor, place)| self.axis.copy(OP, tensor, place))?;
+        to_self.zip(from_self).try_for_each(|(tensor, place)| self.axis.copy(OP, self.axis.memory(tensor), self.axis.memory(place)))?;
         Ok(tensors)
     }
 }
@@ -222,7 +222,7 @@ impl Communicator for NcclComm {
             pieces.extend(self.others().map(|peer| (tensor, place(out, rows, peer), peer)));
         }
         self.axis.fork(OP)?;
-        let moves: Vec<Move> = pieces.iter().flat_map(|(mine, theirs, peer)| [Move::Send(mine, *peer), Move::Receive(theirs, *peer)]).collect();
+        let moves: Vec<Move> = pieces.iter().flat_map(|(mine, theirs, peer)| [Move::Send(self.axis.memory(mine), *peer), Move::Receive(self.axis.memory(theirs), *peer)]).collect();
         self.axis.post(OP, &moves, true)?;
         self.pending(OP, tensors, move || outs)
     }
@@ -239,10 +239,10 @@ impl Communicator for NcclComm {
             outs.iter().try_for_each(|out| self.axis.native_broadcast(nccl, out, root))?;
             return self.pending(OP, Vec::new(), move || outs);
         }
-        let to_all = |out| self.others().map(move |peer| Move::Send(out, peer));
+        let to_all = |out| self.others().map(move |peer| Move::Send(self.axis.memory(out), peer));
         let moves: Vec<Move> = match self.rank == root {
             true => outs.iter().flat_map(to_all).collect(),
-            false => outs.iter().map(|out| Move::Receive(out, root)).collect(),
+            false => outs.iter().map(|out| Move::Receive(self.axis.memory(out), root)).collect(),
         };
         self.axis.post(OP, &moves, true)?;
         self.pending(OP, Vec::new(), move || outs)
@@ -268,18 +268,21 @@ impl Communicator for NcclComm {
         let (mut outs, mut pieces) = (Vec::new(), Vec::new());
         for tensor in &tensors {
             let mut shape = tensor.size();
+            let row = shape[1..].iter().product::<i64>() as usize * tensor.kind().elt_size_in_bytes();
             shape[0] = recv.iter().sum();
             let out = empty_like(tensor, &shape);
-            pieces.extend((0..self.size).map(|p| (tensor.narrow(0, send_at[p], send[p]), out.narrow(0, recv_at[p], recv[p]), p)));
+            let rows = |(at, _): Memory, first: i64, count: i64| (at.wrapping_byte_add(first as usize * row), count as usize * row);
+            let (from, to) = (self.axis.memory(tensor), self.axis.memory(&out));
+            pieces.extend((0..self.size).map(|p| (rows(from, send_at[p], send[p]), rows(to, recv_at[p], recv[p]), p)));
             outs.push(out);
         }
         self.axis.fork(OP)?;
         work();
         let others = pieces.iter().filter(|(.., peer)| *peer != self.rank);
-        let moves: Vec<Move> = others.flat_map(|(from, to, peer)| [Move::Send(from, *peer), Move::Receive(to, *peer)]).collect();
+        let moves: Vec<Move> = others.flat_map(|&(from, to, peer)| [Move::Send(from, peer), Move::Receive(to, peer)]).collect();
         self.axis.post(OP, &moves, true)?;
         let mut own = pieces.iter().filter(|(.., peer)| *peer == self.rank);
-        own.try_for_each(|(from, to, _)| self.axis.copy(OP, from, to))?;
+        own.try_for_each(|&(from, to, _)| self.axis.copy(OP, from, to))?;
         self.pending(OP, tensors, move || outs)
     }
 
