@@ -130,7 +130,6 @@ extern "C" __global__ void __launch_bounds__(THREADS) local(const int* slots, in
   }
   sum_before(lower, lower_all);
   int at = lower_all + sum_before(mine, all);
-  if (threadIdx.x == 0) counts[expert] = all;
 #pragma unroll 2
   for (int row = first; row < last; row++) {
     const Slots of_row(slots, row);
@@ -142,4 +141,5 @@ extern "C" __global__ void __launch_bounds__(THREADS) local(const int* slots, in
       place[row * K + k] = at++;
     }
   }
+  if (threadIdx.x == 0) counts[expert] = all;
 }
