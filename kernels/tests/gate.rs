@@ -14,27 +14,34 @@ fn routes_and_gradients_are_the_cpus() {
     };
     let rule = |experts, top_k, groups, top_groups, renormalise| Rule { softmax: false, experts, top_k, groups, top_groups, renormalise, factor: 2.5 };
     let cpu = |x: &Tensor| x.to_device(Device::Cpu);
-    for (b, s, rule) in [
-        (1, 4096, rule(256, 8, 8, 4, true)),
-        (3, 77, rule(32, 8, 1, 1, true)),
-        (2, 33, rule(12, 3, 4, 2, false)),
-        (5, 1, rule(512, 8, 16, 4, true)),
-        (1, 40, rule(33, 33, 1, 1, true)),
+    tch::manual_seed(1);
+    for (b, s, rule, ours) in [
+        (1, 4096, rule(256, 8, 8, 4, true), true),
+        (3, 77, rule(32, 8, 1, 1, true), true),
+        (2, 33, rule(12, 3, 4, 2, false), true),
+        (5, 1, rule(512, 8, 16, 4, true), true),
+        (2, 50, rule(64, 1, 1, 1, false), true),
+        (1, 40, rule(33, 33, 1, 1, true), false),
+        (1, 40, Rule { softmax: true, ..rule(32, 8, 1, 1, true) }, false),
     ] {
         let name = format!("{b} × {s}, {rule:?}");
         let options = (Kind::Float, gpu.device());
         let (logits, bias) = (Tensor::randn([b * s, rule.experts], options), Tensor::randn([rule.experts], options) * 0.1);
+        assert_eq!(rule.on_gpu(&logits), ours, "{name}");
+        // A softmax has none; nor has every sigmoid.
+        let bias = (!rule.softmax && rule.top_k > 1).then_some(bias);
+        let on_cpu = bias.as_ref().map(cpu);
         poison(gpu);
-        let (got, want) = (gate::forward(&logits, Some(&bias), b, &rule), gate::forward(&cpu(&logits), Some(&cpu(&bias)), b, &rule));
+        let (got, want) = (gate::forward(&logits, bias.as_ref(), b, &rule), gate::forward(&cpu(&logits), on_cpu.as_ref(), b, &rule));
         for (part, got, want) in [("routes", &got.routes, &want.routes), ("counts", &got.counts, &want.counts), ("top", &got.top, &want.top)] {
-            // A score beside another in the last bit may come before it on one side.
-            let differ = cpu(got).ne_tensor(want).to_kind(Kind::Double).mean(Kind::Double).double_value(&[]);
-            assert!(differ < 1e-3, "{name}: {differ} of the {part} differ");
+            // A score beside another in the last bit may come before it on one side: of some 30 000 choices, a few.
+            let apart = (cpu(got).to_kind(Kind::Double) - want.to_kind(Kind::Double)).abs().clamp_max(1.0).sum(Kind::Double).double_value(&[]);
+            assert!(apart <= 8.0, "{name}: {apart} of the {part} differ");
         }
         for (part, got, want) in [("scores", &got.scores, &want.scores), ("weights", &got.weights, &want.weights), ("shares", &got.share, &want.share)] {
             assert!(relative_error(&cpu(got), want) < 1e-5, "{name}: {part}");
         }
-        let again = gate::forward(&logits, Some(&bias), b, &rule);
+        let again = gate::forward(&logits, bias.as_ref(), b, &rule);
         assert!(same(&again.share, &got.share) && same(&again.counts, &got.counts), "{name}: one order of sums");
         let (dweights, balance) = (Tensor::randn([b * s, rule.top_k], options), Tensor::randn([b, rule.experts], options));
         poison(gpu);

@@ -167,7 +167,7 @@ impl Block {
         BlockMiddle { h: x + attended, attention_norm, attention_in, attention }
     }
 
-    /// y [T, D], or rows on their way to the experts.
+    /// y [T, D], or rows to go to the experts.
     pub fn forward_ffn(&self, w: &Weights, middle: BlockMiddle, context: &BlockContext) -> Started<BlockOut, BlockSent<MoeDispatched>> {
         let BlockMiddle { h, attention_norm, attention_in, attention } = middle;
         let before = |ffn_norm, ffn_in| BeforeFfn { attention_norm, attention_in, attention, ffn_norm, ffn_in };
@@ -193,6 +193,11 @@ impl Block {
         let (input, saved) = norm.forward_operand(w, x, if again { Want::ROWS } else { Want::BOTH }, readers);
         let kept = (!again).then(|| input.share().for_weight());
         (input, kept, saved)
+    }
+
+    /// As `Moe::send`.
+    pub fn forward_send(&self, w: &Weights, sent: &mut BlockSent<MoeDispatched>) -> Result<(), CommError> {
+        self.moe().send(w, &mut sent.moe)
     }
 
     /// As `Moe::onward`.

@@ -1,5 +1,5 @@
 //! One micro-batch on its way through a stage, forward or backward, in segments: each waits for its own transfer,
-//! computes, and ends with the next transfer under way. So two micro-batches that take turns hide each other's
+//! computes, and ends with the next transfer under way, or about to be. So two micro-batches that take turns hide each other's
 //! transfers (report §3.2.1, fig. 4), and one alone runs its segments in a row.
 //!
 //!     backward  [head, send dy]           [wait, experts' dgrad, send; wgrad]      [wait, attention, …
@@ -137,8 +137,9 @@ impl<'a> Forward<'a> {
     pub fn advance(&mut self, w: &mut Weights, other: Other) -> Result<bool, CommError> {
         let h = match std::mem::replace(&mut self.at, ForwardAt::Moving) {
             ForwardAt::Start(x) => self.enter(w, x)?,
-            ForwardAt::Sent(sent) => {
+            ForwardAt::Sent(mut sent) => {
                 let block = self.stage.block(self.saved.blocks.len());
+                block.forward_send(w, &mut sent)?; // rows do not wait for the experts' new weights
                 w.ready(|id| block.holds(Part::Experts, id))?;
                 self.at = ForwardAt::Combining(block.forward_experts(w, sent, other)?);
                 return Ok(true);
@@ -435,8 +436,8 @@ pub fn forward_backward(mut forward: Forward, mut backward: Backward, w: &mut We
     Ok((forward.finish(), backward.finish()))
 }
 
-/// For the log of what overlaps: this direction posted a transfer ("send"), its second hop ("onward"), waits for it ("wait"),
-/// or gives the device work that needs none ("computes").
+/// For the log of what overlaps: this direction's hosts agree on counts ("counts"), it posted a transfer ("send"), its second hop
+/// ("onward"), waits for it ("wait"), or gives the device work that needs none ("computes").
 pub(crate) fn event(direction: &'static str, what: &'static str) {
     tracing::trace!(target: "overlap", direction, what);
 }

@@ -40,7 +40,7 @@ impl MoeSaved {
     }
 }
 
-/// Forward, rows on their way to the experts.
+/// Forward, rows to go to the experts: their counts are on the way, then they are.
 pub struct MoeDispatched {
     gate: GateSaved,
     load: Load,
@@ -147,6 +147,7 @@ impl Moe {
     pub fn onward(&self, w: &Weights, state: &mut MoeDispatched) -> Result<bool, CommError> {
         let (way, next) = match state.way.take().expect("there between calls") {
             Way::Counted { counted, outgoing, mut shared } => {
+                event("forward", "counts");
                 let (plan, mut gate_up) = (counted.plan()?, None);
                 // The shared experts need no rows from elsewhere: one half hides the rows' way, one the results' way back.
                 let mut up = || gate_up = self.shared.as_ref().zip(shared.take()).map(|(shared, x)| shared.forward_up(w, x));
@@ -163,11 +164,17 @@ impl Moe {
         Ok(next)
     }
 
-    pub fn compute(&self, w: &Weights, mut state: MoeDispatched, other: Other) -> Result<MoeCombining, CommError> {
+    /// The first hop, where nobody has posted it.
+    pub fn send(&self, w: &Weights, state: &mut MoeDispatched) -> Result<(), CommError> {
         if let Some(Way::Counted { .. }) = state.way {
-            self.onward(w, &mut state)?;
+            self.onward(w, state)?;
         }
-        let MoeDispatched { gate, load, way: Some(Way::Sent { plan, rows, gate_up }) } = state else { unreachable!("just sent") };
+        Ok(())
+    }
+
+    pub fn compute(&self, w: &Weights, state: MoeDispatched, other: Other) -> Result<MoeCombining, CommError> {
+        let MoeDispatched { gate, load, way: Some(Way::Sent { plan, rows, gate_up }) } = state else { panic!("rows are sent first") };
+        assert_eq!(gate_up.is_some(), self.shared.is_some(), "shared experts began when rows were sent");
         other()?;
         event("forward", "wait");
         let Dispatched { rows, counts, weights } = rows.wait()?;
@@ -213,6 +220,7 @@ impl Moe {
     }
 
     pub fn backward_combine(&self, w: &Weights, state: MoeBackCombining) -> Result<(Tensor, MoeWork), CommError> {
+        assert_eq!(state.shared.is_some(), self.shared.is_some(), "shared experts come first");
         let (dx_shared, shared) = state.shared.unzip();
         let DispatchGrad { x, weights: dweights } = state.dx.wait()?;
         let (dx_gate, gate) = self.gate.backward_input(w, GateGrad { dweights, x: state.x }, state.gate);

@@ -199,7 +199,10 @@ impl Stage {
             let middle = block.forward_attention(w, h, &context);
             h = match block.forward_ffn(w, middle, &context) {
                 Started::Done((y, ..)) => y,
-                Started::Sent(sent) => block.forward_end(block.forward_experts(w, sent, &mut alone)?)?.0,
+                Started::Sent(mut sent) => {
+                    block.forward_send(w, &mut sent)?;
+                    block.forward_end(block.forward_experts(w, sent, &mut alone)?)?.0
+                }
             };
         }
         let (h, _) = last.norm.forward(w, h);

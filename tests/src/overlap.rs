@@ -103,6 +103,18 @@ fn in_a_pair_every_transfer_is_under_way_while_the_other_micro_batch_computes() 
 }
 
 #[test]
+fn hosts_agree_on_counts_amid_the_other_micro_batch() {
+    // What stands before each.
+    let before = |log: Log| -> Vec<String> {
+        log.windows(2).filter(|pair| pair[1].1 == "counts").map(|pair| pair[0].0.clone()).collect()
+    };
+    let (alone, paired) = (before(log("1f1b", 2)), before(log("paired", 2)));
+    assert!(alone.len() == MICRO_BATCHES * TRANSFERS / 2 && alone.iter().all(|before| before == "forward"));
+    let amid = paired.iter().filter(|before| *before == "backward").count();
+    assert_eq!((paired.len(), amid), (alone.len(), (MICRO_BATCHES - 1) * TRANSFERS / 2), "only the first forward has no partner");
+}
+
+#[test]
 fn both_hops_pass_while_something_is_computed() {
     let log = log("paired", 4);
     let transfers = under_way(&log);

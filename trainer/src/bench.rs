@@ -57,7 +57,7 @@ pub struct Args {
     #[arg(long, requires = "multi_gpu", conflicts_with = "links")]
     stage: bool,
     /// With --multi-gpu: new sequences at each step, which use the experts unevenly; else a rank has one, and its routes are even.
-    #[arg(long, requires = "multi_gpu")]
+    #[arg(long, requires = "multi_gpu", conflicts_with_all = ["links", "stage"])]
     new_sequences: bool,
     /// On GPUs: write a Chrome trace of one step here.
     #[arg(long)]

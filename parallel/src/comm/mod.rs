@@ -147,8 +147,8 @@ pub trait Communicator {
     fn all_to_all(&self, tensors: Vec<Tensor>, send: &[i64], recv: &[i64]) -> Result<Pending<Vec<Tensor>>, CommError> {
         self.all_to_all_under(tensors, send, recv, &mut || ())
     }
-    /// `all_to_all`; `work` is called once, to give a GPU what it can do meanwhile: the transfer does not wait for that, also
-    /// not while the host posts it.
+    /// `all_to_all`; `work` is called once, to give a GPU what it can do meanwhile, also while the host posts the transfer,
+    /// which does not wait for that.
     #[track_caller]
     fn all_to_all_under(&self, tensors: Vec<Tensor>, send: &[i64], recv: &[i64], work: Work) -> Result<Pending<Vec<Tensor>>, CommError>;
     /// Batched point-to-point: all sends and receives are posted together. Between two ranks the k-th send

@@ -39,9 +39,16 @@ impl Watch {
         let since = wait.since;
         *self.now.lock().expect("nobody panics with it") = Some(wait);
         let value = f();
-        *self.now.lock().expect("nobody panics with it") = None;
-        self.waited.set(self.waited.get() + since.elapsed());
+        let over = self.now.lock().expect("nobody panics with it").take();
+        self.waited.set(self.waited.get() + over.map_or(since, |wait| wait.since).elapsed());
         value
+    }
+
+    /// What is done within `during` and is no waiting.
+    fn but(&self, work: Work) {
+        let (paused, start) = (self.now.lock().expect("nobody panics with it").take(), Instant::now());
+        work();
+        *self.now.lock().expect("nobody panics with it") = paused.map(|wait| Wait { since: wait.since + start.elapsed(), ..wait });
     }
 }
 
@@ -100,7 +107,7 @@ impl Communicator for Watched {
     }
 
     fn all_to_all_under(&self, tensors: Vec<Tensor>, send: &[i64], recv: &[i64], work: Work) -> Result<Pending<Vec<Tensor>>, CommError> {
-        self.under_way(self.wait("all_to_all"), || self.comm.all_to_all_under(tensors, send, recv, work))
+        self.under_way(self.wait("all_to_all"), || self.comm.all_to_all_under(tensors, send, recv, &mut || self.watch.but(work)))
     }
 
     fn exchange(&self, sends: Vec<(usize, Tensor)>, recvs: Vec<(usize, TensorSpec)>) -> Result<Pending<Vec<Tensor>>, CommError> {
@@ -164,6 +171,13 @@ mod tests {
             }
             let sum = world.all_reduce(numbers(), Reduce::Sum).unwrap().wait().unwrap();
             assert_eq!(sum[0].int64_value(&[0]), 4);
+            let _ = watch.take_waited();
+            let mut work = || {
+                std::thread::sleep(2 * LATE);
+                assert_eq!(*watch.now().lock().unwrap(), None, "it works");
+            };
+            pair.all_to_all_under(numbers(), &[1, 0], &[1 - pair.rank() as i64; 2], &mut work).unwrap().wait().unwrap();
+            assert!(watch.take_waited() < LATE, "work under a transfer is no waiting");
             assert_eq!(*watch.now().lock().unwrap(), None);
         });
     }

@@ -39,6 +39,25 @@ fn every_size_is_proven() {
     });
 }
 
+/// So no gradient is complete, and sent to its owners, while a forward waits for others' counts (`comm/peer/direct.rs`).
+#[test]
+fn the_last_backward_of_a_direction_is_in_no_pair() {
+    for schedule in Schedule::ALL {
+        for (num_ranks, num_micro_batches) in [(1, 1), (1, 7), (2, 4), (4, 8), (8, 40)] {
+            let Ok((lists, _)) = schedule.proven(num_ranks, num_micro_batches) else { continue };
+            let paired = |action: &Action| match action {
+                Action::Backward(chunk) | Action::BackwardInput(chunk) => Some((chunk.direction, false)),
+                Action::Pair { backward, .. } => Some((backward.direction, true)),
+                _ => None,
+            };
+            for list in &lists {
+                let last: std::collections::BTreeMap<_, bool> = list.iter().filter_map(paired).collect();
+                assert!(!last.is_empty() && last.values().all(|paired| !paired), "{schedule}, P {num_ranks}, M {num_micro_batches}: {last:?}");
+            }
+        }
+    }
+}
+
 #[test]
 fn the_published_bubbles_at_16_ranks_and_120_micro_batches() {
     for (schedule, expected) in [(Schedule::OneFOneB, 45.0), (Schedule::GPipe, 45.0), (Schedule::Zb1p, 15.0), (Schedule::DualPipe, 14.0)] {

@@ -105,7 +105,15 @@ impl Communicator for Metered {
 
     fn all_to_all_under(&self, tensors: Vec<Tensor>, send: &[i64], recv: &[i64], work: Work) -> Result<Pending<Vec<Tensor>>, CommError> {
         self.meter.last_posted.set(tensors.iter().map(|t| (t.numel() * t.kind().elt_size_in_bytes()) as u64).sum());
-        self.under_way(|| self.comm.all_to_all_under(tensors, send, recv, work))
+        let mut worked = 0.0;
+        let mut work = || {
+            let start = Instant::now();
+            work();
+            worked = start.elapsed().as_secs_f64();
+        };
+        let posted = self.under_way(|| self.comm.all_to_all_under(tensors, send, recv, &mut work))?;
+        self.meter.seconds.set(self.meter.seconds.get() - worked);
+        Ok(posted)
     }
 
     fn exchange(&self, sends: Vec<(usize, Tensor)>, recvs: Vec<(usize, TensorSpec)>) -> Result<Pending<Vec<Tensor>>, CommError> {

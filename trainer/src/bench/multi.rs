@@ -23,8 +23,8 @@ use trainer::step::Trainer;
 
 /// Rounds before those that are timed.
 const WARM: usize = 4;
-/// Steps that even out the use of experts, and their γ: of one micro-batch; fewer through a pipeline, which takes no fewer than
-/// its own.
+/// Steps that even out the use of experts, and their γ, whatever the config's, of which the last stays: of one micro-batch;
+/// fewer through a pipeline, which takes no fewer than its own.
 const BALANCING: [(usize, f64); 3] = [(24, 3e-3), (12, 1e-3), (12, 3e-4)];
 const THROUGH_A_PIPE: usize = 6;
 /// Steps of a trace: what follows an update is in the second.
@@ -96,7 +96,7 @@ fn steps(args: &Args, config: &RunConfig, (mesh, world): (&parallel::mesh::Mesh,
         gpu.synchronize()?;
         slowest(control, start.elapsed().as_secs_f64() * 1e3)
     };
-    // Experts are used evenly first: else all wait for the rank that has most rows.
+    // Experts are used evenly first, on one GPU as on several: else all wait for the rank that has most rows.
     let mut phase = configured.phase.clone();
     for (count, speed) in BALANCING {
         phase.bias_speed = speed;

@@ -4,7 +4,8 @@ using u32 = unsigned int;
 constexpr int WARPS = 8, EACH = (EXPERTS + 31) / 32, TOKENS = 32;  // tokens of a block, all of one sequence
 constexpr int GROUP = EXPERTS / GROUPS;
 
-// Larger values are larger keys, and of equal values the first; 0 is below all. NaN is above all, as in torch.
+// Larger values are larger keys, and of equal values the first; 0 is below all. NaN is above all, as in torch (but a group of
+// experts is scored by its others; whoever sees such a token's weights sees NaN all the same).
 static __device__ __forceinline__ u64 key(float value, int index) {
   const u32 bits = __float_as_uint(value);
   const u32 order = value != value ? ~0u : bits & 0x80000000u ? ~bits : bits | 0x80000000u;

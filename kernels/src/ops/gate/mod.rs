@@ -56,22 +56,26 @@ impl Rule {
         Source { name: "gate", text: TEXT.to_string(), defines }
     }
 
-    fn on_gpu(&self, logits: &Tensor) -> bool {
-        let fits = self.experts <= MOST_EXPERTS && self.top_k <= 32.min(self.experts) && self.groups <= 32 && self.experts % self.groups == 0;
+    /// Is there one pass each way for these? Else it is torch's own operations.
+    pub fn on_gpu(&self, logits: &Tensor) -> bool {
+        let open = self.experts / self.groups * self.top_groups;
+        let fits = self.experts <= MOST_EXPERTS && self.top_k <= 32.min(open) && self.groups <= 32 && self.experts % self.groups == 0;
         logits.device().is_cuda() && logits.kind() == Kind::Float && !self.softmax && fits
     }
 }
 
-/// Two variants, for a test that compiles them all: V3's, and one of few experts without groups.
+/// Three variants, for a test that compiles them: V3's, few experts without groups, and as many as there may be.
 pub fn sources() -> Vec<(Source, &'static str)> {
     let v3 = Rule { softmax: false, experts: 256, top_k: 8, groups: 8, top_groups: 4, renormalise: true, factor: 2.5 };
     let small = Rule { experts: 12, top_k: 3, groups: 1, top_groups: 1, renormalise: false, ..v3 };
-    [v3, small].into_iter().map(|rule| (rule.source(), "forward")).collect()
+    let many = Rule { experts: MOST_EXPERTS, groups: 16, ..v3 };
+    [v3, small, many].into_iter().map(|rule| (rule.source(), "forward")).collect()
 }
 
 fn launch(logits: &Tensor, entry: &'static str, rule: &Rule, grid: [usize; 2], arguments: impl FnOnce(Launch<'_>) -> Launch<'_>) {
     let gpu = device::gpu(logits.device());
     let kernel = gpu.kernel(&format!("gate {rule:?}"), entry, || rule.source()).expect("our own kernels compile and load");
+    assert!(grid[1] < 1 << 16, "{} sequences: a grid has no more than 65535", grid[1]);
     if grid[0] * grid[1] > 0 {
         arguments(Launch::new(gpu, &kernel)).run(Shape { grid, block: 32 * WARPS as usize, shared_bytes: 0 });
     }
