@@ -7,8 +7,8 @@ Links: every GPU sends every other one 4096 rows of 7168, as dispatch does in FP
 (`peer`) and over NCCL: alone, in a row, and beside GEMMs. Steps: forward + backward and the whole step of V3's widths, per
 GPU against one GPU; what is hidden and idle is from a trace (timeline.py). Forward + backward ends when every gradient is
 with its owner; there it is added up in the update's first pass, which the whole step has. The rival's routes are forced to be
-even; ours are made so, by the bias, on one sequence a rank, and one row has new sequences at each step. The rival is
-torchtitan's own parallelisation, compiled.
+even; ours are made so, by the bias, on one sequence a rank, and one row has new sequences at each step. Ours of one GPU are the
+slowest of all, each by itself and at once. The rival is torchtitan's own parallelisation, compiled.
 """
 import argparse
 import json
@@ -43,11 +43,18 @@ class Bench:
     def __init__(self, args):
         self.args, self.found = args, []
 
-    def ours(self, name, ranks, settings, extra="", steps=None, trace=False):
+    def one(self, name, settings, **more):
+        """One GPU's figure: the slowest of all, each by itself and at the same time, as they share the host's power and air."""
+        each = f"{self.args.mpirun} -n {self.args.ranks} bash -c 'CUDA_VISIBLE_DEVICES=$OMPI_COMM_WORLD_LOCAL_RANK exec \"$@\"' --"
+        return self.ours(name, 1, settings, "--alone", launch=each, **more)
+
+    def ours(self, name, ranks, settings, extra="", steps=None, trace=False, launch=None):
         """A row; with `trace` it holds what its ranks' traces say, and where they lie."""
         at = Path(self.args.folder) / f"{name.replace(' ', '-')}.json"
         command = f"{self.args.ours} {BASE} --multi-gpu --steps {steps or self.args.steps} {settings} {extra} {f'--trace {at}' if trace else ''}"
-        row = self.keep(name, last_json(command if ranks == 1 else f"{self.args.mpirun} -n {ranks} {command}", OURS))
+        if launch is None:
+            launch = "" if ranks == 1 else f"{self.args.mpirun} -n {ranks}"
+        row = self.keep(name, last_json(f"{launch} {command}", OURS))
         if row and trace:
             row["traces"] = [str(at.with_suffix(f".{rank}.json")) for rank in range(ranks)]
             try:
@@ -120,7 +127,7 @@ def experts(bench, ranks, one, theirs):
     if ranks > 2:
         groups = f"--set parallel.ranks_per_node={ranks // 2} --set model.n_group=2 --set model.topk_group=1"
         line(f"ep {ranks}, two groups, a token to one", bench.ours("ep groups", ranks, f"{of(ranks)} {groups}"), share)
-    eight = bench.ours("one, 8 micro-batches", 1, "--set phase.0.batch=8", steps=3)
+    eight = bench.one("one, 8 micro-batches", "--set phase.0.batch=8", steps=3)
     for schedule in ("1f1b", "paired"):
         row = bench.ours(f"ep {schedule} 8", ranks, f"{of(ranks)} --set phase.0.batch={8 * ranks} --set parallel.schedule={schedule}", steps=3, trace=True)
         line(f"ep {ranks}, 8 micro-batches, {schedule}", row, (eight, 1) if eight else None)
@@ -155,7 +162,7 @@ def two_gpu_pipeline(bench):
     rival = bench.rival("rival pp", 2, "pp:1F1B --micro-batches 16 --layers 4 --rounds 3")
     if rival:
         line("torchtitan, pp 2, 1F1B", rival)
-    whole = bench.ours("one, 4 layers", 1, PIPELINE, steps=3)
+    whole = bench.one("one, 4 layers", PIPELINE, steps=3)
     line("one GPU, 4 layers, 16 micro-batches", whole)
     for schedule in ("1f1b", "zb1p", "dualpipe"):
         row = bench.ours(f"pp {schedule}", 2, f"{PIPELINE} --set parallel.pp=2 --set parallel.schedule={schedule}", steps=3, trace=True)
@@ -167,7 +174,7 @@ def steps(bench, args):
     print("\nsteps: milliseconds of forward + backward and of all; one GPU's over them, per GPU, of both; torchtitan's over ours; transfers")
     print("  hidden under kernels; GPUs idle from the update to the last weights' gradient; GiB; rows of the busiest rank over an even share")
     print(f"  {'':40}{'fwd+bwd':>9}{'step':>9}{'of one':>8}{'step':>8}{'× rival':>9}{'step':>9}{'hidden':>8}{'idle':>7}{'peak':>7}{'busiest':>9}")
-    one, theirs = bench.ours("one", 1, "", trace=True), bench.rival("rival one", 1, "one")
+    one, theirs = bench.one("one", "", trace=True), bench.rival("rival one", 1, "one")
     if theirs:
         line("torchtitan, one GPU", theirs)
     line("one GPU", one, None, theirs)

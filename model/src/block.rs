@@ -284,8 +284,8 @@ impl Block {
         self.attention_norm.backward_weight(work.norm, grads);
     }
 
-    /// The last of its parameters whose gradient comes after the block's input gradient (`flow::Backward`).
+    /// Of a first block: the last of its parameters whose gradient comes after the block's input gradient (`flow::Backward`).
     pub fn last_held(&self) -> ParamId {
-        ParamId(self.params[if self.sends() { Part::Ffn } else { Part::Attention } as usize].end - 1)
+        ParamId(self.params[Part::Ffn as usize].end - 1)
     }
 }

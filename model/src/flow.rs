@@ -370,7 +370,12 @@ impl<'a> Backward<'a> {
             }
             match block.backward_input(w, dh, saved)? {
                 Started::Done((middle, ffn)) => {
-                    work(Work::Ffn(index, ffn)); // its way is hidden by the attention's backward
+                    let ffn = Work::Ffn(index, ffn);
+                    if index == 0 && self.stage.embedding.is_some() {
+                        self.held.push(ffn); // hides the embedding's way
+                    } else {
+                        work(ffn); // its way is hidden by the attention's backward
+                    }
                     let (dx, attention) = block.backward_attention(w, middle);
                     self.held.push(Work::Attention(index, Box::new(attention)));
                     dh = dx;

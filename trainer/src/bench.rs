@@ -59,6 +59,10 @@ pub struct Args {
     /// With --multi-gpu: new sequences at each step, which use the experts unevenly; else a rank has one, and its routes are even.
     #[arg(long, requires = "multi_gpu", conflicts_with_all = ["links", "stage"])]
     new_sequences: bool,
+    /// With --multi-gpu: every rank trains by itself, on the one GPU that it sees, while the others do: what a layout is compared
+    /// with, since GPUs of a host share its power and its air.
+    #[arg(long, requires = "multi_gpu", conflicts_with_all = ["links", "stage"])]
+    alone: bool,
     /// On GPUs: write a Chrome trace of one step here.
     #[arg(long)]
     trace: Option<PathBuf>,
