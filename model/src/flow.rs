@@ -292,10 +292,10 @@ impl<'a> Backward<'a> {
             BackwardAt::Sent(sent) => {
                 let block = self.stage.block(index);
                 let (mut sent, experts) = block.backward_experts(w, sent)?;
-                other()?; // posts its first hop: while hosts agree on its counts, the GPU has the experts' dgrad
+                other()?; // the other's rows leave: while hosts agree on their counts, the GPU has these experts' dgrad
                 event("backward", "computes");
                 work(Work::Experts(index, experts));
-                other()?; // the second
+                other()?; // and go on, by their second hop
                 event("backward", "computes");
                 block.backward_shared(w, &mut sent);
                 self.at = BackwardAt::Combining(sent);
