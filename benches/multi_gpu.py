@@ -90,6 +90,7 @@ def links(bench, ranks):
             one = row[name]
             print(f"  {label:20}{name:5}{one['alone_us']:8.0f}{one['gb_per_s']:6.0f}{one['chain_us']:10.0f}{one['chain_gb_per_s']:6.0f}{one['hidden']:8.0%}"
                   f"{row['counts_us']:8.0f}{row['quantise_us']:10.0f}{row['pack_us']:7.0f}{row['sum_us']:7.0f}", flush=True)
+    print("  pack: quantised straight to its place among the rows of its destination; sum: what came back and is added up")
     print("  hidden: 1 − (GEMMs and exchanges together − GEMMs) ÷ exchanges, medians of rounds of all three; a GEMM is 1.5 exchanges long")
 
 

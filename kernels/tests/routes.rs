@@ -1,5 +1,7 @@
-//! Counts and places of routed rows on a GPU are the CPU's. Without a GPU the test says that it was skipped.
-use kernels::ops::routes;
+//! Counts and places of routed rows, and the rows packed by them, are the CPU's on a GPU. Without a GPU the tests say that they
+//! were skipped.
+use kernels::fp8::ScaleRule;
+use kernels::ops::{quantise, routes};
 use support::{gpu, poison, same};
 use tch::{Device, Kind, Tensor};
 
@@ -49,5 +51,35 @@ fn routed_rows_have_the_places_that_they_have_on_the_cpu() {
                 assert!(same(got, want), "{name}, {what}: {part}");
             }
         }
+    }
+}
+
+#[test]
+fn rows_are_packed_by_destination_as_they_are_on_the_cpu() {
+    let Some(gpu) = gpu("rows_are_packed_by_destination_as_they_are_on_the_cpu") else {
+        return;
+    };
+    for (rows, width, k, experts, ranks) in [(1i64, 16i64, 1i64, 2i64, 2i64), (0, 128, 4, 8, 2), (77, 144, 3, 12, 4), (4096, 7168, 8, 32, 2), (500, 1536, 8, 256, 64)] {
+        let name = format!("{rows} rows of {width} to {ranks} ranks");
+        let options = (Kind::Float, gpu.device());
+        let slots = Tensor::rand([rows, experts], options).argsort(1, false).narrow(1, 0, k).to_kind(Kind::Int);
+        let slots = slots.masked_fill(&(&slots * 7).remainder(5).eq(0), -1);
+        let (room, on_cpu) = (rows * k.min(ranks), slots.to_device(Device::Cpu));
+        let places = routes::places(&slots, experts / ranks, ranks, room);
+        let sent = places.sent_row.ge(0).sum(Kind::Int64).int64_value(&[]);
+        // Tiles of nothing but zeros, and one with a value that is none.
+        let x = (Tensor::randn([rows, width], options) * Tensor::randint(3, [rows, 1], options)).to_kind(Kind::BFloat16);
+        if rows > 1 {
+            let _ = x.narrow(0, 1, 1).narrow(1, 0, 1).fill_(f64::NAN);
+        }
+        poison(gpu);
+        let (values, scales) = quantise::pack(&x, &places.sent_row, room);
+        let first = |t: &Tensor| t.view_dtype(if t.kind() == Kind::Float { Kind::Int } else { Kind::Uint8 }).narrow(0, 0, sent).to_device(Device::Cpu);
+        let want = routes::places(&on_cpu, experts / ranks, ranks, sent);
+        let (want_values, want_scales) = quantise::pack(&x.to_device(Device::Cpu), &want.sent_row, sent);
+        assert!(first(&values).equal(&first(&want_values)) && first(&scales).equal(&first(&want_scales)), "{name}");
+        // What it replaces: quantised, then gathered.
+        let all = quantise::rows(&x.to_device(Device::Cpu), ScaleRule::PowerOfTwo);
+        assert!(first(&want_values).equal(&all.values.view_dtype(Kind::Uint8).index_select(0, &want.source)), "{name}: the reference");
     }
 }

@@ -24,19 +24,20 @@ impl Hop {
         routes::places(slots, self.share, self.send.len() as i64, self.send.iter().sum())
     }
 
-    /// Rows of each part [V, …] go out. With `slots`, those go too, as the last part. `work`: as `all_to_all_under`.
-    pub fn out(&self, parts: &[Tensor], places: &Places, slots: bool, work: Work) -> Result<Pending<Vec<Tensor>>, CommError> {
-        let mut sent: Vec<Tensor> = parts.iter().map(|part| part.index_select(0, &places.source)).collect();
-        if slots {
-            sent.push(places.slots.shallow_clone());
-        }
-        self.comm.all_to_all_under(sent, &self.send, &self.recv, work)
+    /// Rows of each part [S, …], by destination, go out. `work`: as `all_to_all_under`.
+    pub fn out(&self, parts: Vec<Tensor>, work: Work) -> Result<Pending<Vec<Tensor>>, CommError> {
+        self.comm.all_to_all_under(parts, &self.send, &self.recv, work)
     }
 
     /// One row for each that came, of each part, goes back.
     pub fn back(&self, parts: Vec<Tensor>) -> Result<Pending<Vec<Tensor>>, CommError> {
         self.comm.all_to_all(parts, &self.recv, &self.send)
     }
+}
+
+/// Rows of each part [V, …] → by destination, [S, …].
+pub(super) fn by_destination(parts: &[Tensor], places: &Places) -> Vec<Tensor> {
+    parts.iter().map(|part| part.index_select(0, &places.source)).collect()
 }
 
 /// rows [R, …], index (flat; −1: nowhere, which is zero) → those rows.

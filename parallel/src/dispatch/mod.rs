@@ -9,7 +9,7 @@
 //!
 //! Legend: T tokens, K experts a token, E experts, R rows at the local experts, D width.
 use crate::comm::{CommError, Pending, Work};
-use hop::{Hop, sum_places};
+use hop::{Hop, by_destination, sum_places};
 use kernels::ops::routes::{self, Local, Places};
 use std::cell::{Cell, OnceCell};
 use std::rc::Rc;
@@ -81,16 +81,11 @@ pub struct Counted {
 
 /// Rows as they travel, and their weights.
 pub struct Outgoing {
-    parts: Vec<Tensor>,
+    /// By destination, with room for more.
+    packed: Vec<Tensor>,
+    /// In the order of the tokens.
+    rest: Vec<Tensor>,
     kind: Kind,
-}
-
-impl Outgoing {
-    fn new(wire: Wire, x: &Tensor, weights: &Tensor) -> Outgoing {
-        let mut parts = wire.pack(x);
-        parts.push(weights.shallow_clone());
-        Outgoing { parts, kind: x.kind() }
-    }
 }
 
 impl Counted {
@@ -108,7 +103,15 @@ impl Counted {
 
     /// As `Plan::dispatch` takes them; made before the host must wait.
     pub fn pack(&self, x: &Tensor, weights: &Tensor) -> Outgoing {
-        Outgoing::new(self.group.wire(), x, weights)
+        let wire = self.group.wire();
+        let (packed, mut rest) = match &self.places {
+            // Only rows that there are cost time; those of `Own` are copied when it is known how many.
+            Some(places) if wire == Wire::Fp8 => (wire.pack_to(x, places), Vec::new()),
+            Some(_) => (Vec::new(), vec![x.shallow_clone()]),
+            None => (Vec::new(), wire.pack(x)),
+        };
+        rest.push(weights.shallow_clone());
+        Outgoing { packed, rest, kind: x.kind() }
     }
 
     /// Collective over the group; the one host wait of a layer and micro-batch, for all counts of all hops.
@@ -150,13 +153,20 @@ impl Plan {
     /// Forward: x [T, D] and weights [T, K] → the rows and weights at the local experts, in one transfer. Once a plan,
     /// and before all others.
     pub fn dispatch(&self, x: &Tensor, weights: &Tensor) -> Result<Pending<Dispatched>, CommError> {
-        self.send(Outgoing::new(self.0.wire, x, weights), &mut || ())
+        let mut rest = self.0.wire.pack(x);
+        rest.push(weights.shallow_clone());
+        self.send(Outgoing { packed: Vec::new(), rest, kind: x.kind() }, &mut || ())
     }
 
     /// `dispatch` of what is packed. `work` is called once, to give a GPU what it can do while rows travel to the first hop.
-    pub fn send(&self, Outgoing { parts, kind }: Outgoing, work: Work) -> Result<Pending<Dispatched>, CommError> {
+    pub fn send(&self, Outgoing { packed, rest, kind }: Outgoing, work: Work) -> Result<Pending<Dispatched>, CommError> {
         let route = self.0.clone();
         let (slots, places) = route.first.take().expect("a plan dispatches once");
+        let places = places.or_else(|| route.hops.first().map(|hop| hop.places(&slots)));
+        let parts = match &places {
+            Some(places) => packed.iter().map(|part| part.narrow(0, 0, places.source.size()[0])).chain(by_destination(&rest, places)).collect(),
+            None => rest,
+        };
         let sent = route.clone().find_way(&slots, places, parts, Vec::new(), work)?;
         Ok(sent.map(move |mut parts| {
             let weights = parts.pop().expect("weights come last");
@@ -182,7 +192,11 @@ impl Plan {
     /// The backward of `combine`: dy [T, D] → the gradient of its rows, [R, D].
     pub fn combine_backward(&self, dy: &Tensor) -> Result<Pending<Rows>, CommError> {
         let (route, kind) = (self.0.clone(), dy.kind());
-        let sent = route.clone().outward(0, route.wire.pack(dy))?;
+        let parts = match route.arrival().places.first() {
+            Some(places) => route.wire.pack_to(dy, places),
+            None => route.wire.pack(dy),
+        };
+        let sent = route.clone().outward(0, parts)?;
         Ok(sent.map(move |parts| Ok(route.wire.unpack(parts, &route.arrival().local.row, kind))))
     }
 
@@ -223,35 +237,42 @@ impl Route {
         Returned { rows, places: self.arrival().places[0].sent_row.shallow_clone() }
     }
 
-    /// The first time outward, from the hop after those whose places are `found`: finds those of each hop on the way, `next`
-    /// is the first's.
+    /// The first time outward, from the hop after those whose places are `found`: finds those of each hop on the way. `next`
+    /// are this one's, and then the parts are by destination.
     fn find_way(
-        self: Rc<Self>, slots: &Tensor, next: Option<Places>, parts: Vec<Tensor>, mut found: Vec<Places>, work: Work,
+        self: Rc<Self>, slots: &Tensor, next: Option<Places>, mut parts: Vec<Tensor>, mut found: Vec<Places>, work: Work,
     ) -> Result<Pending<Vec<Tensor>>, CommError> {
-        let Some(hop) = self.hops.get(found.len()) else {
+        let Some((hop, places)) = self.hops.get(found.len()).zip(next) else {
             work();
             let local = routes::local(slots, self.counts.len() as i64, self.counts.iter().sum());
             assert!(self.arrival.set(Arrival { places: found, local }).is_ok(), "a plan dispatches once");
             return Ok(Pending::ready(parts));
         };
-        let places = next.unwrap_or_else(|| hop.places(slots));
-        let sent = hop.out(&parts, &places, true, work)?;
+        parts.push(places.slots.shallow_clone());
+        let sent = hop.out(parts, work)?;
         found.push(places);
         let last = found.len() == self.hops.len();
         let onward = move |mut parts: Vec<Tensor>| {
             let slots = parts.pop().expect("slots come last");
-            self.find_way(&slots, None, parts, found, &mut || ())
+            let next = self.hops.get(found.len()).map(|hop| hop.places(&slots));
+            let parts = next.iter().fold(parts, |parts, places| by_destination(&parts, places));
+            self.find_way(&slots, next, parts, found, &mut || ())
         };
         // After the last hop nothing is to be posted.
         Ok(if last { sent.map(|parts| onward(parts)?.wait()) } else { Pending::staged(|| onward(sent.wait()?)) })
     }
 
-    /// Rows of each part [T, …] → the rows that arrive, [V, …]; from `level` on.
+    /// Rows of each part [S, …], by destination → the rows that arrive, [V, …]; from `level` on.
     fn outward(self: Rc<Self>, level: usize, parts: Vec<Tensor>) -> Result<Pending<Vec<Tensor>>, CommError> {
         let Some(hop) = self.hops.get(level) else { return Ok(Pending::ready(parts)) };
-        let sent = hop.out(&parts, &self.arrival().places[level], false, &mut || ())?;
-        let last = level + 1 == self.hops.len();
-        Ok(if last { sent } else { Pending::staged(move || self.outward(level + 1, sent.wait()?)) })
+        let sent = hop.out(parts, &mut || ())?;
+        if level + 1 == self.hops.len() {
+            return Ok(sent);
+        }
+        Ok(Pending::staged(move || {
+            let parts = by_destination(&sent.wait()?, &self.arrival().places[level + 1]);
+            self.outward(level + 1, parts)
+        }))
     }
 
     /// One row of each part for each that came, [V, …], goes back over the first `level` hops, of which there are some; on the

@@ -4,6 +4,7 @@
 //! Legend: T tokens, V rows received, R rows at the local experts, D width, Db = ceil(D/128).
 use kernels::fp8::{self, ScaleRule};
 use kernels::ops::quantise;
+use kernels::ops::routes::Places;
 use tch::{Kind, Tensor};
 
 /// The rows of dispatch and of combine's backward.
@@ -83,6 +84,17 @@ impl Wire {
             Wire::Fp8 => {
                 let fp8::Rows { values, scales } = quantise::rows(x, ScaleRule::PowerOfTwo);
                 vec![values.view_dtype(Kind::Uint8), scales.tr().narrow(0, 0, x.size()[0]).contiguous()] // [T, D], [T, Db]
+            }
+        }
+    }
+
+    /// The same by destination. FP8 takes one pass for both, and rows may have room for more.
+    pub(super) fn pack_to(self, x: &Tensor, places: &Places) -> Vec<Tensor> {
+        match self {
+            Wire::Own => vec![x.index_select(0, &places.source)],
+            Wire::Fp8 => {
+                let (values, scales) = quantise::pack(x, &places.sent_row, places.source.size()[0]);
+                vec![values.view_dtype(Kind::Uint8), scales]
             }
         }
     }

@@ -1,12 +1,12 @@
 //! The reference: the layouts of `fp8`, with counts read from their tensor.
 use super::{Quantised, Want};
-use crate::fp8::{self, Blocks, ScaleRule};
-use tch::Tensor;
+use crate::fp8::{self, Blocks, Rows, ScaleRule};
+use tch::{Kind, Tensor};
 
 /// The rows of each group; one group with all of them where there are no counts.
 pub fn group_sizes(counts: Option<&Tensor>, rows: i64) -> Vec<i64> {
     match counts {
-        Some(counts) => Vec::try_from(counts.to_kind(tch::Kind::Int64)).expect("counts are [E]"),
+        Some(counts) => Vec::try_from(counts.to_kind(Kind::Int64)).expect("counts are [E]"),
         None => vec![rows],
     }
 }
@@ -18,10 +18,20 @@ pub fn activation(x: &Tensor, counts: Option<&Tensor>, want: Want, rule: ScaleRu
     }
 }
 
+pub fn pack(x: &Tensor, sent_row: &Tensor, sent: i64) -> (Tensor, Tensor) {
+    let Rows { values, scales } = super::rows(x, ScaleRule::PowerOfTwo);
+    let options = (Kind::Int64, x.device());
+    let there = sent_row.ge(0);
+    let row = Tensor::arange(x.size()[0], options).unsqueeze(1).expand_as(sent_row).masked_select(&there);
+    let row = Tensor::zeros([sent], options).scatter(0, &sent_row.masked_select(&there).to_kind(Kind::Int64), &row);
+    let values = values.view_dtype(Kind::Uint8).index_select(0, &row).view_dtype(Kind::Float8e4m3fn);
+    (values, scales.tr().index_select(0, &row))
+}
+
 /// Rows of x [T, C] as `source` [R] names them, zeros for −1.
 pub fn gather(x: &Tensor, source: &Tensor) -> Tensor {
     let there = source.ge(0).unsqueeze(1);
-    let rows = x.index_select(0, &source.clamp_min(0).to_kind(tch::Kind::Int64));
+    let rows = x.index_select(0, &source.clamp_min(0).to_kind(Kind::Int64));
     rows.where_self(&there, &x.zeros_like().narrow(0, 0, 1))
 }
 

@@ -16,6 +16,8 @@ pub use tiles::{Quantised, Want};
 use tiles::{flag, rule_define, shape, tiles_of};
 
 const TEXT: &str = include_str!("quantise.cu");
+/// Of a row, in `pack`.
+const MOST_PLACES: i64 = 64;
 
 fn source(input: Kind, rule: ScaleRule) -> Source {
     assert!(matches!(input, Kind::BFloat16 | Kind::Float), "the quantiser takes BF16 or FP32, not {input:?}");
@@ -37,6 +39,23 @@ pub fn sources() -> Vec<(Source, &'static str)> {
 /// x [R, C], C a multiple of 16 → 1×128 tiles.
 pub fn rows(x: &Tensor, rule: ScaleRule) -> Rows {
     activation(x, None, Want::ROWS, rule).rows.expect("rows were wanted")
+}
+
+/// The `rows` of x [T, C] at their places `sent_row` [T, P] i32 (−1: nowhere) among `sent`, in powers of two and in the same
+/// pass: values [S, C] and scales [S, Cb], a row's together. A place that no row has means nothing.
+pub fn pack(x: &Tensor, sent_row: &Tensor, sent: i64) -> (Tensor, Tensor) {
+    let ((t, c), (_, p)) = (x.size2().expect("the quantiser takes a matrix"), sent_row.size2().expect("places are [T, P]"));
+    if !x.device().is_cuda() || x.kind() != Kind::BFloat16 || p > MOST_PLACES {
+        return cpu::pack(x, sent_row, sent);
+    }
+    assert!(c % 16 == 0, "{c} columns: a row of FP8 is a multiple of 16 bytes");
+    let values = Tensor::empty([sent, c], (Kind::Float8e4m3fn, x.device()));
+    let scales = Tensor::empty([sent, tiles_of(c)], (Kind::Float, x.device()));
+    let kernel = kernel(x, ScaleRule::PowerOfTwo, "pack");
+    let launch = Launch::new(device::gpu(x.device()), &kernel).early().tensor(&aligned(x), Kind::BFloat16);
+    let launch = launch.tensor(&sent_row.contiguous(), Kind::Int).tensor(&values, Kind::Float8e4m3fn).tensor(&scales, Kind::Float);
+    launch.int(c).int(p).run(shape(t, 1));
+    (values, scales)
 }
 
 /// x [R, C] → 128×1 tiles, transposed.

@@ -21,6 +21,44 @@ extern "C" __global__ void __launch_bounds__(THREADS, 4)
   emit(t, out, place, row_tile, column_tile, scratch);
 }
 
+#if !INPUT_FP32
+// x [T, C] → each row's values [S, C] and scales [S, tiles of C] at its places sent_row [T, P] (−1: nowhere), P at most 64.
+// A block a row; 16 threads have a 1×128 tile.
+extern "C" __global__ void __launch_bounds__(THREADS)
+    pack(const u16* x, const int* sent_row, u8* values, float* scales, int C, int P) {
+  __shared__ int places[64], num_places;
+  begin();
+  const int row = blockIdx.x, lane = threadIdx.x % 32, tiles = (C + TILE - 1) / TILE;
+  if (threadIdx.x < 32) {
+    int found = 0;
+    for (int first = 0; first < P; first += 32) {
+      const int place = first + lane < P ? __ldg(sent_row + (long long)row * P + first + lane) : -1;
+      const u32 there = __ballot_sync(~0u, place >= 0);
+      if (place >= 0) places[found + __popc(there & ((1u << lane) - 1))] = place;
+      found += __popc(there);
+    }
+    if (lane == 0) num_places = found;
+  }
+  __syncthreads();
+  const u32 sixteen = 0xffffu << (lane & 16);
+  for (int eight = threadIdx.x; eight < tiles * 16; eight += THREADS) {
+    const int column = eight * 8;
+    const uint4 raw = load_eight(x + (long long)row * C + column, column < C);
+    u32 most = most_of(most_of(raw.x & 0x7fff7fffu, raw.y & 0x7fff7fffu), most_of(raw.z & 0x7fff7fffu, raw.w & 0x7fff7fffu));
+#pragma unroll
+    for (int step = 1; step < 16; step *= 2) most = most_of(most, __shfl_xor_sync(sixteen, most, step));
+    const float scale = scale_of(high_bf16(most_of(most, most << 16)));
+    float v[8];
+    unpack_bf16(v, raw);
+    const uint2 packed = fp8_eight(v, inverse_of(scale));
+    for (int i = 0; i < num_places; i++) {
+      if (column < C) *(uint2*)(values + (long long)places[i] * C + column) = packed;
+      if (lane % 16 == 0) scales[(long long)places[i] * tiles + eight / 16] = scale;
+    }
+  }
+}
+#endif
+
 // Of two pairs of BF16, the larger magnitudes; their signs are anyone's.
 static __device__ __forceinline__ u32 larger_of(u32 a, u32 b) {
   u32 larger;

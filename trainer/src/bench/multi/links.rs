@@ -104,11 +104,10 @@ impl Gemm {
     }
 }
 
-/// What stands around an exchange: quantising, packing, the sum of what came back, and the counts that go before.
+/// What stands around an exchange: quantising, the same by destination, the sum of what came back, and the counts that go before.
 fn parts(found: &mut Value, world: &dyn Communicator, control: &dyn Communicator, on: Device) -> Result<()> {
     let x = Tensor::randn([ROWS, WIDTH], (Kind::BFloat16, on));
-    let order = Tensor::randperm(ROWS, (Kind::Int64, on));
-    let index = order.to_kind(Kind::Int).view([ROWS, 1]);
+    let index = Tensor::randperm(ROWS, (Kind::Int64, on)).to_kind(Kind::Int).view([ROWS, 1]);
     let us = |work: &mut dyn FnMut()| -> Result<f64> {
         let ms = timed(control, on, ROUNDS, || {
             work();
@@ -117,8 +116,7 @@ fn parts(found: &mut Value, world: &dyn Communicator, control: &dyn Communicator
         Ok(ms * 1e3)
     };
     found["quantise_us"] = json!(us(&mut || drop(quantise::rows(&x, ScaleRule::PowerOfTwo)))?);
-    let packed = quantise::rows(&x, ScaleRule::PowerOfTwo).values.view_dtype(Kind::Uint8);
-    found["pack_us"] = json!(us(&mut || drop(packed.index_select(0, &order)))?);
+    found["pack_us"] = json!(us(&mut || drop(quantise::pack(&x, &index, ROWS)))?);
     found["sum_us"] = json!(us(&mut || drop(unpermute::forward(&x, &index, None, &[])))?);
     let lists = vec![vec![1_i64; 64]; world.size()];
     let mut times = Vec::new();
