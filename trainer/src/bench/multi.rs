@@ -34,13 +34,13 @@ pub fn run(args: &Args, config: &RunConfig) -> Result<()> {
     let mpi = if environment::launched_by_mpi() { Some(MpiWorld::init()?) } else { None };
     let control: Comm = mpi.as_ref().map_or_else(solo, MpiWorld::comm);
     tch::set_num_threads(1);
-    let seen = tch::Cuda::device_count();
-    ensure!(!args.alone || seen == 1, "bench --multi-gpu --alone: a rank sees {seen} GPUs, not one: CUDA_VISIBLE_DEVICES");
     let ranks = if args.alone { solo() } else { control.clone() };
     let mesh = config.mesh(&nodes(&*ranks)?)?;
     let world = connect(config, &mesh, ranks)?;
     let on = trainer::device::open(config, &*control)?;
     ensure!(on.is_cuda(), "bench --multi-gpu: run.device = \"cpu\"; --set run.device=cuda");
+    let seen = tch::Cuda::device_count();
+    ensure!(!args.alone || seen == 1, "bench --multi-gpu --alone: a rank sees {seen} GPUs, not one: CUDA_VISIBLE_DEVICES");
     let mut found = match (args.links, args.stage) {
         (true, _) => links::links(&*world, &*control, on)?,
         (_, true) => stage::stage(config, (&mesh, world.clone()), &*control)?,
