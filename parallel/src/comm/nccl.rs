@@ -211,11 +211,9 @@ impl Axis {
             return peers.exchange(&sends, &receives);
         }
         // A message each: the peer may post what meets them one by one.
-        let posted = peers.ring().try_for_each(|peer| {
-            sends[peer].iter().try_for_each(|&part| peers.send(peer, &[part]))?;
-            receives[peer].iter().try_for_each(|&part| peers.receive(peer, &[part]))
-        });
-        posted.map_err(|e| driver_error(&*self.control, op, e))
+        let sent = peers.ring().try_for_each(|peer| sends[peer].iter().try_for_each(|&part| peers.send(peer, &[part])));
+        let received = || peers.ring().rev().try_for_each(|peer| receives[peer].iter().try_for_each(|&part| peers.receive(peer, &[part])));
+        sent.and_then(|()| received()).map_err(|e| driver_error(&*self.control, op, e))
     }
 
     /// What a rank sends itself, beside the other transfers.

@@ -106,18 +106,22 @@ impl Peers {
         for (_, link) in links().filter(|(peer, _)| !receives[*peer].is_empty() && !slotted.contains(peer)) {
             self.ready(link).map_err(failed)?;
         }
-        for (way, (&(peer, link), words)) in targets.iter().zip(asked).enumerate() {
+        for (&(peer, link), words) in targets.iter().zip(asked) {
             let words = Vec::<i64>::try_from(words).expect("i64 words");
-            if words[0] == 0 { self.send(peer, &sends[peer]) } else { self.put(link, way, &sends[peer], &words) }.map_err(failed)?;
+            if words[0] == 0 { self.send(peer, &sends[peer]) } else { self.put(link, &sends[peer], &words) }.map_err(failed)?;
         }
-        for (peer, link) in links().filter(|&(peer, _)| !receives[peer].is_empty()) {
-            if slotted.contains(&peer) { self.receive(peer, &receives[peer]) } else { self.arrive(link) }.map_err(failed)?;
-        }
+        // Slots first: they are emptied whatever the direct messages wait for.
+        let (through_slots, direct): (Vec<_>, Vec<_>) =
+            links().rev().filter(|&(peer, _)| !receives[peer].is_empty()).partition(|(peer, _)| slotted.contains(peer));
+        through_slots.iter().try_for_each(|&(peer, _)| self.receive(peer, &receives[peer])).map_err(failed)?;
+        direct.iter().try_for_each(|(_, link)| self.arrive(link)).map_err(failed)?;
         Ok(())
     }
 
-    /// Everyone else, each rank from its successor on: no rank is everyone's first target.
-    pub fn ring(&self) -> impl Iterator<Item = usize> + use<> {
+    /// Everyone else, each rank from its successor on. What goes to one follows what goes to the one before, so that ranks in
+    /// step all have one sender: two share what a GPU takes in (four H100: 125–250 GB/s each, one alone 350). Backwards it is
+    /// the order in which theirs come.
+    pub fn ring(&self) -> impl DoubleEndedIterator<Item = usize> + use<> {
         let (rank, size) = (self.rank, self.links.len());
         (1..size).map(move |step| (rank + step) % size)
     }
@@ -130,9 +134,9 @@ impl Peers {
         unsafe { ok(sys::cuStreamWriteValue32_v2(self.into[0].cu_stream(), link.theirs + self.direct_at() + LINE as u64, number, 0)) }
     }
 
-    fn put(&self, link: &Link, way: usize, parts: &Parts, words: &[i64]) -> Result<(), DriverError> {
+    fn put(&self, link: &Link, parts: &Parts, words: &[i64]) -> Result<(), DriverError> {
         let number = link.direct.sent.get().wrapping_add(1);
-        let (stream, at) = (self.out[way % self.out.len()].cu_stream(), self.direct_at());
+        let (stream, at) = (self.out[0].cu_stream(), self.direct_at());
         let places: Vec<CUdeviceptr> = words.chunks(WORDS).map(|words| link.direct.open(words)).collect::<Result<_, _>>()?;
         // SAFETY: live streams and words of mapped regions; the parts are the caller's and live, the places are the
         // receiver's, of as many bytes, and nobody else uses them between its "ready" and the flag.
