@@ -265,7 +265,7 @@ pub struct Backward<'a> {
     /// The main head's gradient, while MTP's block runs.
     dmain: Option<Tensor>,
     /// Weights' gradients to be made once the next transfer is under way: they hide it, and they are large, so on the links
-    /// they are not to be before it. The last of them hide the way of the embedding's gradient to its owners.
+    /// they are not to be before it. The last of them hide the way of this stage's results, or of the embedding's gradient.
     held: Vec<Work>,
 }
 
@@ -330,10 +330,10 @@ impl<'a> Backward<'a> {
         Ok(())
     }
 
-    /// The gradient of `StageIn::Hidden`, none on the first stage.
-    pub fn finish(self) -> Option<Tensor> {
+    /// The gradient of `StageIn::Hidden`, none on the first stage, and what is to be made once it is on its way.
+    pub fn finish(self) -> (Option<Tensor>, StageWork) {
         let BackwardAt::Over(dx) = self.at else { panic!("a backward was taken before its end") };
-        dx
+        (dx, self.held)
     }
 
     /// The losses' gradient, or the one that came from the next stage.
@@ -358,11 +358,7 @@ impl<'a> Backward<'a> {
             {
                 dh = self.turn(w, last, dh, saved);
             }
-            let Some(saved) = self.saved.blocks.pop() else {
-                let more = self.leave(w, dh, work);
-                self.held.drain(..).for_each(work);
-                return Ok(more);
-            };
+            let Some(saved) = self.saved.blocks.pop() else { return Ok(self.leave(w, dh, work)) };
             let index = self.saved.blocks.len();
             let block = self.stage.block(index);
             if !block.sends() {
@@ -427,7 +423,7 @@ impl<'a> Backward<'a> {
 
 /// A forward and another micro-batch's whole backward, in turns, the backward first: while one computes, the other's
 /// transfer is under way. Every rank of an expert group must pair the same stages.
-pub fn forward_backward(mut forward: Forward, mut backward: Backward, w: &mut Weights, grads: &mut Grads) -> Result<(StageResult, Option<Tensor>), CommError> {
+pub fn forward_backward(mut forward: Forward, mut backward: Backward, w: &mut Weights, grads: &mut Grads) -> Result<(StageResult, (Option<Tensor>, StageWork)), CommError> {
     let stage = backward.stage;
     let (mut forward_runs, mut backward_runs) = (true, true);
     while forward_runs || backward_runs {

@@ -216,8 +216,8 @@ impl Stage {
     }
 
     /// `dy` is the gradient of `StageOut::Hidden`; the result that of `StageIn::Hidden`. `work` takes what the weights'
-    /// gradients need, piece by piece.
-    pub fn backward(&self, w: &Weights, dy: Option<Tensor>, saved: StageSaved, work: &mut dyn FnMut(Work)) -> Result<Option<Tensor>, CommError> {
+    /// gradients need, piece by piece; the pieces of the result are to be made once the gradient is on its way.
+    pub fn backward(&self, w: &Weights, dy: Option<Tensor>, saved: StageSaved, work: &mut dyn FnMut(Work)) -> Result<(Option<Tensor>, StageWork), CommError> {
         let mut run = Backward::new(self, dy, saved);
         while run.advance(w, work, &mut alone)? {}
         Ok(run.finish())
@@ -226,7 +226,8 @@ impl Stage {
     /// With the weights' gradients left for later.
     pub fn backward_input(&self, w: &Weights, dy: Option<Tensor>, saved: StageSaved) -> Result<(Option<Tensor>, StageWork), CommError> {
         let mut work = StageWork::new();
-        let dx = self.backward(w, dy, saved, &mut |piece| work.push(piece))?;
+        let (dx, rest) = self.backward(w, dy, saved, &mut |piece| work.push(piece))?;
+        work.extend(rest);
         Ok((dx, work))
     }
 }

@@ -123,12 +123,14 @@ pub struct Pipeline<'a, 'g> {
     saved: HashMap<Chunk, StageSaved>,
     /// Weight gradients put off, first made first.
     queue: VecDeque<(Chunk, StageWork)>,
+    /// Of the last backward: its stage's direction, and gradients that hide the way of its result.
+    rest: (usize, StageWork),
 }
 
 impl<'a, 'g> Pipeline<'a, 'g> {
     pub fn new(step: &'a StepContext, stages: &'a LocalStages, weights: &'a mut Weights, grads: Option<&'a mut Grads<'g>>, batch: &'a [MicroBatch], config: &ModelConfig) -> Self {
         let sums = Sums::new(stages, weights, config.n_routed_experts);
-        Pipeline { step, stages, weights, grads, batch, hidden_size: config.hidden_size, sums, probe: None, saved: HashMap::new(), queue: VecDeque::new() }
+        Pipeline { step, stages, weights, grads, batch, hidden_size: config.hidden_size, sums, probe: None, saved: HashMap::new(), queue: VecDeque::new(), rest: (0, StageWork::new()) }
     }
 
     fn start(&mut self, chunk: Chunk, input: Parcel) -> Forward<'a> {
@@ -206,12 +208,15 @@ impl Stages for Pipeline<'_, '_> {
         let (stage, saved) = (self.stages.direction(chunk.direction), self.saved(chunk));
         let mut work = StageWork::new();
         let grads = Self::grads(&mut self.grads);
-        let dx = stage.backward(self.weights, gradient.map(one), saved, &mut |piece| match split {
+        let (dx, rest) = stage.backward(self.weights, gradient.map(one), saved, &mut |piece| match split {
             true => work.push(piece),
             false => stage.backward_weight(piece, grads),
         })?;
         if split {
+            work.extend(rest);
             self.queue.push_back((chunk, work));
+        } else {
+            self.rest = (chunk.direction, rest);
         }
         let dx = dx.map(|dx| vec![dx]);
         self.went_back(chunk, &dx);
@@ -230,9 +235,18 @@ impl Stages for Pipeline<'_, '_> {
         self.came_back(b, &gradient);
         let forward = self.start(f, input);
         let backward = Backward::new(self.stages.direction(b.direction), gradient.map(one), self.saved(b));
-        let (out, dx) = forward_backward(forward, backward, self.weights, Self::grads(&mut self.grads))?;
+        let (out, (dx, rest)) = forward_backward(forward, backward, self.weights, Self::grads(&mut self.grads))?;
+        self.rest = (b.direction, rest);
         let dx = dx.map(|dx| vec![dx]);
         self.went_back(b, &dx);
         Ok((self.keep(f, out), dx))
+    }
+
+    fn rest(&mut self) -> Result<(), CommError> {
+        let (direction, work) = std::mem::take(&mut self.rest);
+        for piece in work {
+            self.stages.direction(direction).backward_weight(piece, Self::grads(&mut self.grads));
+        }
+        Ok(())
     }
 }

@@ -1,6 +1,7 @@
 //! Runs one rank's list of a schedule.
 //! Invariant: an exchange is posted where it stands and waited on by the first computation that needs one of its
-//! messages, so a transfer runs under every computation in between; all are waited on at the end.
+//! messages, so a transfer runs under every computation in between; all are waited on at the end. What a computation puts off
+//! until its results are on their way (`rest`) is made after the exchanges that follow it.
 
 use super::{Action, Chunk, Exchange, Payload};
 use crate::comm::{CommError, Communicator, Pending, TensorSpec};
@@ -22,7 +23,7 @@ pub trait Stages {
     fn forward(&mut self, chunk: Chunk, input: Parcel) -> Result<Parcel, Self::Error>;
 
     /// `gradient` of this stage's output, `None` on the last stage; returns that of its input, `None` on the first.
-    /// With `split` the weights' work is queued for `backward_weight`, else done.
+    /// With `split` the weights' work is queued for `backward_weight`, else done, the last of it in `rest`.
     fn backward(&mut self, chunk: Chunk, gradient: Parcel, split: bool) -> Result<Parcel, Self::Error>;
 
     /// The weights' work at the head of the queue, which is `chunk`'s.
@@ -31,6 +32,9 @@ pub trait Stages {
     /// A forward and another micro-batch's whole backward, each under the other's transfers.
     /// Returns (output of the forward, gradient of the backward's input).
     fn pair(&mut self, forward: (Chunk, Parcel), backward: (Chunk, Parcel)) -> Result<(Parcel, Parcel), Self::Error>;
+
+    /// What the computation before has put off until its results are on their way: it hides that.
+    fn rest(&mut self) -> Result<(), Self::Error>;
 }
 
 type Key = (Payload, Chunk);
@@ -54,6 +58,9 @@ struct Runner<'a> {
 pub fn run<S: Stages>(actions: &[Action], pipe: &dyn Communicator, stages: &mut S) -> Result<(), S::Error> {
     let mut runner = Runner { pipe, posted: Vec::new(), arrived: HashMap::new(), made: HashMap::new() };
     for action in actions {
+        if !matches!(action, Action::Exchange(_)) {
+            stages.rest()?;
+        }
         match *action {
             Action::Forward(chunk) => {
                 let input = runner.input(Payload::Activation, chunk)?;
@@ -75,6 +82,7 @@ pub fn run<S: Stages>(actions: &[Action], pipe: &dyn Communicator, stages: &mut 
             Action::Exchange(ref exchange) => runner.post(exchange, stages)?,
         }
     }
+    stages.rest()?;
     while !runner.posted.is_empty() {
         runner.land(0)?;
     }

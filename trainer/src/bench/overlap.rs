@@ -96,6 +96,10 @@ impl Stages for Marked<'_, '_> {
         push(&self.log, Mark::Start);
         self.inner.pair(forward, backward)
     }
+
+    fn rest(&mut self) -> Result<(), CommError> {
+        self.inner.rest()
+    }
 }
 
 /// From one posted transfer or wait to the next.

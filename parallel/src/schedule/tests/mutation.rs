@@ -2,10 +2,12 @@
 //! run over real threads it then gives the same result, bit for bit, within the same memory and bubble.
 
 use super::*;
+use crate::comm::counted::{Traffic, counted};
 use crate::comm::local::run_local;
 use crate::comm::{CommError, TensorSpec};
 use crate::schedule::run::{Parcel, Stages, run};
 use std::collections::{HashMap, VecDeque};
+use std::rc::Rc;
 use tch::{Device, Kind, Tensor};
 
 /// Deterministic: a failure can be repeated.
@@ -24,8 +26,14 @@ struct Hashing {
     num_ranks: usize,
     inputs: HashMap<Chunk, i64>,
     queue: VecDeque<(Chunk, i64)>,
+    rest: Option<(Chunk, i64)>,
     /// The weights' gradients, one entry a micro-batch.
     weights: Vec<(Chunk, i64)>,
+    /// Results so far, each of eight bytes, and what of all was sent.
+    made: u64,
+    traffic: Rc<Traffic>,
+    /// Rests that were asked for before all results were on their way.
+    early: usize,
 }
 
 fn mix(a: i64, b: i64) -> i64 {
@@ -41,8 +49,12 @@ fn value(parcel: Parcel, absent: i64) -> i64 {
 }
 
 impl Hashing {
-    fn new(rank: usize, num_ranks: usize) -> Self {
-        Hashing { rank, num_ranks, inputs: HashMap::new(), queue: VecDeque::new(), weights: Vec::new() }
+    fn new(rank: usize, num_ranks: usize, traffic: Rc<Traffic>) -> Self {
+        Hashing { rank, num_ranks, inputs: HashMap::new(), queue: VecDeque::new(), rest: None, weights: Vec::new(), made: 0, traffic, early: 0 }
+    }
+    fn make(&mut self, value: i64) -> Parcel {
+        self.made += 1;
+        parcel(value)
     }
     fn stage(&self, chunk: Chunk) -> i64 {
         chunk.stage(self.rank, self.num_ranks) as i64
@@ -59,17 +71,16 @@ impl Stages for Hashing {
         let x = value(input, chunk.micro_batch as i64 + 1);
         self.inputs.insert(chunk, x);
         let last = self.stage(chunk) + 1 == self.num_ranks as i64;
-        Ok(if last { None } else { parcel(mix(x, self.stage(chunk))) })
+        Ok(if last { None } else { self.make(mix(x, self.stage(chunk))) })
     }
     fn backward(&mut self, chunk: Chunk, gradient: Parcel, split: bool) -> Result<Parcel, CommError> {
         let dy = value(gradient, 99);
         let x = self.inputs.remove(&chunk).expect("its forward has run");
         self.queue.push_back((chunk, mix(dy, x)));
         if !split {
-            let done = self.queue.pop_back().expect("just pushed");
-            self.weights.push(done);
+            self.rest = self.queue.pop_back();
         }
-        Ok(if self.stage(chunk) == 0 { None } else { parcel(mix(dy, x.wrapping_add(self.stage(chunk)))) })
+        Ok(if self.stage(chunk) == 0 { None } else { self.make(mix(dy, x.wrapping_add(self.stage(chunk)))) })
     }
     fn backward_weight(&mut self, _: Chunk) -> Result<(), CommError> {
         self.weights.push(self.queue.pop_front().expect("a backward was split"));
@@ -78,17 +89,30 @@ impl Stages for Hashing {
     fn pair(&mut self, forward: (Chunk, Parcel), backward: (Chunk, Parcel)) -> Result<(Parcel, Parcel), CommError> {
         Ok((self.forward(forward.0, forward.1)?, self.backward(backward.0, backward.1, false)?))
     }
+    fn rest(&mut self) -> Result<(), CommError> {
+        if let Some(rest) = self.rest.take() {
+            self.weights.push(rest);
+            self.early += usize::from(self.traffic.inside_bytes() != 8 * self.made);
+        }
+        Ok(())
+    }
 }
 
-/// Every rank's weight gradients, sorted by micro-batch.
-fn results(lists: &[Vec<Action>]) -> Vec<Vec<(Chunk, i64)>> {
-    run_local(lists.len(), |pipe| {
-        let mut stages = Hashing::new(pipe.rank(), pipe.size());
+/// Every rank's weight gradients, sorted by micro-batch, and rests that were asked for too early.
+fn ran(lists: &[Vec<Action>]) -> (Vec<Vec<(Chunk, i64)>>, Vec<usize>) {
+    let ranks = run_local(lists.len(), |pipe| {
+        let (pipe, traffic) = counted(pipe, &vec![0; lists.len()]);
+        let mut stages = Hashing::new(pipe.rank(), pipe.size(), traffic);
         run(&lists[pipe.rank()], &*pipe, &mut stages).expect("runs to its end");
         assert!(stages.queue.is_empty() && stages.inputs.is_empty());
         stages.weights.sort_unstable();
-        stages.weights
-    })
+        (stages.weights, stages.early)
+    });
+    ranks.into_iter().unzip()
+}
+
+fn results(lists: &[Vec<Action>]) -> Vec<Vec<(Chunk, i64)>> {
+    ran(lists).0
 }
 
 #[test]
@@ -96,7 +120,8 @@ fn every_schedule_computes_what_one_rank_does() {
     for (num_ranks, num_micro_batches) in [(1, 5), (2, 8), (3, 7), (4, 8), (6, 12)] {
         for schedule in Schedule::ALL.into_iter().filter(|s| s.validate(num_ranks, num_micro_batches).is_ok()) {
             let (lists, _) = schedule.proven(num_ranks, num_micro_batches).unwrap();
-            let all = results(&lists);
+            let (all, early) = ran(&lists);
+            assert!(early.iter().all(|&early| early == 0), "{schedule} {num_ranks} {num_micro_batches}: the rest does not hide its results' way, {early:?}");
             // The chain of stages, one micro-batch after the other.
             for micro_batch in 0..num_micro_batches {
                 let mut xs = vec![micro_batch as i64 + 1];
