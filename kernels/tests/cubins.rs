@@ -27,10 +27,12 @@ fn cuobjdump(folder: &Path, cubin: &Path, what: &str) -> Option<String> {
     run.status.success().then(|| String::from_utf8_lossy(&run.stdout).into_owned())
 }
 
-/// The number after `key:` in a line of resource usage.
+/// The numbers after every `key:`, one a kernel, added up.
 fn usage(text: &str, key: &str) -> u32 {
-    let after = text.split(&format!("{key}:")).nth(1).unwrap_or_else(|| panic!("no {key} in {text}"));
-    after.chars().take_while(char::is_ascii_digit).collect::<String>().parse().expect("a number")
+    let key = format!("{key}:");
+    assert!(text.contains(&key), "no {key} in {text}");
+    let number = |after: &str| after.chars().take_while(char::is_ascii_digit).collect::<String>().parse::<u32>().expect("a number");
+    text.split(&key).skip(1).map(number).sum()
 }
 
 fn check(folder: &Path, jit: &Jit, cache: &Path, (source, entry): &(Source, &str)) -> bool {

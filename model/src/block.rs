@@ -60,7 +60,7 @@ pub struct BlockSaved {
 }
 
 /// What the block keeps of its way to the feed-forward.
-struct BeforeFfn {
+pub struct BeforeFfn {
     attention_norm: NormSaved,
     /// The norms' outputs; None: made again.
     attention_in: Option<Operand>,
@@ -106,9 +106,9 @@ impl<S: UnderWay> UnderWay for BlockSent<S> {
     }
 }
 
-/// A block between the attention and the feed-forward, either way.
+/// A block's backward between the feed-forward and the attention.
 pub struct BlockMiddle {
-    h: Tensor, // as in BlockSent
+    h: Tensor, // the residual stream's gradient
     attention_norm: NormSaved,
     attention_in: Option<Operand>,
     attention: MlaSaved,
@@ -160,39 +160,40 @@ impl Block {
     }
 
     /// x [T, D], up to the feed-forward.
-    pub fn forward_attention(&self, w: &Weights, x: Tensor, context: &BlockContext) -> BlockMiddle {
-        let (input, attention_in, attention_norm) = self.input(w, &self.attention_norm, x.shallow_clone(), &self.attention.readers());
+    pub fn forward_attention(&self, w: &Weights, x: Tensor, context: &BlockContext) -> BeforeFfn {
+        let attention_norm = self.attention_norm.statistics(x.shallow_clone());
+        let (input, attention_in) = self.input(w, &self.attention_norm, &attention_norm, &self.attention.readers());
         let mla_in = MlaIn { x: input, sequences: context.sequences, positions: context.positions.clone() };
         let (attended, attention) = self.attention.forward(w, mla_in);
-        BlockMiddle { h: x + attended, attention_norm, attention_in, attention }
+        let ffn_norm = self.ffn_norm.statistics_of_sum(&x, &attended);
+        BeforeFfn { attention_norm, attention_in, attention, ffn_norm, ffn_in: None }
     }
 
     /// y [T, D], or rows to go to the experts.
-    pub fn forward_ffn(&self, w: &Weights, middle: BlockMiddle, context: &BlockContext) -> Started<BlockOut, BlockSent<MoeDispatched>> {
-        let BlockMiddle { h, attention_norm, attention_in, attention } = middle;
-        let before = |ffn_norm, ffn_in| BeforeFfn { attention_norm, attention_in, attention, ffn_norm, ffn_in };
+    pub fn forward_ffn(&self, w: &Weights, mut before: BeforeFfn, context: &BlockContext) -> Started<BlockOut, BlockSent<MoeDispatched>> {
+        let h = before.ffn_norm.x().shallow_clone();
         match &self.ffn {
             Ffn::Dense(mlp) => {
-                let (input, ffn_in, ffn_norm) = self.input(w, &self.ffn_norm, h.shallow_clone(), &[mlp.gate_up.weight]);
+                let (input, ffn_in) = self.input(w, &self.ffn_norm, &before.ffn_norm, &[mlp.gate_up.weight]);
+                before.ffn_in = ffn_in;
                 let (out, saved) = mlp.forward(w, input);
-                let before = before(ffn_norm, ffn_in);
                 Started::Done((h + out, None, BlockSaved { before, ffn: FfnSaved::Dense(saved) }))
             }
             Ffn::Moe(moe) => {
                 // The gate reads it as it is, also in FP8 runs.
-                let (normed, ffn_norm) = self.ffn_norm.forward(w, h.shallow_clone());
-                let ffn_in = (!self.recompute.rms_norm).then(|| Operand::Own(normed.shallow_clone()));
-                Started::Sent(BlockSent { h, before: before(ffn_norm, ffn_in), moe: Box::new(moe.dispatch(w, normed, context)) })
+                let normed = self.ffn_norm.normed(w, &before.ffn_norm);
+                before.ffn_in = (!self.recompute.rms_norm).then(|| Operand::Own(normed.shallow_clone()));
+                Started::Sent(BlockSent { h, before, moe: Box::new(moe.dispatch(w, normed, context)) })
             }
         }
     }
 
     /// A norm's output as the linears read it, and what is kept of that.
-    fn input(&self, w: &Weights, norm: &RmsNorm, x: Tensor, readers: &[ParamId]) -> (Operand, Option<Operand>, NormSaved) {
+    fn input(&self, w: &Weights, norm: &RmsNorm, saved: &NormSaved, readers: &[ParamId]) -> (Operand, Option<Operand>) {
         let again = self.recompute.rms_norm;
-        let (input, saved) = norm.forward_operand(w, x, if again { Want::ROWS } else { Want::BOTH }, readers);
+        let input = norm.operand(w, saved, if again { Want::ROWS } else { Want::BOTH }, readers);
         let kept = (!again).then(|| input.share().for_weight());
-        (input, kept, saved)
+        (input, kept)
     }
 
     /// As `Moe::send`.
@@ -220,14 +221,14 @@ impl Block {
         let ffn_in = before.ffn_in.take();
         Ok(match (&self.ffn, ffn) {
             (Ffn::Dense(mlp), FfnSaved::Dense(ffn)) => {
-                let x = ffn_in.unwrap_or_else(|| self.ffn_norm.operand_again(w, &before.ffn_norm, Want::COLUMNS, &[mlp.gate_up.weight]));
+                let x = ffn_in.unwrap_or_else(|| self.ffn_norm.operand(w, &before.ffn_norm, Want::COLUMNS, &[mlp.gate_up.weight]));
                 let (dnormed, work) = mlp.backward_input(w, MlpGrad { dy: dy.shallow_clone(), x }, ffn);
                 Started::Done(self.backward_middle(w, dy, dnormed, before, FfnWorkOf::Dense(Box::new(work))))
             }
             (Ffn::Moe(moe), FfnSaved::Moe(ffn)) => {
                 let x = match ffn_in {
                     Some(Operand::Own(x)) => x,
-                    _ => self.ffn_norm.again(w, &before.ffn_norm),
+                    _ => self.ffn_norm.normed(w, &before.ffn_norm),
                 };
                 let moe = Box::new(moe.backward_dispatch(w, x, dy.shallow_clone(), *ffn)?);
                 Started::Sent(BlockSent { h: dy, before, moe })
@@ -259,7 +260,7 @@ impl Block {
     /// To the block's input gradient, [T, D].
     pub fn backward_attention(&self, w: &Weights, middle: BlockMiddle) -> (Tensor, AttentionWork) {
         let BlockMiddle { h: dh, attention_norm, attention_in, attention } = middle;
-        let again = || self.attention_norm.operand_again(w, &attention_norm, Want::COLUMNS, &self.attention.readers());
+        let again = || self.attention_norm.operand(w, &attention_norm, Want::COLUMNS, &self.attention.readers());
         let x = attention_in.unwrap_or_else(again);
         let (dnormed, attention) = self.attention.backward_input(w, MlaGrad { dy: dh.shallow_clone(), x }, attention);
         let (dx, norm) = self.attention_norm.backward_residual(w, dnormed, attention_norm, &dh);

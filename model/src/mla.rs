@@ -173,7 +173,7 @@ impl Mla {
     /// A latent as backward reads it: for Wgrad and, where the up-projection is made again, for Fprop.
     fn latent_again(&self, w: &Weights, norm: &RmsNorm, reader: &Linear, saved: &NormSaved, kept: Option<Operand>) -> Operand {
         let want = if self.recompute.mla_up_projection { Want::BOTH } else { Want::COLUMNS };
-        kept.unwrap_or_else(|| norm.operand_again(w, saved, want, &[reader.weight]))
+        kept.unwrap_or_else(|| norm.operand(w, saved, want, &[reader.weight]))
     }
 
     /// [T, H Dv]; scales are powers of two, so that quantising it again by columns loses nothing more (report §3.3.3).
@@ -219,15 +219,17 @@ impl Layer for Mla {
                 (q.shallow_clone(), QuerySaved::Direct { q })
             }
             Query::Latent { a, norm, b } => {
-                let (latent, norm) = norm.forward_operand(w, x.forward(w, a.weight), Want::BOTH, &[b.weight]);
+                let saved = norm.statistics(x.forward(w, a.weight));
+                let latent = norm.operand(w, &saved, Want::BOTH, &[b.weight]);
                 let q = self.queries(w, b, &latent, sequences, &positions);
                 let kept = keep.then(|| q.shallow_clone());
-                (q, QuerySaved::Latent { norm, latent: self.keep_latent(latent), q: kept })
+                (q, QuerySaved::Latent { norm: saved, latent: self.keep_latent(latent), q: kept })
             }
         };
         let compressed = x.forward(w, self.kv_a.weight); // [T, Lkv + R]
         let parts = compressed.split_with_sizes([self.latent, self.rotary], 1);
-        let (latent, kv_norm) = self.kv_norm.forward_operand(w, parts[0].contiguous(), Want::BOTH, &[self.kv_b.weight]);
+        let kv_norm = self.kv_norm.statistics(parts[0].contiguous());
+        let latent = self.kv_norm.operand(w, &kv_norm, Want::BOTH, &[self.kv_b.weight]);
         let rotary_key = parts[1].contiguous();
         let (k, v) = self.keys_and_values(w, &latent, &rotary_key, sequences, &positions);
         let (scale, repeatable) = (positions.softmax_scale, positions.repeatable);

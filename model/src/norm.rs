@@ -24,24 +24,30 @@ impl NormSaved {
         see(part, &self.x);
         see(part, &self.rstd);
     }
+
+    /// What was normed.
+    pub fn x(&self) -> &Tensor {
+        &self.x
+    }
 }
 
 impl RmsNorm {
-    /// As `readers` read it: in FP8 runs quantised in the pass that makes it.
-    pub fn forward_operand(&self, w: &Weights, x: Tensor, want: Want, readers: &[ParamId]) -> (Operand, NormSaved) {
-        if w.precision != Precision::Fp8 {
-            let (y, saved) = self.forward(w, x);
-            return (Operand::Own(y), saved);
-        }
+    /// Of what is to be normed.
+    pub fn statistics(&self, x: Tensor) -> NormSaved {
         let rstd = rms_norm::statistics(&x, self.eps);
-        let saved = NormSaved { x, rstd };
-        (self.operand_again(w, &saved, want, readers), saved)
+        NormSaved { x, rstd }
     }
 
-    /// What `forward_operand` made, bit for bit.
-    pub fn operand_again(&self, w: &Weights, saved: &NormSaved, want: Want, readers: &[ParamId]) -> Operand {
+    /// Of the residual sum x + y, from the pass that makes it.
+    pub fn statistics_of_sum(&self, x: &Tensor, y: &Tensor) -> NormSaved {
+        let (x, rstd) = rms_norm::add(x, y, self.eps);
+        NormSaved { x, rstd }
+    }
+
+    /// The normed rows as `readers` read them: in FP8 runs quantised in the pass that makes them.
+    pub fn operand(&self, w: &Weights, saved: &NormSaved, want: Want, readers: &[ParamId]) -> Operand {
         if w.precision != Precision::Fp8 {
-            return Operand::Own(self.again(w, saved));
+            return Operand::Own(self.normed(w, saved));
         }
         let make = Make { want, bf16: readers.iter().any(|&reader| w.sentinel.watches(reader)), rule: ScaleRule::Amax };
         let made = rms_norm::quantised(&saved.x, &saved.rstd, w.get(self.weight), make);
@@ -53,9 +59,8 @@ impl RmsNorm {
         rms_norm::backward_add(&dy, &saved.x, &saved.rstd, w.get(self.weight), Some(residual))
     }
 
-    /// What forward made, bit for bit.
-    pub fn again(&self, w: &Weights, saved: &NormSaved) -> Tensor {
-        rms_norm::forward(&saved.x, w.get(self.weight), self.eps).0
+    pub fn normed(&self, w: &Weights, saved: &NormSaved) -> Tensor {
+        rms_norm::normed(&saved.x, &saved.rstd, w.get(self.weight))
     }
 }
 

@@ -222,14 +222,6 @@ impl Stage {
         while run.advance(w, work, &mut alone)? {}
         Ok(run.finish())
     }
-
-    /// With the weights' gradients left for later.
-    pub fn backward_input(&self, w: &Weights, dy: Option<Tensor>, saved: StageSaved) -> Result<(Option<Tensor>, StageWork), CommError> {
-        let mut work = StageWork::new();
-        let (dx, rest) = self.backward(w, dy, saved, &mut |piece| work.push(piece))?;
-        work.extend(rest);
-        Ok((dx, work))
-    }
 }
 
 /// Stats under way.

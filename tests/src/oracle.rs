@@ -86,7 +86,9 @@ impl Subject {
         let (_, stats, saved) = self.stage.forward(step, &mut self.weights, &micro_batch, StageIn::Tokens).expect("forward");
         let mut complete: Vec<(ParamId, Tensor)> = Vec::new();
         let mut grads = Grads::new(&self.weights, self.stage.uses.iter().copied(), &mut complete);
-        self.stage.backward(&self.weights, None, saved, &mut |work| self.stage.backward_weight(work, &mut grads)).expect("backward");
+        let mut make = |work| self.stage.backward_weight(work, &mut grads);
+        let (_, rest) = self.stage.backward(&self.weights, None, saved, &mut make).expect("backward");
+        rest.into_iter().for_each(make);
         grads.finish();
         self.completes_in_order(&complete);
         let mean = |sum: &Tensor, count: i64| sum.double_value(&[]) / count as f64;

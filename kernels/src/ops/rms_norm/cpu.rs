@@ -4,12 +4,15 @@ use crate::ops::quantise::activation;
 use crate::ops::wide;
 use tch::{Kind, Tensor};
 
-pub(super) fn forward(x: &Tensor, weight: &Tensor, eps: f64) -> (Tensor, Tensor) {
-    let kind = x.kind();
-    let x = x.to_kind(wide(kind));
+pub(super) fn rstd(x: &Tensor, eps: f64) -> Tensor {
+    let x = x.to_kind(wide(x.kind()));
     let mean_square = x.norm_scalaropt_dim(2.0, &[-1i64][..], true).square() / x.size()[x.dim() - 1] as f64;
-    let rstd = (mean_square + eps).rsqrt();
-    ((x * &rstd).to_kind(kind) * weight, rstd)
+    (mean_square + eps).rsqrt()
+}
+
+pub(super) fn normed(x: &Tensor, rstd: &Tensor, weight: &Tensor) -> Tensor {
+    let kind = x.kind();
+    (x.to_kind(wide(kind)) * rstd).to_kind(kind) * weight
 }
 
 pub(super) fn backward(
@@ -32,10 +35,6 @@ pub(super) fn backward(
         None => dx,
     };
     (dx.to_kind(kind), dy_normed.sum_dim_intlist(&[0i64][..], false, None))
-}
-
-pub(super) fn rstd(x: &Tensor, eps: f64) -> Tensor {
-    (x.to_kind(Kind::Float).square().mean_dim(&[-1i64][..], true, None) + eps).rsqrt()
 }
 
 pub(super) fn add(x: &Tensor, y: &Tensor, eps: f64) -> (Tensor, Tensor) {

@@ -6,7 +6,7 @@ use crate::device::{self, Kernel};
 use crate::fp8::{ScaleRule, round_up};
 use crate::jit::Source;
 use crate::launch::{Launch, Shape, aligned};
-use crate::ops::quantise::tiles::{self, Quantised, Want, flag, rule_define, shape, strides, tiles_of};
+use crate::ops::quantise::tiles::{self, Quantised, Want, rule_define, shape, strides, tiles_of};
 use std::sync::Arc;
 use tch::{Device, Kind, Tensor};
 
@@ -15,7 +15,7 @@ mod cpu;
 const TEXT: &str = include_str!("rms_norm.cu");
 /// Blocks of the backward pass, whatever the GPU: the order of the weight's gradient is part of the result.
 const BLOCKS: i64 = 132;
-/// The widest row that a block of threads holds, eight columns each.
+/// The widest row that backward's block of threads holds, eight columns each.
 const WIDEST: i64 = 7168;
 
 /// Backward's threads of a row of `d`, and rows at a time: with more than 768 threads registers get short.
@@ -39,42 +39,44 @@ pub struct Normed {
     pub y: Option<Tensor>,
 }
 
-fn source(weight: Kind, rule: ScaleRule, d: i64) -> Source {
-    let weight = ("WEIGHT_FP32", flag(weight == Kind::Float));
+fn source(rule: ScaleRule, d: i64) -> Source {
     let [row, rows] = backward_threads(d);
-    let defines = vec![rule_define(rule), weight, ("ROW", row.to_string()), ("ROWS", rows.to_string())];
+    let defines = vec![rule_define(rule), ("ROW", row.to_string()), ("ROWS", rows.to_string())];
     Source { name: "rms_norm", text: [tiles::TEXT, TEXT].concat(), defines }
 }
 
 /// Every variant, for a test that compiles them all.
 pub fn sources() -> Vec<(Source, &'static str)> {
     let variants = [(ScaleRule::Amax, 512), (ScaleRule::Amax, 1536), (ScaleRule::Amax, WIDEST), (ScaleRule::PowerOfTwo, 512)];
-    let of = |kind| variants.map(|(rule, d)| (source(kind, rule, d), "backward"));
-    [of(Kind::BFloat16), of(Kind::Float)].into_iter().flatten().collect()
+    variants.into_iter().map(|(rule, d)| (source(rule, d), "backward")).collect()
 }
 
 /// `d` matters to backward alone: one compilation for each number of threads.
-fn kernel(device: Device, entry: &str, weight: Kind, rule: ScaleRule, d: i64) -> Arc<Kernel> {
-    let key = format!("rms_norm/{weight:?}/{rule:?}/{:?}", backward_threads(d));
-    let source = || source(weight, rule, d);
+fn kernel(device: Device, entry: &str, rule: ScaleRule, d: i64) -> Arc<Kernel> {
+    let key = format!("rms_norm/{rule:?}/{:?}", backward_threads(d));
+    let source = || source(rule, d);
     device::gpu(device).kernel(&key, entry, source).expect("our own kernels compile and load")
 }
 
-/// Whether the CUDA kernels take it: BF16 rows of whole eights, and a weight of a kind that they read.
-fn on_gpu(x: &Tensor, weight: &Tensor) -> bool {
+/// Whether the CUDA kernels take it: BF16 rows of whole sixteens.
+fn on_gpu(x: &Tensor) -> bool {
     let d = x.size()[x.dim() - 1];
-    let kinds = x.kind() == Kind::BFloat16 && matches!(weight.kind(), Kind::BFloat16 | Kind::Float);
-    x.device().is_cuda() && x.dim() == 2 && kinds && d % 16 == 0 && d <= WIDEST
+    x.device().is_cuda() && x.dim() == 2 && x.kind() == Kind::BFloat16 && d % 16 == 0
 }
 
 /// x [T, D], weight [D] → y [T, D] and rstd [T, 1], which backward needs beside x.
 pub fn forward(x: &Tensor, weight: &Tensor, eps: f64) -> (Tensor, Tensor) {
-    if !on_gpu(x, weight) {
-        return cpu::forward(x, weight, eps);
-    }
     let rstd = statistics(x, eps);
+    (normed(x, &rstd, weight), rstd)
+}
+
+/// x [T, D] with its rstd → y [T, D].
+pub fn normed(x: &Tensor, rstd: &Tensor, weight: &Tensor) -> Tensor {
+    if !on_gpu(x) {
+        return cpu::normed(x, rstd, weight);
+    }
     let make = Make { want: Want { rows: false, columns: false }, bf16: true, rule: ScaleRule::Amax };
-    (quantised(x, &rstd, weight, make).y.expect("bf16 was wanted"), rstd)
+    quantised(x, rstd, weight, make).y.expect("bf16 was wanted")
 }
 
 /// dy [T, D] → (dx [T, D], dweight [D] in the statistics' kind).
@@ -84,7 +86,7 @@ pub fn backward(dy: &Tensor, x: &Tensor, rstd: &Tensor, weight: &Tensor) -> (Ten
 
 /// The same with `add` [T, D], the gradient of the residual path beside the norm, added to dx in the same pass.
 pub fn backward_add(dy: &Tensor, x: &Tensor, rstd: &Tensor, weight: &Tensor, add: Option<&Tensor>) -> (Tensor, Tensor) {
-    if !on_gpu(x, weight) {
+    if !on_gpu(x) || x.size()[1] > WIDEST {
         return cpu::backward(dy, x, rstd, weight, add);
     }
     let (t, d) = x.size2().expect("x is [T, D]");
@@ -96,19 +98,19 @@ pub fn backward_add(dy: &Tensor, x: &Tensor, rstd: &Tensor, weight: &Tensor, add
     let gpu = device::gpu(x.device());
     let [row, rows] = backward_threads(d);
     let add = add.map(aligned);
-    Launch::new(gpu, &kernel(x.device(), "backward", weight.kind(), ScaleRule::Amax, d))
+    Launch::new(gpu, &kernel(x.device(), "backward", ScaleRule::Amax, d))
         .early()
         .tensor(&dy, Kind::BFloat16)
         .tensor(&x, Kind::BFloat16)
         .tensor(rstd, Kind::Float)
-        .tensor(weight, weight.kind())
+        .tensor(weight, Kind::BFloat16)
         .tensor_or_null(add.as_ref(), Kind::BFloat16)
         .tensor(&dx, Kind::BFloat16)
         .tensor(&parts, Kind::Float)
         .int(t)
         .int(d)
         .run(Shape { grid: [blocks as usize, 1], block: (row * rows) as usize, shared_bytes: 0 });
-    Launch::new(gpu, &kernel(x.device(), "sum_parts", weight.kind(), ScaleRule::Amax, d))
+    Launch::new(gpu, &kernel(x.device(), "sum_parts", ScaleRule::Amax, d))
         .early()
         .tensor(&parts, Kind::Float)
         .tensor(&dweight, Kind::Float)
@@ -118,33 +120,29 @@ pub fn backward_add(dy: &Tensor, x: &Tensor, rstd: &Tensor, weight: &Tensor, add
     (dx, dweight)
 }
 
-/// x [T, D] BF16 → rstd [T, 1] FP32. D is a multiple of 8.
+/// x [T, D] → rstd [T, 1], FP32 or f64.
 pub fn statistics(x: &Tensor, eps: f64) -> Tensor {
-    let Device::Cuda(_) = x.device() else {
-        return cpu::rstd(x, eps);
-    };
-    on_gpu_statistics(x, None, eps)
+    if on_gpu(x) { on_gpu_statistics(&aligned(x), None, eps) } else { cpu::rstd(x, eps) }
 }
 
-/// The residual sum x + y [T, D] BF16, and its rstd [T, 1] FP32 from the same pass.
+/// The residual sum x + y [T, D], and its rstd [T, 1] from the same pass.
 pub fn add(x: &Tensor, y: &Tensor, eps: f64) -> (Tensor, Tensor) {
     assert_eq!(x.size(), y.size(), "the two sides of a residual sum");
-    let Device::Cuda(_) = x.device() else {
+    if !on_gpu(x) {
         return cpu::add(x, y, eps);
-    };
+    }
     let sum = Tensor::empty(x.size(), (x.kind(), x.device()));
-    let rstd = on_gpu_statistics(x, Some((y, &sum)), eps);
+    let rstd = on_gpu_statistics(&aligned(x), Some((&aligned(y), &sum)), eps);
     (sum, rstd)
 }
 
 fn on_gpu_statistics(x: &Tensor, add: Option<(&Tensor, &Tensor)>, eps: f64) -> Tensor {
     let (t, d) = x.size2().expect("x is [T, D]");
-    assert!(d % 8 == 0, "{d} columns: a thread reads eight");
-    let (x, rstd) = (x.contiguous(), Tensor::empty([t, 1], (Kind::Float, x.device())));
-    let kernel = kernel(x.device(), "statistics", Kind::BFloat16, ScaleRule::Amax, 1);
+    let rstd = Tensor::empty([t, 1], (Kind::Float, x.device()));
+    let kernel = kernel(x.device(), "statistics", ScaleRule::Amax, 1);
     Launch::new(device::gpu(x.device()), &kernel)
         .early()
-        .tensor(&x, Kind::BFloat16)
+        .tensor(x, Kind::BFloat16)
         .tensor_or_null(add.map(|(y, _)| y), Kind::BFloat16)
         .tensor_or_null(add.map(|(_, sum)| sum), Kind::BFloat16)
         .tensor(&rstd, Kind::Float)
@@ -154,8 +152,7 @@ fn on_gpu_statistics(x: &Tensor, add: Option<(&Tensor, &Tensor)>, eps: f64) -> T
     rstd
 }
 
-/// x [T, D] BF16 with its rstd [T, 1], weight [D] BF16 or FP32, D a multiple of 16 → the normed rows, rounded to BF16 on
-/// the way.
+/// x [T, D] with its rstd [T, 1], weight [D], all BF16, D a multiple of 16 → the normed rows, rounded to BF16 on the way.
 pub fn quantised(x: &Tensor, rstd: &Tensor, weight: &Tensor, make: Make) -> Normed {
     let Device::Cuda(_) = x.device() else {
         return cpu::quantised(x, rstd, weight, make);
@@ -165,12 +162,12 @@ pub fn quantised(x: &Tensor, rstd: &Tensor, weight: &Tensor, make: Make) -> Norm
     let x = x.contiguous();
     let quantised = Quantised::empty([t, d], 1, make.want, x.device());
     let y = make.bf16.then(|| x.empty_like());
-    let kernel = kernel(x.device(), "rms_norm", weight.kind(), make.rule, 1);
+    let kernel = kernel(x.device(), "rms_norm", make.rule, 1);
     let launch = Launch::new(device::gpu(x.device()), &kernel)
         .early()
         .tensor(&x, Kind::BFloat16)
         .tensor(rstd, Kind::Float)
-        .tensor(weight, if weight.kind() == Kind::Float { Kind::Float } else { Kind::BFloat16 })
+        .tensor(weight, Kind::BFloat16)
         .tensor_or_null(y.as_ref(), Kind::BFloat16);
     let launch = quantised.tensors(launch).int(t).int(d);
     strides(launch, [t, d], 1).run(shape(tiles_of(d), tiles_of(t)));

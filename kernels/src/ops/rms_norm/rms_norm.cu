@@ -1,7 +1,7 @@
 // y = weight · x · rstd straight into FP8 (and BF16), and the statistics rstd = 1 / sqrt(mean(x²) + eps) that it needs,
 // which fall out of the residual sum before it. Follows tile.cuh.
 //
-// Defined from outside: WEIGHT_FP32 (else BF16); for backward ROW, the threads of a row, 8 · ROW ≥ C, and ROWS at a time.
+// Defined from outside, for backward: ROW, the threads of a row, 8 · ROW ≥ C, and ROWS at a time.
 constexpr int ROW_THREADS = 128;
 
 // One block a row: sum = x + y in BF16 (y and sum may be null: then only x's statistics), rstd of the row as rounded.
@@ -37,18 +37,9 @@ extern "C" __global__ void __launch_bounds__(ROW_THREADS)
   }
 }
 
-static __device__ __forceinline__ void load_weight(float (&w)[8], const void* weight, int at, bool there) {
-  if (WEIGHT_FP32) {
-#pragma unroll
-    for (int c = 0; c < 8; c++) w[c] = there ? __ldg((const float*)weight + at + c) : 0;
-  } else {
-    unpack_bf16(w, load_eight((const u16*)weight + at, there));
-  }
-}
-
 // x, y [R, C], rstd [R]; y may be null.
 extern "C" __global__ void __launch_bounds__(THREADS, 3)
-    rms_norm(const u16* x, const float* rstd, const void* weight, u16* y, u8* values, float* scales, u8* transposed,
+    rms_norm(const u16* x, const float* rstd, const u16* weight, u16* y, u8* values, float* scales, u8* transposed,
              float* scales_transposed, int R, int C, int P, int scale_stride, int scale_stride_transposed) {
   __shared__ Scratch scratch;
   begin();
@@ -59,13 +50,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 3)
   Tile t = empty_tile<Tile>();
   const int column = column_tile * TILE + t.column, there = column < C ? place.valid_rows - t.row : 0;
   const long long first = (long long)(place.first_row + t.row) * C + column;
-  float of_row[8], w[8] = {};
+  float of_row[8], w[8];
 #pragma unroll
   for (int r = 0; r < 8; r++) {
     set_row(t, r, load_eight(x + first + (long long)r * C, r < there));
     of_row[r] = r < there ? __ldg(rstd + place.first_row + t.row + r) : 0;
   }
-  load_weight(w, weight, column, column < C);
+  unpack_bf16(w, load_eight(weight + column, column < C));
 #pragma unroll
   for (int r = 0; r < 8; r++) {
     float v[8];
@@ -81,7 +72,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 3)
 // add, the gradient of the residual path, may be null. Persistent blocks of ROWS groups of ROW threads, a row for each
 // group at a time, eight columns for each thread; the next rows are on their way while these are worked on.
 extern "C" __global__ void __launch_bounds__(ROWS* ROW, 1)
-    backward(const u16* dy, const u16* x, const float* rstd, const void* weight, const u16* add, u16* dx, float* dweights,
+    backward(const u16* dy, const u16* x, const float* rstd, const u16* weight, const u16* add, u16* dx, float* dweights,
              int R, int C) {
   constexpr int WARPS = ROW / 32;
   __shared__ float of_warp[2][ROWS * WARPS];
@@ -90,7 +81,7 @@ extern "C" __global__ void __launch_bounds__(ROWS* ROW, 1)
   const bool here = at < C;
   float dweight[8] = {}, w[8];
   begin();
-  load_weight(w, weight, at, here);
+  unpack_bf16(w, load_eight(weight + at, here));
   uint4 next_dy, next_x, next_add;
   float next_scale;
   auto load = [&](int row) {
