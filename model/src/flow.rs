@@ -90,7 +90,7 @@ impl Stage {
             Work::Experts(index, work) => self.block(index).backward_experts_weight(work, grads),
             Work::Ffn(index, work) => self.block(index).backward_ffn_weight(work, grads),
             Work::Attention(index, work) => self.block(index).backward_attention_weight(*work, grads),
-            Work::Embedding(work) => self.embedding.as_ref().expect("the first stage's work").backward_weight(work, grads),
+            Work::Embedding(work) => self.embedding.as_ref().unwrap_or_else(|| mtp().embedding()).backward_weight(work, grads),
         }
     }
 }
@@ -267,6 +267,9 @@ pub struct Backward<'a> {
     /// Weights' gradients to be made once the next transfer is under way: they hide it, and they are large, so on the links
     /// they are not to be before it. The last of them hide the way of this stage's results, or of the embedding's gradient.
     held: Vec<Work>,
+    /// MTP's part of the embedding's gradient, which the first stage owns, too, and is told of where both are at their ends:
+    /// there hosts may wait for each other, and the first stage still for this one's result.
+    mtp_embedding: Option<Work>,
 }
 
 enum BackwardAt {
@@ -281,7 +284,7 @@ impl<'a> Backward<'a> {
     /// `dy` is the gradient of `StageOut::Hidden`, none on the last stage.
     pub fn new(stage: &'a Stage, dy: Option<Tensor>, saved: StageSaved) -> Self {
         assert_eq!(dy.is_none(), stage.last.is_some(), "every stage but the last gets a gradient");
-        Backward { stage, saved, at: BackwardAt::Start(dy), dmain: None, held: Vec::new() }
+        Backward { stage, saved, at: BackwardAt::Start(dy), dmain: None, held: Vec::new(), mtp_embedding: None }
     }
 
     /// The next segment; `work` takes what the weights' gradients need. False: it was the last.
@@ -391,8 +394,12 @@ impl<'a> Backward<'a> {
     fn turn(&mut self, w: &Weights, last: &Last, dh: Tensor, saved: TurnSaved) -> Tensor {
         let dh = match last.mtp.as_ref().zip(saved.mtp) {
             Some((mtp, mtp_saved)) => {
-                let (dinner, mtp_in) = mtp.backward_in(w, dh, mtp_saved);
+                let (dinner, mtp_in, embedding) = mtp.backward_in(w, dh, mtp_saved);
                 self.held.push(Work::MtpIn(mtp_in));
+                match self.stage.embedding {
+                    Some(_) => self.held.push(Work::Embedding(embedding)),
+                    None => self.mtp_embedding = Some(Work::Embedding(embedding)),
+                }
                 let dmain = self.dmain.take().expect("made in enter");
                 let width = dmain.size()[1];
                 let per_sequence = dmain.view([saved.sequences, -1, width]);
@@ -417,6 +424,7 @@ impl<'a> Backward<'a> {
             }
             None => Some(dh),
         });
+        self.held.extend(self.mtp_embedding.take());
         false
     }
 }

@@ -55,7 +55,6 @@ impl MtpOutSaved {
 }
 
 pub struct MtpInWork {
-    embedding: EmbeddingWork,
     embedding_norm: Tensor,
     hidden_norm: Tensor,
     projection: LinearWork,
@@ -67,6 +66,11 @@ pub struct MtpOutWork {
 }
 
 impl Mtp {
+    /// The main model's.
+    pub fn embedding(&self) -> &Embedding {
+        &self.embedding
+    }
+
     /// The last of its parameters.
     pub fn last(&self) -> ParamId {
         self.norm.weight
@@ -111,14 +115,14 @@ impl Mtp {
         (dh, MtpOutWork { norm, head })
     }
 
-    /// The gradient of the block's input → that of `hidden`.
-    pub fn backward_in(&self, w: &Weights, dh: Tensor, saved: MtpInSaved) -> (Tensor, MtpInWork) {
+    /// The gradient of the block's input → that of `hidden`, and the weights', the embedding's apart.
+    pub fn backward_in(&self, w: &Weights, dh: Tensor, saved: MtpInSaved) -> (Tensor, MtpInWork, EmbeddingWork) {
         let (djoined, projection) = self.projection.backward_input(w, dh, saved.joined);
         let halves = djoined.chunk(2, 1);
         let (dhidden, hidden_norm) = self.hidden_norm.backward_input(w, halves[1].contiguous(), saved.hidden_norm);
         let (dembedded, embedding_norm) = self.embedding_norm.backward_input(w, halves[0].contiguous(), saved.embedding_norm);
         let ((), embedding) = self.embedding.backward_input(w, dembedded, saved.tokens);
-        (dhidden, MtpInWork { embedding, embedding_norm, hidden_norm, projection })
+        (dhidden, MtpInWork { embedding_norm, hidden_norm, projection }, embedding)
     }
 
     pub fn backward_out_weight(&self, work: MtpOutWork, grads: &mut Grads) {
@@ -130,6 +134,5 @@ impl Mtp {
         self.projection.backward_weight(work.projection, grads);
         self.hidden_norm.backward_weight(work.hidden_norm, grads);
         self.embedding_norm.backward_weight(work.embedding_norm, grads);
-        self.embedding.backward_weight(work.embedding, grads);
     }
 }

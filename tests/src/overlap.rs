@@ -1,9 +1,16 @@
 //! Overlap is real: in a pair every expert transfer is posted before, and waited on after, a segment of the other
 //! micro-batch.
 use crate::support::{Run, tokens};
-use model::MicroBatch;
-use parallel::comm::local::run_local;
+use kernels::Precision;
+use model::flow::Work;
+use model::mla::Positions;
+use model::stage::StageIn;
+use model::{MicroBatch, ParamTable, Stage, StepContext, Weights};
+use parallel::comm::local::{run_local, solo};
+use parallel::dispatch::ExpertGroup;
+use std::rc::Rc;
 use std::sync::{Arc, Mutex};
+use tch::{Device, Kind, Tensor};
 use tracing::field::{Field, Visit};
 use tracing_subscriber::layer::{Context, Layer, SubscriberExt};
 use trainer::phase::Plan;
@@ -112,6 +119,26 @@ fn hosts_agree_on_counts_amid_the_other_micro_batch() {
     assert!(alone.len() == MICRO_BATCHES * TRANSFERS / 2 && alone.iter().all(|before| before == "forward"));
     let amid = paired.iter().filter(|before| *before == "backward").count();
     assert_eq!((paired.len(), amid), (alone.len(), (MICRO_BATCHES - 1) * TRANSFERS / 2), "only the first forward has no partner");
+}
+
+/// Else a last stage's host could wait for the first stage's, which waits for its result.
+#[test]
+fn a_last_stage_gives_the_embeddings_gradient_once_its_result_can_be_sent() {
+    let model = Run::new("last-stage", &[]).config().model;
+    let (mut table, parts) = (ParamTable::default(), trainer::pipeline::parts(&model, 2, &[]).expect("two stages"));
+    let stage = Stage::new(&mut table, &model, &parts[1]);
+    let mut weights = Weights::initial(Rc::new(table), Precision::F64, 1, Device::Cpu);
+    let (batch, options) = (MicroBatch::new(tokens(1, &[1, 33], model.vocab_size)), (Kind::Double, Device::Cpu));
+    let positions = Positions::new(&model, None, 32, options);
+    let experts = ExpertGroup::flat(solo());
+    let step = StepContext { main_targets: 32, mtp_targets: 31, sequences: 1, mtp_weight: 0.3, balance_weight: 0.0, positions, experts };
+    let hidden = StageIn::Hidden(Tensor::ones([32, model.hidden_size], options));
+    let (_, _, saved) = stage.forward(&step, &mut weights, &batch, hidden).expect("forward");
+    let of_embedding = |work: &Work| matches!(work, Work::Embedding(_));
+    let mut before = Vec::new();
+    let (dx, rest) = stage.backward(&weights, None, saved, &mut |work| before.push(of_embedding(&work))).expect("backward");
+    assert!(dx.is_some() && before.len() > 5 && !before.contains(&true), "{before:?}");
+    assert_eq!(rest.iter().filter(|work| of_embedding(work)).count(), 1);
 }
 
 #[test]
