@@ -191,6 +191,7 @@ fn swiglu_is_the_cpus() {
         (256, vec![0, 300, 1, 128, 0], true, true),
         (512, vec![700], false, false),
         (384, vec![0, 0], true, true),
+        (192, vec![130], false, true),
     ] {
         let r = counts.iter().sum::<i64>();
         let (sizes, counts) = (counts.clone(), counts_tensor(gpu, &counts));

@@ -37,7 +37,8 @@ pub fn connect(config: &RunConfig, mesh: &Mesh, world: Comm) -> Result<Comm> {
     if world.size() == 1 || transport == Transport::Staged {
         return Ok(world);
     }
-    let mine = format!("{} {}", nodes(&*world)?[world.rank()], device::bus_id(device).unwrap_or_default());
+    let host = nodes(&*world)?[world.rank()];
+    let mine = format!("{host} {}", device::bus_id(device).unwrap_or_default());
     let mut gpus = gather_bytes(&*world, mine.as_bytes())?;
     gpus.sort_unstable();
     gpus.dedup();
@@ -48,7 +49,9 @@ pub fn connect(config: &RunConfig, mesh: &Mesh, world: Comm) -> Result<Comm> {
         }
         return Ok(world);
     }
-    let options = nccl::Options { device, node: mesh.nodes[world.rank()], peers: transport == Transport::Peer, ..Default::default() };
+    // A host may stand for several nodes, but no node's ranks reach each other's memory from host to host.
+    let node = host * world.size() + mesh.nodes[world.rank()];
+    let options = nccl::Options { device, node, peers: transport == Transport::Peer, ..Default::default() };
     Ok(nccl::connect(world, &options)?)
 }
 

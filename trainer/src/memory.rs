@@ -38,7 +38,7 @@ impl Trainer {
         let held = shim::memory(on)?;
         let master = self.weights.precision.master().elt_size_in_bytes() as i64;
         let weights = self.weights.bytes();
-        let gradients: i64 = self.zero.shards().iter().map(|shard| shard.spec(self.weights.table.spec(shard.id)).numel() * master).sum();
+        let gradients: i64 = self.weights.table.specs().iter().filter(|spec| spec.trained()).map(|spec| spec.numel() * master).sum();
         let own = |slot: &crate::optimizer::Slot| match slot.master.kind() == self.weights.get(slot.shard.id).kind() {
             true => 0,
             false => bytes(&slot.master),

@@ -113,7 +113,7 @@ pub fn round_e5m6(x: &Tensor) -> Tensor {
     Launch::new(device::gpu(x.device()), &kernel).early()
         .tensor(&x, Kind::BFloat16)
         .tensor(&y, Kind::BFloat16)
-        .int(count)
+        .int(count / 8)
         .run(shape((count / 8 + tiles::THREADS as i64 - 1) / tiles::THREADS as i64, 1));
     y
 }

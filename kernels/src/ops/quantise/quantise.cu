@@ -164,10 +164,10 @@ static __device__ __forceinline__ float e5m6(float x) {
 }
 
 // BF16 → BF16, count a multiple of 8.
-extern "C" __global__ void __launch_bounds__(THREADS) round_e5m6(const u16* x, u16* y, int count) {
+extern "C" __global__ void __launch_bounds__(THREADS) round_e5m6(const u16* x, u16* y, int eights) {
   begin();
   const long long at = ((long long)blockIdx.x * THREADS + threadIdx.x) * 8;
-  if (at >= count) return;
+  if (at / 8 >= eights) return;
   float v[8];
   unpack_bf16(v, __ldcs((const uint4*)(x + at)));
 #pragma unroll

@@ -83,7 +83,7 @@ pub fn quantised(gate_up: &Tensor, row_weight: Option<&Tensor>, counts: Option<&
 }
 
 /// dact [R, I] BF16 and what forward kept → d[gate, up] and the activation again, rounded to BF16 on the way, and
-/// d(row weight). On the GPU I is a multiple of 128.
+/// d(row weight). A tile of 128 columns must not hold gate and up together: for other I the passes are torch's.
 pub fn backward_quantised(
     dact: &Tensor,
     saved: &GateUp,
@@ -91,12 +91,10 @@ pub fn backward_quantised(
     counts: Option<&Tensor>,
     make: Make,
 ) -> FusedBackward {
-    let device = dact.device();
-    let Device::Cuda(_) = device else {
+    let (device, (r, i)) = (dact.device(), dact.size2().expect("dact is [R, I]"));
+    if !device.is_cuda() || i % 128 != 0 {
         return cpu::backward_quantised(dact, saved, row_weight, counts, make);
-    };
-    let (r, i) = dact.size2().expect("dact is [R, I]");
-    assert!(i % 128 == 0, "an intermediate size of {i}: on the GPU a tile of 128 holds no gate and up together");
+    }
     let (experts, gpu) = (num_experts(counts), device::gpu(device));
     let dgate_up = Quantised::empty([r, 2 * i], experts, make.want, device);
     let act = Quantised::empty([r, i], experts, Want { rows: false, columns: make.save }, device).columns;
