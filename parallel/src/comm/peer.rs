@@ -36,7 +36,7 @@ pub struct Slots {
 
 impl Slots {
     /// A piece costs the host some 10 µs, and is taken out while the next ones come: 8 MiB (22 µs of NVLink) are a middle.
-    /// Not more than 256 MiB an axis, however many ranks it has.
+    /// Not more than 256 MiB an axis, of up to 33 ranks that reach each other.
     pub fn of(ranks: usize) -> Self {
         let bytes = (64 << 20) / ranks.saturating_sub(1).max(1);
         Slots { count: 4, bytes: (bytes / PAGE_BYTES * PAGE_BYTES).clamp(2 << 20, 8 << 20) }
@@ -82,7 +82,6 @@ struct Link {
 
 /// What a rank tells the others of its group.
 struct Card {
-    handle: [u8; 64],
     node: u64,
     bus: [u8; 16],
 }
@@ -97,29 +96,33 @@ impl Peers {
         let failed = |e: DriverError| CommError::Lost { rank: control.rank(), size: control.size(), op: OP, reason: format!("CUDA: {e:?}") };
         let (rank, size) = (control.rank(), control.size());
         context.bind_to_thread().map_err(failed)?;
-        let each = slots.count * slots.bytes + PAGE_BYTES;
-        // A region for each other rank.
-        let region = |of: usize, writer: usize| ((writer - usize::from(writer > of)) * each) as u64;
-        let (base, card) = Card::new(context, node, (size - 1) * each).map_err(failed)?;
+        let card = Card::of(context, node).map_err(failed)?;
         let cards: Vec<Card> = gather_bytes(control, &card.bytes())?.iter().map(|bytes| Card::read(bytes)).collect();
         let reached: Vec<u8> = (0..size).map(|peer| (peer != rank && card.reaches(context, &cards[peer])) as u8).collect();
         let reached = gather_bytes(control, &reached)?;
         let near = |a: usize, b: usize| reached[a][b] == 1 && reached[b][a] == 1;
         let pairs = (0..size).flat_map(|b| (0..b).map(move |a| (a, b)));
         let refused = pairs.filter(|&(a, b)| cards[a].node == cards[b].node && !near(a, b)).count();
+        // A region for each rank that is reached, in their order.
+        let each = slots.count * slots.bytes + PAGE_BYTES;
+        let before = |of: usize, writer: usize| (0..writer).filter(|&other| near(of, other)).count() * each;
+        let bytes = before(rank, size);
+        let (base, handle) = region(bytes).map_err(failed)?;
+        let handles = gather_bytes(control, &handle)?;
         let mut links = Vec::new();
-        for (peer, card) in cards.iter().enumerate() {
+        for (peer, handle) in handles.into_iter().enumerate() {
             if !near(rank, peer) {
                 links.push(None);
                 continue;
             }
-            let (mine, theirs) = (base + region(rank, peer), open(card.handle).map_err(failed)? + region(peer, rank));
+            let theirs = open(handle.try_into().expect("64 bytes")).map_err(failed)?;
+            let (mine, theirs) = (base + before(rank, peer) as u64, theirs + before(peer, rank) as u64);
             links.push(Some(Link { mine, theirs, sent: Cell::new(0), received: Cell::new(0), direct: Default::default() }));
         }
         let stream = || context.new_stream().map_err(failed);
         let (out, into) = ([stream()?, stream()?], [stream()?, stream()?]);
         let own = control.split(0, rank)?;
-        Ok(Peers { links, out, into, slots, bytes: (size - 1) * each, refused, rank, control: own, exports: Default::default() })
+        Ok(Peers { links, out, into, slots, bytes, refused, rank, control: own, exports: Default::default() })
     }
 
     pub fn streams(&self) -> impl Iterator<Item = &Arc<CudaStream>> {
@@ -217,30 +220,22 @@ fn cut(parts: &[(CUdeviceptr, usize)], slot: usize) -> Vec<Vec<(CUdeviceptr, usi
 }
 
 impl Card {
-    /// A region of `bytes`, zeroed, for the peers to open.
-    fn new(context: &Arc<CudaContext>, node: usize, bytes: usize) -> Result<(CUdeviceptr, Card), DriverError> {
-        let (mut base, mut handle, mut bus) = (0, sys::CUipcMemHandle { reserved: [0; 64] }, [0 as c_char; 16]);
-        // SAFETY: places for one value each, the bus id's with its length; the memory is set before anyone else knows of it.
-        unsafe {
-            ok(sys::cuMemAlloc_v2(&mut base, bytes))?;
-            ok(sys::cuMemsetD8_v2(base, 0, bytes))?;
-            ok(sys::cuCtxSynchronize())?;
-            ok(sys::cuIpcGetMemHandle(&mut handle, base))?;
-            ok(sys::cuDeviceGetPCIBusId(bus.as_mut_ptr(), bus.len() as i32, context.cu_device()))?;
-        }
-        Ok((base, Card { handle: handle.reserved.map(|c| c as u8), node: node as u64, bus: bus.map(|c| c as u8) }))
+    fn of(context: &Arc<CudaContext>, node: usize) -> Result<Card, DriverError> {
+        let mut bus = [0 as c_char; 16];
+        // SAFETY: a place for the id, with its length.
+        unsafe { ok(sys::cuDeviceGetPCIBusId(bus.as_mut_ptr(), bus.len() as i32, context.cu_device()))? };
+        Ok(Card { node: node as u64, bus: bus.map(|c| c as u8) })
     }
 
     fn bytes(&self) -> Vec<u8> {
-        [&self.handle[..], &self.node.to_le_bytes(), &self.bus].concat()
+        [&self.node.to_le_bytes()[..], &self.bus].concat()
     }
 
     fn read(bytes: &[u8]) -> Card {
         let part = |from: usize, to: usize| &bytes[from..to];
         Card {
-            handle: part(0, 64).try_into().expect("64 bytes"),
-            node: u64::from_le_bytes(part(64, 72).try_into().expect("8 bytes")),
-            bus: part(72, 88).try_into().expect("16 bytes"),
+            node: u64::from_le_bytes(part(0, 8).try_into().expect("8 bytes")),
+            bus: part(8, 24).try_into().expect("16 bytes"),
         }
     }
 
@@ -260,6 +255,21 @@ impl Card {
         }
     }
 
+}
+
+/// `bytes` of this GPU, zeroed, for the peers to open; none: no peer opens it.
+fn region(bytes: usize) -> Result<(CUdeviceptr, [u8; 64]), DriverError> {
+    let (mut base, mut handle) = (0, sys::CUipcMemHandle { reserved: [0; 64] });
+    if bytes > 0 {
+        // SAFETY: places for one value each; the memory is set before anyone else knows of it.
+        unsafe {
+            ok(sys::cuMemAlloc_v2(&mut base, bytes))?;
+            ok(sys::cuMemsetD8_v2(base, 0, bytes))?;
+            ok(sys::cuCtxSynchronize())?;
+            ok(sys::cuIpcGetMemHandle(&mut handle, base))?;
+        }
+    }
+    Ok((base, handle.reserved.map(|c| c as u8)))
 }
 
 /// Maps another rank's memory. This rank's own GPU is current: opened with the other's it would work, through the host.
@@ -302,8 +312,8 @@ mod tests {
 
     #[test]
     fn a_card_reads_as_it_was_written() {
-        let card = Card { handle: std::array::from_fn(|i| 255 - i as u8), node: 1 << 40, bus: *b"0000:1b:00.0\0\0\0\0" };
+        let card = Card { node: 1 << 40, bus: *b"0000:1b:00.0\0\0\0\0" };
         let read = Card::read(&card.bytes());
-        assert_eq!((read.handle, read.node, read.bus), (card.handle, card.node, card.bus));
+        assert_eq!((read.node, read.bus), (card.node, card.bus));
     }
 }
