@@ -9,10 +9,8 @@ pub enum DataError {
     #[error("{}: cannot {doing}: {source}", path.display())]
     Io { path: PathBuf, doing: &'static str, source: std::io::Error },
 
-    #[error(
-        "no text found under {inputs}: {files} files looked at, none of the extensions {extensions} held a UTF-8 document"
-    )]
-    NoText { inputs: String, files: u64, extensions: String },
+    #[error("no text found under {inputs}: {files} files looked at, none of the extensions {extensions} held a document\n{left_out}")]
+    NoText { inputs: String, files: u64, extensions: String, left_out: String },
 
     #[error("{}: {reason}", path.display())]
     BadInput { path: PathBuf, reason: String },
@@ -26,7 +24,7 @@ pub enum DataError {
     #[error("{}: already holds a prepared corpus; choose another --out or remove it", path.display())]
     OutputExists { path: PathBuf },
 
-    #[error("{}: holds an unfinished prepare of other inputs or options; remove it, or repeat the command that started it", path.display())]
+    #[error("{}: holds an unfinished prepare with other options; remove it, or repeat the command that started it", path.display())]
     OtherPrepare { path: PathBuf },
 
     #[error("{}: not a manifest of this format: {reason}", path.display())]

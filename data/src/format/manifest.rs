@@ -1,6 +1,8 @@
 //! `manifest.json`: the small file that makes a folder a corpus. It is renamed into place last, so
 //! a folder without it is unfinished.
 
+use std::collections::BTreeMap;
+
 use serde::{Deserialize, Serialize};
 
 use super::Split;
@@ -50,6 +52,20 @@ pub struct Recipe {
     pub skipped_files: u64,
     pub text_bytes: u64,
     pub duplicates: u64,
+    /// What was not read, by reason.
+    #[serde(default)]
+    pub left_out: BTreeMap<String, LeftOut>,
+}
+
+/// Files that were left out for one reason.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct LeftOut {
+    pub files: u64,
+    pub bytes: u64,
+    /// Below the input it was found under.
+    pub largest: String,
+    pub largest_bytes: u64,
 }
 
 impl Manifest {

@@ -7,7 +7,7 @@ use crate::{DataError, is_url};
 /// Turn text into tokenised, shuffled parquet shards.
 #[derive(clap::Args, Clone, Debug, serde::Serialize)]
 pub struct PrepareArgs {
-    /// Files and folders of text, JSONL (.gz, .zst) or parquet; folders are walked. s3://bucket/prefix
+    /// Files and folders of text, JSONL (.gz, .zst) or parquet; folders are walked and links followed. s3://bucket/prefix
     /// and gs://bucket/prefix too, with the credentials, region and endpoint of the environment.
     #[arg(required = true, value_name = "PATH")]
     pub inputs: Vec<PathBuf>,
@@ -47,9 +47,9 @@ pub struct PrepareArgs {
     #[arg(long, value_name = "BYTES")]
     pub max_bytes: Option<u64>,
 
-    /// Skip text files larger than this (generated tables, vendored bundles).
-    #[arg(long, value_name = "BYTES", default_value_t = 2 << 20)]
-    pub max_file_bytes: u64,
+    /// Leave out text files larger than this (generated tables, vendored bundles); no limit if not given.
+    #[arg(long, value_name = "BYTES")]
+    pub max_file_bytes: Option<u64>,
 
     /// Extensions to read, separated by commas. jsonl, json.gz, jsonl.zst and parquet are taken
     /// apart into documents; a file of any other extension is one document.
@@ -99,7 +99,7 @@ impl PrepareArgs {
             seed: 0,
             threads: 0,
             max_bytes: None,
-            max_file_bytes: 2 << 20,
+            max_file_bytes: None,
             extensions: DEFAULT_EXTENSIONS.map(String::from).to_vec(),
             text_column: "text".into(),
             fim_rate: 0.0,
@@ -117,6 +117,11 @@ impl PrepareArgs {
                 self.out.display(),
                 "must be a local folder: its files are renamed into place; copy it to a store afterwards",
             ));
+        }
+        let paths = self.inputs.iter().map(|input| ("PATH", input)).chain([("--out", &self.out)]);
+        let mut paths = paths.chain(self.tokenizer.iter().map(|tokenizer| ("--tokenizer", tokenizer)));
+        if let Some((option, path)) = paths.find(|(_, path)| path.to_str().is_none()) {
+            return Err(DataError::bad_option(option, path.display(), "is not UTF-8"));
         }
         let rates = [("--held-out", self.held_out), ("--fim-rate", self.fim_rate), ("--split-rate", self.split_rate)];
         if let Some((option, rate)) = rates.into_iter().find(|(_, rate)| !(0.0..=1.0).contains(rate)) {

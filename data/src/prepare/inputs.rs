@@ -1,13 +1,18 @@
-//! Which files a corpus is read from. Invariant: the list depends on names, sizes and the seed
-//! only, never on the order in which a folder happens to be listed or on where it lies.
+//! Which files a corpus is read from. Links are followed. Invariants: the list depends on names, sizes and the seed
+//! only, never on the order in which a folder happens to be listed or on where it lies; what is met and not listed is
+//! counted in `left_out`.
 
-use std::fs;
+use std::collections::HashSet;
+use std::fs::{self, Metadata};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use super::args::PrepareArgs;
+use super::left_out::{self, LeftOuts};
 use super::remote::{RemoteFile, RemoteFolder};
 use crate::DataError;
+use crate::format::manifest::{FORMAT, MANIFEST_FILE};
 use crate::store::Location;
 
 /// How a file is taken apart into documents.
@@ -36,6 +41,8 @@ pub(super) struct InputFile {
     /// Relative to the input it was found under: the same wherever the corpus lies.
     pub name: PathBuf,
     pub bytes: u64,
+    /// When it was written last, or an object's tag: work on an older version is not taken over.
+    pub version: String,
     pub kind: Kind,
     /// Read no more text than this.
     pub limit: Option<u64>,
@@ -50,9 +57,11 @@ impl InputFile {
     }
 }
 
-/// All wanted files, and how many others were passed over.
-pub(super) fn list(args: &PrepareArgs) -> Result<(Vec<InputFile>, u64), DataError> {
-    let mut found = Found { args, files: Vec::new(), passed: 0 };
+/// All wanted files, and what else there was.
+pub(super) fn list(args: &PrepareArgs) -> Result<(Vec<InputFile>, LeftOuts), DataError> {
+    let own = [args.out.clone(), args.out.with_added_extension("partial")];
+    let own = own.iter().filter_map(|folder| folder.canonicalize().ok()).collect();
+    let mut found = Found { args, own, files: Vec::new(), left_out: LeftOuts::default(), visited: HashSet::new(), links: Vec::new() };
     for input in &args.inputs {
         match Location::parse(input)? {
             Location::Remote { .. } => list_remote(input, &mut found)?,
@@ -60,77 +69,143 @@ pub(super) fn list(args: &PrepareArgs) -> Result<(Vec<InputFile>, u64), DataErro
                 let meta = fs::metadata(&path).map_err(DataError::io(&path, "open"))?;
                 match meta.is_dir() {
                     true => walk(&path, Path::new(""), &mut found)?,
-                    false => found.named(&path, meta.len(), None),
+                    false => found.named(&path, None, meta.len(), changed(&meta))?,
                 }
             }
         }
     }
-    let Found { mut files, passed, .. } = found;
-    files.sort_by(|a, b| a.name.cmp(&b.name));
+    let Found { mut files, mut left_out, .. } = found;
+    files.sort_by(|a, b| (&a.name, &a.path).cmp(&(&b.name, &b.path)));
+    // Inputs may overlap.
+    files.dedup_by(|a, b| a.path == b.path);
     if let Some(max_bytes) = args.max_bytes {
-        take_about(&mut files, max_bytes, args.seed);
+        take_about(&mut files, max_bytes, args.seed, &mut left_out);
     }
-    Ok((files, passed))
+    Ok((files, left_out))
 }
 
 struct Found<'a> {
     args: &'a PrepareArgs,
+    /// The output and the folder it is made in.
+    own: Vec<PathBuf>,
     files: Vec<InputFile>,
-    passed: u64,
+    left_out: LeftOuts,
+    /// Device and inode of every folder walked.
+    visited: HashSet<(u64, u64)>,
+    /// Links to folders under the input that is being walked.
+    links: Vec<PathBuf>,
 }
 
 impl Found<'_> {
     /// A file named outright is wanted whatever its extension and size.
-    fn named(&mut self, path: &Path, bytes: u64, remote: Option<RemoteFile>) {
+    fn named(&mut self, path: &Path, remote: Option<RemoteFile>, bytes: u64, version: String) -> Result<(), DataError> {
         let name = PathBuf::from(path.file_name().unwrap_or(path.as_os_str()));
         let kind = kind_of(&name, None).unwrap_or(Kind::Text);
-        self.files.push(InputFile { path: path.to_owned(), remote, name, bytes, kind, limit: None });
+        self.take(InputFile { path: path.to_owned(), remote, name, bytes, version, kind, limit: None })
     }
 
     /// A file met in a folder.
-    fn met(&mut self, path: PathBuf, name: PathBuf, bytes: u64, remote: Option<RemoteFile>) {
-        match kind_of(&name, Some(&self.args.extensions)) {
-            Some(Kind::Text) if bytes > self.args.max_file_bytes => self.passed += 1,
-            Some(kind) if bytes > 0 => self.files.push(InputFile { path, remote, name, bytes, kind, limit: None }),
-            _ => self.passed += 1,
+    fn met(&mut self, path: PathBuf, name: PathBuf, remote: Option<RemoteFile>, bytes: u64, version: String) -> Result<(), DataError> {
+        let reason = match kind_of(&name, Some(&self.args.extensions)) {
+            None => left_out::OTHER_EXTENSION,
+            Some(_) if bytes == 0 => left_out::EMPTY,
+            Some(Kind::Text) if self.args.max_file_bytes.is_some_and(|most| bytes > most) => left_out::TOO_LARGE,
+            Some(kind) => return self.take(InputFile { path, remote, name, bytes, version, kind, limit: None }),
+        };
+        self.left_out.add(reason, &name, bytes);
+        Ok(())
+    }
+
+    /// Names are written down, so they must be text.
+    fn take(&mut self, file: InputFile) -> Result<(), DataError> {
+        if file.path.to_str().is_none() {
+            return Err(DataError::BadInput { path: file.path, reason: "its path is not UTF-8; rename it".into() });
         }
+        self.files.push(file);
+        Ok(())
     }
 }
 
 fn list_remote(input: &Path, found: &mut Found) -> Result<(), DataError> {
     let folder = Arc::new(RemoteFolder::open(input)?);
-    for (name, bytes) in folder.list()? {
+    for (name, bytes, version) in folder.list()? {
         let remote = Some(RemoteFile::new(folder.clone(), &name, bytes));
         match name.is_empty() {
-            true => found.named(input, bytes, remote),
-            false => found.met(input.join(&name), name.into(), bytes, remote),
+            true => found.named(input, remote, bytes, version)?,
+            false => found.met(input.join(&name), name.into(), remote, bytes, version)?,
         }
     }
     Ok(())
 }
 
+/// All below `root`, then what links lead to, unless that has been walked: a link may lead in a circle.
 fn walk(root: &Path, under: &Path, found: &mut Found) -> Result<(), DataError> {
-    let folder = root.join(under);
-    let unreadable = || DataError::io(&folder, "list");
-    for entry in fs::read_dir(&folder).map_err(unreadable())? {
-        let entry = entry.map_err(unreadable())?;
-        let name = under.join(entry.file_name());
-        // A link may lead in a circle; what it points to is found where it lies.
-        let kind = entry.file_type().map_err(unreadable())?;
-        if kind.is_dir() {
-            walk(root, &name, found)?;
-        } else if kind.is_file() {
-            let path = entry.path();
-            let bytes = entry.metadata().map_err(DataError::io(&path, "look at"))?.len();
-            found.met(path, name, bytes, None);
+    walk_folder(root, under, found)?;
+    // Those that a link's own folder holds come last.
+    while !found.links.is_empty() {
+        let mut links = std::mem::take(&mut found.links);
+        links.sort();
+        for link in links {
+            let path = root.join(&link);
+            let meta = fs::metadata(&path).map_err(DataError::io(&path, "look at"))?;
+            if !found.visited.contains(&(meta.dev(), meta.ino())) {
+                walk_folder(root, &link, found)?;
+            }
         }
     }
     Ok(())
+}
+
+fn walk_folder(root: &Path, under: &Path, found: &mut Found) -> Result<(), DataError> {
+    let folder = root.join(under);
+    let unreadable = || DataError::io(&folder, "list");
+    if found.own.contains(&folder.canonicalize().map_err(unreadable())?) {
+        return Ok(());
+    }
+    if prepared(&folder) {
+        found.left_out.add(left_out::PREPARED, &folder, 0);
+        return Ok(());
+    }
+    let meta = fs::metadata(&folder).map_err(unreadable())?;
+    found.visited.insert((meta.dev(), meta.ino()));
+    for entry in fs::read_dir(&folder).map_err(unreadable())? {
+        let entry = entry.map_err(unreadable())?;
+        let (path, name) = (entry.path(), under.join(entry.file_name()));
+        let is_link = entry.file_type().map_err(unreadable())?.is_symlink();
+        let meta = match fs::metadata(&path) {
+            Err(_) if is_link => {
+                found.left_out.add(left_out::LINK, &name, 0);
+                continue;
+            }
+            meta => meta.map_err(DataError::io(&path, "look at"))?,
+        };
+        match () {
+            () if meta.is_dir() && is_link => found.links.push(name),
+            () if meta.is_dir() => walk_folder(root, &name, found)?,
+            () if meta.is_file() => found.met(path, name, None, meta.len(), changed(&meta))?,
+            () => found.left_out.add(left_out::NOT_A_FILE, &name, 0),
+        }
+    }
+    Ok(())
+}
+
+fn changed(meta: &Metadata) -> String {
+    format!("{}.{:09}", meta.mtime(), meta.mtime_nsec())
+}
+
+/// Whether a folder is a corpus, or one in the making: its shards are no input.
+fn prepared(folder: &Path) -> bool {
+    let (family, _) = FORMAT.rsplit_once('-').expect("a format has a number");
+    [MANIFEST_FILE, "job"].iter().any(|name| {
+        let small = fs::metadata(folder.join(name)).is_ok_and(|meta| meta.is_file() && meta.len() < 1 << 20);
+        let text = if small { fs::read_to_string(folder.join(name)).unwrap_or_default() } else { String::new() };
+        text.contains(&format!("\"format\": \"{family}-"))
+    })
 }
 
 /// None if `wanted` is given and does not name the extension.
 fn kind_of(name: &Path, wanted: Option<&[String]>) -> Option<Kind> {
-    let name = name.file_name()?.to_str()?.to_ascii_lowercase();
+    let name = name.file_name()?.to_string_lossy().to_ascii_lowercase();
     let ends = |extension: &str| name.strip_suffix(extension).is_some_and(|stem| stem.len() > 1 && stem.ends_with('.'));
     if wanted.is_some_and(|wanted| !wanted.iter().any(|extension| ends(extension.trim_start_matches('.')))) {
         return None;
@@ -146,7 +221,7 @@ fn kind_of(name: &Path, wanted: Option<&[String]>) -> Option<Kind> {
 }
 
 /// Keeps files in a seeded order until they hold about `max_bytes`; the last one is cut short.
-fn take_about(files: &mut Vec<InputFile>, max_bytes: u64, seed: u64) {
+fn take_about(files: &mut Vec<InputFile>, max_bytes: u64, seed: u64, left_out: &mut LeftOuts) {
     let place = |file: &InputFile| {
         let mut hasher = blake3::Hasher::new_derive_key("tiefsee prepare file order 1");
         hasher.update(&seed.to_le_bytes()).update(file.name.as_os_str().as_encoded_bytes());
@@ -156,6 +231,9 @@ fn take_about(files: &mut Vec<InputFile>, max_bytes: u64, seed: u64) {
     let mut rest = max_bytes;
     files.retain_mut(|file| {
         let taken = rest > 0;
+        if !taken {
+            left_out.add(left_out::BEYOND_MAX_BYTES, &file.name, file.bytes);
+        }
         file.limit = (file.kind != Kind::Text).then_some(rest);
         rest = rest.saturating_sub(file.bytes);
         taken

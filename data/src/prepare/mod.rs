@@ -3,7 +3,7 @@
 //!     inputs → documents → spill (shuffle, split and de-duplicate by key) → BPE → encode → index → manifest
 //!
 //! Everything is made in `OUT.partial` and renamed to OUT at the very end. Each stage leaves durable
-//! pieces that a later run of the same command takes over, so a killed prepare continues.
+//! pieces that a later run of the same command takes over (see `work`), so a killed prepare continues.
 //! Invariant: the folder's bytes are a function of the inputs' names and contents and the options,
 //! whatever the number of threads and interruptions.
 
@@ -13,10 +13,12 @@ mod documents;
 mod durable;
 mod encode;
 mod inputs;
+mod left_out;
 mod remote;
 mod spill;
 mod summary;
 mod transform;
+mod work;
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -31,9 +33,11 @@ use crate::{DataError, Split};
 pub use args::PrepareArgs;
 use encode::{Encoder, ShardDone};
 use inputs::InputFile;
+use left_out::LeftOuts;
 use spill::{GroupDone, Spill, Unit, Units};
 pub use summary::PrepareSummary;
 pub use transform::undo as decode_document;
+use work::{Job, Work};
 
 /// Input is read in groups of files of about this size; more where there would be too many groups.
 const GROUP_BYTES: u64 = 8 << 20;
@@ -51,57 +55,35 @@ struct Prepare<'a> {
     args: &'a PrepareArgs,
     started: Instant,
     files: Vec<InputFile>,
-    passed: u64,
-    work: PathBuf,
-    _lock: fs::File,
+    left_out: LeftOuts,
+    work: Work,
 }
 
 impl<'a> Prepare<'a> {
     /// Lists the inputs, then takes over the work folder or makes one.
     fn start(args: &'a PrepareArgs) -> Result<Prepare<'a>, DataError> {
         let started = Instant::now();
-        let (files, passed) = inputs::list(args)?;
+        work::check(&args.out)?;
+        let (files, left_out) = inputs::list(args)?;
         if files.is_empty() {
-            return Err(no_text(args, passed));
+            return Err(no_text(args, &left_out));
         }
-        let job = serde_json::json!({"format": FORMAT, "options": args, "files": files});
-        let job = blake3::hash(job.to_string().as_bytes()).to_hex().to_string();
-        let work = args.out.with_added_extension("partial");
-        let job_file = work.join("job");
-        let found = fs::read_to_string(&job_file).ok();
-        if args.out.join(MANIFEST_FILE).exists() && found.as_ref() != Some(&job) {
-            return Err(DataError::OutputExists { path: args.out.clone() });
-        }
-        if found.is_some_and(|found| found != job) {
-            return Err(DataError::OtherPrepare { path: work });
-        }
-        durable::make_folder(&work)?;
-        let lock = fs::File::create(work.join("lock")).map_err(DataError::io(&work, "lock"))?;
-        if lock.try_lock().is_err() {
-            return Err(DataError::BadInput { path: work, reason: "another prepare is at work here".into() });
-        }
-        durable::write_bytes(&job_file, job.as_bytes())?;
-        Ok(Prepare { args, started, files, passed, work, _lock: lock })
+        let hash = |value: serde_json::Value| blake3::hash(value.to_string().as_bytes()).to_hex().to_string();
+        let (options, inputs) = (hash(serde_json::json!(args)), hash(serde_json::json!(files)));
+        let work = Work::claim(&args.out, &Job { format: FORMAT.into(), options, inputs })?;
+        Ok(Prepare { args, started, files, left_out, work })
     }
 
     fn run(&self) -> Result<PrepareSummary, DataError> {
-        let out = self.work.join("out");
+        let out = self.work.folder.join("out");
         // An earlier run may have come as far as the last renames.
         if !self.args.out.join(MANIFEST_FILE).exists() {
             if !out.join(MANIFEST_FILE).exists() {
-                let made = self.make(&out);
-                // A full disk or a failing store can be mended and the work continued; a bad input or option
-                // is another job once it is mended, so nothing of this one is left behind.
-                if made.as_ref().is_err_and(|error| {
-                    !matches!(error, DataError::Io { .. } | DataError::Store { .. } | DataError::Refused { .. })
-                }) {
-                    self.remove_work()?;
-                }
-                made?;
+                self.make(&out).inspect_err(|error| self.keep_or_remove(error))?;
             }
             durable::rename(&out, &self.args.out)?;
         }
-        self.remove_work()?;
+        self.work.remove()?;
         let path = self.args.out.join(MANIFEST_FILE);
         let manifest = durable::read_json(&path)?.expect("the manifest was there a moment ago");
         let summary = PrepareSummary::new(&manifest, self.args.out.clone(), self.started.elapsed().as_secs_f64());
@@ -109,22 +91,20 @@ impl<'a> Prepare<'a> {
         Ok(summary)
     }
 
-    /// The job file goes last: while it is there, the same command knows that it is its own.
-    fn remove_work(&self) -> Result<(), DataError> {
-        for folder in ["spill", "done", "out"].map(|name| self.work.join(name)) {
-            match fs::remove_dir_all(&folder) {
-                Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-                    return Err(DataError::io(folder, "remove")(error));
-                }
-                _ => {}
-            }
+    /// Nothing serves a run with other options; anything else can be mended and the work continued.
+    fn keep_or_remove(&self, error: &DataError) {
+        let removed = match error {
+            DataError::NoText { .. } | DataError::BadOption { .. } => self.work.remove(),
+            _ => Ok(tracing::warn!(folder = %self.work.folder.display(), "what is done is kept; once the error is mended the same command goes on")),
+        };
+        if let Err(left) = removed {
+            tracing::warn!(%left, "the work folder stays");
         }
-        fs::remove_dir_all(&self.work).map_err(DataError::io(&self.work, "remove"))
     }
 
     /// All stages, up to and with the manifest.
     fn make(&self, out: &Path) -> Result<(), DataError> {
-        let (spills, done) = (self.work.join("spill"), self.work.join("done"));
+        let (spills, done) = (self.work.folder.join("spill"), self.work.folder.join("done"));
         [out, &spills, &done].into_iter().try_for_each(durable::make_folder)?;
         let text: u64 = self.files.iter().map(InputFile::text_estimate).sum();
         let units = Units::new(self.args.held_out, text, self.args.shard_mib << 20);
@@ -132,8 +112,10 @@ impl<'a> Prepare<'a> {
         let groups = self.read_inputs(&spill)?;
         let parts = spill.parts(&groups);
         let documents: u64 = groups.iter().map(|group| group.documents).sum();
+        let mut left_out = self.left_out.clone();
+        groups.iter().for_each(|group| left_out.merge(&group.left_out));
         if documents == 0 {
-            return Err(no_text(self.args, self.files.len() as u64 + self.passed));
+            return Err(no_text(self.args, &left_out));
         }
         let tokenizer = self.tokenizer(out, &parts, units)?;
         let end_token = tokenizer.end_token(self.args.end_token.as_deref())?;
@@ -154,7 +136,7 @@ impl<'a> Prepare<'a> {
             end_token,
             tokenizer_blake3: hash_file(&out.join(TOKENIZER_FILE))?,
             unigram_entropy: summary::unigram_entropy(held_out.iter().map(|(_, done)| done.counts.as_slice())),
-            prepare: self.recipe(&groups, train.iter().chain(&held_out).map(|(_, done)| done.duplicates).sum()),
+            prepare: self.recipe(&groups, left_out, train.iter().chain(&held_out).map(|(_, done)| done.duplicates).sum()),
             train: stream(Split::Train, &train)?,
             held_out: stream(Split::HeldOut, &held_out)?,
         };
@@ -178,8 +160,8 @@ impl<'a> Prepare<'a> {
             rest = after;
         }
         let bar = bar("reading", total);
-        let read = groups.par_iter().enumerate().map(|(number, files)| {
-            let done = spill.add_group(number, files, &self.args.text_column)?;
+        let read = groups.par_iter().map(|files| {
+            let done = spill.add_group(files, &self.args.text_column)?;
             bar.inc(files.iter().map(|file| file.bytes).sum());
             Ok(done)
         });
@@ -246,7 +228,7 @@ impl<'a> Prepare<'a> {
         Ok(shards)
     }
 
-    fn recipe(&self, groups: &[GroupDone], duplicates: u64) -> Recipe {
+    fn recipe(&self, groups: &[GroupDone], left_out: LeftOuts, duplicates: u64) -> Recipe {
         let sum = |field: fn(&GroupDone) -> u64| groups.iter().map(field).sum::<u64>();
         Recipe {
             seed: self.args.seed,
@@ -254,9 +236,10 @@ impl<'a> Prepare<'a> {
             fim_rate: self.args.fim_rate,
             split_rate: self.args.split_rate,
             files: self.files.len() as u64,
-            skipped_files: sum(|group| group.skipped_files),
+            skipped_files: left_out.0.get(left_out::NOT_TEXT).map_or(0, |some| some.files),
             text_bytes: sum(|group| group.text_bytes),
             duplicates,
+            left_out: left_out.0,
         }
     }
 }
@@ -273,9 +256,9 @@ fn first_filled(parts: &[PathBuf], units: Units) -> Result<Option<u32>, DataErro
     Ok(None)
 }
 
-fn no_text(args: &PrepareArgs, files: u64) -> DataError {
+fn no_text(args: &PrepareArgs, left_out: &LeftOuts) -> DataError {
     let inputs: Vec<String> = args.inputs.iter().map(|input| input.display().to_string()).collect();
-    DataError::NoText { inputs: inputs.join(", "), files, extensions: args.extensions.join(", ") }
+    DataError::NoText { inputs: inputs.join(", "), extensions: args.extensions.join(", "), files: left_out.files(), left_out: left_out.to_string() }
 }
 
 fn hash_file(path: &Path) -> Result<String, DataError> {

@@ -34,9 +34,9 @@ impl RemoteFolder {
         })
     }
 
-    /// As `Store::list`.
-    pub fn list(&self) -> Result<Vec<(String, u64)>, DataError> {
-        self.runtime.block_on(self.store.list())
+    /// As `Store::list_versions`.
+    pub fn list(&self) -> Result<Vec<(String, u64, String)>, DataError> {
+        self.runtime.block_on(self.store.list_versions())
     }
 }
 

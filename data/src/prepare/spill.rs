@@ -7,7 +7,8 @@
 //!
 //! A group of input files spills into part files, `GROUP-PART`: a table of units + 1 offsets, then
 //! the units' records (key 16, length 4, text). `GROUP.json` is written when all parts are
-//! durable; a restart repeats only groups without one.
+//! durable; a restart repeats only groups without one. GROUP is a hash of all that the parts depend on, so a group
+//! whose files have changed is another.
 
 use std::fs::File;
 use std::io::Write;
@@ -17,6 +18,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use super::inputs::InputFile;
+use super::left_out::{self, LeftOuts};
 use super::{documents, durable};
 use crate::{DataError, Split};
 
@@ -30,7 +32,7 @@ const LONGEST_DOCUMENT: usize = 1 << 30;
 pub(super) type Key = [u8; 16];
 
 /// How the key space is cut into units: first the held-out ones, then those of the train split.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Serialize)]
 pub(super) struct Units {
     pub held_out: u32,
     pub train: u32,
@@ -71,11 +73,13 @@ impl Units {
 /// What a finished group reports.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub(super) struct GroupDone {
+    /// The group's name, which its part files begin with.
+    pub name: String,
     pub parts: u32,
     pub documents: u64,
     pub held_out_documents: u64,
     pub text_bytes: u64,
-    pub skipped_files: u64,
+    pub left_out: LeftOuts,
 }
 
 /// The folder of part files.
@@ -87,12 +91,13 @@ pub(super) struct Spill {
 
 impl Spill {
     /// Reads one group of files, unless an earlier run has.
-    pub fn add_group(&self, number: usize, files: &[InputFile], column: &str) -> Result<GroupDone, DataError> {
-        let done_file = self.folder.join(format!("{number}.json"));
+    pub fn add_group(&self, files: &[InputFile], column: &str) -> Result<GroupDone, DataError> {
+        let name = self.group_name(files, column);
+        let done_file = self.folder.join(format!("{name}.json"));
         if let Some(done) = durable::read_json(&done_file)? {
             return Ok(done);
         }
-        let mut done = GroupDone::default();
+        let mut done = GroupDone { name, ..GroupDone::default() };
         let mut buffers = vec![Vec::new(); self.units.count() as usize];
         let (mut gathered, mut failure) = (0, None);
         for file in files {
@@ -104,24 +109,30 @@ impl Spill {
                 }
                 gathered += self.gather(text, &mut buffers, &mut done);
                 if gathered >= PART_BYTES && failure.is_none() {
-                    failure = self.write_part(number, done.parts, &mut buffers).err();
+                    failure = self.write_part(&done.name, done.parts, &mut buffers).err();
                     done.parts += 1;
                     gathered = 0;
                 }
             };
             if !documents::read(file, column, &mut each)? {
-                done.skipped_files += 1;
+                done.left_out.add(left_out::NOT_TEXT, &file.name, file.bytes);
             }
             if let Some(error) = failure.take() {
                 return Err(error);
             }
         }
         if gathered > 0 {
-            self.write_part(number, done.parts, &mut buffers)?;
+            self.write_part(&done.name, done.parts, &mut buffers)?;
             done.parts += 1;
         }
         durable::write_json(&done_file, &done)?;
         Ok(done)
+    }
+
+    fn group_name(&self, files: &[InputFile], column: &str) -> String {
+        let paths: Vec<&Path> = files.iter().map(|file| file.path.as_path()).collect();
+        let made_of = serde_json::json!([files, paths, column, self.seed, self.units]);
+        blake3::hash(made_of.to_string().as_bytes()).to_hex()[..32].to_owned()
     }
 
     fn gather(&self, text: &str, buffers: &mut [Vec<u8>], done: &mut GroupDone) -> usize {
@@ -143,7 +154,7 @@ impl Spill {
         hasher.finalize().as_bytes()[..16].try_into().expect("16 of 32 bytes")
     }
 
-    fn write_part(&self, group: usize, part: u32, buffers: &mut [Vec<u8>]) -> Result<(), DataError> {
+    fn write_part(&self, group: &str, part: u32, buffers: &mut [Vec<u8>]) -> Result<(), DataError> {
         let path = self.part_file(group, part);
         durable::write(&path, |file| {
             let mut offset = (buffers.len() as u64 + 1) * 8;
@@ -161,14 +172,13 @@ impl Spill {
         })
     }
 
-    fn part_file(&self, group: usize, part: u32) -> PathBuf {
+    fn part_file(&self, group: &str, part: u32) -> PathBuf {
         self.folder.join(format!("{group}-{part}"))
     }
 
     /// All part files, given how many each group has.
     pub fn parts(&self, groups: &[GroupDone]) -> Vec<PathBuf> {
-        let of_group = |(group, done): (usize, &GroupDone)| (0..done.parts).map(move |part| (group, part));
-        groups.iter().enumerate().flat_map(of_group).map(|(group, part)| self.part_file(group, part)).collect()
+        groups.iter().flat_map(|group| (0..group.parts).map(|part| self.part_file(&group.name, part))).collect()
     }
 }
 

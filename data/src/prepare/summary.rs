@@ -4,7 +4,8 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::path::PathBuf;
 
-use crate::format::manifest::Manifest;
+use super::left_out::LeftOuts;
+use crate::format::manifest::{LeftOut, Manifest};
 
 /// The figures of a finished corpus.
 #[derive(Clone, Debug, PartialEq, serde::Serialize)]
@@ -12,6 +13,8 @@ pub struct PrepareSummary {
     pub files: u64,
     /// Files of a wanted extension that are not UTF-8 text.
     pub skipped_files: u64,
+    /// What was not read, by reason; those files among them.
+    pub left_out: BTreeMap<String, LeftOut>,
     /// Distinct documents.
     pub documents: u64,
     /// Documents left out because another has the same text.
@@ -32,6 +35,7 @@ impl PrepareSummary {
         PrepareSummary {
             files: manifest.prepare.files,
             skipped_files: manifest.prepare.skipped_files,
+            left_out: manifest.prepare.left_out.clone(),
             documents: manifest.train.documents + manifest.held_out.documents,
             duplicates: manifest.prepare.duplicates,
             text_bytes: manifest.prepare.text_bytes,
@@ -49,9 +53,10 @@ impl fmt::Display for PrepareSummary {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(
             f,
-            "{} files ({} not text), {} documents and {} duplicates left out, {:.1} MB of text",
-            self.files, self.skipped_files, self.documents, self.duplicates, self.text_bytes as f64 / 1e6
+            "{} files, {} documents and {} duplicates left out, {:.1} MB of text",
+            self.files, self.documents, self.duplicates, self.text_bytes as f64 / 1e6
         )?;
+        write!(f, "{}", LeftOuts(self.left_out.clone()))?;
         writeln!(
             f,
             "{} train and {} held-out tokens of a vocabulary of {}, in {:.1} s",

@@ -83,7 +83,7 @@ impl Store {
 
     /// The length of a file in bytes.
     pub async fn size(&self, file: &str) -> Result<u64, DataError> {
-        Ok(self.get(file, Some(0..0)).await?.1)
+        Ok(self.get(file, Some(0..0)).await?.1.size)
     }
 
     /// A whole, small file.
@@ -99,16 +99,21 @@ impl Store {
     /// The bytes of `range` and the length of the whole file, which costs nothing more to know.
     pub async fn read_sized(&self, file: &str, range: Range<u64>) -> Result<(Bytes, u64), DataError> {
         let wanted = range.end - range.start;
-        let (bytes, size) = self.get(file, Some(range.clone())).await?;
+        let (bytes, meta) = self.get(file, Some(range.clone())).await?;
         if bytes.len() as u64 != wanted {
-            return Err(DataError::WrongLength { path: self.display(file), found: size, expected: range.end });
+            return Err(DataError::WrongLength { path: self.display(file), found: meta.size, expected: range.end });
         }
-        Ok((bytes, size))
+        Ok((bytes, meta.size))
     }
 
     /// The files below this folder, at any depth, as (name relative to the folder, length in bytes).
     /// If the location is itself an object, that one alone, under the name "".
     pub async fn list(&self) -> Result<Vec<(String, u64)>, DataError> {
+        Ok(self.list_versions().await?.into_iter().map(|(name, bytes, _)| (name, bytes)).collect())
+    }
+
+    /// As `list`, and what tells a file's versions apart.
+    pub async fn list_versions(&self) -> Result<Vec<(String, u64, String)>, DataError> {
         let mut found: Vec<ObjectMeta> = Vec::new();
         let mut failures = 0;
         loop {
@@ -127,8 +132,14 @@ impl Store {
             let parts = meta.location.prefix_match(&self.prefix)?;
             Some(parts.map(|part| part.as_ref().to_owned()).collect::<Vec<_>>().join("/"))
         };
-        let files: Vec<_> = found.iter().filter_map(|meta| Some((name(meta)?, meta.size))).collect();
-        if files.is_empty() { Ok(vec![(String::new(), self.size("").await?)]) } else { Ok(files) }
+        // What bears the folder's own name is the empty object that some tools mark a folder with.
+        let files = found.iter().filter_map(|meta| Some((name(meta).filter(|name| !name.is_empty())?, meta.size, version(meta))));
+        let files: Vec<_> = files.collect();
+        if !files.is_empty() {
+            return Ok(files);
+        }
+        let (_, meta) = self.get("", Some(0..0)).await?;
+        Ok(vec![(String::new(), meta.size, version(&meta))])
     }
 
     /// Appends what the store lists after the last of `found`.
@@ -147,7 +158,7 @@ impl Store {
         }
     }
 
-    async fn get(&self, file: &str, range: Option<Range<u64>>) -> Result<(Bytes, u64), DataError> {
+    async fn get(&self, file: &str, range: Option<Range<u64>>) -> Result<(Bytes, ObjectMeta), DataError> {
         let mut failures = 0;
         loop {
             let answer = tokio::time::timeout(self.retry.timeout, self.attempt(file, range.clone())).await;
@@ -173,16 +184,16 @@ impl Store {
         Ok(())
     }
 
-    async fn attempt(&self, file: &str, range: Option<Range<u64>>) -> Result<(Bytes, u64), Failure> {
+    async fn attempt(&self, file: &str, range: Option<Range<u64>>) -> Result<(Bytes, ObjectMeta), Failure> {
         // Stores answer no empty range; of one, only the file's length is wanted.
         let head = range.as_ref().is_some_and(Range::is_empty);
         let bounds = range.clone().filter(|_| !head).map(GetRange::Bounded);
         let options = GetOptions { range: bounds, head, ..GetOptions::default() };
         match self.inner.get_opts(&self.path(file), options).await {
             Ok(answer) => {
-                let size = answer.meta.size;
+                let meta = answer.meta.clone();
                 let bytes = if head { Ok(Bytes::new()) } else { self.payload(answer).await };
-                Ok((bytes.map_err(|e| self.judge(file, e))?, size))
+                Ok((bytes.map_err(|e| self.judge(file, e))?, meta))
             }
             Err(error) => Err(self.explain(file, range, error).await),
         }
@@ -228,7 +239,9 @@ impl Store {
     }
 
     fn path(&self, file: &str) -> StorePath {
-        self.prefix.parts().chain(StorePath::from(file).parts()).collect()
+        // A listed name is the key's own; anything else is encoded into one.
+        let name = StorePath::parse(file).unwrap_or_else(|_| StorePath::from(file));
+        self.prefix.parts().chain(name.parts()).collect()
     }
 }
 
@@ -242,6 +255,10 @@ pub fn fetch(location: &Path, file: &str) -> Result<Option<Bytes>, DataError> {
         Err(DataError::Io { source, .. }) if source.kind() == std::io::ErrorKind::NotFound => Ok(None),
         Err(error) => Err(error),
     }
+}
+
+fn version(meta: &ObjectMeta) -> String {
+    meta.e_tag.clone().unwrap_or_else(|| meta.last_modified.to_rfc3339())
 }
 
 enum Failure {

@@ -4,6 +4,7 @@ mod corpus;
 mod faults;
 mod order;
 mod prepare;
+mod refuse;
 mod restart;
 mod stores;
 mod tokenizer;

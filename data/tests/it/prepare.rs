@@ -5,7 +5,7 @@ use std::fs;
 use std::io::Write;
 use std::path::Path;
 
-use data::{DataError, Loader, PrepareArgs, Split, decode_document, open_tokenizer, prepare};
+use data::{DataError, Loader, Split, decode_document, open_tokenizer, prepare};
 
 use crate::corpus::{self, options, spec};
 
@@ -108,7 +108,7 @@ fn text_jsonl_and_parquet_of_the_same_documents_give_the_same_shards() {
 }
 
 /// FineWeb's layout: a nullable string column `text` among others, several row groups.
-fn parquet_of(texts: &[String]) -> Vec<u8> {
+pub fn parquet_of(texts: &[String]) -> Vec<u8> {
     use parquet::data_type::{ByteArray, ByteArrayType, Int64Type};
     use parquet::file::properties::WriterProperties;
     use parquet::file::writer::SerializedFileWriter;
@@ -174,55 +174,6 @@ fn max_bytes_takes_a_part_that_does_not_depend_on_the_listing() {
     args.max_bytes = Some(40_000);
     let summary = prepare(&args).unwrap();
     assert!((30_000..50_000).contains(&summary.text_bytes), "{}", summary.text_bytes);
-}
-
-#[test]
-fn bad_inputs_are_clear_errors_and_leave_nothing() {
-    let folder = tempfile::tempdir().unwrap();
-    let (input, out) = (folder.path().join("in"), folder.path().join("out"));
-    fs::create_dir_all(&input).unwrap();
-    let refused = |change: &dyn Fn(&mut PrepareArgs)| {
-        let mut args = corpus::args(&input, &out);
-        change(&mut args);
-        let error = prepare(&args).unwrap_err();
-        assert!(!out.exists() && !folder.path().join("out.partial").exists(), "{error}");
-        error
-    };
-    fs::write(input.join("a.png"), b"png").unwrap();
-    let error = refused(&|_| {});
-    assert!(matches!(error, DataError::NoText { files: 1, .. }), "{error}");
-    fs::write(input.join("b.txt"), b"\xff\xfe").unwrap();
-    let error = refused(&|_| {});
-    assert!(matches!(error, DataError::NoText { files: 2, .. }) && error.to_string().contains("in"), "{error}");
-    assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1, "nothing half-written is left");
-    for (name, change) in [
-        ("--held-out", (|args| args.held_out = 1.5) as fn(&mut PrepareArgs)),
-        ("--vocab", |args| args.vocab = Some(100)),
-        ("--vocab", |args| args.vocab = None),
-        ("--fim-rate", |args| args.fim_rate = f64::NAN),
-        ("--row-group-tokens", |args| args.row_group_tokens = 0),
-    ] {
-        let error = refused(&change);
-        assert!(matches!(&error, DataError::BadOption { option, .. } if *option == name), "{error}");
-    }
-    fs::write(input.join("c.jsonl"), "{\"text\": \"a\"}\n{\"txt\": 1}\n").unwrap();
-    let error = refused(&|_| {}).to_string();
-    assert!(error.contains("c.jsonl: line 2"), "{error}");
-    fs::remove_file(input.join("c.jsonl")).unwrap();
-    let parquet = parquet_of(&["one".to_string(), "two".to_string()]);
-    for length in [3, parquet.len() / 2, parquet.len() - 5] {
-        fs::write(input.join("e.parquet"), &parquet[..length]).unwrap();
-        let error = refused(&|_| {});
-        assert!(matches!(&error, DataError::BadInput { path, .. } if path.ends_with("e.parquet")), "{error}");
-    }
-    fs::write(input.join("e.parquet"), &parquet).unwrap();
-    let error = refused(&|args| args.text_column = "body".into()).to_string();
-    assert!(error.contains("e.parquet") && error.contains("\"body\"") && error.contains("text, dump"), "{error}");
-    fs::remove_file(input.join("e.parquet")).unwrap();
-    fs::write(input.join("d.txt"), "enough text").unwrap();
-    fs::write(input.join("t.json"), "{}").unwrap();
-    let error = refused(&|args| (args.vocab, args.tokenizer) = (None, Some(input.join("t.json"))));
-    assert!(matches!(&error, DataError::Tokenizer { path, .. } if path.ends_with("t.json")), "{error}");
 }
 
 #[test]

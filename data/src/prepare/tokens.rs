@@ -1,0 +1,95 @@
+//! The corpus's tokenizer: given, or trained on the first of the shuffled training documents. What a given one lacks is
+//! said before the inputs are read, what it loses of their text with the first of them.
+
+use std::fs;
+use std::path::Path;
+
+use super::spill::{Unit, Units};
+use super::transform::Transform;
+use super::{PrepareArgs, bpe, durable};
+use crate::format::manifest::TOKENIZER_FILE;
+use crate::tokenizer::{Tokenizer, open_tokenizer};
+use crate::DataError;
+
+const CONFIG_FILE: &str = "tokenizer_config.json";
+
+/// `--tokenizer`, as it was when `prepare` began.
+pub(super) struct Given {
+    pub tokenizer: Tokenizer,
+    pub blake3: String,
+    bytes: Vec<u8>,
+    config: Option<Vec<u8>>,
+}
+
+/// Opens `--tokenizer`, and refuses options that the tokenizer cannot serve.
+pub(super) fn open_given(args: &PrepareArgs) -> Result<Option<Given>, DataError> {
+    let Some(path) = &args.tokenizer else {
+        let special = bpe::SPECIAL_TOKENS;
+        return match args.end_token.as_deref().filter(|name| !special.contains(name)) {
+            Some(name) => Err(DataError::bad_option("--end-token", name, format!("a tokenizer trained here has {}", special.join(", ")))),
+            None => Ok(None),
+        };
+    };
+    let read = |path: &Path| fs::read(path).map_err(DataError::io(path, "read"));
+    let bytes = read(path)?;
+    let tokenizer = Tokenizer::from_bytes(path, &bytes)?;
+    let end_token = tokenizer.end_token(args.end_token.as_deref())?;
+    Transform::new(&tokenizer, end_token, args.fim_rate, args.split_rate)?;
+    let config = bpe::config_beside(path).map(|beside| read(&beside)).transpose()?;
+    Ok(Some(Given { tokenizer, blake3: blake3::hash(&bytes).to_hex().to_string(), bytes, config }))
+}
+
+impl Given {
+    pub fn write(&self, out: &Path) -> Result<Tokenizer, DataError> {
+        if let Some(config) = &self.config {
+            durable::write_bytes(&out.join(CONFIG_FILE), config)?;
+        }
+        let path = out.join(TOKENIZER_FILE);
+        durable::write_bytes(&path, &self.bytes)?;
+        open_tokenizer(&path)
+    }
+}
+
+/// Trains one of `vocab` tokens on the first `bytes` of training text.
+pub(super) fn train(out: &Path, spilled: &[std::path::PathBuf], units: Units, vocab: u32, bytes: u64) -> Result<Tokenizer, DataError> {
+    let mut sample: Vec<Unit> = Vec::new();
+    let mut text = 0;
+    for unit in units.held_out..units.count() {
+        let unit = Unit::load(spilled, unit)?;
+        text += (0..unit.len()).map(|i| unit.document(i).1.len() as u64).sum::<u64>();
+        sample.push(unit);
+        if text >= bytes {
+            break;
+        }
+    }
+    let documents = sample.iter().flat_map(|unit| (0..unit.len()).map(|i| unit.document(i).1));
+    let bpe = bpe::train(&first_text(documents, bytes), vocab)?;
+    durable::write_json(&out.join(CONFIG_FILE), &bpe::config_json())?;
+    let path = out.join(TOKENIZER_FILE);
+    durable::write_json(&path, &bpe.to_json())?;
+    open_tokenizer(&path)
+}
+
+/// The first `bytes` of the documents, the last of them cut.
+fn first_text<'t>(documents: impl Iterator<Item = &'t str>, bytes: u64) -> Vec<&'t str> {
+    let mut left = bytes as usize;
+    let cut = documents.map(|text| {
+        let text = &text[..text.floor_char_boundary(left.min(text.len()))];
+        left -= text.len();
+        text
+    });
+    cut.take_while(|text| !text.is_empty()).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::first_text;
+
+    #[test]
+    fn a_document_longer_than_what_is_left_is_cut_between_characters() {
+        let long = "漢字".repeat(1000);
+        assert_eq!(first_text(["abc", "defg", &long, "x"].into_iter(), 11), ["abc", "defg", "漢"]);
+        assert_eq!(first_text([long.as_str(), "x"].into_iter(), 7), ["漢字", "x"]);
+        assert_eq!(first_text(["ab", "c"].into_iter(), 100), ["ab", "c"]);
+    }
+}
