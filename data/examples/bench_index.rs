@@ -43,7 +43,8 @@ fn synthesise(folder: &Path, num_groups: u64) -> Result<(), DataError> {
         Ok::<_, DataError>(Stream { tokens, documents, shards: lengths.len() as u64, row_groups: groups, index_blake3 })
     };
     let recipe = Recipe {
-        seed: 0, held_out: 0.0, fim_rate: 0.0, split_rate: 0.0, files: 0, skipped_files: 0, text_bytes: 0, duplicates: 0, left_out: Default::default(),
+        seed: 0, held_out: 0.0, fim_rate: 0.0, split_rate: 0.0, files: 0, skipped_files: 0, text_bytes: 0, duplicates: 0, empty_documents: 0, bad_lines: 0,
+        left_out: Default::default(),
     };
     let manifest = Manifest {
         format: FORMAT.into(),

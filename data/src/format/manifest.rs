@@ -52,7 +52,12 @@ pub struct Recipe {
     pub skipped_files: u64,
     pub text_bytes: u64,
     pub duplicates: u64,
-    /// What was not read, by reason.
+    #[serde(default)]
+    pub empty_documents: u64,
+    /// Of JSONL, those that gave no text.
+    #[serde(default)]
+    pub bad_lines: u64,
+    /// Files that were not read, by reason.
     #[serde(default)]
     pub left_out: BTreeMap<String, LeftOut>,
 }

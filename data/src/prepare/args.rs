@@ -60,6 +60,11 @@ pub struct PrepareArgs {
     #[arg(long, default_value = "text")]
     pub text_column: String,
 
+    /// Share of JSONL lines that may give no text (not UTF-8, no JSON, no such key) and are left out.
+    #[arg(long, value_name = "SHARE", default_value_t = 0.001)]
+    #[serde(skip)]
+    pub max_bad: f64,
+
     /// Share of the documents turned into fill-in-the-middle (prefix, suffix, middle).
     #[arg(long, value_name = "RATE", default_value_t = 0.0)]
     pub fim_rate: f64,
@@ -102,6 +107,7 @@ impl PrepareArgs {
             max_file_bytes: None,
             extensions: DEFAULT_EXTENSIONS.map(String::from).to_vec(),
             text_column: "text".into(),
+            max_bad: 0.001,
             fim_rate: 0.0,
             split_rate: 0.0,
             end_token: None,
@@ -123,7 +129,12 @@ impl PrepareArgs {
         if let Some((option, path)) = paths.find(|(_, path)| path.to_str().is_none()) {
             return Err(DataError::bad_option(option, path.display(), "is not UTF-8"));
         }
-        let rates = [("--held-out", self.held_out), ("--fim-rate", self.fim_rate), ("--split-rate", self.split_rate)];
+        let rates = [
+            ("--held-out", self.held_out),
+            ("--fim-rate", self.fim_rate),
+            ("--split-rate", self.split_rate),
+            ("--max-bad", self.max_bad),
+        ];
         if let Some((option, rate)) = rates.into_iter().find(|(_, rate)| !(0.0..=1.0).contains(rate)) {
             return Err(DataError::bad_option(option, rate, "must lie in 0 to 1"));
         }
@@ -142,8 +153,9 @@ impl PrepareArgs {
             let limit = format!("must be at least {smallest}: 256 bytes and the special tokens");
             return Err(DataError::bad_option("--vocab", vocab, limit));
         }
-        if !(1..=1 << 29).contains(&self.row_group_tokens) {
-            return Err(DataError::bad_option("--row-group-tokens", self.row_group_tokens, "must lie in 1 to 2^29"));
+        // A row group and the longest document after it must fit a page.
+        if !(1..=1 << 27).contains(&self.row_group_tokens) {
+            return Err(DataError::bad_option("--row-group-tokens", self.row_group_tokens, "must lie in 1 to 2^27"));
         }
         if !(1..=1 << 14).contains(&self.shard_mib) {
             return Err(DataError::bad_option("--shard-mib", self.shard_mib, "must lie in 1 to 16384"));

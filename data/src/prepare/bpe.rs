@@ -16,7 +16,7 @@ use tokenizers::{OffsetReferential, OffsetType, PreTokenizedString, PreTokenizer
 use crate::DataError;
 
 /// Ids 0, 1, … of every tokenizer trained here; names as DeepSeek's.
-const SPECIAL_TOKENS: [&str; 6] = [
+pub(super) const SPECIAL_TOKENS: [&str; 6] = [
     "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>", "<｜fim▁hole｜>", "<｜fim▁begin｜>", "<｜fim▁end｜>",
 ];
 /// A pair seen once teaches nothing.

@@ -49,6 +49,15 @@ pub(super) struct InputFile {
 }
 
 impl InputFile {
+    /// A document's place in the file, for messages.
+    pub fn place(&self, number: u64) -> String {
+        match self.kind {
+            Kind::Text => String::new(),
+            Kind::Jsonl(_) => format!("line {number}: "),
+            Kind::Parquet => format!("row {number}: "),
+        }
+    }
+
     /// A guess at the text inside: packed files hold about four times their size.
     pub fn text_estimate(&self) -> u64 {
         let text =

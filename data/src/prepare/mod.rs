@@ -17,6 +17,7 @@ mod left_out;
 mod remote;
 mod spill;
 mod summary;
+mod tokens;
 mod transform;
 mod work;
 
@@ -35,6 +36,7 @@ use encode::{Encoder, ShardDone};
 use inputs::InputFile;
 use left_out::LeftOuts;
 use spill::{GroupDone, Spill, Unit, Units};
+use tokens::Given;
 pub use summary::PrepareSummary;
 pub use transform::undo as decode_document;
 use work::{Job, Work};
@@ -54,6 +56,7 @@ pub fn prepare(args: &PrepareArgs) -> Result<PrepareSummary, DataError> {
 struct Prepare<'a> {
     args: &'a PrepareArgs,
     started: Instant,
+    given: Option<Given>,
     files: Vec<InputFile>,
     left_out: LeftOuts,
     work: Work,
@@ -64,14 +67,15 @@ impl<'a> Prepare<'a> {
     fn start(args: &'a PrepareArgs) -> Result<Prepare<'a>, DataError> {
         let started = Instant::now();
         work::check(&args.out)?;
+        let given = tokens::open_given(args)?;
         let (files, left_out) = inputs::list(args)?;
         if files.is_empty() {
             return Err(no_text(args, &left_out));
         }
         let hash = |value: serde_json::Value| blake3::hash(value.to_string().as_bytes()).to_hex().to_string();
-        let (options, inputs) = (hash(serde_json::json!(args)), hash(serde_json::json!(files)));
+        let (options, inputs) = (hash(serde_json::json!(args)), hash(serde_json::json!([files, given.as_ref().map(|given| &given.blake3)])));
         let work = Work::claim(&args.out, &Job { format: FORMAT.into(), options, inputs })?;
-        Ok(Prepare { args, started, files, left_out, work })
+        Ok(Prepare { args, started, given, files, left_out, work })
     }
 
     fn run(&self) -> Result<PrepareSummary, DataError> {
@@ -108,8 +112,9 @@ impl<'a> Prepare<'a> {
         [out, &spills, &done].into_iter().try_for_each(durable::make_folder)?;
         let text: u64 = self.files.iter().map(InputFile::text_estimate).sum();
         let units = Units::new(self.args.held_out, text, self.args.shard_mib << 20);
-        let spill = Spill { folder: spills, units, seed: self.args.seed };
+        let spill = Spill { folder: spills, units, seed: self.args.seed, max_bad: self.args.max_bad };
         let groups = self.read_inputs(&spill)?;
+        spill::check_bad_lines(&groups, self.args.max_bad)?;
         let parts = spill.parts(&groups);
         let documents: u64 = groups.iter().map(|group| group.documents).sum();
         let mut left_out = self.left_out.clone();
@@ -173,43 +178,14 @@ impl<'a> Prepare<'a> {
     /// The tokenizer in the output folder: copied, trained, or left there by an earlier run.
     fn tokenizer(&self, out: &Path, parts: &[PathBuf], units: Units) -> Result<Tokenizer, DataError> {
         let path = out.join(TOKENIZER_FILE);
-        if path.exists() {
-            return open_tokenizer(&path);
-        }
-        let config = out.join("tokenizer_config.json");
-        if let Some(given) = &self.args.tokenizer {
-            let read = |path: &Path| fs::read(path).map_err(DataError::io(path, "read"));
-            let bytes = read(given)?;
-            Tokenizer::from_bytes(given, &bytes)?.end_token(self.args.end_token.as_deref())?;
-            if let Some(beside) = bpe::config_beside(given) {
-                durable::write_bytes(&config, &read(&beside)?)?;
-            }
-            durable::write_bytes(&path, &bytes)?;
-            return open_tokenizer(&path);
-        }
-        let mut sample: Vec<Unit> = Vec::new();
-        let mut text = 0;
-        for unit in units.held_out..units.count() {
-            let unit = Unit::load(parts, unit)?;
-            text += (0..unit.len()).map(|i| unit.document(i).1.len() as u64).sum::<u64>();
-            sample.push(unit);
-            if text >= self.args.bpe_mib << 20 {
-                break;
+        match &self.given {
+            _ if path.exists() => open_tokenizer(&path),
+            Some(given) => given.write(out),
+            None => {
+                let vocab = self.args.vocab.expect("validated: a vocabulary or a tokenizer");
+                tokens::train(out, parts, units, vocab, self.args.bpe_mib << 20)
             }
         }
-        let mut left = self.args.bpe_mib << 20;
-        let documents = sample.iter().flat_map(|unit| (0..unit.len()).map(|i| unit.document(i).1));
-        let documents: Vec<&str> = documents
-            .take_while(|text| {
-                let taken = left > 0;
-                left = left.saturating_sub(text.len() as u64);
-                taken
-            })
-            .collect();
-        let bpe = bpe::train(&documents, self.args.vocab.expect("validated: a vocabulary or a tokenizer"))?;
-        durable::write_json(&config, &bpe::config_json())?;
-        durable::write_json(&path, &bpe.to_json())?;
-        open_tokenizer(&path)
     }
 
     /// As many shards at once as there are threads, and documents side by side inside each.
@@ -239,6 +215,8 @@ impl<'a> Prepare<'a> {
             skipped_files: left_out.0.get(left_out::NOT_TEXT).map_or(0, |some| some.files),
             text_bytes: sum(|group| group.text_bytes),
             duplicates,
+            empty_documents: sum(|group| group.empty_documents),
+            bad_lines: sum(|group| group.bad_lines),
             left_out: left_out.0,
         }
     }

@@ -17,16 +17,17 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
+use super::documents::{self, Met};
+use super::durable;
 use super::inputs::InputFile;
 use super::left_out::{self, LeftOuts};
-use super::{documents, durable};
 use crate::{DataError, Split};
 
 /// Text that one thread gathers before it writes a part.
 const PART_BYTES: usize = 64 << 20;
 
-/// Lengths are stored in four bytes, and a document is encoded in one piece.
-const LONGEST_DOCUMENT: usize = 1 << 30;
+/// So many lines, and none of them good, are not worth going on.
+const HOPELESS: u64 = 1000;
 
 /// A document's place in the shuffled order; equal texts have equal keys.
 pub(super) type Key = [u8; 16];
@@ -80,6 +81,38 @@ pub(super) struct GroupDone {
     pub held_out_documents: u64,
     pub text_bytes: u64,
     pub left_out: LeftOuts,
+    pub empty_documents: u64,
+    /// Of JSONL: all, those that give no text, and the first of them.
+    pub lines: u64,
+    pub bad_lines: u64,
+    pub first_bad: Option<(PathBuf, String)>,
+}
+
+impl GroupDone {
+    fn count(&mut self, file: &InputFile, met: Met) {
+        if met.not_text {
+            self.left_out.add(left_out::NOT_TEXT, &file.name, file.bytes);
+        }
+        self.empty_documents += met.empty;
+        self.lines += met.lines;
+        self.bad_lines += met.bad_lines;
+        if let Some(reason) = met.first_bad {
+            self.first_bad.get_or_insert_with(|| (file.path.clone(), reason));
+        }
+    }
+}
+
+/// Refuses more than a share of `max_bad` among all groups' lines, and names the first.
+pub(super) fn check_bad_lines(groups: &[GroupDone], max_bad: f64) -> Result<(), DataError> {
+    let sum = |field: fn(&GroupDone) -> u64| groups.iter().map(field).sum::<u64>();
+    let (lines, bad) = (sum(|group| group.lines), sum(|group| group.bad_lines));
+    match groups.iter().find_map(|group| group.first_bad.clone()) {
+        Some((path, reason)) if bad as f64 > max_bad * lines as f64 => {
+            let reason = format!("{reason}; {bad} of {lines} lines give no text, the limit is --max-bad {max_bad}");
+            Err(DataError::BadInput { path, reason })
+        }
+        _ => Ok(()),
+    }
 }
 
 /// The folder of part files.
@@ -87,6 +120,8 @@ pub(super) struct Spill {
     pub folder: PathBuf,
     pub units: Units,
     pub seed: u64,
+    /// The share of lines that may give no text.
+    pub max_bad: f64,
 }
 
 impl Spill {
@@ -99,26 +134,22 @@ impl Spill {
         }
         let mut done = GroupDone { name, ..GroupDone::default() };
         let mut buffers = vec![Vec::new(); self.units.count() as usize];
-        let (mut gathered, mut failure) = (0, None);
+        let mut gathered = 0;
         for file in files {
-            let mut each = |text: &str| {
-                if text.len() > LONGEST_DOCUMENT {
-                    let reason = format!("a document of {} bytes; the limit is {LONGEST_DOCUMENT}", text.len());
-                    failure = Some(DataError::BadInput { path: file.path.clone(), reason });
-                    return;
-                }
+            let mut each = |_: u64, text: &str| {
                 gathered += self.gather(text, &mut buffers, &mut done);
-                if gathered >= PART_BYTES && failure.is_none() {
-                    failure = self.write_part(&done.name, done.parts, &mut buffers).err();
+                if gathered >= PART_BYTES {
+                    self.write_part(&done.name, done.parts, &mut buffers)?;
                     done.parts += 1;
                     gathered = 0;
                 }
+                Ok(())
             };
-            if !documents::read(file, column, &mut each)? {
-                done.left_out.add(left_out::NOT_TEXT, &file.name, file.bytes);
-            }
-            if let Some(error) = failure.take() {
-                return Err(error);
+            let met = documents::read(file, column, &mut each)?;
+            done.count(file, met);
+            // A wrong --text-column should not cost a look at everything.
+            if done.bad_lines >= HOPELESS && done.bad_lines == done.lines {
+                check_bad_lines(std::slice::from_ref(&done), self.max_bad)?;
             }
         }
         if gathered > 0 {

@@ -13,7 +13,10 @@ pub struct PrepareSummary {
     pub files: u64,
     /// Files of a wanted extension that are not UTF-8 text.
     pub skipped_files: u64,
-    /// What was not read, by reason; those files among them.
+    /// Documents without text, and lines of JSONL that gave none.
+    pub empty_documents: u64,
+    pub bad_lines: u64,
+    /// Files that were not read, by reason; the skipped ones among them.
     pub left_out: BTreeMap<String, LeftOut>,
     /// Distinct documents.
     pub documents: u64,
@@ -35,6 +38,8 @@ impl PrepareSummary {
         PrepareSummary {
             files: manifest.prepare.files,
             skipped_files: manifest.prepare.skipped_files,
+            empty_documents: manifest.prepare.empty_documents,
+            bad_lines: manifest.prepare.bad_lines,
             left_out: manifest.prepare.left_out.clone(),
             documents: manifest.train.documents + manifest.held_out.documents,
             duplicates: manifest.prepare.duplicates,
@@ -57,6 +62,9 @@ impl fmt::Display for PrepareSummary {
             self.files, self.documents, self.duplicates, self.text_bytes as f64 / 1e6
         )?;
         write!(f, "{}", LeftOuts(self.left_out.clone()))?;
+        if self.empty_documents + self.bad_lines > 0 {
+            writeln!(f, "left out: {} documents without text, {} lines that give none", self.empty_documents, self.bad_lines)?;
+        }
         writeln!(
             f,
             "{} train and {} held-out tokens of a vocabulary of {}, in {:.1} s",

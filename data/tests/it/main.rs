@@ -2,6 +2,7 @@
 
 mod corpus;
 mod faults;
+mod inputs;
 mod order;
 mod prepare;
 mod refuse;

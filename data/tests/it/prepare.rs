@@ -166,17 +166,6 @@ fn a_tiny_corpus_still_has_a_held_out_document() {
 }
 
 #[test]
-fn max_bytes_takes_a_part_that_does_not_depend_on_the_listing() {
-    let folder = tempfile::tempdir().unwrap();
-    let input = folder.path().join("in");
-    corpus::write_corpus(&input, 7, 200);
-    let mut args = corpus::args(&input, &folder.path().join("out"));
-    args.max_bytes = Some(40_000);
-    let summary = prepare(&args).unwrap();
-    assert!((30_000..50_000).contains(&summary.text_bytes), "{}", summary.text_bytes);
-}
-
-#[test]
 fn a_finished_corpus_is_not_overwritten() {
     let folder = tempfile::tempdir().unwrap();
     let out = corpus::prepared(folder.path(), 8, 20);

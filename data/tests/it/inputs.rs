@@ -1,0 +1,168 @@
+//! Which files and lines `prepare` reads, and that it says what it leaves out.
+
+use std::collections::{BTreeSet, HashSet};
+use std::ffi::OsStr;
+use std::fs;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::symlink;
+use std::path::Path;
+
+use data::{DataError, PrepareArgs, PrepareSummary, Split, prepare};
+
+use crate::corpus;
+use crate::prepare::{documents, folder_bytes};
+
+fn text(summary: &PrepareSummary) -> HashSet<String> {
+    [Split::Train, Split::HeldOut].iter().flat_map(|split| documents(&summary.out, *split)).collect()
+}
+
+/// (reason, files, bytes, the largest), by reason.
+fn left_out(summary: &PrepareSummary) -> Vec<(&str, u64, u64, &str)> {
+    summary.left_out.iter().map(|(reason, some)| (reason.as_str(), some.files, some.bytes, some.largest.as_str())).collect()
+}
+
+#[test]
+fn what_is_not_read_is_counted_by_reason() {
+    let folder = tempfile::tempdir().unwrap();
+    let input = folder.path().join("in");
+    corpus::write_corpus(&input, 50, 20);
+    let large = "large ".repeat(600_000);
+    for (name, bytes) in [("a.csv", "one"), ("b/c.csv", "twotwo"), ("empty.txt", ""), ("odd.txt", "a\0"), ("large.txt", &large), ("huge.md", &large[..9000])] {
+        fs::create_dir_all(input.join("b")).unwrap();
+        fs::write(input.join(name), bytes).unwrap();
+    }
+    symlink("nowhere.txt", input.join("dead.txt")).unwrap();
+    let mut args = corpus::args(&input, &folder.path().join("out"));
+    // 3.6 MB of text: nothing is too large unless one says so.
+    let summary = prepare(&args).unwrap();
+    assert!(text(&summary).contains(&large));
+    let few = [
+        ("empty", 1, 0, "empty.txt"),
+        ("links that cannot be followed", 1, 0, "dead.txt"),
+        ("not UTF-8 text", 1, 2, "odd.txt"),
+        ("of an extension that --extensions does not name", 2, 9, "b/c.csv"),
+    ];
+    assert_eq!(left_out(&summary), few);
+    assert!(summary.to_string().contains("left out: 2 of an extension that --extensions does not name, 0.0 MB, the largest is b/c.csv\n"), "{summary}");
+    let manifest: serde_json::Value = serde_json::from_slice(&fs::read(summary.out.join("manifest.json")).unwrap()).unwrap();
+    assert_eq!(manifest["prepare"]["left_out"]["empty"]["files"], 1);
+    args.out = folder.path().join("small");
+    args.max_file_bytes = Some(8999);
+    let summary = prepare(&args).unwrap();
+    assert!(!text(&summary).contains(&large));
+    let large = ("larger than --max-file-bytes", 2, 3_600_000 + 9000, "large.txt");
+    assert_eq!(left_out(&summary), [few[0], large, few[1], few[2], few[3]]);
+}
+
+/// A snapshot of a hub: the files are links into a folder of blobs.
+#[test]
+fn links_are_followed_and_circles_end() {
+    let folder = tempfile::tempdir().unwrap();
+    let [blobs, input] = ["blobs", "in"].map(|name| folder.path().join(name));
+    let texts = corpus::write_corpus(&blobs, 51, 30);
+    fs::create_dir_all(input.join("real")).unwrap();
+    for i in 0..15 {
+        symlink(blobs.join(format!("part-{}/{i}.txt", i % 7)), input.join(format!("{i}.txt"))).unwrap();
+    }
+    symlink(&blobs, input.join("a-folder")).unwrap();
+    // Into itself, and two ways to one folder.
+    symlink("..", input.join("real/up")).unwrap();
+    symlink(&input, blobs.join("back")).unwrap();
+    symlink("real", input.join("again")).unwrap();
+    fs::write(input.join("real/x.txt"), "in a real folder").unwrap();
+    let summary = prepare(&corpus::args(&input, &folder.path().join("out"))).unwrap();
+    assert_eq!(text(&summary), texts.into_iter().chain(["in a real folder".to_string()]).collect());
+    assert_eq!((summary.files, summary.left_out.len()), (15 + 30 + 1, 0));
+}
+
+#[test]
+fn a_corpus_is_no_input_of_another_nor_of_itself() {
+    let folder = tempfile::tempdir().unwrap();
+    let texts = corpus::write_corpus(folder.path(), 52, 30);
+    let mut args = corpus::args(folder.path(), &folder.path().join("first"));
+    prepare(&args).unwrap();
+    args.out = folder.path().join("second");
+    // Interrupted, and gone on with.
+    let cut = folder.path().join("z.parquet");
+    fs::write(&cut, "PAR1").unwrap();
+    prepare(&args).unwrap_err();
+    let mut third = args.clone();
+    third.out = folder.path().join("third");
+    prepare(&third).unwrap_err();
+    fs::remove_file(cut).unwrap();
+    let summary = prepare(&args).unwrap();
+    assert_eq!((summary.files, text(&summary)), (30, texts.into_iter().collect()));
+    // The first corpus and the third's work, but not its own.
+    assert_eq!(left_out(&summary).iter().map(|(reason, files, ..)| (*reason, *files)).collect::<Vec<_>>(), [("folders that prepare wrote", 2)]);
+}
+
+#[test]
+fn an_input_that_changed_since_the_interruption_is_read_again() {
+    let folder = tempfile::tempdir().unwrap();
+    let input = folder.path().join("in");
+    corpus::write_corpus(&input, 53, 30);
+    let args = corpus::args(&input, &folder.path().join("out"));
+    let (cut, changed) = (input.join("z.parquet"), input.join("a.txt"));
+    fs::write(&changed, "the first version").unwrap();
+    // A group of its own, which is done before the one with the bad file.
+    fs::write(input.join("b.txt"), "filler\n".repeat(1_300_000)).unwrap();
+    fs::write(&cut, "PAR1").unwrap();
+    prepare(&args).unwrap_err();
+    // Of the same length.
+    fs::write(&changed, "the other version").unwrap();
+    fs::remove_file(cut).unwrap();
+    let found = text(&prepare(&args).unwrap());
+    assert!(found.contains("the other version") && !found.contains("the first version"));
+}
+
+#[test]
+fn a_path_that_is_not_utf8_is_a_clear_error() {
+    let folder = tempfile::tempdir().unwrap();
+    let input = folder.path().join("in");
+    let odd = OsStr::from_bytes(b"odd\xff");
+    fs::create_dir_all(input.join(odd)).unwrap();
+    fs::write(input.join(odd).join("a.txt"), "text").unwrap();
+    let args = corpus::args(&input, &folder.path().join("out"));
+    let error = prepare(&args).unwrap_err();
+    assert!(matches!(&error, DataError::BadInput { path, .. } if path.ends_with("a.txt")) && error.to_string().contains("not UTF-8"), "{error}");
+    let refused = |change: &dyn Fn(&mut PrepareArgs), expected: &str| {
+        let mut args = args.clone();
+        change(&mut args);
+        let error = prepare(&args).unwrap_err();
+        assert!(matches!(&error, DataError::BadOption { option, .. } if *option == expected), "{error}");
+    };
+    refused(&|args| args.inputs = vec![input.join(odd)], "PATH");
+    refused(&|args| args.out = folder.path().join(odd), "--out");
+    refused(&|args| (args.vocab, args.tokenizer) = (None, Some(odd.into())), "--tokenizer");
+}
+
+/// Files written in one order or the other are listed in orders of their own.
+#[test]
+fn max_bytes_takes_a_part_that_does_not_depend_on_the_listing() {
+    let folder = tempfile::tempdir().unwrap();
+    let sizes: Vec<usize> = (0..200).map(|i| 100 + i * 7).collect();
+    let write = |name: &str, order: &mut dyn Iterator<Item = usize>| {
+        let input = folder.path().join(name);
+        fs::create_dir_all(&input).unwrap();
+        order.for_each(|i| fs::write(input.join(format!("{i}.txt")), format!("{i} ").repeat(sizes[i])[..sizes[i]].to_owned()).unwrap());
+        input
+    };
+    let taken = |input: &Path, out: &str, seed| {
+        let mut args = corpus::args(input, &folder.path().join(out));
+        (args.max_bytes, args.seed) = (Some(40_000), seed);
+        let summary = prepare(&args).unwrap();
+        let beyond = &summary.left_out["beyond --max-bytes"];
+        assert_eq!(summary.files + beyond.files, 200);
+        assert_eq!(summary.text_bytes + beyond.bytes, sizes.iter().sum::<usize>() as u64);
+        // The last file taken crosses the limit and is whole.
+        assert!((40_000..40_000 + 1500).contains(&summary.text_bytes), "{}", summary.text_bytes);
+        (text(&summary).into_iter().collect::<BTreeSet<_>>(), folder_bytes(&summary.out))
+    };
+    let up = taken(&write("up", &mut (0..200)), "out-up", 3);
+    let down = taken(&write("down", &mut (0..200).rev()), "out-down", 3);
+    assert!(up == down);
+    let first: BTreeSet<String> = (0..up.0.len()).map(|i| format!("{i} ").repeat(sizes[i])[..sizes[i]].to_owned()).collect();
+    assert_ne!(up.0, first, "not simply the first by name");
+    let other = taken(&folder.path().join("up"), "out-other", 4);
+    assert_ne!(up.0, other.0, "another seed takes others");
+}
