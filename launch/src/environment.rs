@@ -1,4 +1,5 @@
 //! Everything the launcher takes from its environment: variables, the machine's size, SLURM's allocation.
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use std::env::var;
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
@@ -91,6 +92,15 @@ fn slurm() -> Option<Slurm> {
 fn has_pmix() -> bool {
     let listed = Command::new("srun").arg("--mpi=list").stdin(Stdio::null()).output();
     listed.is_ok_and(|listed| [listed.stdout, listed.stderr].iter().any(|text| String::from_utf8_lossy(text).contains("pmix")))
+}
+
+/// Files that this process, and what it starts, may have open: as many as the system lets us, but no more than mpirun can use.
+/// Its agents close every number below the limit, one after the other.
+pub fn raise_file_limit() {
+    const ENOUGH: u64 = 1 << 16;
+    let Ok((soft, hard)) = getrlimit(Resource::RLIMIT_NOFILE) else { return };
+    // Without it a run of some hundred ranks still works.
+    let _ = setrlimit(Resource::RLIMIT_NOFILE, hard.min(ENOUGH).max(soft), hard);
 }
 
 /// How many entries of `folder` are `prefix` and a number.

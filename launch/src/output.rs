@@ -1,12 +1,15 @@
 //! What the ranks print: prefixed by rank on our own output, whole in LOG_DIR/rank-N.log, and read for evidence.
+use crate::incidents::say;
 use crate::outcome::Evidence;
 use std::collections::BTreeMap;
-use std::collections::btree_map::Entry;
 use std::fs::{File, OpenOptions};
 use std::io::{BufRead, BufReader, Read, Write};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
+
+/// Logs open at a time, of any number of ranks.
+const OPEN: usize = 64;
 
 /// The readers of one attempt.
 pub struct Output {
@@ -19,6 +22,7 @@ struct Shared {
     evidence: Evidence,
     log_dir: Option<PathBuf>,
     logs: BTreeMap<usize, File>,
+    unwritten: bool,
 }
 
 impl Output {
@@ -63,17 +67,24 @@ fn reader(shared: Arc<Mutex<Shared>>, from: impl Read + Send + 'static, mut to: 
 }
 
 impl Shared {
+    /// A full disk must not stop the run's output.
     fn log(&mut self, rank: usize, line: &str) {
-        let Some(folder) = &self.log_dir else { return };
-        let file = match self.logs.entry(rank) {
-            Entry::Occupied(file) => file.into_mut(),
-            Entry::Vacant(place) => match OpenOptions::new().create(true).append(true).open(folder.join(format!("rank-{rank}.log"))) {
-                Ok(file) => place.insert(file),
-                Err(_) => return,
-            },
-        };
-        // A full disk must not stop the run's output.
-        let _ = writeln!(file, "{line}");
+        let Some(path) = self.log_dir.as_ref().map(|folder| folder.join(format!("rank-{rank}.log"))) else { return };
+        if let Err(error) = self.append(rank, &path, line)
+            && !std::mem::replace(&mut self.unwritten, true)
+        {
+            say(&format!("cannot write {}: {error}; what the ranks print is kept here alone", path.display()));
+        }
+    }
+
+    fn append(&mut self, rank: usize, path: &Path, line: &str) -> std::io::Result<()> {
+        if !self.logs.contains_key(&rank) {
+            if self.logs.len() == OPEN {
+                self.logs.clear();
+            }
+            self.logs.insert(rank, OpenOptions::new().create(true).append(true).open(path)?);
+        }
+        writeln!(self.logs.get_mut(&rank).expect("just put there"), "{line}")
     }
 }
 
@@ -95,6 +106,20 @@ fn untagged(line: &str) -> (Option<usize>, &str) {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn many_ranks_need_few_files() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let mut shared = Shared { log_dir: Some(folder.path().to_path_buf()), ..Shared::default() };
+        for (rank, line) in (0..3).flat_map(|line| (0..3 * OPEN).map(move |rank| (rank, line))) {
+            shared.log(rank, &format!("line {line}"));
+            assert!(shared.logs.len() <= OPEN);
+        }
+        for rank in 0..3 * OPEN {
+            let text = std::fs::read_to_string(folder.path().join(format!("rank-{rank}.log"))).expect("a log");
+            assert_eq!(text, "line 0\nline 1\nline 2\n", "rank {rank}");
+        }
+    }
 
     #[test]
     fn tags_become_ranks() {

@@ -2,10 +2,11 @@
 use crate::processes::{activity, descendants, rank};
 use crate::waits::waits;
 use crate::work::{Worked, median};
+use anyhow::{Context, Result};
 use serde::Deserialize;
 use std::collections::{BTreeMap, VecDeque};
 use std::fs::{self, File};
-use std::io::{Read, Seek, SeekFrom};
+use std::io::{ErrorKind, Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -35,6 +36,9 @@ pub struct Progress {
     stepped: bool,
     last_change: Instant,
     events: Vec<Event>,
+    /// Why the logs cannot be read: who cannot look must not call a run hung.
+    blind: Option<String>,
+    told_blind: bool,
 }
 
 /// What a rank says of the run itself.
@@ -79,58 +83,84 @@ struct Line {
 
 impl Progress {
     /// What earlier attempts wrote is no progress.
-    pub fn follow(log: &Path, limits: Limits, now: Instant) -> Self {
-        let mut progress = Progress { log: log.to_path_buf(), limits, ranks: BTreeMap::new(), step_seconds: VecDeque::new(), stepped: false, last_change: now, events: Vec::new() };
-        for (rank, _, length) in progress.files() {
+    pub fn follow(log: &Path, limits: Limits, now: Instant) -> Result<Self> {
+        let (ranks, step_seconds) = (BTreeMap::new(), VecDeque::new());
+        let mut progress = Progress { log: log.to_path_buf(), limits, ranks, step_seconds, stepped: false, last_change: now, events: Vec::new(), blind: None, told_blind: false };
+        for (rank, _, length) in progress.files()? {
             progress.ranks.insert(rank, Followed { read: length, ..Followed::default() });
         }
-        progress
+        Ok(progress)
     }
 
-    fn files(&self) -> Vec<(usize, PathBuf, u64)> {
+    fn files(&self) -> Result<Vec<(usize, PathBuf, u64)>> {
         let rank = |name: &str| name.strip_prefix("rank-")?.strip_suffix(".jsonl")?.parse().ok();
-        let Ok(entries) = fs::read_dir(&self.log) else {
-            return Vec::new();
-        };
-        entries.flatten().filter_map(|entry| Some((rank(&entry.file_name().to_string_lossy())?, entry.path(), entry.metadata().ok()?.len()))).collect()
+        let cannot = || format!("cannot list {}", self.log.display());
+        let mut files = Vec::new();
+        for entry in fs::read_dir(&self.log).with_context(cannot)? {
+            let entry = entry.with_context(cannot)?;
+            let Some(rank) = rank(&entry.file_name().to_string_lossy()) else { continue };
+            match entry.metadata() {
+                Ok(metadata) => files.push((rank, entry.path(), metadata.len())),
+                // A rank that begins again removes what was there.
+                Err(error) if error.kind() == ErrorKind::NotFound => {}
+                Err(error) => return Err(error).with_context(cannot),
+            }
+        }
+        Ok(files)
     }
 
     /// Reads what is new.
     pub fn poll(&mut self, now: Instant) {
-        for (rank, path, length) in self.files() {
+        if let Err(error) = self.look(now) {
+            self.last_change = now;
+            if !std::mem::replace(&mut self.told_blind, true) {
+                self.blind = Some(format!("{error:#}: while that is so, no hang is seen"));
+            }
+        }
+    }
+
+    /// Why no progress can be seen; once.
+    pub fn blind(&mut self) -> Option<String> {
+        self.blind.take()
+    }
+
+    fn look(&mut self, now: Instant) -> Result<()> {
+        for (rank, path, length) in self.files()? {
             let followed = self.ranks.entry(rank).or_default();
             if length < followed.read {
                 // A resumed rank rewrote its file without the steps that it will do again.
                 followed.read = length;
                 self.last_change = now;
             }
-            if length == followed.read {
-                continue;
-            }
-            let Ok(text) = read_from(&path, followed.read) else {
-                continue;
-            };
-            // A line that is still being written waits for the next look.
-            let Some(end) = text.rfind('\n') else {
-                continue;
-            };
-            followed.read += end as u64 + 1;
-            self.last_change = now;
-            for line in text[..end].lines().filter_map(|line| serde_json::from_str::<Line>(line).ok()) {
-                self.events.extend(line.event.zip(line.words).map(|(kind, words)| Event { kind, words }));
-                followed.step = Some(line.step);
-                followed.busy_ms.extend(line.busy_ms);
-                followed.stage = line.stage.unwrap_or_default();
-                if let Some(step_ms) = line.step_ms {
-                    self.stepped = true;
-                    self.step_seconds.push_back(step_ms / 1e3);
+            if length > followed.read {
+                let text = read_from(&path, followed.read).with_context(|| format!("cannot read {}", path.display()))?;
+                // A line that is still being written waits for the next look.
+                if let Some(end) = text.rfind('\n') {
+                    followed.read += end as u64 + 1;
+                    self.last_change = now;
+                    self.take(rank, &text[..end]);
                 }
             }
-            let surplus = followed.busy_ms.len().saturating_sub(JUDGED);
-            followed.busy_ms.drain(..surplus);
         }
-        let surplus = self.step_seconds.len().saturating_sub(REMEMBERED);
-        self.step_seconds.drain(..surplus);
+        Ok(())
+    }
+
+    fn take(&mut self, rank: usize, lines: &str) {
+        let first = self.ranks.keys().next() == Some(&rank);
+        let followed = self.ranks.entry(rank).or_default();
+        for line in lines.lines().filter_map(|line| serde_json::from_str::<Line>(line).ok()) {
+            self.events.extend(line.event.zip(line.words).map(|(kind, words)| Event { kind, words }));
+            followed.step = Some(line.step);
+            followed.busy_ms.extend(line.busy_ms);
+            followed.stage = line.stage.unwrap_or_default();
+            if let Some(step_ms) = line.step_ms {
+                self.stepped = true;
+                // All ranks make the same steps.
+                self.step_seconds.extend(first.then_some(step_ms / 1e3));
+            }
+        }
+        keep_last(&mut followed.busy_ms, JUDGED);
+        keep_last(&mut self.step_seconds, REMEMBERED);
     }
 
     /// Those since the last call.
@@ -201,6 +231,11 @@ impl Progress {
     }
 }
 
+fn keep_last(values: &mut VecDeque<f64>, most: usize) {
+    let surplus = values.len().saturating_sub(most);
+    values.drain(..surplus);
+}
+
 fn read_from(path: &Path, offset: u64) -> std::io::Result<String> {
     let mut file = File::open(path)?;
     file.seek(SeekFrom::Start(offset))?;
@@ -251,7 +286,7 @@ mod tests {
         append(log, 0, "{\"step\":9,\"step_ms\":9.0}\n");
         let start = Instant::now();
         let after = |seconds: u64| start + Duration::from_secs(seconds);
-        let mut progress = Progress::follow(log, Limits { steps: 10.0, floor: 5.0, start: 100.0 }, start);
+        let mut progress = Progress::follow(log, Limits { steps: 10.0, floor: 5.0, start: 100.0 }, start).expect("followed");
         progress.poll(after(50));
         assert!(!progress.made_a_step() && progress.hung(after(99)).is_none() && progress.hung(after(101)).is_some());
         for rank in [0, 1] {
@@ -273,7 +308,7 @@ mod tests {
     fn a_slow_rank_is_named_once() {
         let folder = tempfile::tempdir().expect("a folder");
         let now = Instant::now();
-        let mut progress = Progress::follow(folder.path(), Limits { steps: 1.0, floor: 1.0, start: 1.0 }, now);
+        let mut progress = Progress::follow(folder.path(), Limits { steps: 1.0, floor: 1.0, start: 1.0 }, now).expect("followed");
         for step in 0..JUDGED + 5 {
             for (rank, busy_ms) in [(0, 100.0), (1, 170.0), (2, 105.0), (3, 95.0)] {
                 append(folder.path(), rank, &format!("{{\"step\":{step},\"step_ms\":180.0,\"busy_ms\":{busy_ms}}}\n"));
@@ -285,11 +320,47 @@ mod tests {
     }
 
     #[test]
+    fn who_cannot_look_calls_nobody_hung_and_says_so_once() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let log = folder.path().join("log");
+        fs::create_dir(&log).expect("a folder");
+        let start = Instant::now();
+        let after = |seconds: u64| start + Duration::from_secs(seconds);
+        let mut progress = Progress::follow(&log, Limits { steps: 1.0, floor: 5.0, start: 5.0 }, start).expect("followed");
+        // A file that cannot be read, whoever we are.
+        fs::create_dir(log.join("rank-0.jsonl")).expect("a folder");
+        for seconds in [3, 6, 9] {
+            progress.poll(after(seconds));
+            assert!(progress.hung(after(seconds)).is_none());
+        }
+        assert!(progress.blind().expect("words").contains("rank-0.jsonl") && progress.blind().is_none());
+        fs::remove_dir(log.join("rank-0.jsonl")).expect("removed");
+        progress.poll(after(12));
+        assert!(progress.blind().is_none() && progress.hung(after(13)).is_none() && progress.hung(after(15)).is_some());
+        fs::remove_dir(&log).expect("removed");
+        progress.poll(after(21));
+        assert!(progress.blind().is_none() && progress.hung(after(22)).is_none());
+    }
+
+    #[test]
+    fn the_median_is_of_one_ranks_steps() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let now = Instant::now();
+        let mut progress = Progress::follow(folder.path(), Limits { steps: 1.0, floor: 1.0, start: 1.0 }, now).expect("followed");
+        for step in 0..8 {
+            let step_ms = if step == 7 { 9000.0 } else { 1000.0 };
+            (0..100).for_each(|rank| append(folder.path(), rank, &format!("{{\"step\":{step},\"step_ms\":{step_ms}}}\n")));
+            progress.poll(now);
+        }
+        assert_eq!(progress.median(), 1.0, "the newest step alone is no median");
+    }
+
+    #[test]
     fn a_rewritten_log_is_read_from_its_new_end() {
         let folder = tempfile::tempdir().expect("a folder");
         append(folder.path(), 0, "{\"step\":1,\"step_ms\":1.0}\n{\"step\":2,\"step_ms\":1.0}\n");
         let now = Instant::now();
-        let mut progress = Progress::follow(folder.path(), Limits { steps: 1.0, floor: 1.0, start: 1.0 }, now);
+        let mut progress = Progress::follow(folder.path(), Limits { steps: 1.0, floor: 1.0, start: 1.0 }, now).expect("followed");
         fs::write(folder.path().join("rank-0.jsonl"), "{\"step\":1,\"step_ms\":1.0}\n").expect("written");
         progress.poll(now);
         assert_eq!(progress.step(), None);

@@ -2,7 +2,7 @@
 use crate::args::Args;
 use crate::command::{Ranked, command_line, places, quoted, variables};
 use crate::ending::Ending;
-use crate::environment::{Environment, host_name, oom_kills, sibling};
+use crate::environment::{Environment, host_name, oom_kills, raise_file_limit, sibling};
 use crate::guard::Guarded;
 use crate::hosts::{Hosts, shared_secret, silence};
 use crate::incidents::{Incidents, say};
@@ -55,6 +55,7 @@ pub fn run(args: Args) -> Result<u8> {
     if args.dry_run {
         return dry_run(&args, &environment);
     }
+    raise_file_limit();
     // Before any process is started: a signal in between must not be lost.
     let signals = Signals::new([SIGINT, SIGTERM, SIGUSR1, SIGHUP])?;
     if let (Some(number @ 1..), Some(rdzv)) = (args.node_rank, &args.rdzv) {
@@ -166,7 +167,7 @@ impl Supervisor {
         let guard_lock = self.program.run_dir().map(run_dir::guard_lock);
         let log = self.program.run_dir().map(run_dir::log);
         let limits = Limits { steps: self.args.hang_steps, floor: self.args.hang_floor, start: self.args.start_limit };
-        let mut progress = log.as_ref().map(|log| Progress::follow(log, limits, Instant::now()));
+        let mut progress = log.as_ref().map(|log| Progress::follow(log, limits, Instant::now())).transpose()?;
         let mut set = variables(&self.environment, layout);
         set.extend(self.hosts.begin(self.incidents.attempt));
         let (mut guarded, stdout, stderr) = Guarded::spawn(guard_lock.as_deref(), &line, &set).context("cannot start the guard")?;
@@ -219,6 +220,9 @@ impl Supervisor {
             if let Some(progress) = progress {
                 progress.poll(now);
                 progress.take_events().into_iter().for_each(|event| self.incidents.note(&event.kind, None, event.words));
+                if let Some(words) = progress.blind() {
+                    self.incidents.add("blind", progress.step(), words);
+                }
                 if let Some(slow) = progress.slow() {
                     let Slow { worked: Worked { rank, stage, busy_ms }, usual_ms } = slow;
                     let at = layout.host_of(rank).map(|host| format!(" on host {host}")).unwrap_or_default();
