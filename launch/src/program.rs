@@ -1,6 +1,7 @@
 //! What the ranks run: a `tiefsee` command, and the run directory it works in.
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use std::path::{Path, PathBuf};
+use toml::{Table, Value};
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Program {
@@ -57,16 +58,22 @@ impl Program {
 
 fn train(args: &[String]) -> Result<Kind> {
     let Some(config) = values(args, "--config").pop() else { bail!("train needs --config FILE") };
-    let set = |key: &str| values(args, "--set").iter().filter_map(|pair| pair.split_once('=')).filter(|(name, _)| name.trim() == key).map(|(_, value)| unquoted(value)).next_back();
+    let sets = values(args, "--set");
+    // The trainer would take it, and we would watch another folder.
+    ensure!(!sets.iter().any(|pair| pair.split('=').next() == Some("run")), "--set run=…: name its keys one by one (--set run.dir=DIR)");
+    let set = |key: &str| sets.iter().filter_map(|pair| pair.split_once('=')).filter(|(name, _)| *name == key).map(|(_, new)| value(new)).next_back();
     let run_dir = match set("run.dir") {
-        Some(run_dir) => run_dir,
+        Some(run_dir) => Some(run_dir),
         None => {
             let text = std::fs::read_to_string(&config).with_context(|| format!("cannot read {config}"))?;
-            let table: toml::Table = text.parse().with_context(|| config.clone())?;
-            table.get("run").and_then(|run| run.get("dir")?.as_str()).map(str::to_string).with_context(|| format!("{config} has no run.dir"))?
+            let table: Table = text.parse().with_context(|| config.clone())?;
+            table.get("run").and_then(|run| run.get("dir").cloned())
         }
     };
-    Ok(Kind::Train { run_dir: PathBuf::from(run_dir), stop_after: set("run.stop_after") })
+    let run_dir = run_dir.with_context(|| format!("{config} has no run.dir"))?;
+    let run_dir = run_dir.as_str().with_context(|| format!("run.dir = {run_dir}: must be a path"))?;
+    let stop_after = set("run.stop_after").map(|step| step.to_string());
+    Ok(Kind::Train { run_dir: PathBuf::from(run_dir), stop_after })
 }
 
 /// `--name value` and `--name=value`, in order.
@@ -91,9 +98,10 @@ fn positional(args: &[String]) -> Option<&String> {
     })
 }
 
-fn unquoted(text: &str) -> String {
-    let text = text.trim();
-    text.strip_prefix('"').and_then(|inner| inner.strip_suffix('"')).unwrap_or(text).to_string()
+/// As the trainer reads it: TOML; bare words are strings.
+fn value(text: &str) -> Value {
+    let parsed = toml::from_str::<Table>(&format!("v = {text}")).ok().and_then(|mut table| table.remove("v"));
+    parsed.unwrap_or_else(|| Value::String(text.to_string()))
 }
 
 #[cfg(test)]
@@ -109,6 +117,17 @@ mod tests {
         let program = parse("train --config none.toml --set run.dir=a --set=run.dir=b --set run.stop_after=7");
         assert_eq!(program.run_dir(), Some(Path::new("b")));
         assert_eq!(program.resume_command().join(" "), "resume b --stop-after 7");
+    }
+
+    #[test]
+    fn values_are_read_as_the_trainer_reads_them() {
+        for given in ["runs/q", "'runs/q'", r#""runs/q""#, r#""runs/\u0071""#, "'''runs/q'''"] {
+            assert_eq!(parse(&format!("train --config none.toml --set run.dir={given}")).run_dir(), Some(Path::new("runs/q")), "{given}");
+        }
+        for refused in ["run={dir='runs/q'}", "run.dir=5"] {
+            let command: Vec<String> = format!("train --config none.toml --set run.dir=a --set {refused}").split(' ').map(str::to_string).collect();
+            assert!(Program::parse(&command).is_err(), "{refused}");
+        }
     }
 
     #[test]
