@@ -2,8 +2,8 @@
 //!
 //! Encoding runs on `fastokens`, whose ids are those of the `tokenizers` crate at a hundred times
 //! the speed (`tests/tokenizer.rs` compares them); a file that it cannot load falls back to
-//! `tokenizers` itself, with one line in the log. Invariant: `decode(encode_document(text)) == text`
-//! for every tokenizer without a normalizer.
+//! `tokenizers` itself, with one line in the log. `decode(encode_document(text)) == text` for every tokenizer that
+//! spells all bytes and normalizes nothing; `first_change` tells where one does not.
 
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
@@ -101,6 +101,16 @@ impl Tokenizer {
             (None, Some(slow)) => slow.full.decode(ids, false).map_err(|e| self.error(e.to_string())),
             (None, None) => unreachable!("a tokenizer without a fast side has loaded the slow one"),
         }
+    }
+
+    /// Where the ids of `text` do not give it back, and what they give; always between characters of both.
+    pub fn first_change(&self, text: &str) -> Result<Option<(usize, String)>, DataError> {
+        let found = self.decode(&self.encode_document(text)?)?;
+        if found == text {
+            return Ok(None);
+        }
+        let same = text.chars().zip(found.chars()).take_while(|(a, b)| a == b).map(|(a, _)| a.len_utf8()).sum();
+        Ok(Some((same, found)))
     }
 
     /// One more than the largest id, added tokens included: the rows an embedding needs.

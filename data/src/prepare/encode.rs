@@ -37,12 +37,15 @@ pub(super) enum Part {
 }
 
 /// What a finished shard reports.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub(super) struct ShardDone {
     pub file_bytes: u64,
     pub documents: u64,
     pub duplicates: u64,
     pub tokens: u64,
+    #[serde(skip)]
+    num_groups: u64,
+    /// In the statistics file only: of all shards they would not fit memory.
     row_groups: Vec<StoredGroup>,
     /// (id, how often), ascending; only of held-out shards.
     pub counts: Vec<(u32, u64)>,
@@ -66,6 +69,13 @@ pub(super) struct Encoder<'a> {
 impl Encoder<'_> {
     /// Makes one shard, unless an earlier run has.
     pub fn run(&self, job: Job) -> Result<ShardDone, DataError> {
+        let mut done = self.read_or_make(job)?;
+        done.num_groups = done.row_groups.len() as u64;
+        done.row_groups = Vec::new();
+        Ok(done)
+    }
+
+    fn read_or_make(&self, job: Job) -> Result<ShardDone, DataError> {
         let done_file = self.done_file(job.split, job.shard);
         if let Some(done) = durable::read_json(&done_file)? {
             return Ok(done);
@@ -77,8 +87,7 @@ impl Encoder<'_> {
             Part::ButFirst => 1..unit.len(),
         };
         let duplicates = if job.part == Part::First { 0 } else { unit.duplicates };
-        let mut done =
-            ShardDone { file_bytes: 0, documents: 0, duplicates, tokens: 0, row_groups: Vec::new(), counts: Vec::new() };
+        let mut done = ShardDone { duplicates, ..ShardDone::default() };
         if !documents.is_empty() {
             done.documents = documents.len() as u64;
             self.write_shard(job, &unit, documents, &mut done)?;
@@ -128,10 +137,12 @@ impl Encoder<'_> {
         let path = self.out.join(split.index_file());
         let aside = path.with_added_extension("tmp");
         let lengths: Vec<u64> = shards.iter().map(|shard| shard.file_bytes).collect();
-        let num_groups = shards.iter().map(|shard| shard.row_groups.len() as u64).sum();
+        let num_groups = shards.iter().map(|shard| shard.num_groups).sum();
         let mut writer = IndexWriter::create(&aside, num_groups, &lengths)?;
-        for (number, shard) in (0..).zip(shards) {
-            for (row_group, stored) in (0..).zip(&shard.row_groups) {
+        for number in 0..shards.len() as u32 {
+            let done: Option<ShardDone> = durable::read_json(&self.done_file(split, number))?;
+            let done = done.expect("a shard that is made has its statistics");
+            for (row_group, stored) in (0..).zip(&done.row_groups) {
                 writer.push(number, row_group, &stored.info(&path)?)?;
             }
         }

@@ -78,7 +78,7 @@ impl<'a> Prepare<'a> {
         Ok(Prepare { args, started, given, files, left_out, work })
     }
 
-    fn run(&self) -> Result<PrepareSummary, DataError> {
+    fn run(&mut self) -> Result<PrepareSummary, DataError> {
         let out = self.work.folder.join("out");
         // An earlier run may have come as far as the last renames.
         if !self.args.out.join(MANIFEST_FILE).exists() {
@@ -107,12 +107,13 @@ impl<'a> Prepare<'a> {
     }
 
     /// All stages, up to and with the manifest.
-    fn make(&self, out: &Path) -> Result<(), DataError> {
+    fn make(&mut self, out: &Path) -> Result<(), DataError> {
         let (spills, done) = (self.work.folder.join("spill"), self.work.folder.join("done"));
         [out, &spills, &done].into_iter().try_for_each(durable::make_folder)?;
         let text: u64 = self.files.iter().map(InputFile::text_estimate).sum();
         let units = Units::new(self.args.held_out, text, self.args.shard_mib << 20);
-        let spill = Spill { folder: spills, units, seed: self.args.seed, max_bad: self.args.max_bad };
+        let given = self.given.as_ref().filter(|_| !self.args.lossy_tokenizer);
+        let spill = Spill { folder: spills, units, seed: self.args.seed, max_bad: self.args.max_bad, given };
         let groups = self.read_inputs(&spill)?;
         spill::check_bad_lines(&groups, self.args.max_bad)?;
         let parts = spill.parts(&groups);
@@ -175,17 +176,18 @@ impl<'a> Prepare<'a> {
         read
     }
 
-    /// The tokenizer in the output folder: copied, trained, or left there by an earlier run.
-    fn tokenizer(&self, out: &Path, parts: &[PathBuf], units: Units) -> Result<Tokenizer, DataError> {
+    /// The tokenizer that lies in the output folder: copied, trained, or left there by an earlier run.
+    fn tokenizer(&mut self, out: &Path, parts: &[PathBuf], units: Units) -> Result<Tokenizer, DataError> {
         let path = out.join(TOKENIZER_FILE);
-        match &self.given {
-            _ if path.exists() => open_tokenizer(&path),
-            Some(given) => given.write(out),
-            None => {
-                let vocab = self.args.vocab.expect("validated: a vocabulary or a tokenizer");
-                tokens::train(out, parts, units, vocab, self.args.bpe_mib << 20)
-            }
+        if let Some(given) = self.given.take() {
+            given.write(out)?;
+            return Ok(given.tokenizer);
         }
+        if path.exists() {
+            return open_tokenizer(&path);
+        }
+        let vocab = self.args.vocab.expect("validated: a vocabulary or a tokenizer");
+        tokens::train(out, parts, units, vocab, self.args.bpe_mib << 20)
     }
 
     /// As many shards at once as there are threads, and documents side by side inside each.

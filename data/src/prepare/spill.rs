@@ -21,10 +21,14 @@ use super::documents::{self, Met};
 use super::durable;
 use super::inputs::InputFile;
 use super::left_out::{self, LeftOuts};
+use super::tokens::Given;
 use crate::{DataError, Split};
 
 /// Text that one thread gathers before it writes a part.
 const PART_BYTES: usize = 64 << 20;
+
+/// Documents of a group that a given tokenizer is tried on.
+const CHECKED: u64 = 64;
 
 /// So many lines, and none of them good, are not worth going on.
 const HOPELESS: u64 = 1000;
@@ -116,15 +120,17 @@ pub(super) fn check_bad_lines(groups: &[GroupDone], max_bad: f64) -> Result<(), 
 }
 
 /// The folder of part files.
-pub(super) struct Spill {
+pub(super) struct Spill<'a> {
     pub folder: PathBuf,
     pub units: Units,
     pub seed: u64,
     /// The share of lines that may give no text.
     pub max_bad: f64,
+    /// The tokenizer that must give each group's first documents back.
+    pub given: Option<&'a Given>,
 }
 
-impl Spill {
+impl Spill<'_> {
     /// Reads one group of files, unless an earlier run has.
     pub fn add_group(&self, files: &[InputFile], column: &str) -> Result<GroupDone, DataError> {
         let name = self.group_name(files, column);
@@ -136,7 +142,10 @@ impl Spill {
         let mut buffers = vec![Vec::new(); self.units.count() as usize];
         let mut gathered = 0;
         for file in files {
-            let mut each = |_: u64, text: &str| {
+            let mut each = |number: u64, text: &str| {
+                if let Some(given) = self.given.filter(|_| done.documents < CHECKED) {
+                    given.check(file, number, text)?;
+                }
                 gathered += self.gather(text, &mut buffers, &mut done);
                 if gathered >= PART_BYTES {
                     self.write_part(&done.name, done.parts, &mut buffers)?;
@@ -162,7 +171,8 @@ impl Spill {
 
     fn group_name(&self, files: &[InputFile], column: &str) -> String {
         let paths: Vec<&Path> = files.iter().map(|file| file.path.as_path()).collect();
-        let made_of = serde_json::json!([files, paths, column, self.seed, self.units]);
+        let checked_with = self.given.map(|given| &given.blake3);
+        let made_of = serde_json::json!([files, paths, column, self.seed, self.units, checked_with]);
         blake3::hash(made_of.to_string().as_bytes()).to_hex()[..32].to_owned()
     }
 

@@ -4,6 +4,7 @@
 use std::fs;
 use std::path::Path;
 
+use super::inputs::InputFile;
 use super::spill::{Unit, Units};
 use super::transform::Transform;
 use super::{PrepareArgs, bpe, durable};
@@ -12,6 +13,9 @@ use crate::tokenizer::{Tokenizer, open_tokenizer};
 use crate::DataError;
 
 const CONFIG_FILE: &str = "tokenizer_config.json";
+
+/// Text of a document that is tried.
+const CHECKED_BYTES: usize = 1 << 16;
 
 /// `--tokenizer`, as it was when `prepare` began.
 pub(super) struct Given {
@@ -40,13 +44,23 @@ pub(super) fn open_given(args: &PrepareArgs) -> Result<Option<Given>, DataError>
 }
 
 impl Given {
-    pub fn write(&self, out: &Path) -> Result<Tokenizer, DataError> {
+    /// Refuses a tokenizer that does not give a document back as it was.
+    pub fn check(&self, file: &InputFile, number: u64, text: &str) -> Result<(), DataError> {
+        let text = &text[..text.floor_char_boundary(text.len().min(CHECKED_BYTES))];
+        let Some((at, found)) = self.tokenizer.first_change(text)? else { return Ok(()) };
+        let shown = |text: &str| text[at..].chars().take(20).collect::<String>();
+        let reason = format!(
+            "does not give text back: {}: {}{:?} at byte {at} becomes {:?}; --lossy-tokenizer accepts that",
+            file.path.display(), file.place(number), shown(text), shown(&found)
+        );
+        Err(DataError::Tokenizer { path: self.tokenizer.path().to_owned(), reason })
+    }
+
+    pub fn write(&self, out: &Path) -> Result<(), DataError> {
         if let Some(config) = &self.config {
             durable::write_bytes(&out.join(CONFIG_FILE), config)?;
         }
-        let path = out.join(TOKENIZER_FILE);
-        durable::write_bytes(&path, &self.bytes)?;
-        open_tokenizer(&path)
+        durable::write_bytes(&out.join(TOKENIZER_FILE), &self.bytes)
     }
 }
 

@@ -37,8 +37,10 @@ impl<'a> Transform<'a> {
     pub fn encode(&self, key: &Key, text: &str) -> Result<Bytes, DataError> {
         let mut draw = Draw::new(key);
         let mut ids = Vec::with_capacity(text.len() / 3 + 8);
+        let mut marks = 0;
         match self.fim {
             Some((rate, fim)) if draw.fraction() < rate => {
+                marks = 3;
                 let (prefix, middle, suffix) = cut_in_three(text, &mut draw);
                 for (mark, part) in [(fim.begin, prefix), (fim.hole, suffix), (fim.end, middle)] {
                     ids.push(mark);
@@ -46,6 +48,12 @@ impl<'a> Transform<'a> {
                 }
             }
             _ => self.push_text(text, &mut draw, &mut ids)?,
+        }
+        // Nothing but marks: the document would be gone.
+        if ids.len() == marks && !text.is_empty() {
+            let shown: String = text.chars().take(40).collect();
+            let reason = format!("has no token for any part of a document of {} bytes, {shown:?}", text.len());
+            return Err(DataError::Tokenizer { path: self.tokenizer.path().to_owned(), reason });
         }
         ids.push(self.end_token);
         let mut bytes = Vec::with_capacity(ids.len() * 4);

@@ -150,3 +150,118 @@ fn a_bad_input_is_named_and_once_it_is_mended_the_work_goes_on() {
     prepare(&fresh).unwrap();
     assert!(folder_bytes(&args.out) == folder_bytes(&fresh.out));
 }
+
+/// Text, and JSONL whose first file holds `lines`.
+fn with_lines(folder: &Path, lines: &[u8]) -> PrepareArgs {
+    let args = some_text(folder, 30);
+    fs::write(args.inputs[0].join("a.jsonl"), lines).unwrap();
+    args
+}
+
+#[test]
+fn lines_without_text_are_left_out_up_to_a_share_that_can_be_raised() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut lines = b"\xef\xbb\xbf{\"text\": \"after a mark\"}\n\n{\"text\": null}\n{\"text\": \"\"}\n".to_vec();
+    for bad in [&b"{\"text\": \"\\ud800\"}"[..], b"{\"text\": \"\xff\"}", b"{\"txt\": 1}", b"{\"text\": 1}", b"{\"text\": \"cut"] {
+        lines.extend_from_slice(bad);
+        lines.push(b'\n');
+    }
+    (0..492).for_each(|i| lines.extend_from_slice(format!("{{\"text\": \"line {i}\"}}\n").as_bytes()));
+    let mut args = with_lines(folder.path(), &lines);
+    let error = prepare(&args).unwrap_err();
+    assert!(matches!(&error, DataError::BadInput { path, .. } if path.ends_with("a.jsonl")), "{error}");
+    let said = error.to_string();
+    assert!(said.contains("line 5: ") && said.contains("5 of 500 lines") && said.contains("--max-bad 0.001"), "{said}");
+    args.max_bad = 0.0099;
+    prepare(&args).unwrap_err();
+    // The share itself is not above it; what was read is taken over.
+    args.max_bad = 0.01;
+    let summary = prepare(&args).unwrap();
+    assert_eq!((summary.bad_lines, summary.empty_documents, summary.documents + summary.duplicates), (5, 2, 493 + 30));
+    let lines = format!("{}\n", "{\"body\": \"text\"}\n".repeat(2000));
+    let mut args = with_lines(&folder.path().join("wrong-column"), lines.as_bytes());
+    fs::write(args.inputs[0].join("b.parquet"), "PAR1").unwrap();
+    args.threads = 1;
+    let said = prepare(&args).unwrap_err().to_string();
+    assert!(said.contains("a.jsonl: line 1: has no \"text\"; 2000 of 2000"), "known before the next file is read: {said}");
+}
+
+#[test]
+fn what_a_tokenizer_lacks_is_said_before_anything_is_read() {
+    let folder = tempfile::tempdir().unwrap();
+    let made = corpus::prepared(folder.path(), 42, 30).join("tokenizer.json");
+    let whole: serde_json::Value = serde_json::from_slice(&fs::read(made).unwrap()).unwrap();
+    let mut args = with_lines(&folder.path().join("x"), b"not read, or it would be the error\n");
+    let (given, mut bare) = (folder.path().join("t.json"), whole.clone());
+    fs::write(&given, "{}").unwrap();
+    let refused = |change: &dyn Fn(&mut PrepareArgs), part: &str| {
+        let mut args = args.clone();
+        change(&mut args);
+        let error = prepare(&args).unwrap_err();
+        assert!(error.to_string().contains(part), "{error}");
+        assert!(!work(&args).exists(), "{error}");
+        error
+    };
+    let error = refused(&|args| args.end_token = Some("<eos>".into()), "<｜end▁of▁sentence｜>");
+    assert!(matches!(error, DataError::BadOption { option: "--end-token", .. }), "{error}");
+    let use_it = |args: &mut PrepareArgs| (args.vocab, args.tokenizer) = (None, Some(given.clone()));
+    let error = refused(&use_it, "t.json");
+    assert!(matches!(error, DataError::Tokenizer { .. }), "{error}");
+    bare["added_tokens"] = serde_json::json!([]);
+    let vocab = bare["model"]["vocab"].as_object_mut().unwrap();
+    vocab.retain(|token, _| !token.starts_with("<｜"));
+    vocab.insert("</s>".into(), 0.into());
+    fs::write(&given, bare.to_string()).unwrap();
+    refused(&|args| (use_it(args), args.end_token = Some("<eos>".into())).1, "\"<eos>\"");
+    let error = refused(&|args| (use_it(args), args.fim_rate = 0.5).1, "fim▁begin");
+    assert!(matches!(error, DataError::BadOption { option: "--fim-rate", .. }), "{error}");
+    let mut none = bare.clone();
+    none["model"]["vocab"].as_object_mut().unwrap().remove("</s>");
+    fs::write(&given, none.to_string()).unwrap();
+    refused(&use_it, "no end-of-document token");
+    // Sound, it comes as far as the bad line.
+    fs::write(&given, whole.to_string()).unwrap();
+    use_it(&mut args);
+    assert!(prepare(&args).unwrap_err().to_string().contains("a.jsonl: line 1"));
+}
+
+#[test]
+fn a_tokenizer_that_changes_text_is_refused_unless_that_is_wanted() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut args = with_lines(&folder.path().join("x"), "{\"text\": \"abc\"}\n{\"text\": \"ab漢字かなc\"}\n".as_bytes());
+    let tokenizer = |normalizer: serde_json::Value, decoder: serde_json::Value, unknown: &[&str]| {
+        let letters = ["</s>", "a", "b", "c", " ", "漢", "x"].iter().filter(|letter| !unknown.contains(letter));
+        let vocab: serde_json::Map<_, _> = letters.enumerate().map(|(id, letter)| (letter.to_string(), id.into())).collect();
+        let json = serde_json::json!({"version": "1.0", "added_tokens": [], "normalizer": normalizer, "pre_tokenizer": {"type": "Whitespace"},
+            "post_processor": null, "decoder": decoder,
+            "model": {"type": "BPE", "vocab": vocab, "merges": [], "unk_token": null, "fuse_unk": false, "byte_fallback": false}});
+        let path = folder.path().join("t.json");
+        fs::write(&path, json.to_string()).unwrap();
+        path
+    };
+    let fused = serde_json::json!({"type": "Fuse"});
+    (args.vocab, args.tokenizer) = (None, Some(tokenizer(().into(), fused.clone(), &[])));
+    args.inputs = vec![args.inputs[0].join("a.jsonl")];
+    let error = prepare(&args).unwrap_err();
+    assert!(matches!(&error, DataError::Tokenizer { path, .. } if path.ends_with("t.json")), "{error}");
+    let said = error.to_string();
+    assert!(said.contains("a.jsonl: line 2: \"字かなc\" at byte 5 becomes \"c\"") && said.contains("--lossy-tokenizer"), "{said}");
+    // The same command with the option, or with another tokenizer, goes on.
+    args.lossy_tokenizer = true;
+    assert_eq!(prepare(&args).unwrap().documents, 2);
+    // A document that would be gone is refused all the same.
+    fs::write(&args.inputs[0], "{\"text\": \"abc\"}\n{\"text\": \"漢字かな\"}\n").unwrap();
+    args.out = folder.path().join("gone");
+    args.tokenizer = Some(tokenizer(().into(), fused.clone(), &["漢"]));
+    let said = prepare(&args).unwrap_err().to_string();
+    assert!(said.contains("t.json") && said.contains("no token for any part of a document of 12 bytes, \"漢字かな\""), "{said}");
+    // A normalizer changes text on purpose.
+    fs::write(&args.inputs[0], "{\"text\": \"abcABC\"}\n").unwrap();
+    args.out = folder.path().join("lower");
+    args.tokenizer = Some(tokenizer(serde_json::json!({"type": "Lowercase"}), fused, &[]));
+    args.lossy_tokenizer = false;
+    let said = prepare(&args).unwrap_err().to_string();
+    assert!(said.contains("line 1: \"ABC\" at byte 3 becomes \"abc\""), "{said}");
+    args.lossy_tokenizer = true;
+    prepare(&args).unwrap();
+}
