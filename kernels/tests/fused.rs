@@ -8,6 +8,7 @@ use kernels::ops::adamw::{AdamW, Fp8, Outputs, State, Step};
 use kernels::ops::quantise::{self, Want};
 use kernels::ops::mla_heads::{self, Widths};
 use kernels::ops::rope::RopeTable;
+use kernels::ops::gradient_norm::Parts;
 use kernels::ops::{checksum, cross_entropy, gradient_norm, rms_norm, swiglu, unpermute};
 use support::{counts_tensor, gpu, poison, random, same};
 use tch::{Device, Kind, Tensor};
@@ -300,13 +301,29 @@ fn the_gradient_norm_is_exact_and_repeats() {
     let got = gradient_norm::sum_of_squares(&all);
     assert!(relative_error(&cpu(&got), &want) < 1e-6);
     assert!(same(&got, &gradient_norm::sum_of_squares(&all)), "one order of the sum");
-    // A term added in the same pass; the second of two rows of 1_000_003 does not start at 16 bytes.
-    let rows = Tensor::randn([2, 1_000_003], (Kind::Float, gpu.device()));
-    for (gradient, more) in gradients.iter().zip(all.iter().map(|gradient| gradient.sin())).chain([(&rows.get(1), rows.get(0).copy())]) {
-        let (mut squares, mut sum) = (gradient_norm::Squares::default(), gradient.copy());
-        squares.add_and_take(&mut sum, &more);
-        assert!(same(&sum, &(gradient + &more)), "{:?}", gradient.size());
-        assert!(relative_error(&cpu(&squares.total()), &gradient_norm::sum_of_squares(&[&cpu(&sum)])) < 1e-6, "{:?}", gradient.size());
+}
+
+#[test]
+fn what_ranks_made_of_a_gradient_is_added_up_in_their_order() {
+    let Some(gpu) = gpu("what_ranks_made_of_a_gradient_is_added_up_in_their_order") else {
+        return;
+    };
+    for (rank, ranks) in [(0, 2), (1, 2), (0, 3), (2, 4), (3, 4), (7, 8), (4, 11)] {
+        // A later row of 1_000_003 does not start at 16 bytes.
+        for n in [1, 3, 4096, 1_000_003] {
+            let made = Tensor::randn([ranks, n], (Kind::Float, gpu.device()));
+            poison(gpu);
+            let parts = Parts::of(made.get(rank), (rank as usize, ranks as usize));
+            for (other, peer) in (0..ranks).filter(|&peer| peer != rank).enumerate() {
+                parts.place(other).copy_(&made.get(peer));
+            }
+            let want = (1..ranks).fold(made.get(0), |sum, peer| sum + made.get(peer));
+            let mut squares = gradient_norm::Squares::default();
+            let sum = squares.add_and_take(parts);
+            let what = format!("{n} of rank {rank} of {ranks}");
+            assert!(same(&sum, &want), "{what}");
+            assert!(relative_error(&cpu(&squares.total()), &gradient_norm::sum_of_squares(&[&cpu(&sum)])) < 1e-6, "{what}");
+        }
     }
 }
 

@@ -1,6 +1,6 @@
 //! One step's gradients on their way to their owners: each bucket starts as soon as it is full and its turn has come.
 use super::{Bucket, Lane, Route, Zero};
-use kernels::ops::gradient_norm::Squares;
+use kernels::ops::gradient_norm::{Parts, Squares};
 use model::{GradSink, ParamId};
 use parallel::comm::{Comm, CommError, Pending};
 use std::collections::BTreeMap;
@@ -19,11 +19,8 @@ pub struct Reduction<'a> {
     error: Option<CommError>,
 }
 
-/// What every rank made of one gradient, in rank order, but that the second comes before this rank's own as the first: their
-/// sum is the same, and is made where the other came in, not in the whole gradient's memory.
-type Parts = Vec<Tensor>;
-
-/// Gradients on their way to this rank, to be summed when all have started.
+/// Gradients on their way to this rank, to be summed when all have started: not before, as under DualPipe what another rank
+/// makes of one may hang on a backward that is this rank's to come.
 pub struct Arriving {
     /// Of parameters that no other rank holds, by shard.
     whole: BTreeMap<usize, Tensor>,
@@ -97,18 +94,14 @@ impl Reduction<'_> {
 
 impl Arriving {
     /// The summed gradient of each of `Zero::shards`, in their order, and Σ x² over them, [] f64 where they are. Those that
-    /// came first are summed while others come, the last addition in the pass that squares.
+    /// came first are summed while others come.
     pub fn sum(self) -> Result<(Vec<Tensor>, Tensor), CommError> {
         let mut squares = Squares::default();
         self.whole.values().for_each(|gradient| squares.take(gradient));
         let mut sums = self.whole;
         for (shards, arriving) in self.buckets {
-            for (shard, mut parts) in shards.into_iter().zip(arriving.wait()?) {
-                let last = parts.pop().expect("a part of every rank");
-                let mut sum = parts.remove(0);
-                parts.iter().for_each(|part| drop(sum.g_add_(part)));
-                squares.add_and_take(&mut sum, &last);
-                sums.insert(shard, sum);
+            for (shard, parts) in shards.into_iter().zip(arriving.wait()?) {
+                sums.insert(shard, squares.add_and_take(parts));
             }
         }
         Ok((sums.into_values().collect(), squares.total()))
@@ -119,23 +112,9 @@ impl Arriving {
 fn to_owners(bucket: &Bucket, comm: &Comm, gradients: BTreeMap<ParamId, Tensor>) -> Result<Pending<Vec<Parts>>, CommError> {
     let (rank, size) = (comm.rank(), comm.size());
     let sends = bucket.reduce.runs.iter().filter(|run| run.owner != rank).map(|run| (run.owner, run.shard.of(&gradients[&run.shard.id])));
-    let own: Vec<Tensor> = bucket.reduce.owned(rank).map(|run| run.shard.of(&gradients[&run.shard.id])).collect();
-    let others = (0..size).filter(|&peer| peer != rank);
-    let places: Vec<(usize, Tensor)> = others.flat_map(|peer| own.iter().map(move |run| (peer, run.empty_like()))).collect();
-    let received: Vec<Tensor> = places.iter().map(|(_, place)| place.shallow_clone()).collect();
-    let moved = comm.exchange_into(sends.collect(), places)?;
-    Ok(moved.map(move |()| {
-        let part = |from: usize, index: usize| match from {
-            _ if from == rank => own[index].shallow_clone(),
-            _ => received[(from - usize::from(from > rank)) * own.len() + index].shallow_clone(),
-        };
-        let of = |index: usize| {
-            let mut parts: Parts = (0..size).map(|from| part(from, index)).collect();
-            if rank == 0 {
-                parts.swap(0, 1);
-            }
-            parts
-        };
-        Ok((0..own.len()).map(of).collect())
-    }))
+    let own = bucket.reduce.owned(rank).map(|run| Parts::of(run.shard.of(&gradients[&run.shard.id]), (rank, size)));
+    let own: Vec<Parts> = own.collect();
+    let others = (0..size).filter(|&peer| peer != rank).enumerate();
+    let places = others.flat_map(|(other, peer)| own.iter().map(move |parts| (peer, parts.place(other)))).collect();
+    Ok(comm.exchange_into(sends.collect(), places)?.map(|()| Ok(own)))
 }
