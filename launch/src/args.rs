@@ -130,6 +130,7 @@ Exit codes:
   17  another launcher is at work in this run directory
   18  stopped on request, but the ranks did not checkpoint in time and were ended; an older checkpoint may be there
   19  what the ranks held in memory was damaged, and no copy of that step was left
+  20  too many steps in a row were skipped (guard.max_skipped): a restart would skip them again
 For 10 to 15 and 19, --max-restarts were used up, or a restart could not help.
 
 Examples:

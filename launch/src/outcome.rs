@@ -9,6 +9,8 @@ pub const TAKEN: u8 = 17;
 pub const STOPPED_LATE: u8 = 18;
 /// As `tiefsee` has it: memory was damaged beyond what the ranks can mend.
 const STATE_LOST: i32 = 76;
+/// Too many steps in a row were skipped.
+const GAVE_UP: i32 = 77;
 /// What mpirun answers when one of its daemons, or the link to it, is gone.
 const DAEMON_LOST: i32 = 205;
 const SIGABRT: i32 = 6;
@@ -29,6 +31,7 @@ pub enum Class {
     LinkLost,
     Hung,
     StateLost,
+    GaveUp,
     CannotStart,
 }
 
@@ -64,6 +67,7 @@ impl Outcome {
             Class::CannotStart => 16,
             Class::StoppedLate => STOPPED_LATE,
             Class::StateLost => 19,
+            Class::GaveUp => 20,
         }
     }
 
@@ -71,12 +75,14 @@ impl Outcome {
         !matches!(self.class, Class::Finished | Class::Stopped | Class::StoppedLate)
     }
 
-    /// An error of the ranks' own before any step would come again: a wrong config, a missing corpus.
-    pub fn worth_a_restart(&self, made_a_step: bool) -> bool {
+    /// Why a restart would not help, where it would not.
+    pub fn would_come_again(&self, made_a_step: bool) -> Option<&'static str> {
         match self.class {
-            Class::Error | Class::Abort => made_a_step,
-            Class::Killed | Class::OutOfMemory | Class::LinkLost | Class::Hung | Class::StateLost => true,
-            Class::Finished | Class::Stopped | Class::StoppedLate | Class::CannotStart => false,
+            Class::GaveUp => Some("it would skip the same steps again"),
+            // A wrong config, a missing corpus.
+            Class::Error | Class::Abort if !made_a_step => Some("it failed before its first step and would fail so again"),
+            Class::CannotStart => Some("it would fail to start again"),
+            _ => None,
         }
     }
 }
@@ -171,6 +177,7 @@ pub fn classify(code: i32, evidence: &Evidence, (asked, oom_kills): (bool, bool)
             let damaged = words.split_once("state lost: rank ").and_then(|(_, rest)| number(rest)).and_then(&host_of);
             Outcome::new(Class::StateLost, words).at(damaged)
         }
+        (GAVE_UP, _) => Outcome::new(Class::GaveUp, evidence.reason.clone().unwrap_or_else(|| "too many steps were skipped".to_string())),
         (75, _) => Outcome::new(Class::Stopped, "stopped on request, with a checkpoint"),
         (_, Some(SIGUSR1)) if asked => Outcome::new(Class::Stopped, "stopped on request, before the ranks had begun"),
         (DAEMON_LOST, _) => lost(),
@@ -209,6 +216,7 @@ mod tests {
             (75, &[], Class::Stopped),
             (5, &[], Class::Error),
             (76, &["MPI_ABORT was invoked on rank 0 in communicator MPI_COMM_WORLD"], Class::StateLost),
+            (77, &["MPI_ABORT was invoked on rank 0 in communicator MPI_COMM_WORLD"], Class::GaveUp),
             (137, &[], Class::Killed),
             (139, &["mpirun noticed that process rank 1 with PID 0 on node a exited on signal 11 (Segmentation fault)."], Class::Killed),
             (134, &["memory allocation of 99999999 bytes failed"], Class::OutOfMemory),
@@ -256,6 +264,6 @@ mod tests {
         }
         let outcome = classify(1, &evidence, (false, false), |rank| Some(format!("h{rank}")));
         assert_eq!(outcome.words, "rank 1 on host h1 aborted with code 1: error (rank 1): no such corpus");
-        assert!(!outcome.worth_a_restart(false) && outcome.worth_a_restart(true));
+        assert!(outcome.would_come_again(false).is_some() && outcome.would_come_again(true).is_none());
     }
 }

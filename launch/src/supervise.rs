@@ -263,8 +263,8 @@ impl Supervisor {
             Some("no restart: asked to stop".to_string())
         } else if self.program.run_dir().is_none() {
             Some("no restart: this command has no run directory to go on from".to_string())
-        } else if !ended.outcome.worth_a_restart(ended.made_a_step) {
-            Some("no restart: it failed before its first step and would fail so again".to_string())
+        } else if let Some(why) = ended.outcome.would_come_again(ended.made_a_step) {
+            Some(format!("no restart: {why}"))
         } else if self.restarts.len() >= self.args.max_restarts {
             Some(format!("no restart: {} within {:.0} s are used up", self.args.max_restarts, self.args.restart_window))
         } else {

@@ -285,3 +285,22 @@ fn a_copy_that_is_damaged_too_is_set_aside() {
     let folder = run.dir().join("checkpoints");
     assert!(folder.join("damaged-step-00000005/manifest.json").exists() && !folder.join("step-00000005").exists());
 }
+
+#[test]
+fn giving_up_keeps_the_older_checkpoints_and_nobody_starts_it_again() {
+    // The seventh update blows the weights up: no step after it has a finite loss.
+    let set = ["run.precision=bf16", "guard.max_skipped=3", "validation.every=0", "phase.0.batch=4", "phase.0.tokens=768", "phase.1.lr=1e38"];
+    // Step 8's checkpoint is of the state that it gives up with, and none more is saved; step 6's is not.
+    for (every, keep_last, steps) in [(2, 2, &[4, 6, 8][..]), (6, 1, &[6, 10])] {
+        let (each, keep) = (format!("checkpoint.every={every}"), format!("checkpoint.keep_last={keep_last}"));
+        let run = Run::new(&format!("faults-gave-up-{every}"), &[&set[..], &[&each, &keep]].concat());
+        let mut started = Started::train(local(SUPERVISED), &run, "launcher");
+        assert_eq!(started.code(), 20, "{}", started.said());
+        assert_eq!(skipped(&run), [8, 9, 10]);
+        for text in ["gave up: 3 steps in a row were skipped, the last because loss ", "no restart: it would skip the same steps again"] {
+            started.says(text);
+        }
+        let there: Vec<u64> = trainer::checkpoint::list(run.dir()).expect("a list").into_iter().map(|(step, _)| step).collect();
+        assert_eq!(there, steps, "every {every}, keep_last {keep_last}: {}", started.said());
+    }
+}

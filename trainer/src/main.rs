@@ -15,13 +15,15 @@ use tch::Kind;
 use trainer::checkpoint::Retention;
 use trainer::checkpoint::hf::{Format, Values};
 use trainer::coordinator::StopSignal;
-use trainer::run::{Start, StateLost, resolved, train};
+use trainer::run::{GaveUp, Start, StateLost, resolved, train};
 use trainer::{RunConfig, checkpoint};
 
 /// Stopped on request, with a checkpoint: resume me (EX_TEMPFAIL).
 const EXIT_STOPPED: u8 = 75;
 /// What this world held is damaged: start it again, from its newest whole checkpoint.
 const EXIT_STATE_LOST: u8 = 76;
+/// Too many steps in a row were skipped: another start would skip them again.
+const EXIT_GAVE_UP: u8 = 77;
 
 #[derive(Parser)]
 #[command(name = "tiefsee", version, about = "Pre-trains DeepSeek-V3-class models.")]
@@ -179,17 +181,27 @@ fn in_world(config: impl FnOnce() -> Result<RunConfig>, start: Start) -> Result<
         Ok(_) => Ok(ExitCode::from(EXIT_STOPPED)),
         Err(error) => {
             let text = format!("{error:#}");
-            // "rank N: …" was another rank's failure, which it prints itself; a lost state is every rank's.
-            let (lost, others) = (error.is::<StateLost>(), text.starts_with("rank "));
-            if rank == 0 || !lost && !others {
+            let code = exit_code(&error);
+            // "rank N: …" was another rank's failure, which it prints itself; what has a code of its own is every rank's.
+            if rank == 0 || code == 1 && !text.starts_with("rank ") {
                 eprintln!("error (rank {rank}): {text}");
             }
             if let Some(mpi) = mpi {
                 std::thread::sleep(std::time::Duration::from_millis(300)); // let every rank print its reason
-                mpi.abort(if lost { EXIT_STATE_LOST.into() } else { 1 });
+                mpi.abort(code.into());
             }
-            Ok(ExitCode::from(if lost { EXIT_STATE_LOST } else { 1 }))
+            Ok(ExitCode::from(code))
         }
+    }
+}
+
+fn exit_code(error: &anyhow::Error) -> u8 {
+    if error.is::<StateLost>() {
+        EXIT_STATE_LOST
+    } else if error.is::<GaveUp>() {
+        EXIT_GAVE_UP
+    } else {
+        1
     }
 }
 

@@ -10,6 +10,7 @@ mod tier;
 pub use batch::micro_batches;
 pub use corpus::open_checked;
 pub use mend::StateLost;
+pub use record::GaveUp;
 pub use start::resolved;
 
 use crate::checkpoint::second_tier::SecondTier;

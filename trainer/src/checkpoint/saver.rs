@@ -133,7 +133,8 @@ impl Saver {
             Stage::Committing(thread) => {
                 let mine = thread.map_or(Ok(()), |thread| thread.join().expect("a writer returns its errors"));
                 let (outcome, seconds) = (share(world, mine)?, began.elapsed().as_secs_f64());
-                if outcome.is_ok() && world.rank() == 0 {
+                // While steps are skipped the state stays what it is: its copies must not push out the last ones of a sound one.
+                if outcome.is_ok() && world.rank() == 0 && head.progress.guard.in_a_row == 0 {
                     self.removing = Some(self.remove_old(step));
                 }
                 Ok(Some(Saved { step, path: place.target, seconds, outcome }))

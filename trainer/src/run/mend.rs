@@ -75,8 +75,7 @@ impl Run<'_> {
     }
 
     fn copy_of_this_step(&mut self) -> Result<Option<PathBuf>> {
-        let ended = self.saver.wait(&*self.world)?;
-        self.saved(ended);
+        self.save_settled()?;
         let newest = self.last_checkpoint.as_ref().filter(|(at, _)| *at == self.state.step).map(|(_, path)| path.clone());
         // The same on every rank: how a save ended is.
         let newest = match newest {

@@ -1,11 +1,17 @@
 //! What a run says of its steps, and what it does about a skipped one.
 use super::Run;
+use crate::guard::Reason;
 use crate::metrics::{StepLine, ValidationLine};
 use crate::phase::{Moment, Phase};
 use crate::step::StepReport;
 use crate::validate::held_out_loss;
-use anyhow::{Result, bail};
+use anyhow::Result;
 use std::time::Instant;
+
+/// Skipping does not mend it, and neither would another start from the same state.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub struct GaveUp(String);
 
 impl Run<'_> {
     pub(super) fn record(&mut self, report: &StepReport, (tokens, seconds, lr): (u64, f64, f64), samples: [u64; 2]) -> Result<()> {
@@ -58,15 +64,22 @@ impl Run<'_> {
             "skipped",
             &format!("step {}: {reason}; the update was skipped ({samples})", self.state.step),
         )?;
-        if self.trainer.guard.gives_up() {
-            self.save_whole()?;
-            let skipped = self.trainer.guard.state.in_a_row;
-            bail!(
-                "{skipped} steps in a row were skipped, the last because {reason}: stopped, with a checkpoint at step {}",
-                self.state.step
-            );
+        if self.trainer.guard.gives_up() { self.give_up(reason) } else { Ok(()) }
+    }
+
+    /// A save here takes no older checkpoint's place (`Saver::advance`): one of those is what the run may have to go on from.
+    fn give_up(&mut self, reason: &Reason) -> Result<()> {
+        let (step, skipped) = (self.state.step, self.trainer.guard.state.in_a_row);
+        self.save_settled()?;
+        // A skipped step changes no state.
+        let held = self.last_checkpoint.as_ref().is_some_and(|(at, _)| at + u64::from(skipped) >= step);
+        if !held {
+            self.verified()?;
+            self.save()?;
+            self.save_settled()?;
         }
-        Ok(())
+        let newest = self.last_checkpoint.as_ref().map_or("there is none".to_string(), |(_, path)| path.display().to_string());
+        Err(GaveUp(format!("gave up: {skipped} steps in a row were skipped, the last because {reason}; newest checkpoint: {newest}")).into())
     }
 
     pub(super) fn validate(&mut self, mark: &mut Instant) -> Result<()> {

@@ -60,14 +60,19 @@ impl Run<'_> {
         self.verified()?;
         let step = self.state.step;
         let whole = |run: &Self| run.last_checkpoint.as_ref().is_some_and(|(at, _)| *at == step);
-        let ended = self.saver.wait(&*self.world)?;
-        self.saved(ended);
+        self.save_settled()?;
         if !whole(self) {
             self.save()?;
-            let ended = self.saver.wait(&*self.world)?;
-            self.saved(ended);
+            self.save_settled()?;
         }
         ensure!(whole(self), "there is no checkpoint of step {step}: see above");
+        Ok(())
+    }
+
+    /// No save is under way when it returns.
+    pub(super) fn save_settled(&mut self) -> Result<()> {
+        let ended = self.saver.wait(&*self.world)?;
+        self.saved(ended);
         Ok(())
     }
 }
