@@ -87,7 +87,7 @@ fn write_inputs(folder: &Path) {
     let line = |(i, text): (usize, &str)| format!("{}\n", serde_json::json!({"text": format!("{i}: {text}\n")}));
     let lines: String = texts.iter().flat_map(|text| text.lines()).enumerate().map(line).collect();
     fs::create_dir_all(folder.join("deep/er")).expect("a folder");
-    for (name, text) in ["a.txt", "deep/b with space.md", "deep/er/c.rs"].iter().zip(&texts) {
+    for (name, text) in ["a.txt", "deep/b with space.md", "deep/er/c.rs", "deep/~odd #1 [x] 100%.txt"].iter().zip(&texts) {
         fs::write(folder.join(name), text).expect("written");
     }
     fs::write(folder.join("d.jsonl"), &lines).expect("written");

@@ -136,6 +136,21 @@ fn a_path_that_is_not_utf8_is_a_clear_error() {
     refused(&|args| (args.vocab, args.tokenizer) = (None, Some(odd.into())), "--tokenizer");
 }
 
+#[test]
+fn a_document_longer_than_a_page_holds_is_named_with_the_limit() {
+    let folder = tempfile::tempdir().unwrap();
+    let input = folder.path().join("in");
+    corpus::write_corpus(&input, 54, 10);
+    // Nothing but a length: the file is not looked into.
+    fs::File::create(input.join("big.txt")).unwrap().set_len((1 << 28) + 1).unwrap();
+    let mut args = corpus::args(&input, &folder.path().join("out"));
+    let said = prepare(&args).unwrap_err().to_string();
+    assert!(said.contains("big.txt: a document of 268435457 bytes, the limit is 268435456; --max-file-bytes"), "{said}");
+    args.out = folder.path().join("without");
+    args.max_file_bytes = Some(1 << 28);
+    assert_eq!(prepare(&args).unwrap().left_out["larger than --max-file-bytes"].largest, "big.txt");
+}
+
 /// Files written in one order or the other are listed in orders of their own.
 #[test]
 fn max_bytes_takes_a_part_that_does_not_depend_on_the_listing() {

@@ -265,3 +265,33 @@ fn a_tokenizer_that_changes_text_is_refused_unless_that_is_wanted() {
     args.lossy_tokenizer = true;
     prepare(&args).unwrap();
 }
+
+#[test]
+fn shards_made_before_an_input_was_mended_are_made_again() {
+    let folder = tempfile::tempdir().unwrap();
+    let (input, tokenizer) = (folder.path().join("a.jsonl"), folder.path().join("t.json"));
+    let vocab = serde_json::json!({"</s>": 0, "a": 1, "b": 2, "c": 3});
+    let model = serde_json::json!({"type": "BPE", "vocab": vocab, "merges": []});
+    let pieces = serde_json::json!({"type": "Whitespace"});
+    let json = serde_json::json!({"version": "1.0", "added_tokens": [], "pre_tokenizer": pieces, "decoder": {"type": "Fuse"}, "model": model});
+    fs::write(&tokenizer, json.to_string()).unwrap();
+    let lines = |count: usize, last: &str| -> String {
+        let text = |i: usize| if i == count { last.into() } else { format!("{i:07b}").replace('0', "a").replace('1', "b") };
+        (0..=count).map(|i| format!("{{\"text\": \"{}\"}}\n", text(i))).collect()
+    };
+    let mut args = corpus::args(&input, &folder.path().join("out"));
+    (args.vocab, args.tokenizer, args.lossy_tokenizer) = (None, Some(tokenizer), true);
+    // The held-out shards come first; the document without a token lies behind them.
+    (args.threads, args.held_out) = (1, 0.5);
+    fs::write(&input, lines(40, "漢")).unwrap();
+    let said = prepare(&args).unwrap_err().to_string();
+    assert!(said.contains("\"漢\""), "{said}");
+    assert!(fs::read_dir(work(&args).join("done")).unwrap().count() > 0, "a shard was made");
+    fs::write(&input, lines(80, "c")).unwrap();
+    let summary = prepare(&args).unwrap();
+    assert_eq!(summary.documents, 81);
+    let mut fresh = args.clone();
+    fresh.out = folder.path().join("fresh");
+    prepare(&fresh).unwrap();
+    assert!(folder_bytes(&args.out) == folder_bytes(&fresh.out));
+}

@@ -8,8 +8,10 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use data::{DataError, Loader, LoaderOptions, Split, Store};
+use futures::StreamExt;
 use futures::stream::BoxStream;
 use object_store::local::LocalFileSystem;
+use object_store::memory::InMemory;
 use object_store::path::Path as StorePath;
 use object_store::{
     CopyOptions, Error, GetOptions, GetResult, ListResult, MultipartUpload, ObjectMeta, ObjectStore,
@@ -117,4 +119,75 @@ fn a_dead_store_is_an_error_that_names_the_file() {
         let text = error.to_string();
         assert!(text.contains("manifest.json") && text.contains(reason), "{text}");
     }
+}
+
+/// A bucket with `text/`, the empty object that some tools mark a folder with, which `object_store` lists as `text`.
+#[derive(Debug)]
+struct Marked(InMemory);
+
+impl fmt::Display for Marked {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "marked")
+    }
+}
+
+#[async_trait]
+impl ObjectStore for Marked {
+    fn list(&self, prefix: Option<&StorePath>) -> BoxStream<'static, Result<ObjectMeta>> {
+        let marker = ObjectMeta {
+            location: prefix.expect("a prefix").clone(),
+            last_modified: std::time::SystemTime::UNIX_EPOCH.into(),
+            size: 0,
+            e_tag: None,
+            version: None,
+        };
+        futures::stream::iter([Ok(marker)]).chain(self.0.list(prefix)).boxed()
+    }
+
+    async fn get_opts(&self, location: &StorePath, options: GetOptions) -> Result<GetResult> {
+        self.0.get_opts(location, options).await
+    }
+
+    async fn put_opts(&self, path: &StorePath, payload: PutPayload, options: PutOptions) -> Result<PutResult> {
+        self.0.put_opts(path, payload, options).await
+    }
+
+    async fn put_multipart_opts(&self, _: &StorePath, _: PutMultipartOptions) -> Result<Box<dyn MultipartUpload>> {
+        unimplemented!("put in one part")
+    }
+
+    fn delete_stream(&self, _: BoxStream<'static, Result<StorePath>>) -> BoxStream<'static, Result<StorePath>> {
+        unimplemented!("nothing is deleted")
+    }
+
+    async fn list_with_delimiter(&self, _: Option<&StorePath>) -> Result<ListResult> {
+        unimplemented!("listed at any depth")
+    }
+
+    async fn copy_opts(&self, _: &StorePath, _: &StorePath, _: CopyOptions) -> Result<()> {
+        unimplemented!("nothing is copied")
+    }
+}
+
+#[tokio::test]
+async fn a_listed_name_is_the_key_itself_and_a_folders_mark_is_no_file() {
+    let inner = Arc::new(Marked(InMemory::new()));
+    let keys = ["a.txt", "b c.txt", "deep/~odd #1 [x] 100%.txt", "deep/%7Eencoded.txt"];
+    for key in keys {
+        let path = StorePath::parse(format!("text/{key}")).unwrap();
+        inner.put_opts(&path, key.as_bytes().to_vec().into(), PutOptions::default()).await.unwrap();
+    }
+    let store = Store::from_parts(inner, "text", "s3://bucket/text".into(), options().retry);
+    let listed = store.list_versions().await.unwrap();
+    let mut names: Vec<&str> = listed.iter().map(|(name, ..)| name.as_str()).collect();
+    names.sort_unstable();
+    let mut expected = keys;
+    expected.sort_unstable();
+    assert_eq!(names, expected);
+    for (name, bytes, version) in &listed {
+        assert_eq!(store.read_all(name).await.unwrap(), name.as_bytes());
+        assert_eq!((*bytes, version.is_empty()), (name.len() as u64, false));
+    }
+    let versions: std::collections::HashSet<_> = listed.iter().map(|(.., version)| version).collect();
+    assert_eq!(versions.len(), keys.len(), "each put has a tag of its own");
 }
