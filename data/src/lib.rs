@@ -21,7 +21,8 @@ mod tokenizer;
 
 pub use error::DataError;
 pub use format::Split;
-pub use loader::{Loader, LoaderOptions, OrderSpec, Sample, Source};
+pub use loader::{Listings, Loader, LoaderOptions, OrderSpec, Sample, Source, SourceFacts};
+pub use order::Begun;
 pub use prepare::{PrepareArgs, PrepareSummary, decode_document, prepare};
 pub use store::{Retry, Store, fetch, is_url};
 pub use tokenizer::{FimTokens, Tokenizer, open_tokenizer};

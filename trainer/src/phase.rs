@@ -150,6 +150,15 @@ pub struct Plan {
     default_mixture: Vec<Source>,
 }
 
+/// A sample order as the steps of a run read it.
+pub struct PlannedOrder<'a> {
+    pub number: u64,
+    /// The first that reads it, and its number in the config, from 1.
+    pub phase: &'a Phase,
+    pub phase_number: usize,
+    pub samples: u64,
+}
+
 /// What holds at one step.
 pub struct Moment<'a> {
     pub phase: &'a Phase,
@@ -200,6 +209,21 @@ impl Plan {
         })
     }
 
+    /// Those that some step reads, ascending.
+    pub fn orders(&self) -> Vec<PlannedOrder<'_>> {
+        let mut orders: Vec<PlannedOrder> = Vec::new();
+        for Moment { phase, order: number, batch, .. } in self.moments() {
+            match orders.last_mut() {
+                Some(last) if last.number == number => last.samples += batch,
+                _ => {
+                    let phase_number = 1 + self.orders.iter().position(|order| *order == number).expect("a phase has it");
+                    orders.push(PlannedOrder { number, phase, phase_number, samples: batch });
+                }
+            }
+        }
+        orders
+    }
+
     pub fn num_steps(&self) -> u64 {
         self.moments().count() as u64
     }
@@ -236,5 +260,7 @@ mod tests {
         let longer = Phase { sequence_length: 20, ..one.clone() };
         let plan = Plan::new(&[one.clone(), one, longer], &[]);
         assert_eq!([0, 100, 200].map(|tokens| plan.at(tokens).expect("inside").order), [0, 0, 1]);
+        let orders = plan.orders();
+        assert_eq!(orders.iter().map(|order| (order.number, order.phase_number, order.samples)).collect::<Vec<_>>(), [(0, 1, 20), (1, 3, 5)]);
     }
 }

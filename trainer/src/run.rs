@@ -5,6 +5,7 @@ mod mend;
 mod record;
 mod save;
 mod start;
+mod streams;
 mod tier;
 
 pub use batch::micro_batches;
@@ -87,7 +88,7 @@ pub fn train(config: &RunConfig, world: Comm, start: Start, stop: &StopSignal) -
     let schedules = prove_schedules(&plan, &layout)?;
     let free = if world.rank() == 0 && start == Start::Fresh { check_free(&config.run.dir) } else { Ok(()) };
     all_or_none(&*world, free)?;
-    let corpus = all_or_none(&*world, Corpus::open(config, &plan))?;
+    let corpus = all_or_none(&*world, Corpus::open(config, &plan, world.rank() == 0))?;
     if let (Some(held_out), true) = (&corpus.held_out, layout.ep > 1) {
         let sequences = config.validation.sequences.min(held_out.num_samples());
         let dp = layout.dp as u64;
@@ -132,7 +133,7 @@ pub fn train(config: &RunConfig, world: Comm, start: Start, stop: &StopSignal) -
         memory_said: false,
     };
     let _reporter = Reporter::start(&run.watch, &config.run.dir, run.world.rank());
-    run.announce(start, &[notes, schedules].concat())?;
+    run.announce(start, &[notes, schedules, run.corpus.notes.clone()].concat())?;
     let finished = run.steps(stop)?;
     run.finish(finished)
 }

@@ -178,6 +178,10 @@ impl Index {
         self.head.shard_lengths[shard as usize]
     }
 
+    pub fn shard_lengths(&self) -> &[u64] {
+        &self.head.shard_lengths
+    }
+
     /// Number of the row group that holds token `token` of the stream, with its record.
     pub async fn find(&self, store: &Store, token: u64) -> Result<(u64, Record), DataError> {
         assert!(token < self.head.tokens, "token {token} of a stream of {}", self.head.tokens);

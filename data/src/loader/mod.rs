@@ -7,6 +7,7 @@
 //! wrong.
 
 mod cache;
+mod files;
 mod source;
 
 use std::path::{Path, PathBuf};
@@ -16,10 +17,11 @@ use futures::{StreamExt, TryStreamExt};
 use serde::{Deserialize, Serialize};
 
 use crate::format::Split;
-use crate::order::{Order, OrderKey, Place};
+use crate::order::{Begun, Order, OrderKey, Place};
 use crate::store::Retry;
 use crate::{DataError, Store};
 use cache::Cache;
+pub use files::Listings;
 use source::OpenSource;
 
 /// One prepared corpus and its share of the mixture.
@@ -87,11 +89,22 @@ pub struct Sample {
     pub index: u64,
 }
 
+/// What a run wants to know of a source that it reads.
+pub struct SourceFacts<'a> {
+    pub path: &'a Path,
+    pub weight: f64,
+    /// BLAKE3 of its manifest, and so of every token.
+    pub manifest: String,
+    pub train_tokens: u64,
+}
+
 /// See the module head.
 pub struct Loader {
+    /// Without the sources left out.
     spec: OrderSpec,
     order: Order,
     sources: Vec<Arc<OpenSource>>,
+    left_out: Vec<PathBuf>,
     cache: Arc<Cache>,
     runtime: tokio::runtime::Runtime,
     options: LoaderOptions,
@@ -115,6 +128,7 @@ impl Loader {
         if spec.sequence_length == 0 || spec.sequence_length > 1 << 24 {
             return Err(DataError::bad_option("sequence_length", spec.sequence_length, "must lie in 1 to 2^24"));
         }
+        let (mut spec, mut left_out) = (spec, Vec::new());
         let runtime = tokio::runtime::Builder::new_multi_thread()
             .worker_threads(2)
             .thread_name("tiefsee-data")
@@ -124,22 +138,48 @@ impl Loader {
         let opened = spec.sources.iter().zip(stores).map(|(source, store)| {
             runtime.block_on(OpenSource::open(store, source.path.clone(), spec.split)).map(Arc::new)
         });
-        let sources = opened.collect::<Result<Vec<_>, _>>()?;
+        let mut sources = opened.collect::<Result<Vec<_>, _>>()?;
         source::check_alike(&sources)?;
-        let mut shares = Vec::with_capacity(sources.len());
-        for (source, spec_source) in sources.iter().zip(&spec.sources) {
-            let num_samples = source.num_samples(spec.sequence_length, options.extra_tokens)?;
-            let unused = source.unused_tokens(spec.sequence_length, options.extra_tokens);
-            tracing::info!(
-                path = %spec_source.path.display(), split = spec.split.name(), num_samples, unused,
-                "opened a source; its last `unused` tokens fill no sample"
-            );
-            shares.push((num_samples, spec_source.weight));
+        let (length, extra) = (spec.sequence_length, options.extra_tokens);
+        let holds_a_sample = |source: &Arc<OpenSource>| source.num_samples(length, extra).is_ok();
+        if spec.split == Split::HeldOut && sources.iter().any(holds_a_sample) {
+            let (kept, left): (Vec<_>, Vec<_>) = sources.into_iter().zip(spec.sources).partition(|(source, _)| holds_a_sample(source));
+            (sources, spec.sources) = kept.into_iter().unzip();
+            left_out = left.into_iter().map(|(_, spec)| spec.path).collect();
         }
+        let samples = sources.iter().map(|source| source.num_samples(length, extra));
+        let samples = samples.collect::<Result<Vec<_>, _>>()?;
+        let shares: Vec<_> = samples.into_iter().zip(spec.sources.iter().map(|source| source.weight)).collect();
         let OrderSpec { sequence_length, seed, phase, split, .. } = spec;
         let order = Order::new(OrderKey { sequence_length, seed, phase, split }, &shares)?;
         let cache = Arc::new(Cache::new(options.cache_bytes, options.verify, options.prefetch_depth));
-        Ok(Loader { spec, order, sources, cache, runtime, options, fingerprint: OnceLock::new() })
+        Ok(Loader { spec, order, sources, left_out, cache, runtime, options, fingerprint: OnceLock::new() })
+    }
+
+    /// Goes on with each source where phases before left it.
+    pub fn go_on(mut self, begun: &[Begun]) -> Loader {
+        self.order.go_on(begun);
+        Loader { fingerprint: OnceLock::new(), ..self }
+    }
+
+    /// Where each source stands before `index`.
+    pub fn begun_at(&self, index: u64) -> Vec<Begun> {
+        self.order.begun_at(index)
+    }
+
+    /// Sources of the held-out split that hold not one sample of it, while others do.
+    pub fn left_out(&self) -> &[PathBuf] {
+        &self.left_out
+    }
+
+    /// In the order of `Sample::source`.
+    pub fn sources(&self) -> impl Iterator<Item = SourceFacts<'_>> {
+        self.sources.iter().zip(&self.spec.sources).map(|(source, spec)| SourceFacts {
+            path: &spec.path,
+            weight: spec.weight,
+            manifest: source.manifest_hash.to_hex().to_string(),
+            train_tokens: source.manifest.train.tokens,
+        })
     }
 
     pub fn vocab_size(&self) -> u32 {
@@ -151,9 +191,13 @@ impl Loader {
         self.sources[0].manifest.end_token
     }
 
-    /// Nats per token of each source's held-out split under its own unigram distribution.
-    pub fn unigram_entropy(&self, source: usize) -> f64 {
-        self.sources[source].manifest.unigram_entropy
+    /// Nats per token of the held-out splits under their own unigram distributions, weighed as the mixture weighs those
+    /// sources that have one; None if none has.
+    pub fn unigram_entropy(&self) -> Option<f64> {
+        let with_text = self.sources.iter().zip(&self.spec.sources).filter(|(source, _)| source.manifest.held_out.tokens > 0);
+        let weighed = with_text.map(|(source, spec)| (spec.weight, spec.weight * source.manifest.unigram_entropy));
+        let (weights, sum) = weighed.fold((0.0, 0.0), |(weights, sum), (weight, part)| (weights + weight, sum + part));
+        (weights > 0.0).then(|| sum / weights)
     }
 
     /// Of the first source; all share it.
@@ -161,13 +205,13 @@ impl Loader {
         &self.sources[0].tokenizer_path
     }
 
-    /// BLAKE3 over the manifests and the spec, paths left out: equal on all ranks, whatever their
+    /// BLAKE3 over the manifests, the spec and where the sources begin, paths left out: equal on all ranks, whatever their
     /// mount points, if and only if they will read the same samples.
     pub fn fingerprint(&self) -> String {
         self.fingerprint.get_or_init(|| self.compute_fingerprint()).clone()
     }
 
-    /// Samples of one epoch of every source together.
+    /// Training: samples of one epoch of every source together. Held-out: all there are.
     pub fn num_samples(&self) -> u64 {
         self.order.num_samples()
     }
@@ -233,6 +277,14 @@ impl Loader {
         let numbers = [*sequence_length as u64, *seed, *phase, *split as u64, self.options.extra_tokens as u64];
         for number in numbers {
             hasher.update(&number.to_le_bytes());
+        }
+        // An order that begins every source itself has the fingerprint that it had before sources could go on.
+        let first = |place: u64| Begun { order: *phase, source: place, drawn: 0 };
+        let begun = self.order.begun_at(0);
+        if !begun.iter().zip(0..).all(|(begun, place)| *begun == first(place)) {
+            for number in begun.iter().flat_map(|begun| [begun.order, begun.source, begun.drawn]) {
+                hasher.update(&number.to_le_bytes());
+            }
         }
         hasher.finalize().to_hex().to_string()
     }

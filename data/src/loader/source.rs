@@ -1,7 +1,7 @@
 //! One opened source: its manifest and index, and row groups read from it. Invariant: what
 //! `fetch` returns has the length, the checksum and the counts that the index and the manifest promise.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use crate::format::Split;
@@ -48,6 +48,10 @@ impl OpenSource {
 
     pub fn store(&self) -> &Store {
         &self.store
+    }
+
+    pub fn path(&self) -> &Path {
+        &self.path
     }
 
     /// Samples of L+1+extra tokens at a distance of L.

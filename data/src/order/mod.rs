@@ -1,5 +1,5 @@
-//! The global order of samples: a pure function of (sources, L, seed, phase, index), in constant
-//! memory. Nothing here reads a file.
+//! The global order of samples: a pure function of (sources, L, seed, phase, index) and of where phases
+//! before left the sources, in constant memory. Nothing here reads a file.
 //!
 //! **Mixture.** Block k holds round(w·B·(k+1)) − round(w·B·k) samples of a source of weight w; which
 //! place in the block belongs to which source is drawn anew for each block. Rounding a source at a
@@ -10,7 +10,9 @@
 //! C consecutive samples, then the samples inside a window; the short last window stays last. So
 //! a reader stays within a few row groups for C samples, and the documents, which lie in shuffled
 //! order already, are mixed further.
-//! **Held-out**: stream order, one source after the other, one pass.
+//! **From phase to phase** a source whose L stays goes on where it was left (`Begun`): the mixture alone is drawn anew.
+//! **Held-out**: the same in blocks of one sample, so that few samples keep the shares too; a source's own in stream
+//! order, one pass: it ends where the first source does.
 
 mod feistel;
 
@@ -51,6 +53,34 @@ struct Share {
     num_samples: u64,
     /// Weight as a fraction of `ONE`; all sum to `ONE`.
     weight: u64,
+    begun: Begun,
+}
+
+/// Where a source's draws at one L began, and how many of them came before some point. The first two name its
+/// permutations, which therefore last over phases.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Begun {
+    /// The phase, and the source's place in its mixture.
+    pub order: u64,
+    pub source: u64,
+    pub drawn: u64,
+}
+
+/// One block of the mixture. Its slots before they are shuffled: the first source's, then the second's, …
+struct Block {
+    number: u64,
+    /// Its first index.
+    first: u64,
+    /// Where each source's slots end.
+    ends: Vec<u64>,
+    key: u64,
+}
+
+impl Block {
+    fn source_at(&self, index: u64) -> usize {
+        let slot = permute(self.key, self.ends[self.ends.len() - 1], index - self.first);
+        self.ends.partition_point(|end| *end <= slot)
+    }
 }
 
 /// What an order is made of, beside the sources.
@@ -66,71 +96,79 @@ impl Order {
     /// `sources`: (samples of one epoch, weight). Weights are relative and must be positive.
     pub fn new(key: OrderKey, sources: &[(u64, f64)]) -> Result<Order, DataError> {
         let window = (WINDOW_TOKENS / key.sequence_length as u64).max(1);
-        Order::with_window(key, sources, window, BLOCK)
+        let block = match key.split {
+            Split::Train => BLOCK,
+            Split::HeldOut => 1,
+        };
+        Order::with_window(key, sources, window, block)
     }
 
     /// The same with C and B by hand: for tests, whose corpora are small.
     #[doc(hidden)]
     pub fn with_window(key: OrderKey, sources: &[(u64, f64)], window: u64, block: u64) -> Result<Order, DataError> {
         let weights = fractions(sources)?;
-        let share = |(&(num_samples, _), weight)| Share { num_samples, weight };
-        let sources: Vec<Share> = sources.iter().zip(weights).map(share).collect();
+        let begun = |source| Begun { order: key.phase, source, drawn: 0 };
+        let share = |((&(num_samples, _), weight), source)| Share { num_samples, weight, begun: begun(source) };
+        let sources: Vec<Share> = sources.iter().zip(weights).zip(0..).map(share).collect();
         assert!(window > 0 && block > 0 && sources.iter().all(|s| s.num_samples > 0), "{sources:?}");
         Ok(Order { split: key.split, seed: key.seed, phase: key.phase, window, block, sources })
     }
 
-    /// Samples of one epoch of every source together.
+    /// Draws go on from there, one a source; else every source begins in this order.
+    pub fn go_on(&mut self, begun: &[Begun]) {
+        assert_eq!(begun.len(), self.sources.len(), "one a source");
+        self.sources.iter_mut().zip(begun).for_each(|(share, begun)| share.begun = *begun);
+    }
+
+    /// Where each source stands before `index`: what a later order goes on from.
+    pub fn begun_at(&self, index: u64) -> Vec<Begun> {
+        let block = self.block_at(index);
+        let mut drawn: Vec<u64> = self.sources.iter().map(|share| self.drawn(share, block.number)).collect();
+        (block.first..index).for_each(|before| drawn[block.source_at(before)] += 1);
+        self.sources.iter().zip(drawn).map(|(share, here)| Begun { drawn: share.begun.drawn + here, ..share.begun }).collect()
+    }
+
+    /// Training: samples of one epoch of every source together. Held-out: all there are.
     pub fn num_samples(&self) -> u64 {
-        self.sources.iter().map(|s| s.num_samples).sum()
+        match self.split {
+            Split::Train => self.sources.iter().map(|s| s.num_samples).sum(),
+            Split::HeldOut => self.blocks_total(self.whole_blocks()),
+        }
     }
 
     /// The sample at `index`. Training never ends; the held-out split does.
     pub fn locate(&self, index: u64) -> Result<Place, DataError> {
-        match self.split {
-            Split::Train => Ok(self.locate_mixed(index)),
-            Split::HeldOut => self.locate_in_sequence(index),
+        let limit = self.num_samples();
+        if self.split == Split::HeldOut && index >= limit {
+            return Err(DataError::SampleOutOfRange { index, limit });
         }
-    }
-
-    fn locate_in_sequence(&self, index: u64) -> Result<Place, DataError> {
-        let mut rest = index;
-        for (source, share) in self.sources.iter().enumerate() {
-            if rest < share.num_samples {
-                return Ok(Place { source: source as u32, epoch: 0, sample: rest });
-            }
-            rest -= share.num_samples;
-        }
-        Err(DataError::SampleOutOfRange { index, limit: self.num_samples() })
-    }
-
-    fn locate_mixed(&self, index: u64) -> Place {
         if let [_] = self.sources[..] {
-            return self.nth_of_source(0, index);
+            return Ok(self.nth_of_source(0, index));
         }
-        let block = self.block_of(index);
-        let start = self.blocks_total(block);
-        // Slots of the block before they are shuffled: the first source's, then the second's, …
+        let block = self.block_at(index);
+        let source = block.source_at(index);
+        let earlier = (block.first..index).filter(|other| block.source_at(*other) == source).count() as u64;
+        Ok(self.nth_of_source(source, self.drawn(&self.sources[source], block.number) + earlier))
+    }
+
+    fn block_at(&self, index: u64) -> Block {
+        let number = self.block_of(index);
         let mut ends = Vec::with_capacity(self.sources.len());
         for share in &self.sources {
-            let here = self.drawn(share, block + 1) - self.drawn(share, block);
+            let here = self.drawn(share, number + 1) - self.drawn(share, number);
             ends.push(ends.last().unwrap_or(&0) + here);
         }
-        let length = ends[ends.len() - 1];
-        let key = derive(&[self.seed, self.phase, 1, block]);
-        let source_at = |place: u64| {
-            let slot = permute(key, length, place);
-            ends.partition_point(|end| *end <= slot)
-        };
-        let source = source_at(index - start);
-        let earlier = (0..index - start).filter(|place| source_at(*place) == source).count() as u64;
-        self.nth_of_source(source, self.drawn(&self.sources[source], block) + earlier)
+        Block { number, first: self.blocks_total(number), ends, key: derive(&[self.seed, self.phase, 1, number]) }
     }
 
-    /// The k-th sample that is ever drawn from `source`.
+    /// The k-th sample that this order draws from `source`.
     fn nth_of_source(&self, source: usize, k: u64) -> Place {
-        let n = self.sources[source].num_samples;
-        let (epoch, i) = (k / n, k % n);
-        let key = |kind: u64, window: u64| derive(&[self.seed, self.phase, kind, source as u64, epoch, window]);
+        if self.split == Split::HeldOut {
+            return Place { source: source as u32, epoch: 0, sample: k };
+        }
+        let Share { num_samples: n, begun, .. } = self.sources[source];
+        let (epoch, i) = ((begun.drawn + k) / n, (begun.drawn + k) % n);
+        let key = |kind: u64, window: u64| derive(&[self.seed, begun.order, kind, begun.source, epoch, window]);
         let (full, place) = (n / self.window, i / self.window);
         let window = if place < full { permute(key(2, 0), full, place) } else { full };
         let size = self.window.min(n - window * self.window);
@@ -146,6 +184,16 @@ impl Order {
 
     fn blocks_total(&self, blocks: u64) -> u64 {
         self.sources.iter().map(|share| self.drawn(share, blocks)).sum()
+    }
+
+    /// Blocks that draw no source's sample twice.
+    fn whole_blocks(&self) -> u64 {
+        // The first block count at which round(w·B·blocks) passes n; the block before it is the one that ends too late.
+        let over = |share: &Share| {
+            let needed = u128::from(ONE) * u128::from(share.num_samples) + u128::from(ONE / 2);
+            needed.div_ceil(u128::from(share.weight) * u128::from(self.block)) as u64
+        };
+        self.sources.iter().map(over).min().expect("there is a source") - 1
     }
 
     /// The block that holds `index`: index / B, but for the rounding of each source.

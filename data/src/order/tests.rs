@@ -100,11 +100,59 @@ fn seed_and_phase_change_the_order_and_nothing_else_does() {
 }
 
 #[test]
-fn held_out_is_one_source_after_the_other() {
-    let order = Order::new(key(Split::HeldOut, 1, 1), &[(3, 1.0), (2, 9.0)]).unwrap();
-    let places: Vec<(u32, u64)> = (0..5).map(|i| order.locate(i).unwrap()).map(|p| (p.source, p.sample)).collect();
-    assert_eq!(places, [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1)]);
-    assert!(order.locate(5).is_err());
+fn held_out_keeps_the_shares_from_the_first_samples_on_and_ends_with_the_first_source() {
+    let order = Order::new(key(Split::HeldOut, 1, 0), &[(3, 1.0), (2, 9.0)]).unwrap();
+    let places = |order: &Order| (0..order.num_samples()).map(|i| order.locate(i).unwrap()).collect::<Vec<_>>();
+    assert_eq!(places(&order).iter().map(|p| (p.source, p.sample)).collect::<Vec<_>>(), [(1, 0), (1, 1)]);
+    assert!(order.locate(2).is_err());
+    for round in 0..20 {
+        let sources: Vec<(u64, f64)> = (0..1 + draw(round, 5)).map(|s| (1 + draw(round * 9 + s, 500), 1.0 + draw(s + round, 99) as f64)).collect();
+        let order = Order::new(key(Split::HeldOut, round, 0), &sources).unwrap();
+        let total: f64 = sources.iter().map(|(_, weight)| weight).sum();
+        let mut counts = vec![0u64; sources.len()];
+        for place in places(&order) {
+            let count = &mut counts[place.source as usize];
+            assert_eq!((place.epoch, place.sample), (0, *count), "stream order, one pass");
+            *count += 1;
+            let read: u64 = counts.iter().sum();
+            for (count, (_, weight)) in counts.iter().zip(&sources) {
+                let exact = weight / total * read as f64;
+                assert!((*count as f64 - exact).abs() <= sources.len() as f64, "{count} for {exact} of {sources:?}");
+            }
+        }
+        assert!(counts.iter().zip(&sources).any(|(count, (limit, _))| count == limit), "{counts:?} of {sources:?}");
+    }
+}
+
+/// Phases that change shares, sources and their places, where a source's draws go on.
+#[test]
+fn a_source_that_goes_on_gives_no_sample_twice_before_its_epoch_is_over() {
+    for round in 0..30 {
+        let sizes: Vec<u64> = (0..4).map(|s| 1 + draw(round * 10 + s, 900)).collect();
+        let mut begun: Vec<Option<Begun>> = vec![None; 4];
+        let mut seen: Vec<Vec<Place>> = vec![Vec::new(); 4];
+        for phase in 0..5 {
+            let names: Vec<usize> = (0..4).map(|s| (s + round as usize + phase as usize) % 4).filter(|s| draw(round * 50 + phase * 4 + *s as u64, 4) > 0).collect();
+            let names = if names.is_empty() { vec![0] } else { names };
+            let sources: Vec<(u64, f64)> = names.iter().map(|s| (sizes[*s], 1.0 + draw(round + phase + *s as u64, 7) as f64)).collect();
+            let mut order = Order::with_window(key(Split::Train, round, phase), &sources, 7, 16).unwrap();
+            let from = |(place, name): (usize, &usize)| begun[*name].unwrap_or(Begun { order: phase, source: place as u64, drawn: 0 });
+            order.go_on(&names.iter().enumerate().map(from).collect::<Vec<_>>());
+            let end = draw(round * 7 + phase, 700);
+            for index in 0..end {
+                let place = order.locate(index).unwrap();
+                seen[names[place.source as usize]].push(Place { source: 0, ..place });
+            }
+            names.iter().zip(order.begun_at(end)).for_each(|(name, now)| begun[*name] = Some(now));
+        }
+        for (places, n) in seen.iter().zip(&sizes) {
+            assert_eq!(places.iter().collect::<HashSet<_>>().len(), places.len(), "a sample twice in an epoch");
+            assert!(places.iter().enumerate().all(|(k, place)| place.epoch == k as u64 / n), "an epoch begins before the last is over");
+        }
+        for (begun, places) in begun.iter().zip(&seen) {
+            assert_eq!(begun.map_or(0, |begun| begun.drawn), places.len() as u64);
+        }
+    }
 }
 
 #[test]
@@ -114,4 +162,21 @@ fn bad_weights_are_refused() {
     }
     assert!(Order::new(key(Split::Train, 0, 0), &[]).is_err());
     assert!(Order::new(key(Split::Train, 0, 0), &[(5, 1.0), (5, 1e-12)]).is_err());
+}
+
+/// Runs are resumed by later builds: what (seed, phase 0, index) names must never change.
+#[test]
+fn the_order_of_samples_is_the_one_of_the_first_release() {
+    let digest = |phase, sources: &[(u64, f64)]| {
+        let order = Order::with_window(key(Split::Train, 3, phase), sources, 10, 16).unwrap();
+        let places = (0..2000).map(|index| order.locate(index).unwrap());
+        places.fold(0, |sum, place| derive(&[sum, u64::from(place.source), place.epoch, place.sample]))
+    };
+    let (one, three) = ([(301, 1.0)], [(301, 5.0), (95, 1.0), (1000, 2.5)]);
+    assert_eq!([digest(0, &one), digest(0, &three), digest(1, &one), digest(1, &three)], [
+        10598454045753551419,
+        15460943683282258131,
+        11456061286082085332,
+        4314276132474527125
+    ]);
 }

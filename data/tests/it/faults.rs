@@ -93,3 +93,23 @@ fn too_short_a_corpus_says_how_short() {
     let error = Loader::open(spec(&[(&path, 1.0)], 1 << 20, Split::Train), options()).map(|_| ()).unwrap_err();
     assert!(matches!(error, DataError::TooFewTokens { needed: 1_048_577, .. }), "{error}");
 }
+
+#[test]
+fn missing_and_cut_shards_are_named_without_a_sample_being_read() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = corpus::prepared(folder.path(), 5, 60);
+    let check = || {
+        let loader = Loader::open(spec(&[(&path, 1.0)], 8, Split::Train), options()).unwrap();
+        loader.check_files(&mut data::Listings::default())
+    };
+    assert_eq!(check().unwrap(), [String::new(); 0]);
+    let shard = path.join("train-00000.parquet");
+    let whole = fs::read(&shard).unwrap();
+    fs::write(&shard, &whole[..whole.len() - 1]).unwrap();
+    let error = check().unwrap_err().to_string();
+    let words = format!("train-00000.parquet is {} bytes long instead of {}", whole.len() - 1, whole.len());
+    assert!(error.contains(&words) && error.contains("out-5"), "{error}");
+    fs::remove_file(&shard).unwrap();
+    let error = check().unwrap_err().to_string();
+    assert!(error.contains("1 of 1 train shards") && error.contains("train-00000.parquet is missing"), "{error}");
+}

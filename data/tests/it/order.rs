@@ -255,3 +255,64 @@ fn held_out_is_in_stream_order_and_ends() {
     assert!(matches!(beyond, Err(data::DataError::SampleOutOfRange { index, limit }) if index == n && limit == n));
     assert!(!loader.read(&[]).is_ok_and(|samples| !samples.is_empty()));
 }
+
+/// One corpus with a held-out split, one of the same tokenizer with or without.
+fn beside(folder: &std::path::Path, first: &std::path::Path, seed: u64, held_out: f64) -> std::path::PathBuf {
+    let input = folder.join(format!("in-{seed}"));
+    corpus::write_corpus(&input, seed, 150);
+    let mut args = corpus::args(&input, &folder.join(format!("out-{seed}")));
+    (args.vocab, args.tokenizer, args.held_out) = (None, Some(first.join("tokenizer.json")), held_out);
+    data::prepare(&args).unwrap().out
+}
+
+#[test]
+fn held_out_samples_come_by_the_mixtures_shares_from_the_sources_that_have_some() {
+    let folder = tempfile::tempdir().unwrap();
+    let a = corpus::prepared(folder.path(), 61, 150);
+    let b = beside(folder.path(), &a, 62, 0.1);
+    let c = beside(folder.path(), &a, 63, 0.0);
+    let entropy = |path: &std::path::Path| Loader::open(spec(&[(path, 1.0)], 8, Split::Train), options()).unwrap().unigram_entropy();
+    let (of_a, of_b) = (entropy(&a).unwrap(), entropy(&b).unwrap());
+    assert_eq!(entropy(&c), None);
+    assert_ne!(of_a, of_b);
+
+    let loader = Loader::open(spec(&[(&c, 5.0), (&a, 1.0), (&b, 9.0)], 8, Split::HeldOut), options()).unwrap();
+    assert_eq!(loader.left_out(), [c.clone()]);
+    assert!((loader.unigram_entropy().unwrap() - (of_a + 9.0 * of_b) / 10.0).abs() < 1e-12);
+    let alone = [&a, &b].map(|path| Loader::open(spec(&[(path, 1.0)], 8, Split::HeldOut), options()).unwrap());
+    let mut counts = [0u64; 2];
+    for sample in loader.read(&(0..20).collect::<Vec<_>>()).unwrap() {
+        let source = sample.source as usize;
+        assert_eq!(sample.tokens, alone[source].read(&[counts[source]]).unwrap()[0].tokens);
+        counts[source] += 1;
+    }
+    assert_eq!(counts, [2, 18]);
+
+    let none = Loader::open(spec(&[(&c, 1.0)], 8, Split::HeldOut), options()).map(|_| ()).unwrap_err();
+    assert!(matches!(none, data::DataError::TooFewTokens { tokens: 0, .. }) && none.to_string().contains("out-63"), "{none}");
+}
+
+#[test]
+fn a_source_goes_on_in_the_next_order_and_the_fingerprint_says_so() {
+    let folder = tempfile::tempdir().unwrap();
+    let a = corpus::prepared(folder.path(), 64, 100);
+    let b = beside(folder.path(), &a, 65, 0.1);
+    let open = |sources: &[(&std::path::Path, f64)], phase| {
+        let spec = data::OrderSpec { phase, ..spec(sources, 16, Split::Train) };
+        Loader::open(spec, options()).unwrap()
+    };
+    let first = open(&[(&a, 1.0)], 0);
+    let edge = first.num_samples() / 2;
+    let begun = first.begun_at(edge);
+    let fresh = open(&[(&b, 1.0), (&a, 3.0)], 1);
+    let new = fresh.begun_at(0)[0];
+    let next = open(&[(&b, 1.0), (&a, 3.0)], 1).go_on(&[new, begun[0]]);
+    assert_ne!(next.fingerprint(), fresh.fingerprint(), "other samples");
+    assert_eq!(open(&[(&b, 1.0), (&a, 3.0)], 1).go_on(&fresh.begun_at(0)).fingerprint(), fresh.fingerprint());
+    // What is left of a's epoch comes as if no phase had ended.
+    let of_a = (0..).map(|index| (index, next.locate(index).unwrap())).filter(|(_, place)| place.source == 1);
+    for (before, (index, place)) in (edge..first.num_samples()).zip(of_a) {
+        assert_eq!((place.epoch, place.sample), (0, first.locate(before).unwrap().sample));
+        assert_eq!(next.read(&[index]).unwrap()[0].tokens, first.read(&[before]).unwrap()[0].tokens);
+    }
+}

@@ -106,12 +106,8 @@ pub(super) fn restore((config, start, tier): Begin, world: &Comm, trainer: &mut 
         manifest.seed,
         config.run.seed
     );
-    ensure!(
-        manifest.corpus == corpus.fingerprint(),
-        "{} was written over another corpus than {} now is",
-        path.display(),
-        config.data.mixture[0].path.display()
-    );
+    let read = corpus.check_read(&manifest.corpus, manifest.cursor.order);
+    read.with_context(|| format!("{} does not go on with these corpora", path.display()))?;
     trainer.guard.state = manifest.progress.guard.clone();
     trainer.sentinel.state = manifest.progress.sentinel.clone();
     notes.push(format!("resuming from {} (step {}, {} tokens)", path.display(), manifest.step, manifest.tokens));
