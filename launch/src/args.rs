@@ -60,9 +60,12 @@ pub struct Args {
     /// Hung: no new step for so many median steps …
     #[arg(long, default_value_t = 20.0, value_parser = seconds)]
     pub hang_steps: f64,
-    /// … and at least for so many seconds (a validation or a checkpoint is no hang). 0: never.
+    /// … and at least for so many seconds (a validation is no hang). 0: never.
     #[arg(long, default_value_t = 300.0, value_parser = seconds)]
     pub hang_floor: f64,
+    /// Seconds that the ranks may wait for a checkpoint to be written. 0: no limit.
+    #[arg(long, default_value_t = 3600.0, value_parser = seconds)]
+    pub save_limit: f64,
     /// Seconds until the first step of a start. 0: no limit.
     #[arg(long, default_value_t = 1800.0, value_parser = seconds)]
     pub start_limit: f64,
@@ -161,5 +164,5 @@ fn parse_ranks(text: &str) -> Result<Ranks, String> {
 }
 
 fn seconds(text: &str) -> Result<f64, String> {
-    text.parse().ok().filter(|value: &f64| value.is_finite() && *value >= 0.0).ok_or_else(|| "a number, not below 0".to_string())
+    text.parse().ok().filter(|value| (0.0..=1e9).contains(value)).ok_or_else(|| "a number from 0 to 1e9".to_string())
 }

@@ -138,6 +138,9 @@ fn srun(environment: &Environment, layout: &Layout) -> Vec<String> {
     line.push(format!("--nodes={}", layout.nodes));
     line.push(format!("--ntasks={}", layout.ranks()));
     line.push(format!("--ntasks-per-node={}", layout.ranks_per_node));
+    // A step of the job does not inherit it.
+    let slurm = environment.slurm.as_ref().filter(|slurm| slurm.tasks_per_node.is_none_or(|tasks| layout.ranks_per_node <= tasks));
+    line.extend(slurm.and_then(|slurm| slurm.cpus_per_task).map(|cpus| format!("--cpus-per-task={cpus}")));
     if layout.ranks_per_node > environment.cores {
         line.extend(words(&["--overcommit", "--cpu-bind=none"]));
     }
@@ -235,6 +238,9 @@ mod tests {
         let srun = line("", &slurm(true)).expect("a line");
         assert!(srun.starts_with("srun --mpi=pmix") && srun.contains("--kill-on-bad-exit=1") && srun.contains("--ntasks=8"), "{srun}");
         assert!(srun.ends_with("--ntasks-per-node=4 tiefsee resume a"), "{srun}");
+        let wide = Environment { slurm: Some(Slurm { cpus_per_task: Some(12), ..slurm(true).slurm.expect("one") }), ..machine(64) };
+        assert!(line("", &wide).expect("a line").contains("--cpus-per-task=12"));
+        assert!(!line("--nproc-per-node 8", &wide).expect("a line").contains("cpus"), "more ranks than the allocation counts on");
         let mpirun = line("", &slurm(false)).expect("a line");
         assert!(mpirun.starts_with("mpirun -np 8") && !mpirun.contains("localhost"), "{mpirun}");
         assert!(line("--standalone", &slurm(true)).expect("a line").starts_with("mpirun -np 1"));

@@ -23,6 +23,7 @@ pub struct Slurm {
     pub job: String,
     pub nodes: usize,
     pub tasks_per_node: Option<usize>,
+    pub cpus_per_task: Option<usize>,
     /// srun can start MPI ranks through PMIx.
     pub pmix: bool,
     /// How often SLURM requeued the job.
@@ -31,6 +32,16 @@ pub struct Slurm {
 
 const EXPORTED: [&str; 5] = ["LD_LIBRARY_PATH", "OMP_NUM_THREADS", "RUST_BACKTRACE", "RUST_LOG", "CUDA_DEVICE_MAX_CONNECTIONS"];
 
+/// Settings of the network between GPUs, and of the stores that corpora and checkpoints may be in.
+const EXPORTED_BY_PREFIX: [&str; 3] = ["NCCL_", "AWS_", "GOOGLE_"];
+
+fn exported(set: impl Iterator<Item = String>) -> Vec<String> {
+    let wanted = |name: &String| EXPORTED.contains(&name.as_str()) || EXPORTED_BY_PREFIX.iter().any(|prefix| name.starts_with(prefix));
+    let mut names: Vec<String> = set.filter(wanted).collect();
+    names.sort();
+    names
+}
+
 impl Environment {
     pub fn read() -> Self {
         Environment {
@@ -38,11 +49,23 @@ impl Environment {
             cores: std::thread::available_parallelism().map_or(1, |cores| cores.get()),
             gpus: gpus(),
             numa_nodes: numbered("/sys/devices/system/node", "node").max(1),
-            exported: EXPORTED.iter().filter(|name| var(name).is_ok()).map(|name| name.to_string()).collect(),
+            exported: exported(std::env::vars_os().filter_map(|(name, _)| name.into_string().ok())),
             slurm: slurm(),
             visible_devices: var("CUDA_VISIBLE_DEVICES").ok(),
         }
     }
+}
+
+impl Slurm {
+    /// SLURM has told this job's steps to end and takes its nodes when the grace is over.
+    pub fn preempted(&self) -> bool {
+        let shown = Command::new("timeout").args(["10", "scontrol", "show", "job", &self.job]).stdin(Stdio::null()).output();
+        shown.is_ok_and(|shown| is_preempted(&String::from_utf8_lossy(&shown.stdout)))
+    }
+}
+
+fn is_preempted(shown: &str) -> bool {
+    shown.split_whitespace().any(|word| word.strip_prefix("PreemptTime=").is_some_and(|time| time.starts_with(|letter: char| letter.is_ascii_digit())))
 }
 
 fn gpus() -> usize {
@@ -84,6 +107,7 @@ fn slurm() -> Option<Slurm> {
         nodes: number("SLURM_JOB_NUM_NODES").or_else(|| number("SLURM_NNODES")).unwrap_or(1),
         // "4" or "4(x2)"
         tasks_per_node: var("SLURM_NTASKS_PER_NODE").ok().and_then(|text| text.split('(').next()?.parse().ok()),
+        cpus_per_task: number("SLURM_CPUS_PER_TASK"),
         pmix: has_pmix(),
         restarts: number("SLURM_RESTART_COUNT").unwrap_or(0) as u64,
     })
@@ -123,4 +147,21 @@ pub fn oom_kills() -> u64 {
         events.lines().find_map(|line| line.strip_prefix("oom_kill ")?.trim().parse().ok())
     };
     told().unwrap_or(0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_ranks_on_other_hosts_need_is_passed_on() {
+        let set = ["HOME", "NCCL_IB_HCA", "RUST_LOG", "AWS_REGION", "MY_AWS_KEY", SECRET].map(str::to_string);
+        assert_eq!(exported(set.into_iter()), ["AWS_REGION", "NCCL_IB_HCA", "RUST_LOG"]);
+    }
+
+    #[test]
+    fn a_job_is_preempted_once_it_has_a_time_of_it() {
+        assert!(!is_preempted("   PreemptEligibleTime=2026-11-26T23:20:11 PreemptTime=None\n"));
+        assert!(is_preempted("   PreemptEligibleTime=2026-11-26T23:20:11 PreemptTime=2026-11-26T23:21:00\n"));
+    }
 }

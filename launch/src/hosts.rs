@@ -18,7 +18,8 @@ const TICK: Duration = Duration::from_millis(100);
 
 pub struct Hosts {
     source: Source,
-    failures: BTreeMap<String, usize>,
+    /// Those within the restarts' window.
+    failures: BTreeMap<String, Vec<Instant>>,
     left_out: Vec<String>,
     heartbeats: Option<Heartbeats>,
 }
@@ -106,32 +107,30 @@ impl Hosts {
         Some((host, words))
     }
 
-    /// One more failure of a host. What follows from it, in words. `least`: hosts asked for; None: all.
-    pub fn blame(&mut self, host: &str, least: Option<usize>) -> Option<String> {
-        let failures = self.failures.entry(host.to_string()).or_default();
-        *failures += 1;
-        let Source::Listed(listed) = &self.source else {
-            let Source::Rendezvous { own, .. } = &self.source else {
-                return None;
-            };
-            // Node 0 cannot leave itself out; who is gone is not there anyway.
-            if *failures < TOO_MANY || host == own {
-                return None;
-            }
-            self.left_out.push(host.to_string());
-            return Some(format!("host {host} failed {TOO_MANY} times and is left out from here on"));
+    /// One more failure of a host. What follows from it, in words.
+    pub fn blame(&mut self, host: &str, args: &Args, now: Instant) -> Option<String> {
+        let all = match &self.source {
+            Source::Listed(listed) => listed.clone(),
+            // Node 0 cannot leave itself out.
+            Source::Rendezvous { own, .. } if host == own => return None,
+            // The blamed one may be gone by now.
+            Source::Rendezvous { own, others } => [vec![own.clone(), host.to_string()], others.names()].concat(),
         };
-        let known = listed.iter().any(|name| name == host) && !self.left_out.iter().any(|name| name == host);
-        if *failures < TOO_MANY || !known {
+        let failures = self.failures.entry(host.to_string()).or_default();
+        failures.push(now);
+        failures.retain(|then| (now - *then).as_secs_f64() <= args.restart_window);
+        let failures = failures.len();
+        let usable = |name: &&String| !self.left_out.contains(name);
+        if failures < TOO_MANY || !all.iter().filter(usable).any(|name| name == host) {
             return None;
         }
-        let left = listed.len() - self.left_out.len() - 1;
-        let least = least.unwrap_or(listed.len());
+        let left = all.iter().filter(usable).filter(|name| *name != host).count();
+        let least = args.nnodes.map_or(all.len(), |nodes| nodes.least);
         if left < least {
-            return (*failures == TOO_MANY).then(|| format!("host {host} failed {failures} times, but is kept: {least} host(s) are asked for, and {left} would be left"));
+            return (failures == TOO_MANY).then(|| format!("host {host} failed {failures} times, but is kept: {least} host(s) are asked for, and {left} would be left"));
         }
         self.left_out.push(host.to_string());
-        Some(format!("host {host} failed {TOO_MANY} times and is left out from here on; {left} host(s) are left"))
+        Some(format!("host {host} failed {failures} times and is left out from here on; {left} host(s) are left"))
     }
 
     /// Where mpirun's agents find us.
@@ -170,13 +169,36 @@ mod tests {
 
     #[test]
     fn a_host_that_failed_twice_is_left_out_as_long_as_enough_remain() {
-        let (args, mut hosts) = hosts("--hosts a,b,c");
-        assert_eq!(hosts.blame("b", Some(2)), None);
-        assert!(hosts.blame("b", Some(2)).expect("words").contains("left out"));
+        let (args, mut hosts) = hosts("--hosts a,b,c --nnodes 2");
+        let now = Instant::now();
+        let mut blame = |host: &str| hosts.blame(host, &args, now);
+        assert_eq!(blame("b"), None);
+        assert!(blame("b").expect("words").contains("left out"));
+        assert_eq!(blame("c"), None);
+        assert!(blame("c").expect("words").contains("is kept: 2 host(s)"));
+        assert_eq!((blame("elsewhere"), blame("elsewhere")), (None, None), "a name that nobody gave");
         assert_eq!(hosts.gather(&args, || false).expect("hosts").expect("not stopped"), ["a", "c"]);
-        assert_eq!(hosts.blame("c", Some(2)), None);
-        assert!(hosts.blame("c", Some(2)).expect("words").contains("is kept: 2 host(s)"));
-        assert_eq!(hosts.gather(&args, || false).expect("hosts").expect("not stopped"), ["a", "c"]);
-        assert_eq!((hosts.blame("elsewhere", Some(1)), hosts.blame("elsewhere", Some(1))), (None, None), "a name that nobody gave");
+    }
+
+    #[test]
+    fn a_failure_is_forgotten_with_the_window() {
+        let (args, mut hosts) = hosts("--hosts a,b,c --nnodes 2 --restart-window 60");
+        let now = Instant::now();
+        assert_eq!(hosts.blame("b", &args, now), None);
+        assert_eq!(hosts.blame("b", &args, now + Duration::from_secs(61)), None);
+        assert!(hosts.blame("b", &args, now + Duration::from_secs(62)).is_some());
+    }
+
+    #[test]
+    fn a_node_at_a_rendezvous_is_left_out_only_where_it_is_not_needed() {
+        let secret = tempfile::NamedTempFile::new().expect("a file");
+        std::fs::write(secret.path(), "0123456789abcdef").expect("written");
+        for (nodes, words) in [("2", "is kept: 2 host(s) are asked for, and 1 would be left"), ("1:2", "left out from here on; 1 host(s) are left")] {
+            let (args, mut hosts) = hosts(&format!("--rdzv 127.0.0.1:0 --node-rank 0 --nnodes {nodes} --secret-file {}", secret.path().display()));
+            let now = Instant::now();
+            assert_eq!(hosts.blame("b", &args, now), None);
+            let said = hosts.blame("b", &args, now).expect("words");
+            assert!(said.contains(words), "{said}");
+        }
     }
 }

@@ -10,6 +10,8 @@ use std::io::{ErrorKind, Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+/// Stands in RUN_DIR/log as long as the ranks wait for a checkpoint.
+const SAVING: &str = "saving";
 /// So many steps make the median.
 const REMEMBERED: usize = 64;
 
@@ -26,6 +28,8 @@ pub struct Limits {
     pub floor: f64,
     /// Until the first step of an attempt.
     pub start: f64,
+    /// While the ranks wait for a checkpoint.
+    pub save: f64,
 }
 
 pub struct Progress {
@@ -34,6 +38,8 @@ pub struct Progress {
     ranks: BTreeMap<usize, Followed>,
     step_seconds: VecDeque<f64>,
     stepped: bool,
+    /// The ranks wait for a checkpoint, by rank 0's word.
+    saving: bool,
     last_change: Instant,
     events: Vec<Event>,
     /// Why the logs cannot be read: who cannot look must not call a run hung.
@@ -85,7 +91,9 @@ impl Progress {
     /// What earlier attempts wrote is no progress.
     pub fn follow(log: &Path, limits: Limits, now: Instant) -> Result<Self> {
         let (ranks, step_seconds) = (BTreeMap::new(), VecDeque::new());
-        let mut progress = Progress { log: log.to_path_buf(), limits, ranks, step_seconds, stepped: false, last_change: now, events: Vec::new(), blind: None, told_blind: false };
+        let mut progress = Progress { log: log.to_path_buf(), limits, ranks, step_seconds, stepped: false, saving: false, last_change: now, events: Vec::new(), blind: None, told_blind: false };
+        // Of ranks that were killed in a save.
+        let _ = fs::remove_file(log.join(SAVING));
         for (rank, _, length) in progress.files()? {
             progress.ranks.insert(rank, Followed { read: length, ..Followed::default() });
         }
@@ -125,6 +133,10 @@ impl Progress {
     }
 
     fn look(&mut self, now: Instant) -> Result<()> {
+        let saving = self.log.join(SAVING).exists();
+        if saving != std::mem::replace(&mut self.saving, saving) {
+            self.last_change = now;
+        }
         for (rank, path, length) in self.files()? {
             let followed = self.ranks.entry(rank).or_default();
             if length < followed.read {
@@ -179,8 +191,11 @@ impl Progress {
 
     /// How long nobody has made a step, if that is too long.
     pub fn hung(&self, now: Instant) -> Option<Duration> {
-        let limit = if self.stepped { self.limits.floor } else { self.limits.start };
-        let stepping = if self.stepped { self.limits.steps * self.median() } else { 0.0 };
+        let (limit, stepping) = match (self.saving, self.stepped) {
+            (true, _) => (self.limits.save, 0.0),
+            (false, true) => (self.limits.floor, self.limits.steps * self.median()),
+            (false, false) => (self.limits.start, 0.0),
+        };
         let quiet = now - self.last_change;
         (limit > 0.0 && quiet.as_secs_f64() > limit.max(stepping)).then_some(quiet)
     }
@@ -223,6 +238,9 @@ impl Progress {
         let (Some(least), Some(most)) = (steps.iter().map(|(_, step)| *step).min(), steps.iter().map(|(_, step)| *step).max()) else {
             return "no rank has made a step since this start".to_string();
         };
+        if self.saving {
+            return format!("the checkpoint after step {least} is still being written");
+        }
         if least == most {
             return format!("every rank has logged step {most}");
         }
@@ -286,7 +304,7 @@ mod tests {
         append(log, 0, "{\"step\":9,\"step_ms\":9.0}\n");
         let start = Instant::now();
         let after = |seconds: u64| start + Duration::from_secs(seconds);
-        let mut progress = Progress::follow(log, Limits { steps: 10.0, floor: 5.0, start: 100.0 }, start).expect("followed");
+        let mut progress = Progress::follow(log, Limits { steps: 10.0, floor: 5.0, start: 100.0, save: 1.0 }, start).expect("followed");
         progress.poll(after(50));
         assert!(!progress.made_a_step() && progress.hung(after(99)).is_none() && progress.hung(after(101)).is_some());
         for rank in [0, 1] {
@@ -308,7 +326,7 @@ mod tests {
     fn a_slow_rank_is_named_once() {
         let folder = tempfile::tempdir().expect("a folder");
         let now = Instant::now();
-        let mut progress = Progress::follow(folder.path(), Limits { steps: 1.0, floor: 1.0, start: 1.0 }, now).expect("followed");
+        let mut progress = Progress::follow(folder.path(), Limits { steps: 1.0, floor: 1.0, start: 1.0, save: 1.0 }, now).expect("followed");
         for step in 0..JUDGED + 5 {
             for (rank, busy_ms) in [(0, 100.0), (1, 170.0), (2, 105.0), (3, 95.0)] {
                 append(folder.path(), rank, &format!("{{\"step\":{step},\"step_ms\":180.0,\"busy_ms\":{busy_ms}}}\n"));
@@ -326,7 +344,7 @@ mod tests {
         fs::create_dir(&log).expect("a folder");
         let start = Instant::now();
         let after = |seconds: u64| start + Duration::from_secs(seconds);
-        let mut progress = Progress::follow(&log, Limits { steps: 1.0, floor: 5.0, start: 5.0 }, start).expect("followed");
+        let mut progress = Progress::follow(&log, Limits { steps: 1.0, floor: 5.0, start: 5.0, save: 1.0 }, start).expect("followed");
         // A file that cannot be read, whoever we are.
         fs::create_dir(log.join("rank-0.jsonl")).expect("a folder");
         for seconds in [3, 6, 9] {
@@ -343,10 +361,30 @@ mod tests {
     }
 
     #[test]
+    fn a_save_has_a_limit_of_its_own() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let saving = folder.path().join(SAVING);
+        fs::write(&saving, "").expect("left behind");
+        let start = Instant::now();
+        let after = |seconds: u64| start + Duration::from_secs(seconds);
+        let mut progress = Progress::follow(folder.path(), Limits { steps: 1.0, floor: 5.0, start: 5.0, save: 100.0 }, start).expect("followed");
+        assert!(progress.hung(after(6)).is_some(), "what a killed rank left is no save");
+        append(folder.path(), 0, "{\"step\":1,\"step_ms\":1.0}\n");
+        progress.poll(after(1));
+        fs::write(&saving, "").expect("begun");
+        progress.poll(after(2));
+        assert!(progress.hung(after(90)).is_none() && progress.hung(after(103)).is_some());
+        assert_eq!(progress.behind(), "the checkpoint after step 1 is still being written");
+        fs::remove_file(&saving).expect("ended");
+        progress.poll(after(90));
+        assert!(progress.hung(after(94)).is_none() && progress.hung(after(96)).is_some());
+    }
+
+    #[test]
     fn the_median_is_of_one_ranks_steps() {
         let folder = tempfile::tempdir().expect("a folder");
         let now = Instant::now();
-        let mut progress = Progress::follow(folder.path(), Limits { steps: 1.0, floor: 1.0, start: 1.0 }, now).expect("followed");
+        let mut progress = Progress::follow(folder.path(), Limits { steps: 1.0, floor: 1.0, start: 1.0, save: 1.0 }, now).expect("followed");
         for step in 0..8 {
             let step_ms = if step == 7 { 9000.0 } else { 1000.0 };
             (0..100).for_each(|rank| append(folder.path(), rank, &format!("{{\"step\":{step},\"step_ms\":{step_ms}}}\n")));
@@ -360,7 +398,7 @@ mod tests {
         let folder = tempfile::tempdir().expect("a folder");
         append(folder.path(), 0, "{\"step\":1,\"step_ms\":1.0}\n{\"step\":2,\"step_ms\":1.0}\n");
         let now = Instant::now();
-        let mut progress = Progress::follow(folder.path(), Limits { steps: 1.0, floor: 1.0, start: 1.0 }, now).expect("followed");
+        let mut progress = Progress::follow(folder.path(), Limits { steps: 1.0, floor: 1.0, start: 1.0, save: 1.0 }, now).expect("followed");
         fs::write(folder.path().join("rank-0.jsonl"), "{\"step\":1,\"step_ms\":1.0}\n").expect("written");
         progress.poll(now);
         assert_eq!(progress.step(), None);

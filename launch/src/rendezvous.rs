@@ -28,6 +28,8 @@ use std::time::{Duration, Instant};
 /// Both sides say that they live.
 pub const PERIOD: Duration = Duration::from_secs(1);
 const TICK: Duration = Duration::from_millis(100);
+/// Until a node that was let in says which it is.
+const HELLO: Duration = Duration::from_secs(5);
 
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub enum ToNode {
@@ -192,7 +194,7 @@ impl Shared {
 
 /// One node, as long as it is there.
 fn member(shared: &Shared, own: &str, (from, sender, mut receiver): Connection) {
-    let node = match receiver.receive::<FromNode>(shared.limit) {
+    let node = match receiver.receive::<FromNode>(HELLO) {
         Ok(Some(FromNode::Hello { node, host })) => match shared.welcome(own, node, &host, sender) {
             Ok(()) => node,
             Err(error) => return say(&format!("refused {host} at {from}: {error:#}")),

@@ -2,7 +2,7 @@
 use crate::args::Args;
 use crate::command::{Ranked, command_line, places, quoted, variables};
 use crate::ending::Ending;
-use crate::environment::{Environment, host_name, oom_kills, raise_file_limit, sibling};
+use crate::environment::{Environment, Slurm, host_name, oom_kills, raise_file_limit, sibling};
 use crate::guard::Guarded;
 use crate::hosts::{Hosts, shared_secret, silence};
 use crate::incidents::{Incidents, say};
@@ -19,6 +19,7 @@ use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGUSR1};
 use signal_hook::iterator::Signals;
 use std::collections::VecDeque;
 use std::fs::File;
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -39,6 +40,8 @@ pub struct Supervisor {
     requests: usize,
     /// Asked to stop while no rank was running.
     stopped_between: bool,
+    /// Its nodes are SLURM's: another start would only run into the grace's end.
+    preempted: bool,
     _lock: Option<File>,
 }
 
@@ -88,7 +91,7 @@ pub fn run(args: Args) -> Result<u8> {
     }
     let incidents = Incidents::open(program.run_dir().map(run_dir::log).as_deref()).context("cannot open incidents.jsonl")?;
     let hosts = Hosts::open(&args)?;
-    Supervisor { args, environment, hosts, program, signals, incidents, restarts: VecDeque::new(), requests: 0, stopped_between: false, _lock: lock }.run()
+    Supervisor { args, environment, hosts, program, signals, incidents, restarts: VecDeque::new(), requests: 0, stopped_between: false, preempted: false, _lock: lock }.run()
 }
 
 /// At a rendezvous the other nodes' names are not known yet.
@@ -100,8 +103,10 @@ fn dry_run(args: &Args, environment: &Environment) -> Result<u8> {
     };
     let layout = Layout::new(args, environment, &hosts)?;
     let socket = args.rdzv.is_some().then(|| PathBuf::from("SOCKET"));
-    println!("{}", quoted(&line(args, environment, &layout, &program.command, socket.as_deref())?));
-    places(environment, &layout).iter().for_each(|place| println!("{place}"));
+    let mut shown = vec![quoted(&line(args, environment, &layout, &program.command, socket.as_deref())?)];
+    shown.extend(places(environment, &layout));
+    // Whoever reads may have read enough.
+    let _ = writeln!(std::io::stdout(), "{}", shown.join("\n"));
     Ok(0)
 }
 
@@ -113,12 +118,19 @@ fn line(args: &Args, environment: &Environment, layout: &Layout, command: &[Stri
 
 impl Supervisor {
     fn run(mut self) -> Result<u8> {
-        let code = loop {
+        let code = self.attempts();
+        // The other nodes would look for us.
+        self.hosts.over(*code.as_ref().unwrap_or(&USAGE));
+        code
+    }
+
+    fn attempts(&mut self) -> Result<u8> {
+        loop {
             self.incidents.attempt += 1;
             let command = self.next_command()?;
             let Some(layout) = self.layout()? else {
                 self.incidents.add("stop_requested", None, "asked to stop while no rank was running");
-                break STOPPED;
+                return Ok(STOPPED);
             };
             let ended = self.attempt(&command, &layout)?;
             let event = if ended.outcome.failed() { "failed" } else { "ended" };
@@ -127,11 +139,9 @@ impl Supervisor {
                 if self.incidents.attempt > 1 || ended.outcome.failed() {
                     say(&self.incidents.summary());
                 }
-                break self.exit_code(&ended.outcome);
+                return Ok(self.exit_code(&ended.outcome));
             }
-        };
-        self.hosts.over(code);
-        Ok(code)
+        }
     }
 
     /// None: asked to stop while nodes were waited for.
@@ -166,7 +176,7 @@ impl Supervisor {
         let kills_before = oom_kills();
         let guard_lock = self.program.run_dir().map(run_dir::guard_lock);
         let log = self.program.run_dir().map(run_dir::log);
-        let limits = Limits { steps: self.args.hang_steps, floor: self.args.hang_floor, start: self.args.start_limit };
+        let limits = Limits { steps: self.args.hang_steps, floor: self.args.hang_floor, start: self.args.start_limit, save: self.args.save_limit };
         let mut progress = log.as_ref().map(|log| Progress::follow(log, limits, Instant::now())).transpose()?;
         let mut set = variables(&self.environment, layout);
         set.extend(self.hosts.begin(self.incidents.attempt));
@@ -252,8 +262,7 @@ impl Supervisor {
     /// After the back-off: true, go on.
     fn restarts_after(&mut self, ended: &Ended) -> bool {
         let now = Instant::now();
-        let least = self.args.nnodes.map(|nodes| nodes.least);
-        if let Some(words) = ended.outcome.host.as_ref().and_then(|host| self.hosts.blame(host, least)) {
+        if let Some(words) = ended.outcome.host.as_ref().and_then(|host| self.hosts.blame(host, &self.args, now)) {
             self.incidents.add("host_failed", ended.step, words);
         }
         while self.restarts.front().is_some_and(|&then| (now - then).as_secs_f64() > self.args.restart_window) {
@@ -267,6 +276,9 @@ impl Supervisor {
             Some(format!("no restart: {why}"))
         } else if self.restarts.len() >= self.args.max_restarts {
             Some(format!("no restart: {} within {:.0} s are used up", self.args.max_restarts, self.args.restart_window))
+        } else if self.environment.slurm.as_ref().is_some_and(Slurm::preempted) {
+            self.preempted = true;
+            Some("no restart: SLURM pre-empts this job".to_string())
         } else {
             None
         };
@@ -292,6 +304,7 @@ impl Supervisor {
         match outcome.class {
             // What is there can be resumed.
             _ if self.stopped_between => STOPPED,
+            _ if self.preempted => STOPPED_LATE,
             // A rank that died while the others checkpointed: an older checkpoint may be there.
             Class::Killed | Class::OutOfMemory | Class::LinkLost | Class::Hung if self.requests > 0 => STOPPED_LATE,
             _ => outcome.exit_code(),
