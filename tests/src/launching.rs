@@ -228,6 +228,20 @@ fn a_killed_rank_ends_a_bare_mpirun_too() {
 }
 
 #[test]
+fn a_world_by_hand_is_refused_where_another_works() {
+    let run = Run::new("launch-held", &[LONG, "checkpoint.every=5"]);
+    let mut supervised = Started::train(local("--standalone --nproc-per-node 2"), &run, "out");
+    supervised.wait_for("checkpoints/step-00000005");
+    let resume = || Command::new(binary()).args(["resume", "--stop-after", "1"]).arg(run.dir()).output().expect("a rank");
+    let refused = resume();
+    let said = String::from_utf8_lossy(&refused.stderr).into_owned();
+    assert!(refused.status.code() == Some(1) && said.contains(&format!("{}: another world is at work there (host ", run.dir().display())), "{said}");
+    supervised.signal("INT");
+    assert_eq!(supervised.code(), 75, "{}", supervised.said());
+    assert_eq!(resume().status.code(), Some(75), "it is free again");
+}
+
+#[test]
 fn two_ranks_on_each_of_two_hosts_are_four_ranks() {
     let Some(hosts) = Hosts::up(2) else { return };
     let set = ["parallel.ep=2"];

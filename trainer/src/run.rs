@@ -1,6 +1,7 @@
 //! A run from its first step (or its newest checkpoint) to its last.
 mod batch;
 mod corpus;
+mod lock;
 mod mend;
 mod record;
 mod save;
@@ -101,6 +102,9 @@ pub fn train(config: &RunConfig, world: Comm, start: Start, stop: &StopSignal) -
     let facts = [("binary", binary()?), ("config", config.to_toml()?), ("corpus", corpus.fingerprint())];
     agree(&*world, &facts)?;
 
+    // From here on nobody else may write, or have written, in the directory.
+    let held = || lock::hold(&config.run.dir).and_then(|lock| if start == Start::Fresh { check_free(&config.run.dir).map(|()| lock) } else { Ok(lock) });
+    let _lock = all_or_none(&*world, if world.rank() == 0 { held() } else { Ok(None) })?;
     let mut trainer = Trainer::new(config, &layout, world.clone())?;
     let second = &config.checkpoint.second_tier;
     let tier = (second.every > 0).then(|| SecondTier::new(second, &config.run.dir, &layout.nodes, &*world)).transpose()?;
