@@ -67,6 +67,7 @@ fn an_out_without_a_name_or_with_files_in_it_is_refused_and_untouched() {
         args.out = PathBuf::from(out);
         let error = prepare(&args).unwrap_err();
         assert!(matches!(&error, DataError::BadOption { option: "--out", value, .. } if value == out), "{error}");
+        assert!(error.to_string().contains("must end in a name"), "an empty folder too: {error}");
     }
     args.out = mine.join("..");
     let error = prepare(&args).unwrap_err();
