@@ -95,8 +95,10 @@ pub struct Evidence {
     /// The rank and host of mpirun's "process rank 1 with PID 7 on node a exited on signal 9 (Killed)".
     pub signalled: Option<(usize, String)>,
     pub aborted_rank: Option<usize>,
-    /// The rank that mpirun says ended first, with a code.
+    /// The rank that mpirun or srun says ended first, with a code.
     pub exited_rank: Option<usize>,
+    /// That code, where srun tells it: its own is of the others, which it ends then.
+    pub exit_code: Option<i32>,
     pub out_of_memory: bool,
     pub daemon_lost: bool,
     /// Whose daemon.
@@ -118,6 +120,10 @@ impl Evidence {
         }
         if self.exited_rank.is_none() {
             self.exited_rank = behind("Process name: [[").and_then(|rest| number(rest.split_once("],")?.1));
+        }
+        if let (None, Some((tasks, code))) = (self.exit_code, line.strip_prefix("srun: error: ").and_then(|rest| rest.split_once(": Exited with exit code "))) {
+            self.exit_code = code.trim().parse().ok();
+            self.exited_rank = tasks.split_once(": task").and_then(|(_, rest)| number(rest.trim_start_matches(['s', ' '])));
         }
         if self.lost_host.is_none() {
             self.lost_host = behind("tiefsee-launch: cannot reach host ").or_else(|| behind("Remote daemon: ")?.split_once(" on node ").map(|(_, rest)| rest)).and_then(word);
@@ -152,9 +158,10 @@ fn word(text: &str) -> Option<String> {
     Some(text.split_whitespace().next()?.trim_end_matches(':').to_string())
 }
 
-/// `code`: mpirun's or srun's. `asked`: we had forwarded a request to stop. `oom_kills`: the control group's count rose.
+/// `code`: mpirun's or srun's, where no better one is known. `asked`: we had forwarded a request to stop. `oom_kills`: the control group's count rose.
 /// `host_of`: where a rank ran.
 pub fn classify(code: i32, evidence: &Evidence, (asked, oom_kills): (bool, bool), host_of: impl Fn(usize) -> Option<String>) -> Outcome {
+    let code = evidence.exit_code.filter(|_| code != 0).unwrap_or(code);
     let because = evidence.reason.as_ref().map(|reason| format!(": {reason}")).unwrap_or_default();
     let killed = (129..=192).contains(&code).then(|| code - 128);
     let (rank, host) = match &evidence.signalled {
@@ -228,6 +235,9 @@ mod tests {
             (1, &["There are not enough slots available in the system to satisfy the 4"], Class::CannotStart),
             (127, &[], Class::CannotStart),
             (138, &[], Class::Killed),
+            (143, &["srun: error: n1: task 0: Exited with exit code 75", "srun: error: n2: task 1: Exited with exit code 1"], Class::Stopped),
+            (143, &["srun: error: n1: tasks 0-3: Exited with exit code 5"], Class::Error),
+            (143, &["srun: error: n2: task 1: Terminated"], Class::Killed),
         ] {
             assert_eq!(class(code, lines, false, false), expected, "{code} {lines:?}");
         }
@@ -247,6 +257,7 @@ mod tests {
             (205, "  Remote daemon: [[45829,0],1] on node h2", "host h2, or the link to it, was lost", "h2"),
             (255, "tiefsee-launch: cannot reach host h3: ssh ended with code 255", "host h3, or the link to it, was lost", "h3"),
             (76, "error (rank 0): state lost: rank 1: the master of x changed", "error (rank 0): state lost: rank 1: the master of x changed", "c"),
+            (143, "srun: error: n[1-2]: tasks 2,4: Exited with exit code 5", "rank 2 on host c ended with code 5", "c"),
             (5, "  Process name: [[45229,1],2]", "rank 2 on host c ended with code 5", "c"),
         ] {
             let mut evidence = Evidence::default();
