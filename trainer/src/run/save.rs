@@ -6,9 +6,31 @@ use crate::checkpoint::{Manifest, Progress, Saved};
 use crate::state::StateReader;
 use anyhow::{Result, ensure};
 use model::ModelConfig;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+/// RUN_DIR/log/saving, there as long as the ranks wait for a checkpoint: the launcher then has more patience than with a step.
+pub(super) struct Waiting(Option<PathBuf>);
+
+impl Waiting {
+    fn of(run_dir: &Path, rank: usize) -> Waiting {
+        // Where the disk is full there is only less patience.
+        let path = (rank == 0).then(|| run_dir.join("log/saving")).filter(|path| std::fs::write(path, "").is_ok());
+        Waiting(path)
+    }
+}
+
+impl Drop for Waiting {
+    fn drop(&mut self) {
+        self.0.take().into_iter().for_each(|path| drop(std::fs::remove_file(path)));
+    }
+}
+
 impl Run<'_> {
+    pub(super) fn waiting(&self) -> Waiting {
+        Waiting::of(&self.config.run.dir, self.world.rank())
+    }
+
     pub(super) fn head(&self) -> Manifest {
         let head = Manifest::head(self.config, &self.trainer.mesh, self.trainer.optimizer.updates);
         let State { step, tokens, cursor, progress } = self.state.clone();
@@ -21,6 +43,7 @@ impl Run<'_> {
     pub(super) fn save(&mut self) -> Result<()> {
         let start = Instant::now();
         self.saver.injected = self.trainer.faults.disk(self.state.step).err();
+        let _waiting = self.waiting();
         let ended = self.saver.begin(&*self.world, self.head(), self.trainer.state())?;
         self.stalled(start.elapsed());
         self.saved(ended);
@@ -71,8 +94,28 @@ impl Run<'_> {
 
     /// No save is under way when it returns.
     pub(super) fn save_settled(&mut self) -> Result<()> {
+        let _waiting = self.waiting();
         let ended = self.saver.wait(&*self.world)?;
         self.saved(ended);
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rank_0_shows_that_all_wait_and_for_how_long() {
+        let folder = tempfile::tempdir().expect("a folder");
+        std::fs::create_dir(folder.path().join("log")).expect("a folder");
+        let shown = || folder.path().join("log/saving").exists();
+        let other = Waiting::of(folder.path(), 1);
+        assert!(!shown());
+        let waiting = Waiting::of(folder.path(), 0);
+        drop(other);
+        assert!(shown());
+        drop(waiting);
+        assert!(!shown());
     }
 }

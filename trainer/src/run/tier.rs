@@ -8,6 +8,7 @@ impl Run<'_> {
     /// The state of this step onto the nodes. A failure is said, and no end of the run.
     pub(super) fn copy_to_tier(&mut self) -> Result<()> {
         let (start, head) = (Instant::now(), self.head());
+        let _waiting = self.waiting();
         let Some(tier) = &mut self.tier else { return Ok(()) };
         let failed = tier.save(&*self.world, &head, self.trainer.state())?;
         self.stalled(start.elapsed());
@@ -36,6 +37,7 @@ impl Run<'_> {
 
     /// A run that is over needs no copies; one that was stopped keeps them for its next start.
     pub(super) fn leave_tier(&mut self, finished: bool) -> Result<()> {
+        let _waiting = self.waiting();
         let Some(tier) = &mut self.tier else { return Ok(()) };
         let failed = tier.wait(&*self.world)?;
         if finished {
