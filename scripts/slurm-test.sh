@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # train.sbatch under a real slurmctld and slurmd, training for real: scripts/slurm-test.sh [--long]
 #   short: a job on 2 nodes, over mpirun, is signalled as at its time limit, checkpoints, is requeued, resumes and finishes;
-#          one over srun and PMIx (where that is) is cancelled and leaves no process
+#          one over srun and PMIx (where that is) is cancelled and leaves no process; one over each is pre-empted and requeued
 #   --long: the signal is the time limit's own, as often as it takes
 # Needs root. Installs slurm-wlm and munge with apt where they are missing. Ends with 0 and SKIPPED where it cannot run.
 set -euo pipefail
@@ -86,3 +86,19 @@ scancel "$job"
 until_true "the cancelled job's end" 30 shows "$job" JobState=CANCELLED
 until_true "its processes' end" 30 no_process cancelled
 echo "ok: cancelled, no process is left ($launcher, 2 nodes)"
+
+# Pre-emption tells srun's ranks, which checkpoint; mpirun's daemons it ends, and the launcher must not start them again.
+for launcher in mpirun $(srun --mpi=list 2>&1 | grep -q pmix && echo srun); do
+    run=preempted-$launcher
+    job=$(submit "$run" "$launcher")
+    until_true "the job's steps" 60 stepped "$run"
+    urgent=$(sbatch --parsable --partition=urgent --exclusive --nodes=2 --output="$state/urgent.out" --wrap "sleep 1")
+    until_true "the requeue" 60 shows "$job" Restarts=1
+    if [ "$launcher" = srun ]; then code=75; else code=18; fi
+    grep -q "exit code $code, requeued" "$state/$run.out" || fail "no exit code $code"
+    if grep -q "restart 1 of" "$state/$run.out"; then fail "started again within the grace"; fi
+    until_true "the urgent job's end" 60 shows "$urgent" JobState=COMPLETED
+    scancel "$job"
+    until_true "its processes' end" 30 no_process "$run"
+    echo "ok: pre-empted, exit code $code, requeued ($launcher, 2 nodes)"
+done
