@@ -1,21 +1,22 @@
 //! FP8 exports of a trained checkpoint: our quantiser's numbers, which transformers loads as they are, and which come back as
 //! they went.
 use crate::oracle::{Subject, oracle, routes_clearly};
-use crate::support::{Run, assert_close, root, scratch, small};
+use crate::support::{Run, assert_close, random, root, scratch, small, tiefsee};
 use kernels::Precision;
 use kernels::fp8::{ScaleRule, quantise_blocks};
 use model::config::ModelConfig;
 use model::hf::pieces;
 use model::{MicroBatch, ParamTable};
-use parallel::comm::local::solo;
+use parallel::comm::local::{run_local, solo};
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use tch::{Kind, Tensor};
 use trainer::RunConfig;
-use trainer::checkpoint::hf::{Format, Values, export, import};
-use trainer::checkpoint::{list, load};
+use trainer::checkpoint::hf::{Format, Values, export, export_in_files, import};
+use trainer::checkpoint::{Manifest, Retention, list, load, prune, save, verify};
 use trainer::coordinator::StopSignal;
 use trainer::run::{Start, resolved, train};
+use trainer::state::StatePart;
 
 /// The quickstart model's run and its newest checkpoint: that of the folder that EXPORT_RUN names, as scripts/export-test.sh
 /// does; else some steps over the tests' own corpus.
@@ -111,4 +112,102 @@ fn fp8_of_matrices_that_are_no_whole_blocks_comes_back_as_it_went() {
     let name = "model.layers.0.self_attn.o_proj.weight";
     let weight = subject.weights.get(subject.weights.table.find(name).expect("a parameter"));
     assert!(tensors[&format!("weight/{name}")].equal(&quantise_blocks(weight, ScaleRule::Amax).dequantise(Kind::Float)));
+}
+
+#[test]
+fn an_import_never_enters_a_run() {
+    let subject = Subject::new(&small(), Precision::F32, 62, 8);
+    let (exported, dir) = (subject.export("never-enters"), scratch().join("never-enters"));
+    let refused = |run_dir: &Path| format!("{:#}", import(&exported, run_dir).expect_err("refused"));
+    // A run before its first checkpoint, amid a save; and one that has checkpoints.
+    let (begun, partial) = (dir.join("begun"), dir.join("begun/checkpoints/.step-00000007.partial"));
+    std::fs::create_dir_all(&partial).expect("a folder");
+    std::fs::write(resolved(&begun), "").expect("a config");
+    assert!(refused(&begun).contains("begun already holds a run"), "{}", refused(&begun));
+    let saved = dir.join("saved");
+    std::fs::create_dir_all(saved.join("checkpoints/step-00000007")).expect("a folder");
+    assert!(refused(&saved).contains("already holds a run"));
+    assert!(partial.exists() && list(&begun).expect("a list").is_empty() && list(&saved).expect("a list").len() == 1);
+    // Another's work beside it stays, its own of before goes, and no import takes the place of another.
+    let fresh = dir.join("fresh/checkpoints");
+    let (other, own) = (fresh.join(".step-00000007.partial"), fresh.join(".step-00000000.partial"));
+    [&other, &own].into_iter().for_each(|left| std::fs::create_dir_all(left).expect("a folder"));
+    std::fs::write(own.join("left"), "").expect("a file");
+    let imported = import(&exported, &dir.join("fresh")).expect("an import");
+    assert!(other.exists() && !own.exists() && !imported.join("left").exists());
+    assert!(refused(&dir.join("fresh")).contains("a run or an import"));
+}
+
+fn whole(name: &str, tensor: &Tensor) -> StatePart {
+    StatePart { name: name.to_string(), tensor: tensor.shallow_clone(), start: 0, total: tensor.size()[0] }
+}
+
+/// A bit of its last byte.
+fn flip(file: &Path) {
+    let mut bytes = std::fs::read(file).expect("a shard");
+    *bytes.last_mut().expect("not empty") ^= 1;
+    std::fs::write(file, bytes).expect("a shard");
+}
+
+#[test]
+fn an_export_reads_each_weight_once_and_checks_the_files_that_it_reads() {
+    // Weights in one file, what no export wants in another.
+    let checkpoint = run_local(2, |world| {
+        let subject = Subject::new(&small(), Precision::F32, 63, 8);
+        let table = &subject.weights.table;
+        let weights = table.ids().map(|id| whole(&format!("weight/{}", table.spec(id).name), subject.weights.get(id))).collect();
+        let parts = if world.rank() == 0 { weights } else { vec![whole("first/other", &random(1, &[64, 8]))] };
+        let manifest = Manifest::imported(subject.config.clone(), Precision::F32);
+        save(&*world, &scratch().join("reads-once"), manifest, parts).expect("a checkpoint")
+    })
+    .remove(0);
+    let (weights, other) = (checkpoint.join("shard-00000-of-00002.safetensors"), checkpoint.join("shard-00001-of-00002.safetensors"));
+    flip(&other);
+    assert!(verify(&checkpoint).is_err());
+    let config = small();
+    // Every parameter in FP32, and once more the two that MTP's part repeats.
+    let bytes = 4 * (config.count().main + config.count().mtp + 2 * config.vocab_size * config.hidden_size) as u64;
+    let (_, masters) = load_weights(&checkpoint);
+    for (name, format) in [("fp8", Format::Fp8), ("bf16", Format::Plain(Kind::BFloat16)), ("f32", Format::Plain(Kind::Float))] {
+        let out = scratch().join(format!("reads-once-{name}"));
+        assert_eq!(export(&checkpoint, &out, format, Values::Newest).expect("an export").bytes_read, bytes, "{name}");
+        let parts = scratch().join(format!("reads-once-{name}-parts"));
+        export_in_files(&checkpoint, &parts, format, Values::Newest, 20_000).expect("an export of many files");
+        assert!(parts.join("model.safetensors.index.json").exists() && !parts.join("model.safetensors").exists());
+        let [one, many] = [&out, &parts].map(|folder| load_weights(&import(folder, &folder.join("back")).expect("an import")).1);
+        assert!(one.iter().all(|(name, tensor)| tensor.equal(&many[name])) && one.len() == masters.len(), "{name}");
+        assert!(name != "f32" || many.iter().all(|(name, tensor)| tensor.equal(&masters[name])));
+    }
+    flip(&weights);
+    let error = export(&checkpoint, &scratch().join("reads-once-damaged"), Format::Fp8, Values::Newest).err().expect("refused");
+    assert!(format!("{error:#}").contains("shard-00000-of-00002.safetensors is not what was written"), "{error:#}");
+}
+
+/// Without the hash of what is beside them.
+fn load_weights(checkpoint: &Path) -> (Manifest, HashMap<String, Tensor>) {
+    let mut reader = trainer::checkpoint::Reader::open(checkpoint).expect("a manifest");
+    let manifest = reader.manifest().clone();
+    let names = manifest.tensors.keys().filter(|name| name.starts_with("weight/"));
+    let tensors = names.map(|name| (name.clone(), reader.whole(name).expect("a tensor"))).collect();
+    (manifest, tensors)
+}
+
+#[test]
+fn show_and_prune_read_no_tensor() {
+    let run_dir = scratch().join("looked-at");
+    let paths = [1, 2, 3].map(|step| {
+        let manifest = Manifest { step, ..Manifest::imported(small(), Precision::F32) };
+        save(&*solo(), &run_dir, manifest, vec![whole("weight/a", &random(step, &[64, 8]))]).expect("a checkpoint")
+    });
+    let shard = |path: &Path| path.join("shard-00000-of-00001.safetensors");
+    flip(&shard(&paths[1]));
+    let shown = tiefsee(&["checkpoint".into(), "show".into(), paths[1].display().to_string()]).output().expect("tiefsee starts");
+    assert!(shown.status.success() && String::from_utf8_lossy(&shown.stdout).contains("weight/a"), "{shown:?}");
+    // What lacks a part does not count among the newest.
+    let long = std::fs::File::options().write(true).open(shard(&paths[2])).expect("a shard");
+    long.set_len(100).expect("a shorter one");
+    let pruned = prune(&run_dir, Retention { last: 1, every: 0 }, false).expect("pruned");
+    assert_eq!((&pruned.removed, &pruned.kept), (&vec![paths[0].clone()], &vec![paths[1].clone()]));
+    assert!(pruned.damaged[0].contains("step-00000003 is damaged") && pruned.damaged[0].contains("has 100 bytes"), "{:?}", pruned.damaged);
+    assert!(paths[2].exists() && !paths[0].exists());
 }

@@ -86,7 +86,7 @@ enum CheckpointCommand {
         #[arg(long)]
         files: usize,
     },
-    /// Remove a run's old checkpoints. Reads those it keeps, and counts no damaged one among the newest.
+    /// Remove a run's old checkpoints. Counts none among the newest that lacks a file or a part of one; what is in the files, verify reads.
     #[command(after_help = "Example: tiefsee checkpoint prune runs/a --keep-last 2 --keep-every 10000 --dry-run")]
     Prune {
         run_dir: PathBuf,
@@ -224,7 +224,7 @@ fn threads(config: &RunConfig) -> i32 {
 fn checkpoint_command(command: CheckpointCommand) -> Result<()> {
     match command {
         CheckpointCommand::Show { checkpoint } => {
-            let manifest = checkpoint::verify(&checkpoint)?;
+            let manifest = checkpoint::inspect(&checkpoint)?;
             let bytes: u64 = manifest.files.iter().map(|file| file.bytes).sum();
             println!("{}: step {}, {} tokens, {} updates", checkpoint.display(), manifest.step, manifest.tokens, manifest.updates);
             println!(
@@ -255,6 +255,7 @@ fn checkpoint_command(command: CheckpointCommand) -> Result<()> {
                 Dtype::F32 => Format::Plain(Kind::Float),
                 Dtype::F64 => Format::Plain(Kind::Double),
             };
+            tch::set_num_threads(1); // every core has a file of its own
             let values = if ema { Values::Averaged } else { Values::Newest };
             let exported = checkpoint::hf::export(&checkpoint, &out, format, values)?;
             println!("{}", out.display());

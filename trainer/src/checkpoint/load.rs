@@ -18,6 +18,17 @@ pub fn verify(checkpoint: &Path) -> Result<Manifest> {
     Ok(manifest)
 }
 
+/// The manifest, and that every file is there and as long as it says: what is in them, `verify` reads.
+pub fn inspect(checkpoint: &Path) -> Result<Manifest> {
+    let manifest = check_manifest(checkpoint)?;
+    for entry in &manifest.files {
+        let path = checkpoint.join(&entry.name);
+        let length = path.metadata().with_context(|| format!("cannot read {}", path.display()))?.len();
+        ensure!(length == entry.bytes, "{} has {length} bytes, {} were written", path.display(), entry.bytes);
+    }
+    Ok(manifest)
+}
+
 /// The manifest is sound, is its folder's, and every row of every tensor is in some file.
 fn check_manifest(checkpoint: &Path) -> Result<Manifest> {
     let manifest = Manifest::read(checkpoint)?;

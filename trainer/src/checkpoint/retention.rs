@@ -1,5 +1,5 @@
 //! Which checkpoints of a run are kept.
-use super::{list, verify};
+use super::{inspect, list};
 use anyhow::{Context, Result};
 use std::collections::HashSet;
 use std::path::{Path, PathBuf};
@@ -39,7 +39,8 @@ pub struct Pruned {
     pub damaged: Vec<String>,
 }
 
-/// Reads every checkpoint that would be kept, so that no whole one goes for a damaged one's sake.
+/// Looks at every checkpoint that would be kept, so that no whole one goes for the sake of one that lacks a file or a part of
+/// one. Reads no tensor.
 pub fn prune(run_dir: &Path, retention: Retention, dry_run: bool) -> Result<Pruned> {
     let mut all = list(run_dir)?;
     let (mut damaged, mut whole) = (Vec::new(), HashSet::new());
@@ -47,7 +48,7 @@ pub fn prune(run_dir: &Path, retention: Retention, dry_run: bool) -> Result<Prun
         let going = retention.select(&all);
         let kept: Vec<PathBuf> = all.iter().map(|(_, path)| path.clone()).filter(|path| !going.contains(path)).collect();
         let mut error = |path: &PathBuf| {
-            let found = if whole.contains(path) { None } else { verify(path).err() };
+            let found = if whole.contains(path) { None } else { inspect(path).err() };
             whole.insert(path.clone());
             found.map(|error| (path.clone(), format!("{error:#}")))
         };

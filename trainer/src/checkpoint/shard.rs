@@ -62,11 +62,27 @@ pub struct Summed {
     pub blake3: String,
 }
 
-/// Writes and syncs the file: one thread fills and hashes blocks, this one writes. `tensor(i)` makes the i-th entry's tensor;
-/// one exists at a time. Widest kinds come first, so that every tensor is aligned.
+/// Writes and syncs the file. `tensor(i)` makes the i-th entry's tensor; one exists at a time. Widest kinds come first, so that
+/// every tensor is aligned.
 pub fn write(path: &Path, entries: &[Entry], tensor: impl FnMut(usize) -> Result<Tensor> + Send) -> Result<Summed> {
+    write_in_order(path, entries, widest_first(entries), tensor)
+}
+
+/// In the entries' own order, where every tensor is aligned in that too.
+pub fn write_as_given(path: &Path, entries: &[Entry], tensor: impl FnMut(usize) -> Result<Tensor> + Send) -> Result<Summed> {
+    let widest = entries.iter().map(|entry| entry.kind.elt_size_in_bytes()).max().unwrap_or(1);
+    let aligned = entries.iter().all(|entry| entry.bytes().is_multiple_of(widest));
+    write_in_order(path, entries, if aligned { (0..entries.len()).collect() } else { widest_first(entries) }, tensor)
+}
+
+fn widest_first(entries: &[Entry]) -> Vec<usize> {
     let mut order: Vec<usize> = (0..entries.len()).collect();
     order.sort_by_key(|&index| std::cmp::Reverse(entries[index].kind.elt_size_in_bytes()));
+    order
+}
+
+/// One thread fills and hashes blocks, this one writes.
+fn write_in_order(path: &Path, entries: &[Entry], order: Vec<usize>, tensor: impl FnMut(usize) -> Result<Tensor> + Send) -> Result<Summed> {
     let head = header(order.iter().map(|&index| &entries[index]))?;
     let bytes = (head.len() + entries.iter().map(Entry::bytes).sum::<usize>()) as u64;
     let file = Direct::create(path).with_context(|| format!("cannot make {}", path.display()))?;

@@ -1,9 +1,10 @@
 //! The inverse of an export: a folder in the released layout, FP8 or not, → a checkpoint of weights alone.
-use super::table;
+use super::{fresh, table};
 use crate::checkpoint::manifest::FileEntry;
 use crate::checkpoint::read::Opened;
-use crate::checkpoint::save::{Place, described, make_room, put_in_place, shard_name};
-use crate::checkpoint::{Manifest, shard};
+use crate::checkpoint::save::{Place, described, put_in_place, shard_name};
+use crate::checkpoint::{Manifest, list, shard};
+use crate::run::resolved;
 use anyhow::{Context, Result, ensure};
 use kernels::Precision;
 use kernels::fp8::Blocks;
@@ -14,8 +15,11 @@ use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use tch::{Device, Kind, Tensor};
 
-/// `folder` → RUN_DIR/checkpoints/step-00000000, for `run.init_from`. Returns the checkpoint.
+/// `folder` → RUN_DIR/checkpoints/step-00000000, for `run.init_from`. RUN_DIR must hold neither a run nor an import. Returns
+/// the checkpoint.
 pub fn import(folder: &Path, run_dir: &Path) -> Result<PathBuf> {
+    let used = !list(run_dir)?.is_empty() || resolved(run_dir).exists();
+    ensure!(!used, "{} already holds a run or an import: name another folder", run_dir.display());
     let config_path = folder.join("config.json");
     let text = std::fs::read(&config_path).with_context(|| format!("cannot read {}", config_path.display()))?;
     let value: Value = serde_json::from_slice(&text).with_context(|| format!("{} is not JSON", config_path.display()))?;
@@ -29,7 +33,7 @@ pub fn import(folder: &Path, run_dir: &Path) -> Result<PathBuf> {
     let entry = |spec: &ParamSpec| shard::Entry { name: format!("weight/{}", spec.name), kind, shape: spec.shape.clone() };
     let entries: Vec<shard::Entry> = table.specs().iter().map(entry).collect();
     let place = Place::of(run_dir, 0);
-    make_room(&place.partial)?;
+    fresh(&place.partial)?;
     let name = shard_name(0, 1);
     let specs = table.specs();
     let summed = shard::write(&place.partial.join(&name), &entries, |index| released.assemble(&specs[index], kind))?;

@@ -1,21 +1,22 @@
-//! To and from the released layout: a folder that Hugging Face transformers loads as it is. One tensor is in memory at a
-//! time, whatever the model's size.
+//! To and from the released layout: a folder that Hugging Face transformers loads as it is. Every core has one tensor in
+//! memory at a time, whatever the model's size.
+mod files;
 mod import;
 
 pub use import::import;
 
+use super::inspect;
 use super::save::refuse_existing;
-use super::{Reader, shard, verify};
 use crate::run::resolved;
 use anyhow::{Context, Result, ensure};
-use kernels::fp8::{ScaleRule, TILE, quantise_blocks};
+use files::{Part, Released, check_files, write_files};
+use kernels::fp8::TILE;
 use model::hf::{Piece, config_json, copies, pieces};
 use model::params::{ParamSpec, Role};
 use model::{ModelConfig, ParamTable, Stage};
 use serde_json::{Value, json};
-use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use tch::{Kind, Tensor};
+use tch::Kind;
 
 /// One file of an export holds about so much.
 const FILE_BYTES: usize = 4 << 30;
@@ -24,6 +25,14 @@ fn table(config: &ModelConfig) -> ParamTable {
     let mut table = ParamTable::default();
     Stage::whole(&mut table, config);
     table
+}
+
+/// An empty folder, whatever a crash left there.
+fn fresh(partial: &Path) -> Result<()> {
+    if partial.exists() {
+        std::fs::remove_dir_all(partial).with_context(|| format!("cannot remove {}", partial.display()))?;
+    }
+    std::fs::create_dir_all(partial).with_context(|| format!("cannot make {}", partial.display()))
 }
 
 /// Which of a checkpoint's values are the released weights.
@@ -60,74 +69,24 @@ impl Format {
     }
 }
 
-/// A released tensor, and how it is made.
-struct Released {
-    entry: shard::Entry,
-    /// The checkpoint's tensor that it is a part of, and that one's shape.
-    from: String,
-    whole: Vec<i64>,
-    piece: Piece,
-    part: Part,
-}
-
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Part {
-    Plain,
-    /// E4M3 of a matrix in blocks.
-    Blocks,
-    /// And its FP32 scales.
-    Scales,
-}
-
-impl Released {
-    fn new(spec: &ParamSpec, from: String, piece: Piece, part: Part, format: Format) -> Released {
-        let mut shape = spec.shape.clone();
-        if piece.expert.is_some() {
-            shape.remove(0);
-        }
-        if let Some((_, rows)) = piece.rows {
-            shape[0] = rows;
-        }
-        let (name, kind) = match part {
-            Part::Plain => (piece.name.clone(), format.plain(spec)),
-            Part::Blocks => (piece.name.clone(), Kind::Float8e4m3fn),
-            Part::Scales => (format!("{}_scale_inv", piece.name), Kind::Float),
-        };
-        if part == Part::Scales {
-            shape.iter_mut().for_each(|side| *side = (*side + TILE - 1) / TILE);
-        }
-        Released { entry: shard::Entry { name, kind, shape }, from, whole: spec.shape.clone(), piece, part }
-    }
-
-    fn read(&self, reader: &mut Reader) -> Result<Tensor> {
-        let value = match (self.piece.expert, self.piece.rows) {
-            (None, None) => reader.rows(&self.from, &self.whole, 0, self.whole[0])?,
-            (None, Some((start, rows))) => reader.rows(&self.from, &self.whole, start, rows)?,
-            (Some(expert), rows) => {
-                let matrix = reader.rows(&self.from, &self.whole, expert, 1)?.squeeze_dim(0);
-                rows.map_or_else(|| matrix.shallow_clone(), |(start, rows)| matrix.narrow(0, start, rows))
-            }
-        };
-        Ok(match self.part {
-            Part::Plain => value.to_kind(self.entry.kind).contiguous(),
-            Part::Blocks => quantise_blocks(&value, ScaleRule::Amax).values,
-            Part::Scales => quantise_blocks(&value, ScaleRule::Amax).scales.contiguous(),
-        })
-    }
-}
-
 /// What an export came to.
 pub struct Exported {
     /// Matrices in FP8 that transformers' own dequantisation cannot read: it takes the blocks of a side that is above 128
     /// and no multiple of it to be equal.
     pub uneven: usize,
+    /// Of tensors, beside the pass that checks the files they are in.
+    pub bytes_read: u64,
 }
 
 /// Writes `out`, which must not exist: safetensors, config.json, and the run's tokenizer where it is found.
 pub fn export(checkpoint: &Path, out: &Path, format: Format, values: Values) -> Result<Exported> {
+    export_in_files(checkpoint, out, format, values, FILE_BYTES)
+}
+
+/// In files of about so many bytes.
+pub fn export_in_files(checkpoint: &Path, out: &Path, format: Format, values: Values, file_bytes: usize) -> Result<Exported> {
     refuse_existing(out)?;
-    let manifest = verify(checkpoint)?;
-    let mut reader = Reader::open(checkpoint)?;
+    let manifest = inspect(checkpoint)?;
     let averaged = values == Values::Averaged;
     ensure!(
         !averaged || manifest.tensors.keys().any(|name| name.starts_with("ema/")),
@@ -147,18 +106,16 @@ pub fn export(checkpoint: &Path, out: &Path, format: Format, values: Values) -> 
         let spec = table.spec(table.find(ours).expect("a copy is of a parameter"));
         released.push(Released::new(spec, from(spec), Piece { name, expert: None, rows: None }, Part::Plain, format));
     }
+    check_files(checkpoint, &manifest, &released)?;
     let partial = PathBuf::from(format!("{}.partial", out.display()));
-    if partial.exists() {
-        std::fs::remove_dir_all(&partial).with_context(|| format!("cannot remove {}", partial.display()))?;
-    }
-    std::fs::create_dir_all(&partial).with_context(|| format!("cannot make {}", partial.display()))?;
-    write_files(&partial, &released, &mut reader)?;
+    fresh(&partial)?;
+    let bytes_read = write_files(&partial, &released, checkpoint, file_bytes)?;
     write_json(&partial.join("config.json"), &config(&manifest.model, format))?;
     copy_tokenizer(checkpoint, &partial)?;
     std::fs::rename(&partial, out).with_context(|| format!("cannot rename {} into place", partial.display()))?;
     let uneven =
         |released: &&Released| released.part == Part::Blocks && released.entry.shape.iter().any(|&side| side > TILE && side % TILE != 0);
-    Ok(Exported { uneven: released.iter().filter(uneven).count() })
+    Ok(Exported { uneven: released.iter().filter(uneven).count(), bytes_read })
 }
 
 fn config(model: &ModelConfig, format: Format) -> Value {
@@ -173,33 +130,6 @@ fn config(model: &ModelConfig, format: Format) -> Value {
             json!({"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [TILE, TILE]});
     }
     config
-}
-
-fn write_files(folder: &Path, released: &[Released], reader: &mut Reader) -> Result<()> {
-    let mut files: Vec<Vec<&Released>> = vec![Vec::new()];
-    let (mut bytes, mut total) = (0, 0);
-    for tensor in released {
-        let size = tensor.entry.bytes();
-        if bytes > 0 && bytes + size > FILE_BYTES {
-            files.push(Vec::new());
-            bytes = 0;
-        }
-        bytes += size;
-        total += size;
-        files.last_mut().expect("starts with one").push(tensor);
-    }
-    let count = files.len();
-    let mut map = BTreeMap::new();
-    for (index, tensors) in files.into_iter().enumerate() {
-        let file = if count == 1 { "model.safetensors".into() } else { format!("model-{:05}-of-{count:05}.safetensors", index + 1) };
-        map.extend(tensors.iter().map(|tensor| (tensor.entry.name.clone(), file.clone())));
-        let entries: Vec<shard::Entry> = tensors.iter().map(|tensor| tensor.entry.clone()).collect();
-        shard::write(&folder.join(&file), &entries, |index| tensors[index].read(reader))?;
-    }
-    if count == 1 {
-        return Ok(());
-    }
-    write_json(&folder.join("model.safetensors.index.json"), &json!({"metadata": {"total_size": total}, "weight_map": map}))
 }
 
 fn write_json(path: &Path, value: &Value) -> Result<()> {
