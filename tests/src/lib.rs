@@ -4,6 +4,7 @@ mod account;
 mod balance;
 mod chaos;
 mod checkpoint;
+mod configs;
 mod corpus;
 mod corruption;
 mod documents;

@@ -180,6 +180,7 @@ impl RunConfig {
 
     /// What needs no world to be checked.
     pub fn validate(&self) -> Result<()> {
+        finite(&Value::try_from(self)?, "")?;
         self.model.validate()?;
         if self.run.precision == Precision::Fp8 {
             self.model.validate_fp8()?;
@@ -217,21 +218,49 @@ impl RunConfig {
         Ok(())
     }
 
-    /// The layout over ranks on these nodes. Errors carry all the numbers.
+    /// The layout over ranks on these nodes, for a run from its first step. Errors carry all the numbers.
     pub fn mesh(&self, nodes: &[usize]) -> Result<Mesh> {
+        let mesh = self.layout(nodes)?;
+        self.check_batches(&mesh, 0)?;
+        Ok(mesh)
+    }
+
+    /// Whatever the batches are: `check_batches` says whether those still to come fit it.
+    pub fn layout(&self, nodes: &[usize]) -> Result<Mesh> {
         let mesh = self.parallel.validate(nodes)?;
         crate::pipeline::parts(&self.model, mesh.pp, &self.parallel.layers)?;
         let experts = self.model.n_routed_experts;
         ensure!(experts % mesh.ep as i64 == 0, "parallel.ep = {}: must divide model.n_routed_experts = {experts}", mesh.ep);
-        for (index, phase) in self.phase.iter().enumerate() {
-            phase.check_ranks(mesh.dp).with_context(|| format!("[[phase]] {}", index + 1))?;
-        }
         Ok(mesh)
+    }
+
+    /// Of the phases that are not over after `tokens`: one that is binds no layout any more.
+    pub fn check_batches(&self, mesh: &Mesh, tokens: u64) -> Result<()> {
+        let mut end = 0;
+        for (index, phase) in self.phase.iter().enumerate() {
+            end += phase.tokens;
+            if tokens < end {
+                phase.check_ranks(mesh.dp).with_context(|| format!("[[phase]] {}", index + 1))?;
+            }
+        }
+        Ok(())
     }
 
     pub fn to_toml(&self) -> Result<String> {
         Ok(toml::to_string(self)?)
     }
+}
+
+/// TOML has `inf` and `nan`; no key means anything by them.
+fn finite(value: &Value, key: &str) -> Result<()> {
+    let inside = |name: &str| if key.is_empty() { name.to_string() } else { format!("{key}.{name}") };
+    match value {
+        Value::Float(number) => ensure!(number.is_finite(), "{key} = {number}: must be finite"),
+        Value::Table(table) => table.iter().try_for_each(|(name, value)| finite(value, &inside(name)))?,
+        Value::Array(items) => items.iter().enumerate().try_for_each(|(index, value)| finite(value, &inside(&index.to_string())))?,
+        _ => {}
+    }
+    Ok(())
 }
 
 fn read_toml(path: &Path) -> Result<Value> {

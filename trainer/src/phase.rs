@@ -199,25 +199,37 @@ impl Plan {
         None
     }
 
-    /// Every step of the whole run.
-    pub fn moments(&self) -> impl Iterator<Item = Moment<'_>> {
-        let mut tokens = 0;
+    /// The steps after `tokens`, in stretches of one phase and batch: the first step of each, and how many they are. A phase
+    /// of a million steps costs no more than one of ten.
+    pub fn stretches(&self, tokens: u64) -> impl Iterator<Item = (Moment<'_>, u64)> {
+        let mut tokens = tokens;
         std::iter::from_fn(move || {
             let moment = self.at(tokens)?;
-            tokens += moment.batch * moment.phase.sequence_length;
-            Some(moment)
+            let each = moment.batch * moment.phase.sequence_length;
+            // A ramp only rises or only falls: once another, the batch stays another.
+            let alike = |step: u64| {
+                self.at(tokens + step * each).is_some_and(|at| std::ptr::eq(at.phase, moment.phase) && at.batch == moment.batch)
+            };
+            let (mut steps, mut most) = (1, moment.phase.tokens.div_ceil(each));
+            while steps < most {
+                let middle = steps + (most - steps).div_ceil(2);
+                (steps, most) = if alike(middle - 1) { (middle, most) } else { (steps, middle - 1) };
+            }
+            tokens += steps * each;
+            Some((moment, steps))
         })
     }
 
     /// Those that some step reads, ascending.
     pub fn orders(&self) -> Vec<PlannedOrder<'_>> {
         let mut orders: Vec<PlannedOrder> = Vec::new();
-        for Moment { phase, order: number, batch, .. } in self.moments() {
+        for (Moment { phase, order: number, batch, .. }, steps) in self.stretches(0) {
+            let samples = batch * steps;
             match orders.last_mut() {
-                Some(last) if last.number == number => last.samples += batch,
+                Some(last) if last.number == number => last.samples += samples,
                 _ => {
                     let phase_number = 1 + self.orders.iter().position(|order| *order == number).expect("a phase has it");
-                    orders.push(PlannedOrder { number, phase, phase_number, samples: batch });
+                    orders.push(PlannedOrder { number, phase, phase_number, samples });
                 }
             }
         }
@@ -225,7 +237,7 @@ impl Plan {
     }
 
     pub fn num_steps(&self) -> u64 {
-        self.moments().count() as u64
+        self.stretches(0).map(|(_, steps)| steps).sum()
     }
 }
 
@@ -252,6 +264,30 @@ mod tests {
         assert_eq!(at(2000), None);
         // 13 steps of 40 reach 520, 6 of 80 reach 1000, 9 of 120 end at 2080.
         assert_eq!(plan.num_steps(), 13 + 6 + 9);
+    }
+
+    #[test]
+    fn steps_are_counted_as_they_are_done() {
+        let ramps = [(4, 12, 4), (12, 4, 4), (1, 40, 1), (40, 1, 1)].map(|(from, to, multiple)| Ramp::Line(Line { from, to, multiple }));
+        let lengths = [1, 39, 40, 41, 1000, 3000, 20_001];
+        let phases: Vec<Phase> = ramps
+            .into_iter()
+            .chain([Ramp::Constant(7)])
+            .flat_map(|ramp| lengths.map(|tokens| phase(tokens, ramp.clone(), Curve::Constant(1.0))))
+            .collect();
+        let plan = Plan::new(&phases, &[]);
+        for from in [0, 23_000, 26_500, plan.total_tokens() - 1, plan.total_tokens()] {
+            let (mut tokens, mut one_by_one) = (from, Vec::new());
+            while let Some(moment) = plan.at(tokens) {
+                tokens += moment.batch * moment.phase.sequence_length;
+                one_by_one.push(moment.batch);
+            }
+            let counted = plan.stretches(from).flat_map(|(moment, steps)| std::iter::repeat_n(moment.batch, steps as usize));
+            assert_eq!(counted.collect::<Vec<_>>(), one_by_one, "after {from} tokens");
+        }
+        // Ten phases of a batch of a token: nobody could wait for the steps.
+        let endless = Plan::new(&vec![phase(1 << 60, Ramp::Constant(1), Curve::Constant(1.0)); 10], &[]);
+        assert_eq!(endless.num_steps(), 10 * (1u64 << 60).div_ceil(10) - 1);
     }
 
     #[test]

@@ -13,7 +13,7 @@ pub use batch::micro_batches;
 pub use corpus::open_checked;
 pub use mend::StateLost;
 pub use record::GaveUp;
-pub use start::resolved;
+pub use start::{prove_schedules, resolved};
 
 use crate::checkpoint::second_tier::SecondTier;
 use crate::checkpoint::{Cursor, Progress, Retention, Saver};
@@ -30,7 +30,7 @@ use corpus::Corpus;
 use kernels::ops::rope::RopeScaling;
 use parallel::comm::watched::{Watch, watched};
 use parallel::comm::{Comm, barrier};
-use start::{binary, check_free, prepare_dir, prove_schedules, restore};
+use start::{binary, check_free, prepare_dir, restore};
 use std::path::PathBuf;
 use std::time::Instant;
 
@@ -83,10 +83,12 @@ struct State {
 /// Runs to the end of the phases, a stop signal or `run.stop_after`. Collective over `world`.
 pub fn train(config: &RunConfig, world: Comm, start: Start, stop: &StopSignal) -> Result<Outcome> {
     device::open(config, &*world)?; // before the long part: a machine without what it needs says so at once
-    let layout = config.mesh(&nodes(&*world)?)?;
+    let layout = config.layout(&nodes(&*world)?)?;
+    if start == Start::Fresh {
+        prove_schedules(config, &layout, 0)?; // a resume's once it is known where it stands
+    }
     let (world, watch) = watched(device::connect(config, &layout, world)?);
     let plan = Plan::new(&config.phase, &config.data.mixture);
-    let schedules = prove_schedules(&plan, &layout)?;
     let free = if world.rank() == 0 && start == Start::Fresh { check_free(&config.run.dir) } else { Ok(()) };
     all_or_none(&*world, free)?;
     let corpus = all_or_none(&*world, Corpus::open(config, &plan, world.rank() == 0))?;
@@ -109,6 +111,7 @@ pub fn train(config: &RunConfig, world: Comm, start: Start, stop: &StopSignal) -
     let second = &config.checkpoint.second_tier;
     let tier = (second.every > 0).then(|| SecondTier::new(second, &config.run.dir, &layout.nodes, &*world)).transpose()?;
     let (state, last_checkpoint, notes) = restore((config, start, tier.as_ref()), &world, &mut trainer, &corpus)?;
+    let schedules = prove_schedules(config, &layout, state.tokens)?;
     tier.iter().for_each(SecondTier::clear); // the run goes on from a checkpoint, or begins again
     // Only now, with everything checked, is anything written.
     let ready = if world.rank() == 0 && start == Start::Fresh { prepare_dir(config) } else { Ok(()) };

@@ -60,10 +60,12 @@ fn remove_ours(folder: &Path, start: &str, end: &str) -> Result<()> {
     Ok(())
 }
 
-/// Proves the schedule of every step of the run, and says where it is not the one asked for.
-pub(super) fn prove_schedules(plan: &Plan, mesh: &Mesh) -> Result<Vec<String>> {
+/// Proves that what is to come after `tokens` fits the layout: whole micro-batches on every rank, and the schedule of every
+/// step. Says where that is not the one asked for.
+pub fn prove_schedules(config: &RunConfig, mesh: &Mesh, tokens: u64) -> Result<Vec<String>> {
+    config.check_batches(mesh, tokens)?;
     let mut proven = BTreeMap::new();
-    for moment in plan.moments() {
+    for (moment, _) in Plan::new(&config.phase, &config.data.mixture).stretches(tokens) {
         let micro_batches = (moment.batch / (moment.phase.micro_batch * mesh.dp as u64)) as usize;
         if let std::collections::btree_map::Entry::Vacant(entry) = proven.entry(micro_batches) {
             let schedule = mesh.schedule.for_step(mesh.pp, micro_batches);

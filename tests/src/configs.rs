@@ -1,0 +1,86 @@
+//! Configs: what ships can be laid out as it says, what no key can mean is refused, and a phase that is over binds nobody.
+use crate::support::{Run, root};
+use parallel::comm::local::run_local;
+use parallel::schedule::Schedule;
+use trainer::RunConfig;
+use trainer::coordinator::StopSignal;
+use trainer::phase::Plan;
+use trainer::run::{Start, prove_schedules, train};
+
+fn shipped(name: &str) -> RunConfig {
+    RunConfig::load(&root().join("configs/run").join(name), &[]).expect("a shipped config")
+}
+
+/// On nodes of eight: nothing of it needs a GPU.
+fn lines_of_layout(config: &RunConfig, ranks: usize) -> Vec<String> {
+    let nodes: Vec<usize> = (0..ranks).map(|rank| rank / 8).collect();
+    let mesh = config.mesh(&nodes).expect("a layout");
+    assert_eq!((mesh.pp, mesh.pp * mesh.dp, mesh.schedule), (16, ranks, Schedule::DualPipe));
+    prove_schedules(config, &mesh, 0).expect("whole micro-batches and proven schedules")
+}
+
+#[test]
+fn the_published_recipe_is_laid_out_on_its_ranks() {
+    let (main, context) = (shipped("v3-671b.toml"), shipped("v3-671b-context.toml"));
+    let zb1p = |lines: Vec<String>| {
+        assert!(lines.iter().all(|line| line.contains("run zb1p")), "{lines:?}");
+        let counts = lines.iter().map(|line| line.split(' ').nth(2).and_then(|count| count.parse().ok()).expect("steps of N micro-batches"));
+        counts.collect::<Vec<usize>>()
+    };
+    // 3072 to 3840 sequences, 256 more each time, on 128 pipes; then 1920 and 480 on 96.
+    assert_eq!(zb1p(lines_of_layout(&main, 2048)), [24, 26, 28, 30]);
+    assert_eq!(zb1p(lines_of_layout(&context, 1536)), [5, 20]);
+    let tokens = |config: &RunConfig| Plan::new(&config.phase, &config.data.mixture).total_tokens();
+    assert_eq!(tokens(&main), 14_800_000_000_000);
+    assert_eq!(Plan::new(&context.phase, &context.data.mixture).num_steps(), 2000);
+    assert!(main.ema.decay > 0.0 && main.model == context.model);
+    // As a resume of the first has them: its own phases, which fit no 96 pipes, are over.
+    let joined = RunConfig { parallel: context.parallel.clone(), phase: [main.phase.clone(), context.phase].concat(), ..main.clone() };
+    let mesh = joined.layout(&vec![0; 1536]).expect("a layout");
+    assert_eq!(zb1p(prove_schedules(&joined, &mesh, tokens(&main)).expect("what is to come")), [5, 20]);
+    let error = prove_schedules(&joined, &mesh, 26_000_000_000).expect_err("a ramp by 256 sequences on 96 pipes");
+    assert!(format!("{error:#}").starts_with("[[phase]] 2: batch 256 is not a multiple"), "{error:#}");
+}
+
+#[test]
+fn a_phase_that_is_over_binds_no_layout() {
+    let set = ["phase.1.micro_batch=1"];
+    let (whole, parts) = (Run::new("over-whole", &set), Run::new("over-parts", &set));
+    let go = |run: &Run, ranks, start, stop_after| {
+        let mut config = run.config();
+        config.run.stop_after = stop_after;
+        run_local(ranks, |world| train(&config, world, start, &StopSignal::default()).map(|_| ()).map_err(|error| format!("{error:#}"))).remove(0)
+    };
+    go(&whole, 1, Start::Fresh, None).expect("the run");
+    // Batches of 4 to 12, then of 8: eight ranks can do the second phase alone.
+    let refused = "[[phase]] 1: batch 4 is not a multiple of micro_batch 1 × dp 8 = 8";
+    assert_eq!(go(&parts, 8, Start::Fresh, None).expect_err("refused"), refused);
+    go(&parts, 1, Start::Fresh, Some(10)).expect("a stop in the first phase");
+    assert_eq!(go(&parts, 8, Start::Resume, None).expect_err("refused"), refused);
+    go(&parts, 1, Start::Resume, Some(23)).expect("a stop in the second phase");
+    go(&parts, 8, Start::Resume, None).expect("the rest");
+    parts.assert_same(&whole, 1e-9);
+}
+
+#[test]
+fn a_number_that_is_none_is_refused_by_name() {
+    let more = ["data.mixture=[{path=\"a\"},{path=\"b\",weight=1.0}]", "ema.decay=0.9"];
+    for (key, value) in [
+        ("optimizer.weight_decay", "inf"),
+        ("optimizer.weight_decay", "nan"),
+        ("optimizer.max_grad_norm", "inf"),
+        ("optimizer.eps", "inf"),
+        ("optimizer.beta2", "-inf"),
+        ("data.mixture.1.weight", "inf"),
+        ("ema.decay", "nan"),
+        ("guard.loss_spike", "inf"),
+        ("phase.0.lr.to", "inf"),
+        ("phase.1.bias_speed", "nan"),
+        ("model.rope_theta", "inf"),
+    ] {
+        let set: Vec<String> = more.map(String::from).into_iter().chain([format!("{key}={value}")]).collect();
+        let error = RunConfig::load(&root().join("configs/run/tiny.toml"), &set).expect_err(key);
+        let expected = format!("{key} = {}: must be finite", value.replace("nan", "NaN"));
+        assert!(format!("{error:#}").ends_with(&expected), "{error:#}, not {expected}");
+    }
+}
