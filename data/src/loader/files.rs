@@ -17,19 +17,16 @@ const NAMED: usize = 8;
 
 impl Loader {
     /// Every shard of every source is there and as long as the index says. Returns what could not be looked at, since a
-    /// store may let its objects be read and not be listed.
+    /// store may let its objects be read and not listed.
     pub fn check_files(&self, listings: &mut Listings) -> Result<Vec<String>, DataError> {
         let mut notes = Vec::new();
         for source in &self.sources {
             if !listings.0.contains_key(source.path()) {
-                match self.runtime.block_on(source.store().list()) {
-                    Ok(files) => drop(listings.0.insert(source.path().to_owned(), files.into_iter().collect())),
-                    Err(DataError::Refused { path, reason }) => {
-                        notes.push(format!("{}: its files are not looked at, the store lists none: {reason}", path.display()));
-                        listings.0.insert(source.path().to_owned(), HashMap::new());
-                    }
-                    Err(error) => return Err(error),
-                }
+                let listed = self.runtime.block_on(source.store().list());
+                notes.extend(
+                    listed.as_ref().err().map(|error| format!("the files of {} are not looked for: {error}", source.path().display())),
+                );
+                listings.0.insert(source.path().to_owned(), listed.unwrap_or_default().into_iter().collect());
             }
             let files = &listings.0[source.path()];
             if !files.is_empty() {

@@ -106,7 +106,8 @@ fn held_out_keeps_the_shares_from_the_first_samples_on_and_ends_with_the_first_s
     assert_eq!(places(&order).iter().map(|p| (p.source, p.sample)).collect::<Vec<_>>(), [(1, 0), (1, 1)]);
     assert!(order.locate(2).is_err());
     for round in 0..20 {
-        let sources: Vec<(u64, f64)> = (0..1 + draw(round, 5)).map(|s| (1 + draw(round * 9 + s, 500), 1.0 + draw(s + round, 99) as f64)).collect();
+        let sources: Vec<(u64, f64)> =
+            (0..1 + draw(round, 5)).map(|s| (1 + draw(round * 9 + s, 500), 1.0 + draw(s + round, 99) as f64)).collect();
         let order = Order::new(key(Split::HeldOut, round, 0), &sources).unwrap();
         let total: f64 = sources.iter().map(|(_, weight)| weight).sum();
         let mut counts = vec![0u64; sources.len()];
@@ -132,7 +133,10 @@ fn a_source_that_goes_on_gives_no_sample_twice_before_its_epoch_is_over() {
         let mut begun: Vec<Option<Begun>> = vec![None; 4];
         let mut seen: Vec<Vec<Place>> = vec![Vec::new(); 4];
         for phase in 0..5 {
-            let names: Vec<usize> = (0..4).map(|s| (s + round as usize + phase as usize) % 4).filter(|s| draw(round * 50 + phase * 4 + *s as u64, 4) > 0).collect();
+            let names: Vec<usize> = (0..4)
+                .map(|s| (s + round as usize + phase as usize) % 4)
+                .filter(|s| draw(round * 50 + phase * 4 + *s as u64, 4) > 0)
+                .collect();
             let names = if names.is_empty() { vec![0] } else { names };
             let sources: Vec<(u64, f64)> = names.iter().map(|s| (sizes[*s], 1.0 + draw(round + phase + *s as u64, 7) as f64)).collect();
             let mut order = Order::with_window(key(Split::Train, round, phase), &sources, 7, 16).unwrap();
@@ -173,10 +177,8 @@ fn the_order_of_samples_is_the_one_of_the_first_release() {
         places.fold(0, |sum, place| derive(&[sum, u64::from(place.source), place.epoch, place.sample]))
     };
     let (one, three) = ([(301, 1.0)], [(301, 5.0), (95, 1.0), (1000, 2.5)]);
-    assert_eq!([digest(0, &one), digest(0, &three), digest(1, &one), digest(1, &three)], [
-        10598454045753551419,
-        15460943683282258131,
-        11456061286082085332,
-        4314276132474527125
-    ]);
+    assert_eq!(
+        [digest(0, &one), digest(0, &three), digest(1, &one), digest(1, &three)],
+        [10598454045753551419, 15460943683282258131, 11456061286082085332, 4314276132474527125]
+    );
 }

@@ -98,9 +98,11 @@ fn difference(loader: &Loader, written: &str) -> String {
 fn validation_notes(config: &RunConfig, held_out: &Loader) -> Vec<String> {
     let (wanted, there) = (config.validation.sequences, held_out.num_samples());
     let left_out: Vec<String> = held_out.left_out().iter().map(|path| path.display().to_string()).collect();
-    let left_out = (!left_out.is_empty())
-        .then(|| format!("validation leaves out {}: no held-out sequence of {} tokens", left_out.join(", "), config.phase[0].sequence_length));
-    let few = (there < wanted).then(|| format!("validation reads {there} sequences, not {wanted}: with them a source's held-out split ends"));
+    let left_out = (!left_out.is_empty()).then(|| {
+        format!("validation leaves out {}: no held-out sequence of {} tokens", left_out.join(", "), config.phase[0].sequence_length)
+    });
+    let few =
+        (there < wanted).then(|| format!("validation reads {there} sequences, not {wanted}: with them a source's held-out split ends"));
     left_out.into_iter().chain(few).collect()
 }
 

@@ -39,7 +39,16 @@ impl Streams {
         let ended = loader.begun_at(order.samples);
         for (source, (begun, ended)) in loader.sources().zip(begun.iter().zip(&ended)) {
             let tokens = (ended.drawn - begun.drawn) * order.phase.sequence_length;
-            self.count(order, Read { path: source.path.into(), manifest: source.manifest, train_tokens: source.train_tokens, tokens, sequence_length: order.phase.sequence_length });
+            self.count(
+                order,
+                Read {
+                    path: source.path.into(),
+                    manifest: source.manifest,
+                    train_tokens: source.train_tokens,
+                    tokens,
+                    sequence_length: order.phase.sequence_length,
+                },
+            );
         }
         self.begun.extend(streams.into_iter().zip(ended));
         loader
@@ -51,7 +60,11 @@ impl Streams {
             let (path, from, to) = (new.path.display(), known.sequence_length, new.sequence_length);
             let words = format!("[[phase]] {}: {path} is read in sequences of {to} after {from}", order.phase_number);
             let known_stream = self.begun.keys().any(|(manifest, _, length)| *manifest == new.manifest && *length == to);
-            self.anew.push(if known_stream { format!("{words}: it goes on where those of {to} stopped") } else { format!("{words}: it begins anew") });
+            self.anew.push(if known_stream {
+                format!("{words}: it goes on where those of {to} stopped")
+            } else {
+                format!("{words}: it begins anew")
+            });
         }
         (known.tokens, known.sequence_length) = (known.tokens + new.tokens, new.sequence_length);
     }
