@@ -168,7 +168,7 @@ fn the_newest_and_every_so_many_stay_and_each_save_says_its_stall() {
 }
 
 /// One checkpoint by `ranks` ranks: rows of two tensors, the second too small for all of them to have some.
-fn sharded(run_dir: &Path, ranks: usize) -> PathBuf {
+pub fn sharded(run_dir: &Path, ranks: usize) -> PathBuf {
     run_local(ranks, |world| {
         let whole = [("weight/a", random(1, &[40, 3, 5])), ("weight/b", random(2, &[5, 2]))];
         let share = |of: i64| (of * world.rank() as i64 / ranks as i64, of * (world.rank() as i64 + 1) / ranks as i64);

@@ -19,6 +19,7 @@ mod layers;
 mod layouts;
 mod oracle;
 mod overlap;
+mod reading;
 mod runs;
 mod s3;
 mod sentinel;

@@ -5,9 +5,11 @@ use super::second_tier::SecondTier;
 use super::shard::Summed;
 use super::{Reader, list, unfinished};
 use crate::coordinator::all_or_none;
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, anyhow, bail, ensure};
 use parallel::comm::{Communicator, broadcast_bytes, gather_bytes};
+use serde::{Deserialize, Serialize};
 use std::collections::HashMap;
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use tch::{Device, Tensor};
 
@@ -59,6 +61,23 @@ fn complete(tensor: &TensorEntry) -> Result<()> {
     Ok(())
 }
 
+/// Why a checkpoint, or a file of one, is not taken.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(super) struct Refused {
+    pub words: String,
+    /// It could not be read, and may be what was written.
+    unread: bool,
+}
+
+impl From<anyhow::Error> for Refused {
+    fn from(error: anyhow::Error) -> Refused {
+        // A file that is gone, or ends too early, is not what was written.
+        let unread = |error: &std::io::Error| !matches!(error.kind(), ErrorKind::NotFound | ErrorKind::UnexpectedEof);
+        let unread = error.chain().filter_map(|cause| cause.downcast_ref()).any(unread);
+        Refused { words: format!("{error:#}"), unread }
+    }
+}
+
 /// Takes what is wanted of it on the way.
 pub(super) fn check_file(checkpoint: &Path, entry: &FileEntry, wanted: &[Wanted]) -> Result<()> {
     Summed { bytes: entry.bytes, blake3: entry.blake3.clone() }.check(&checkpoint.join(&entry.name), wanted)
@@ -74,8 +93,7 @@ pub fn newest_whole(world: &dyn Communicator, run_dir: &Path) -> Result<(Option<
 /// What was loaded, and the lines for the operator.
 pub type Found = (Option<(PathBuf, Manifest)>, Vec<String>);
 
-/// `newest_whole` of both tiers, with `load` reading it as it is checked: the disk is read once. What a call of `load` came
-/// to counts only where the checkpoint then proves whole; of a damaged one it may get anything, or fail.
+/// `newest_whole` of both tiers, with `load` reading it as `load_whole` has it.
 pub fn load_newest(
     world: &dyn Communicator,
     run_dir: &Path,
@@ -89,16 +107,32 @@ pub fn load_newest(
         let (restored, said) = tier.map_or(Ok((None, Vec::new())), |tier| tier.restore(world, run_dir, above))?;
         notes.extend(said.into_iter().filter(|line| !notes.contains(line)).collect::<Vec<_>>());
         let Some(path) = restored.as_ref().or(path) else { break };
-        let (loaded, checked) = load_checked((world.rank(), world.size()), path, load);
-        match first_error(world, checked)? {
-            None => {
-                all_or_none(world, loaded)?;
-                return Ok((Some((path.clone(), Manifest::read(path)?)), notes));
-            }
-            Some(error) => notes.push(format!("{} is damaged and was passed over: {error}", path.display())),
+        match load_whole(world, path, load)? {
+            Ok(()) => return Ok((Some((path.clone(), Manifest::read(path)?)), notes)),
+            Err(damage) => notes.push(format!("{} is damaged and was passed over: {damage}", path.display())),
         }
     }
     Ok((None, notes))
+}
+
+/// Collective: the ranks share out the files of a checkpoint and check each in the pass in which `load` reads it. What `load`
+/// came to counts only where all is then as it was written; of a damaged checkpoint, the inner error, it may get anything, or
+/// fail. One that cannot be read may be whole, and whoever starts the run is to say what to do about it.
+pub fn load_whole(world: &dyn Communicator, path: &Path, load: &mut dyn FnMut(&mut Reader) -> Result<()>) -> Result<Result<(), String>> {
+    let (loaded, checked) = load_checked((world.rank(), world.size()), path, load);
+    let mut unread = None;
+    for (rank, bytes) in gather_bytes(world, &serde_json::to_vec(&checked.err())?)?.iter().enumerate() {
+        match serde_json::from_slice::<Option<Refused>>(bytes)? {
+            Some(Refused { words, unread: false }) => return Ok(Err(words)),
+            Some(Refused { words, .. }) => unread = unread.or(Some((rank, words))),
+            None => {}
+        }
+    }
+    if let Some((rank, words)) = unread {
+        bail!("{} could not be read and may be whole (mend that, or move it away): on rank {rank}, {words}", path.display());
+    }
+    all_or_none(world, loaded)?;
+    Ok(Ok(()))
 }
 
 /// A run's checkpoints, oldest first, and a line for each that was never finished: rank 0's view, for all.
@@ -115,14 +149,18 @@ fn listed(world: &dyn Communicator, run_dir: &Path) -> Result<(Vec<PathBuf>, Vec
 }
 
 /// What loading came to, and whether that counts: the manifest and this rank's share of the files are as they were written.
-fn load_checked(share: (usize, usize), path: &Path, load: &mut dyn FnMut(&mut Reader) -> Result<()>) -> (Result<()>, Result<()>) {
+fn load_checked(
+    share: (usize, usize),
+    path: &Path,
+    load: &mut dyn FnMut(&mut Reader) -> Result<()>,
+) -> (Result<()>, Result<(), Refused>) {
     match check_manifest(path).and_then(|_| Reader::checking(path, share)) {
         Ok(mut reader) => {
             let loaded = load(&mut reader);
             assert!(loaded.is_err() || reader.has_read(), "`load` did not read what it wanted");
             (loaded, reader.checked())
         }
-        Err(error) => (Ok(()), Err(error)),
+        Err(error) => (Ok(()), Err(error.into())),
     }
 }
 
@@ -148,6 +186,6 @@ pub fn load(checkpoint: &Path, wanted: impl Fn(&str) -> bool) -> Result<(Manifes
     }
     reader.read()?;
     let manifest = reader.manifest().clone();
-    reader.checked()?;
+    reader.checked().map_err(|refused| anyhow!(refused.words))?;
     Ok((manifest, tensors))
 }

@@ -16,7 +16,7 @@ pub mod second_tier;
 mod shard;
 mod staging;
 
-pub use load::{inspect, load, load_newest, newest_whole, verify};
+pub use load::{inspect, load, load_newest, load_whole, newest_whole, verify};
 pub use manifest::{Cursor, Manifest, Mesh, Progress};
 pub use read::Reader;
 pub use reshard::{Resharded, reshard};

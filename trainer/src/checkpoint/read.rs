@@ -1,5 +1,5 @@
 //! Reading parts: a rank of any layout reads the rows that it needs, and no other byte, from whatever slices hold them.
-use super::load::check_file;
+use super::load::{Refused, check_file};
 use super::manifest::SliceEntry;
 use super::pass::{Wanted, parts};
 use super::{Manifest, shard};
@@ -20,15 +20,14 @@ pub struct Reader {
     files: HashMap<String, Opened>,
     wanted: BTreeMap<String, Vec<Wanted>>,
     /// Files that this rank is to check, and what came of it.
-    checks: BTreeMap<String, Option<Result<(), String>>>,
+    checks: BTreeMap<String, Option<Result<(), Refused>>>,
     bytes_read: u64,
     header_bytes: u64,
 }
 
-/// A safetensors file, with what it says it holds.
+/// What a safetensors file says it holds. The file itself is open while it is read: a checkpoint may have thousands.
 pub(super) struct Opened {
     path: PathBuf,
-    file: File,
     tensors: Metadata,
     /// Where the tensors' bytes begin.
     data: u64,
@@ -64,14 +63,14 @@ impl Reader {
     }
 
     /// Reads the files that nothing was wanted of, too. The error is of the first file that is not what was written.
-    pub(super) fn checked(self) -> Result<()> {
-        let outcome = |(file, known): (&String, &Option<Result<(), String>>)| known.clone().unwrap_or_else(|| self.check(file, &[]));
-        self.checks.iter().try_for_each(outcome).map_err(|error| anyhow!(error))
+    pub(super) fn checked(self) -> Result<(), Refused> {
+        let outcome = |(file, known): (&String, &Option<Result<(), Refused>>)| known.clone().unwrap_or_else(|| self.check(file, &[]));
+        self.checks.iter().try_for_each(outcome)
     }
 
-    fn check(&self, file: &str, wanted: &[Wanted]) -> Result<(), String> {
+    fn check(&self, file: &str, wanted: &[Wanted]) -> Result<(), Refused> {
         let entry = self.manifest.files.iter().find(|entry| entry.name == file).expect("one of the manifest's");
-        check_file(&self.path, entry, wanted).map_err(|error| format!("{error:#}"))
+        Ok(check_file(&self.path, entry, wanted)?)
     }
 
     /// What was wanted so far.
@@ -81,7 +80,7 @@ impl Reader {
                 let outcome = self.check(&file, &wanted);
                 self.bytes_read += self.manifest.files.iter().filter(|entry| entry.name == file).map(|entry| entry.bytes).sum::<u64>();
                 self.checks.insert(file, Some(outcome.clone()));
-                outcome.map_err(|error| anyhow!(error))?;
+                outcome.map_err(|refused| anyhow!(refused.words))?;
             } else {
                 self.bytes_read += parts(&self.path.join(&file), &wanted)?;
             }
@@ -172,7 +171,7 @@ impl Reader {
 
 impl Opened {
     pub fn new(path: PathBuf) -> Result<Opened> {
-        let read = || -> Result<(File, Vec<u8>)> {
+        let read = || -> Result<Vec<u8>> {
             let file = File::open(&path)?;
             let mut length = [0; 8];
             file.read_exact_at(&mut length, 0)?;
@@ -180,11 +179,11 @@ impl Opened {
             ensure!(length < file.metadata()?.len(), "its header has {length} bytes, more than the file");
             let mut header = vec![0; length as usize];
             file.read_exact_at(&mut header, 8)?;
-            Ok((file, header))
+            Ok(header)
         };
-        let (file, header) = read().with_context(|| format!("cannot read {}", path.display()))?;
+        let header = read().with_context(|| format!("cannot read {}", path.display()))?;
         let tensors = serde_json::from_slice(&header).with_context(|| format!("{} is not a safetensors file", path.display()))?;
-        Ok(Opened { path, file, tensors, data: 8 + header.len() as u64 })
+        Ok(Opened { path, tensors, data: 8 + header.len() as u64 })
     }
 
     pub fn names(&self) -> impl Iterator<Item = String> {
@@ -204,8 +203,8 @@ impl Opened {
         let shape: Vec<i64> = info.shape.iter().map(|&n| n as i64).collect();
         let mut tensor = Tensor::empty(&shape, (kind, Device::Cpu));
         let from = self.data + info.data_offsets.0 as u64;
-        let read = self.file.read_exact_at(bytes_mut(&mut tensor).expect("just made"), from);
-        read.with_context(|| format!("cannot read {}", self.path.display()))?;
+        let read = |file: File| file.read_exact_at(bytes_mut(&mut tensor).expect("just made"), from);
+        File::open(&self.path).and_then(read).with_context(|| format!("cannot read {}", self.path.display()))?;
         Ok(tensor)
     }
 }

@@ -1,12 +1,11 @@
 //! What a run does about corruption that a check has found: nothing was changed by the step, so once what it rests on is
 //! whole again the step is done again, on the same samples, and comes to what it would have come to.
 use super::Run;
+use crate::checkpoint::load_whole;
 use crate::checkpoint::second_tier::SecondTier;
-use crate::checkpoint::{self, Reader};
 use crate::checks::{Finding, Place};
 use crate::coordinator::all_or_none;
 use anyhow::{Context, Result, bail};
-use parallel::comm::broadcast_bytes;
 use std::path::{Path, PathBuf};
 
 /// What only a checkpoint can give back: the world must start again from one.
@@ -54,8 +53,9 @@ impl Run<'_> {
         let Some(path) = self.copy_of_this_step()? else {
             return lost_for_good("there is no copy");
         };
-        let mut reader = all_or_none(&*self.world, Reader::open(&path))?;
-        all_or_none(&*self.world, self.trainer.load_all(&mut reader))?;
+        if let Err(damage) = load_whole(&*self.world, &path, &mut |reader| self.trainer.load_all(reader))? {
+            return lost_for_good(&format!("there is no whole copy ({damage})"));
+        }
         self.trainer.gather()?;
         // It is of this very step: it must come to the checksums that AdamW left.
         if !self.trainer.verify()?.is_empty() {
@@ -74,17 +74,12 @@ impl Run<'_> {
         all_or_none(&*self.world, if self.world.rank() == 0 { rename() } else { Ok(()) })
     }
 
+    /// The same on every rank: how a save ended is.
     fn copy_of_this_step(&mut self) -> Result<Option<PathBuf>> {
         self.save_settled()?;
-        let newest = self.last_checkpoint.as_ref().filter(|(at, _)| *at == self.state.step).map(|(_, path)| path.clone());
-        // The same on every rank: how a save ended is.
-        let newest = match newest {
-            Some(path) => Some(path),
-            None => self.restore_this_step()?,
-        };
-        // Rank 0 reads every byte and decides for all.
-        let whole = newest.filter(|path| self.world.rank() > 0 || checkpoint::verify(path).is_ok());
-        let told = broadcast_bytes(&*self.world, &serde_json::to_vec(&whole)?, 0)?;
-        serde_json::from_slice(&told).context("rank 0's word")
+        match self.last_checkpoint.as_ref().filter(|(at, _)| *at == self.state.step) {
+            Some((_, path)) => Ok(Some(path.clone())),
+            None => self.restore_this_step(),
+        }
     }
 }

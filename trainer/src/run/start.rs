@@ -1,14 +1,14 @@
 //! Before the first step: what is checked, what is restored, and the run directory.
 use super::corpus::Corpus;
 use super::{Run, Start, State};
+use crate::checkpoint;
 use crate::checkpoint::second_tier::SecondTier;
-use crate::checkpoint::{self, Reader};
 use crate::config::RunConfig;
-use crate::coordinator::{all_or_none, gather_layout};
+use crate::coordinator::gather_layout;
 use crate::device;
 use crate::phase::Plan;
 use crate::step::Trainer;
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, anyhow, bail, ensure};
 use data::Source;
 use parallel::comm::Comm;
 use parallel::mesh::Mesh;
@@ -86,8 +86,8 @@ type Begin<'a> = (&'a RunConfig, Start, Option<&'a SecondTier>);
 pub(super) fn restore((config, start, tier): Begin, world: &Comm, trainer: &mut Trainer, corpus: &Corpus) -> Result<Restored> {
     if start == Start::Fresh {
         if let Some(path) = &config.run.init_from {
-            all_or_none(&**world, if world.rank() == 0 { checkpoint::verify(path).map(|_| ()) } else { Ok(()) })?;
-            all_or_none(&**world, Reader::open(path).and_then(|mut reader| trainer.load_weights(&mut reader)))?;
+            let loaded = checkpoint::load_whole(&**world, path, &mut |reader| trainer.load_weights(reader))?;
+            loaded.map_err(|damage| anyhow!("run.init_from: {damage}"))?;
         }
         return Ok((State::default(), None, Vec::new()));
     }
