@@ -47,9 +47,10 @@ impl Trainer {
         parts
     }
 
-    /// Weights, moments, averages and the update count; where the checkpoint has no averages they start here.
+    /// Masters, moments, averages and the update count; where the checkpoint has no averages they start here. The weights of
+    /// this rank's rows are made from the masters; the others' rows come with `gather`.
     pub fn load_all(&mut self, from: &mut Reader) -> Result<()> {
-        self.want_weights(from)?;
+        self.want_masters(from)?;
         let table = self.weights.table.clone();
         let spec = |slot: &Slot| slot.shard.spec(table.spec(slot.shard.id));
         for slot in &self.optimizer.slots {
@@ -64,6 +65,7 @@ impl Trainer {
             averages.push(average);
         }
         from.read()?;
+        self.optimizer.rewrite(&mut self.weights);
         self.optimizer.updates = from.manifest().updates;
         if let Some(ema) = &mut self.ema {
             ema.restart(&self.optimizer.slots);
@@ -72,25 +74,24 @@ impl Trainer {
         Ok(())
     }
 
-    /// Weights alone, of a run of another kind or an imported model.
+    /// As `load_all`, but of weights alone: of a run of another kind or an imported model.
     pub fn load_weights(&mut self, from: &mut Reader) -> Result<()> {
-        self.want_weights(from)?;
+        self.want_masters(from)?;
         from.read()?;
+        self.optimizer.rewrite(&mut self.weights);
         self.ema.iter_mut().for_each(|ema| ema.restart(&self.optimizer.slots));
         Ok(())
     }
 
-    fn want_weights(&mut self, from: &mut Reader) -> Result<()> {
+    /// And what nobody trains, which has no master.
+    fn want_masters(&mut self, from: &mut Reader) -> Result<()> {
         self.weights.ready(|_| true)?;
         let table = self.weights.table.clone();
-        for id in table.ids() {
-            let (spec, weight) = (table.spec(id), self.weights.write(id));
-            want(from, "weight", spec, weight)?;
-            let slot = self.optimizer.slots.iter().find(|slot| slot.shard.id == id);
-            // A master may be the weight's own rows.
-            if let Some(slot) = slot.filter(|slot| slot.master.data_ptr() != slot.shard.of(weight).data_ptr()) {
-                want(from, "weight", &slot.shard.spec(spec), &slot.master)?;
-            }
+        for id in table.ids().filter(|&id| !table.spec(id).trained()) {
+            want(from, "weight", table.spec(id), self.weights.write(id))?;
+        }
+        for slot in &self.optimizer.slots {
+            want(from, "weight", &slot.shard.spec(table.spec(slot.shard.id)), &slot.master)?;
         }
         Ok(())
     }
