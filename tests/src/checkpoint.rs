@@ -31,11 +31,8 @@ fn a_checkpoint_holds_the_state_of_its_step_whatever_the_steps_after_write() {
         let first = state.copy();
         for step in 1..=3 {
             let before = saver.begin(&*world, head(step), vec![part(world.rank(), &state)]).expect("a save begins");
-            assert_eq!(
-                before.map(|saved| (saved.step, saved.outcome)),
-                (step > 1).then(|| (step - 1, Ok(()))),
-                "the save before ended first"
-            );
+            let before: Vec<_> = before.into_iter().map(|saved| (saved.step, saved.outcome)).collect();
+            assert_eq!(before, if step > 1 { vec![(step - 1, Ok(()))] } else { Vec::new() }, "the save before ended first");
             // Under the next step, before its update.
             let ((), _) = run_beside(saver.take_copy().into_iter().collect(), || ());
             state += 1.0;
@@ -96,6 +93,17 @@ fn a_rank_that_cannot_write_fails_the_save_on_all_and_leaves_the_one_before() {
     let steps: Vec<u64> = checkpoint::list(&run_dir).expect("a list").into_iter().map(|(step, _)| step).collect();
     assert_eq!(steps, [1, 3]);
     assert_eq!(fs::read_dir(run_dir.join("checkpoints")).expect("a folder").count(), 2, "nothing half written is left");
+}
+
+#[test]
+fn a_folder_that_cannot_be_made_hides_no_save_before() {
+    let run_dir = scratch().join("no-folder");
+    let (mut saver, state) = (Saver::new(&run_dir, retention()), random(3, &[6, 10]));
+    let mut begin = |step| saver.begin(&*solo(), head(step), vec![StatePart { total: 6, ..part(0, &state) }]).expect("an answer");
+    assert!(begin(1).is_empty());
+    fs::write(run_dir.join("checkpoints/.step-00000000.partial"), "a file, which is no folder to be removed").expect("written");
+    let ended: Vec<(u64, bool)> = begin(2).into_iter().map(|saved| (saved.step, saved.outcome.is_ok())).collect();
+    assert_eq!(ended, [(1, true), (2, false)]);
 }
 
 /// The files of a process may have so many KiB, as on a disk that is full.

@@ -59,14 +59,14 @@ impl Saver {
     }
 
     /// Collective. The state may change again once what `take_copy` gives has run, or after `wait`. Waits for the save before,
-    /// whose end it returns. The error is of the folder that could not be made: nothing is under way then.
-    pub fn begin(&mut self, world: &dyn Communicator, head: Manifest, parts: Vec<StatePart>) -> Result<Option<Saved>> {
-        let before = self.wait(world)?;
+    /// whose end it returns; where the folder cannot be made, this one's too: nothing is under way then.
+    pub fn begin(&mut self, world: &dyn Communicator, head: Manifest, parts: Vec<StatePart>) -> Result<Vec<Saved>> {
+        let mut ended: Vec<Saved> = self.wait(world)?.into_iter().collect();
         self.removed();
         let (place, began) = (Place::of(&self.run_dir, head.step), Instant::now());
         if let Err(error) = begin(world, &place) {
-            let failed = Saved { step: head.step, path: place.target, seconds: 0.0, outcome: Err(format!("{error:#}")) };
-            return Ok(Some(failed));
+            ended.push(Saved { step: head.step, path: place.target, seconds: 0.0, outcome: Err(format!("{error:#}")) });
+            return Ok(ended);
         }
         let (copying, mut parts) = self.staging.begin(parts);
         let outline = Outline::of(copying.now());
@@ -80,7 +80,7 @@ impl Saver {
             (parts.here, written)
         });
         self.running = Some(Running { head, place, began, stage: Stage::Writing(writing) });
-        Ok(before)
+        Ok(ended)
     }
 
     /// The copy of the state that the save under way waits for: whoever takes it runs it before the state changes.

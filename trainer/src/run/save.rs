@@ -46,7 +46,7 @@ impl Run<'_> {
         let _waiting = self.waiting();
         let ended = self.saver.begin(&*self.world, self.head(), self.trainer.state())?;
         self.stalled(start.elapsed());
-        self.saved(ended);
+        ended.into_iter().for_each(|saved| self.saved(Some(saved)));
         Ok(())
     }
 
