@@ -118,6 +118,15 @@ fn a_folder_that_is_not_there_is_an_error() {
 }
 
 #[test]
+fn a_marker_that_cannot_be_written_ends_no_run() {
+    let (run, dir) = run("no-marker");
+    fs::create_dir_all(run.dir().join("second-tier")).expect("a folder in its place");
+    go(&run, Start::Fresh, Some(3)).expect("three steps");
+    assert_eq!(run.lines().len(), 3);
+    assert!(node(&dir, 1).exists(), "the copies are there");
+}
+
+#[test]
 fn a_corrupt_master_is_restored_from_the_copy_of_this_very_step() {
     let (whole, _) = run("clean");
     go(&whole, Start::Fresh, Some(9)).expect("nine steps");

@@ -15,7 +15,7 @@ pub struct Place {
     pub threads: usize,
 }
 
-fn host() -> String {
+pub fn host() -> String {
     std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default().trim().to_string()
 }
 

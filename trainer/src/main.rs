@@ -8,7 +8,7 @@ use clap::{Parser, Subcommand, ValueEnum};
 use parallel::comm::Comm;
 use parallel::comm::local::solo;
 use parallel::comm::mpi::MpiWorld;
-use std::io::IsTerminal;
+use std::io::{IsTerminal, Write};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use tch::Kind;
@@ -138,7 +138,7 @@ fn main() -> ExitCode {
     match run(cli.command) {
         Ok(code) => code,
         Err(error) => {
-            eprintln!("error: {error:#}");
+            say(&format!("error: {error:#}"));
             ExitCode::FAILURE
         }
     }
@@ -184,7 +184,7 @@ fn in_world(config: impl FnOnce() -> Result<RunConfig>, start: Start) -> Result<
             let code = exit_code(&error);
             // "rank N: …" was another rank's failure, which it prints itself; what has a code of its own is every rank's.
             if rank == 0 || code == 1 && !text.starts_with("rank ") {
-                eprintln!("error (rank {rank}): {text}");
+                say(&format!("error (rank {rank}): {text}"));
             }
             if let Some(mpi) = mpi {
                 std::thread::sleep(std::time::Duration::from_millis(300)); // let every rank print its reason
@@ -193,6 +193,11 @@ fn in_world(config: impl FnOnce() -> Result<RunConfig>, start: Start) -> Result<
             Ok(ExitCode::from(code))
         }
     }
+}
+
+/// On stderr, which may be a file on a full disk.
+fn say(text: &str) {
+    let _ = writeln!(std::io::stderr(), "{text}");
 }
 
 fn exit_code(error: &anyhow::Error) -> u8 {

@@ -1,14 +1,18 @@
 //! What a run says of itself: JSONL on every rank; on rank 0 TensorBoard scalars, one line a step, and a bar where
-//! the output is a terminal.
+//! the output is a terminal. None of it can end a run once that has begun.
+mod log;
+mod tensorboard;
+
+use crate::coordinator::host;
 use crate::memory::MemoryReport;
 use crate::sentinel::Seen;
 use anyhow::{Context, Result};
 use indicatif::{ProgressBar, ProgressStyle};
+use log::{Log, truncate_after};
 use serde::Serialize;
-use std::fs::{File, OpenOptions};
-use std::io::{BufRead, BufReader, IsTerminal, Write};
+use std::io::{IsTerminal, Write};
 use std::path::Path;
-use tensorboard_rs::summary_writer::SummaryWriter;
+use tensorboard::Events;
 
 /// One step; the scalars' names are TensorBoard's tags below `train/`.
 #[derive(Clone, Debug, Serialize)]
@@ -55,13 +59,13 @@ struct EventLine<'a> {
 }
 
 pub struct Metrics {
-    jsonl: File,
+    jsonl: Log,
     front: Option<Front>,
 }
 
 /// Rank 0's extras.
 struct Front {
-    tensorboard: SummaryWriter,
+    tensorboard: Events,
     bar: ProgressBar,
     total_steps: u64,
 }
@@ -73,20 +77,20 @@ impl Metrics {
         std::fs::create_dir_all(&log).with_context(|| format!("cannot make {}", log.display()))?;
         let path = log.join(format!("rank-{rank}.jsonl"));
         truncate_after(&path, done_steps)?;
-        let jsonl = OpenOptions::new().create(true).append(true).open(&path).with_context(|| format!("cannot open {}", path.display()))?;
-        let front = (rank == 0).then(|| {
+        let jsonl = Log::open(&path)?;
+        let front = |run_dir: &Path| -> Result<Front> {
             let bar = if std::io::stderr().is_terminal() { ProgressBar::new(total_steps) } else { ProgressBar::hidden() };
             bar.set_style(ProgressStyle::with_template("{wide_bar} {pos}/{len} [{elapsed} < {eta}]").expect("a valid template"));
             bar.set_position(done_steps);
-            Front { tensorboard: SummaryWriter::new(run_dir.join("tensorboard")), bar, total_steps }
-        });
-        Ok(Metrics { jsonl, front })
+            Ok(Front { tensorboard: Events::create(&run_dir.join("tensorboard"), &host())?, bar, total_steps })
+        };
+        Ok(Metrics { jsonl, front: (rank == 0).then(|| front(run_dir)).transpose()? })
     }
 
-    pub fn step(&mut self, line: &StepLine) -> Result<()> {
-        write_line(&mut self.jsonl, line)?;
-        let Some(front) = &mut self.front else { return Ok(()) };
-        let mut scalar = |name: &str, value: f64| front.tensorboard.add_scalar(&format!("train/{name}"), value as f32, line.step as usize);
+    pub fn step(&mut self, line: &StepLine) {
+        write_line(&mut self.jsonl, line);
+        let Some(front) = &mut self.front else { return };
+        let mut scalar = |name: &str, value: f64| front.tensorboard.scalar(&format!("train/{name}"), value, line.step);
         scalar("loss", line.loss);
         if let Some(mtp) = line.mtp_loss {
             scalar("mtp_loss", mtp);
@@ -105,16 +109,14 @@ impl Metrics {
             line.step, front.total_steps, line.loss, line.grad_norm, line.lr, line.load_max, line.step_ms, line.busy_ms, short(line.tokens_per_s)
         ));
         front.bar.set_position(line.step);
-        Ok(())
     }
 
-    pub fn validation(&mut self, line: &ValidationLine) -> Result<()> {
-        write_line(&mut self.jsonl, line)?;
+    pub fn validation(&mut self, line: &ValidationLine) {
+        write_line(&mut self.jsonl, line);
         if let Some(front) = &mut self.front {
-            front.tensorboard.add_scalar("validation/loss", line.validation_loss as f32, line.step as usize);
+            front.tensorboard.scalar("validation/loss", line.validation_loss, line.step);
             front.say(&format!("step {}/{} | validation loss {:.4}", line.step, front.total_steps, line.validation_loss));
         }
-        Ok(())
     }
 
     /// Of rank 0's GPU.
@@ -123,16 +125,16 @@ impl Metrics {
         let MemoryReport { weights, gradients, optimizer, activations, peak, buffers, reserved, .. } = *report;
         let named = [("weights", weights), ("gradients", gradients), ("optimizer", optimizer), ("activations", activations), ("peak", peak), ("buffers", buffers), ("reserved", reserved)];
         for (name, bytes) in named {
-            front.tensorboard.add_scalar(&format!("memory/{name}_gib"), bytes as f32 / (1u64 << 30) as f32, step as usize);
+            front.tensorboard.scalar(&format!("memory/{name}_gib"), bytes as f64 / (1u64 << 30) as f64, step);
         }
     }
 
     /// What the FP8 sentinel did in a step: its errors below `fp8/`, whether a linear computes in BF16, and words where one
     /// falls back or returns.
-    pub fn sentinel(&mut self, step: u64, seen: &Seen) -> Result<()> {
+    pub fn sentinel(&mut self, step: u64, seen: &Seen) {
         let mut scalar = |name: &str, what: &str, value: f64| {
             if let Some(front) = &mut self.front {
-                front.tensorboard.add_scalar(&format!("fp8/{name}/{what}"), value as f32, step as usize);
+                front.tensorboard.scalar(&format!("fp8/{name}/{what}"), value, step);
             }
         };
         if let Some(name) = &seen.returned {
@@ -147,21 +149,19 @@ impl Metrics {
             }
         }
         if let Some(name) = &seen.returned {
-            self.event(step, "fp8-again", &format!("step {step}: {name} computes in FP8 again"))?;
+            self.event(step, "fp8-again", &format!("step {step}: {name} computes in FP8 again"));
         }
-        match &seen.looked_at {
-            Some(look) if look.back_in.is_some() => self.event(step, "fp8-fallback", &format!("step {step}: {look}")),
-            _ => Ok(()),
+        if let Some(look) = seen.looked_at.as_ref().filter(|look| look.back_in.is_some()) {
+            self.event(step, "fp8-fallback", &format!("step {step}: {look}"));
         }
     }
 
     /// For people, and on rank 0's log.
-    pub fn event(&mut self, step: u64, event: &'static str, words: &str) -> Result<()> {
+    pub fn event(&mut self, step: u64, event: &'static str, words: &str) {
         if self.front.is_some() {
             self.say(words);
-            write_line(&mut self.jsonl, &EventLine { step, event, words })?;
+            write_line(&mut self.jsonl, &EventLine { step, event, words });
         }
-        Ok(())
     }
 
     /// A line for people, on rank 0.
@@ -174,23 +174,19 @@ impl Metrics {
 
 impl Front {
     fn say(&self, text: &str) {
-        if self.bar.is_hidden() { println!("{text}") } else { self.bar.println(text) }
+        if self.bar.is_hidden() {
+            // `println!` would panic where the output is a file on a full disk.
+            let _ = writeln!(std::io::stdout(), "{text}");
+        } else {
+            self.bar.println(text);
+        }
     }
 }
 
-fn write_line(file: &mut File, line: &impl Serialize) -> Result<()> {
-    let mut text = serde_json::to_vec(line)?;
+fn write_line(log: &mut Log, line: &impl Serialize) {
+    let mut text = serde_json::to_vec(line).expect("plain values");
     text.push(b'\n');
-    file.write_all(&text).context("cannot write the log")
-}
-
-/// Keeps the lines up to `step`; a line that a crash cut short goes too.
-fn truncate_after(path: &Path, step: u64) -> Result<()> {
-    let Ok(file) = File::open(path) else { return Ok(()) };
-    let kept = |line: &String| serde_json::from_str::<serde_json::Value>(line).ok().and_then(|v| v["step"].as_u64()).is_some_and(|s| s <= step);
-    let lines: Vec<String> = BufReader::new(file).lines().map_while(|line| line.ok()).filter(kept).collect();
-    let text: String = lines.iter().flat_map(|line| [line.as_str(), "\n"]).collect();
-    std::fs::write(path, text).with_context(|| format!("cannot rewrite {}", path.display()))
+    log.append(&text);
 }
 
 /// 1234567 → 1.2M

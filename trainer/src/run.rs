@@ -178,8 +178,8 @@ impl Run<'_> {
             self.state.tokens += tokens;
             self.state.cursor.next += moment.batch;
             let seconds = self.take_time(&mut mark);
-            self.record(&report, (tokens, seconds, moment.lr), [first, first + moment.batch - 1])?;
-            self.metrics.sentinel(self.state.step, &report.seen)?;
+            self.record(&report, (tokens, seconds, moment.lr), [first, first + moment.batch - 1]);
+            self.metrics.sentinel(self.state.step, &report.seen);
             self.report_memory()?;
             self.judge(&report, moment.batch)?;
             let ended = self.saver.poll(&*self.world)?;

@@ -151,14 +151,14 @@ impl SecondTier {
         self.staging.give_back(parts);
         let named = outcome.map_err(|error| anyhow!("rank {}: {error:#}", self.rank));
         let failed = first_error(world, named)?;
-        if failed.is_none() {
-            self.whole = Some(self.under_way.clone());
-            if self.rank == 0 {
-                let text = format!("{} in {}\n", self.under_way, self.root.display());
-                std::fs::write(&self.marker, text).with_context(|| format!("cannot write {}", self.marker.display()))?;
-            }
+        if failed.is_some() {
+            return Ok(failed);
         }
-        Ok(failed)
+        self.whole = Some(self.under_way.clone());
+        let text = format!("{} in {}\n", self.under_way, self.root.display());
+        let marked = if self.rank == 0 { std::fs::write(&self.marker, text) } else { Ok(()) };
+        let named = |error| format!("they are whole, but rank 0 cannot write {}: {error}", self.marker.display());
+        Ok(share(world, marked.map_err(named))?.err())
     }
 
     /// Every rank's parts to its peer; the result is (rank, its parts) for each that has this rank as its peer.

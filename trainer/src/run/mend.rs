@@ -17,7 +17,7 @@ impl Run<'_> {
     /// Collective; `found` is the same on every rank.
     pub(super) fn mend(&mut self, found: &[Finding]) -> Result<()> {
         let step = self.state.step + 1;
-        found.iter().try_for_each(|finding| self.metrics.event(self.state.step, "corruption", &format!("step {step}: {finding}")))?;
+        found.iter().for_each(|finding| self.metrics.event(self.state.step, "corruption", &format!("step {step}: {finding}")));
         self.again += 1;
         if self.again > self.config.guard.max_skipped {
             bail!(
@@ -27,14 +27,15 @@ impl Run<'_> {
             );
         }
         match found.iter().find(|finding| finding.place.lost()) {
-            Some(lost) => self.reload(lost),
+            Some(lost) => self.reload(lost)?,
             None if found.iter().any(|finding| finding.place == Place::Weight) => {
                 self.trainer.rewrite_weights()?;
                 let words = format!("step {step}: the weights are made again from the masters, and the step is done again");
-                self.metrics.event(self.state.step, "mended", &words)
+                self.metrics.event(self.state.step, "mended", &words);
             }
             None => self.metrics.event(self.state.step, "mended", &format!("step {step} is done again")),
         }
+        Ok(())
     }
 
     /// The state that is to be saved is whole, or was made so.
@@ -63,7 +64,8 @@ impl Run<'_> {
             return lost_for_good("so is the copy");
         }
         let words = format!("step {}: the state of step {step} is restored from {}, and the step is done again", step + 1, path.display());
-        self.metrics.event(step, "mended", &words)
+        self.metrics.event(step, "mended", &words);
+        Ok(())
     }
 
     /// Its hashes are right, but of a state that was damaged before they were taken: nobody shall resume from it.

@@ -14,7 +14,7 @@ use std::time::Instant;
 pub struct GaveUp(String);
 
 impl Run<'_> {
-    pub(super) fn record(&mut self, report: &StepReport, (tokens, seconds, lr): (u64, f64, f64), samples: [u64; 2]) -> Result<()> {
+    pub(super) fn record(&mut self, report: &StepReport, (tokens, seconds, lr): (u64, f64, f64), samples: [u64; 2]) {
         let line = StepLine {
             step: self.state.step,
             tokens: self.state.tokens,
@@ -34,7 +34,7 @@ impl Run<'_> {
             samples,
             save_stall_ms: self.stall_ms.take(),
         };
-        self.metrics.step(&line)
+        self.metrics.step(&line);
     }
 
     /// On a GPU; for people once, when the first step has shown the peak.
@@ -55,7 +55,7 @@ impl Run<'_> {
                 self.state.step,
                 "odd",
                 &format!("step {}: {worst} again: it is the samples' own ({samples})", self.state.step),
-            )?;
+            );
         }
         let Some(reason) = &report.skipped else { return Ok(()) };
         self.state.progress.skipped_steps += 1;
@@ -63,7 +63,7 @@ impl Run<'_> {
             self.state.step,
             "skipped",
             &format!("step {}: {reason}; the update was skipped ({samples})", self.state.step),
-        )?;
+        );
         if self.trainer.guard.gives_up() { self.give_up(reason) } else { Ok(()) }
     }
 
@@ -94,6 +94,7 @@ impl Run<'_> {
         self.state.progress.val_loss = Some(loss);
         self.validated = Some(self.state.step);
         self.take_time(mark);
-        self.metrics.validation(&ValidationLine { step: self.state.step, validation_loss: loss })
+        self.metrics.validation(&ValidationLine { step: self.state.step, validation_loss: loss });
+        Ok(())
     }
 }

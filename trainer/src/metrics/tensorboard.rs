@@ -1,0 +1,43 @@
+//! TensorBoard's event file. The crate's own writer takes a full disk for a bug, on a thread of its own: from it are the
+//! records, the file is ours.
+use super::log::Log;
+use anyhow::{Context, Result};
+use protobuf::Message;
+use std::path::Path;
+use std::time::{SystemTime, UNIX_EPOCH};
+use tensorboard_proto::event::Event;
+use tensorboard_rs::record_writer::RecordWriter;
+use tensorboard_rs::summary::scalar;
+
+pub struct Events(Log);
+
+impl Events {
+    pub fn create(folder: &Path, host: &str) -> Result<Events> {
+        std::fs::create_dir_all(folder).with_context(|| format!("cannot make {}", folder.display()))?;
+        let name = format!("events.out.tfevents.{:010}.{host}.{}.0", now() as u64, std::process::id());
+        let mut events = Events(Log::open(&folder.join(name))?);
+        let mut version = Event::new();
+        version.set_file_version("brain.Event:2".to_string());
+        events.add(version);
+        Ok(events)
+    }
+
+    pub fn scalar(&mut self, tag: &str, value: f64, step: u64) {
+        let mut event = Event::new();
+        event.set_step(step as i64);
+        event.set_summary(scalar(tag, value as f32));
+        self.add(event);
+    }
+
+    fn add(&mut self, mut event: Event) {
+        event.set_wall_time(now());
+        let mut record = Vec::new();
+        let bytes = event.write_to_bytes().expect("into memory");
+        RecordWriter::new(&mut record).write(&bytes).expect("into memory");
+        self.0.append(&record);
+    }
+}
+
+fn now() -> f64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0.0, |time| time.as_secs_f64())
+}
