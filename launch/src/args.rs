@@ -7,7 +7,7 @@ use std::path::PathBuf;
 #[command(name = "tiefsee-launch", version, after_help = AFTER_HELP)]
 pub struct Args {
     /// Hosts to run on (default: SLURM's allocation, the hosts given, or this one). MIN:MAX also goes on with fewer, where
-    /// the run's batches divide. Hosts beyond it are spare: one takes the place of a host that failed twice.
+    /// the run's batches divide. Hosts beyond it are spare: one takes the place of a host that failed twice within the restarts' window.
     #[arg(long, value_parser = parse_nodes)]
     pub nnodes: Option<Nodes>,
     /// Ranks on each host: a number, `gpu` (one each), `cpu` (one a core) or `auto` (gpu if there are any, else 1).
@@ -131,7 +131,7 @@ Exit codes:
   15  hung: no rank made a step
   16  the ranks could not be started
   17  another launcher is at work in this run directory
-  18  stopped on request, but the ranks did not checkpoint in time and were ended; an older checkpoint may be there
+  18  stopped on request, or pre-empted by SLURM, but the ranks did not checkpoint in time; an older checkpoint may be there
   19  what the ranks held in memory was damaged, and no copy of that step was left
   20  too many steps in a row were skipped (guard.max_skipped): a restart would skip them again
 For 10 to 15 and 19, --max-restarts were used up, or a restart could not help.

@@ -33,6 +33,8 @@ pub enum Class {
     StateLost,
     GaveUp,
     CannotStart,
+    /// The command line, or the config that it names.
+    Usage,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -65,6 +67,7 @@ impl Outcome {
             Class::LinkLost => 14,
             Class::Hung => 15,
             Class::CannotStart => 16,
+            Class::Usage => USAGE,
             Class::StoppedLate => STOPPED_LATE,
             Class::StateLost => 19,
             Class::GaveUp => 20,
@@ -81,7 +84,7 @@ impl Outcome {
             Class::GaveUp => Some("it would skip the same steps again"),
             // A wrong config, a missing corpus.
             Class::Error | Class::Abort if !made_a_step => Some("it failed before its first step and would fail so again"),
-            Class::CannotStart => Some("it would fail to start again"),
+            Class::CannotStart | Class::Usage => Some("it would fail to start again"),
             _ => None,
         }
     }
@@ -197,6 +200,7 @@ pub fn classify(code: i32, evidence: &Evidence, (asked, oom_kills): (bool, bool)
         _ if evidence.out_of_memory => Outcome::new(Class::OutOfMemory, format!("{who} ran out of memory{because}")).at(host),
         _ if evidence.cannot_start.is_some() => Outcome::new(Class::CannotStart, evidence.cannot_start.clone().unwrap_or_default()),
         (126 | 127, _) => Outcome::new(Class::CannotStart, "the ranks could not be started"),
+        (2, _) => Outcome::new(Class::Usage, format!("{who} does not take this command or its config{because}")),
         _ if evidence.aborted_rank.is_some() => Outcome::new(Class::Abort, format!("{who} aborted with code {code}{because}")).at(host),
         _ => Outcome::new(Class::Error, format!("{who} ended with code {code}{because}")).at(host),
     }
@@ -234,6 +238,7 @@ mod tests {
             (1, &["ORTE has lost communication with a remote daemon."], Class::LinkLost),
             (1, &["There are not enough slots available in the system to satisfy the 4"], Class::CannotStart),
             (127, &[], Class::CannotStart),
+            (2, &["MPI_ABORT was invoked on rank 0 in communicator MPI_COMM_WORLD"], Class::Usage),
             (138, &[], Class::Killed),
             (143, &["srun: error: n1: task 0: Exited with exit code 75", "srun: error: n2: task 1: Exited with exit code 1"], Class::Stopped),
             (143, &["srun: error: n1: tasks 0-3: Exited with exit code 5"], Class::Error),

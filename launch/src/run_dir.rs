@@ -1,7 +1,12 @@
 //! What a run directory holds, who works in it, and how a run that never reached a checkpoint is put aside.
+use crate::incidents::say;
 use std::fs::{self, File, TryLockError};
 use std::io;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+/// So long nothing is said of a wait.
+const PATIENCE: Duration = Duration::from_secs(2);
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Holds {
@@ -43,9 +48,24 @@ pub fn lock(run_dir: &Path) -> io::Result<Option<File>> {
     }
 }
 
-/// Waits until the guard of a launcher that was killed has ended its ranks.
-pub fn wait_for_guard(run_dir: &Path) -> io::Result<()> {
-    File::options().create(true).append(true).open(guard_lock(run_dir))?.lock()
+/// Waits until the guard of a launcher that was killed has ended its ranks. False: `stop` said so meanwhile.
+pub fn wait_for_guard(run_dir: &Path, mut stop: impl FnMut() -> bool) -> io::Result<bool> {
+    let path = guard_lock(run_dir);
+    let file = File::options().create(true).append(true).open(&path)?;
+    let start = Instant::now();
+    let mut said = false;
+    loop {
+        match file.try_lock() {
+            Ok(()) => return Ok(true),
+            Err(TryLockError::WouldBlock) if stop() => return Ok(false),
+            Err(TryLockError::WouldBlock) => {}
+            Err(TryLockError::Error(error)) => return Err(error),
+        }
+        if start.elapsed() > PATIENCE && !std::mem::replace(&mut said, true) {
+            say(&format!("waiting for the ranks of an earlier launcher to end: {} is held", path.display()));
+        }
+        std::thread::sleep(Duration::from_millis(50));
+    }
 }
 
 /// Moves what a fresh start would stumble over into RUN_DIR/half-run-N. Nothing is deleted.
@@ -105,6 +125,17 @@ mod tests {
         fs::write(folder.path().join("resolved.toml"), "").expect("a file");
         fs::write(folder.path().join("second-tier"), "step-00000003-1 in /dev/shm/tiefsee-1").expect("a file");
         assert_eq!(holds(folder.path()), Holds::Checkpoint);
+    }
+
+    #[test]
+    fn a_wait_for_a_guard_can_be_stopped() {
+        let folder = tempfile::tempdir().expect("a folder");
+        fs::create_dir_all(log(folder.path())).expect("a folder");
+        let held = File::create(guard_lock(folder.path())).expect("a file");
+        held.lock().expect("locked");
+        assert!(!wait_for_guard(folder.path(), || true).expect("a lock"));
+        drop(held);
+        assert!(wait_for_guard(folder.path(), || false).expect("a lock"));
     }
 
     #[test]

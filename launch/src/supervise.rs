@@ -24,6 +24,8 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 const TICK: Duration = Duration::from_millis(100);
+/// The logs are on a file system that many share: they are looked at so often.
+const POLL: Duration = Duration::from_secs(1);
 /// How long a hung rank is looked at before it is ended.
 const LOOK: Duration = Duration::from_secs(1);
 const LONGEST_BACK_OFF: f64 = 60.0;
@@ -60,7 +62,7 @@ pub fn run(args: Args) -> Result<u8> {
     }
     raise_file_limit();
     // Before any process is started: a signal in between must not be lost.
-    let signals = Signals::new([SIGINT, SIGTERM, SIGUSR1, SIGHUP])?;
+    let mut signals = Signals::new([SIGINT, SIGTERM, SIGUSR1, SIGHUP])?;
     if let (Some(number @ 1..), Some(rdzv)) = (args.node_rank, &args.rdzv) {
         let search = if args.start_limit > 0.0 { Duration::from_secs_f64(args.start_limit) } else { Duration::MAX };
         return serve(&Node { number, host: host_name(), rdzv, secret: shared_secret(&args)?, silence: silence(&args), search }, signals);
@@ -77,6 +79,10 @@ pub fn run(args: Args) -> Result<u8> {
             say(&format!("{shown} already holds a run: resume it (resume {shown}), add --auto-resume, or name another run.dir"));
             return Ok(USAGE);
         }
+        if matches!(program.kind, Kind::Resume { .. }) && run_dir::holds(run_dir) == Holds::Nothing {
+            say(&format!("{} is not a run directory: it has no resolved.toml", run_dir.display()));
+            return Ok(USAGE);
+        }
         let log = run_dir::log(run_dir);
         std::fs::create_dir_all(&log).with_context(|| format!("cannot make {}", log.display()))?;
         lock = run_dir::lock(run_dir).with_context(|| format!("cannot lock {}", run_dir.display()))?;
@@ -84,7 +90,9 @@ pub fn run(args: Args) -> Result<u8> {
             say(&format!("another launcher is at work in {}", run_dir.display()));
             return Ok(TAKEN);
         }
-        run_dir::wait_for_guard(run_dir)?;
+        if !run_dir::wait_for_guard(run_dir, || signals.pending().count() > 0)? {
+            return Ok(STOPPED);
+        }
     }
     if let Some(log_dir) = &args.log_dir {
         std::fs::create_dir_all(log_dir).with_context(|| format!("cannot make {}", log_dir.display()))?;
@@ -200,7 +208,7 @@ impl Supervisor {
 
     /// Until the guard ends: its code, and what we ended it for.
     fn watch(&mut self, guarded: &mut Guarded, progress: &mut Option<Progress>, layout: &Layout) -> Result<(i32, Option<Outcome>)> {
-        let mut ending = Ending::default();
+        let (mut ending, mut next_poll) = (Ending::default(), Instant::now());
         if self.requests > 0 {
             ending.ask(guarded, self.args.grace);
         }
@@ -227,7 +235,8 @@ impl Supervisor {
                 // mpirun does not listen to a TERM now.
                 ending.end(guarded, self.args.kill_after.min(1.0), Outcome::new(Class::LinkLost, words).at(Some(host)));
             }
-            if let Some(progress) = progress {
+            if let Some(progress) = progress.as_mut().filter(|_| now >= next_poll) {
+                next_poll = now + POLL;
                 progress.poll(now);
                 progress.take_events().into_iter().for_each(|event| self.incidents.note(&event.kind, None, event.words));
                 if let Some(words) = progress.blind() {

@@ -114,6 +114,14 @@ fn a_clean_run_is_0_with_prefixed_and_kept_output() {
 }
 
 #[test]
+fn nothing_is_made_where_there_is_no_run_to_resume() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let typo = folder.path().join("typo");
+    let output = Command::new(env!("CARGO_BIN_EXE_tiefsee-launch")).args(["--standalone", "--", "resume"]).arg(&typo).output().expect("a launcher");
+    assert!(output.status.code() == Some(2) && text(&output).contains("typo is not a run directory") && !typo.exists(), "{}", text(&output));
+}
+
+#[test]
 fn a_killed_rank_is_restarted_from_its_checkpoint() {
     let run = Run::new(7, "1 6 kill");
     let output = run.launch("");
