@@ -97,11 +97,9 @@ impl<'a> Prepare<'a> {
 
     /// Nothing serves a run with other options; anything else can be mended and the work continued.
     fn keep_or_remove(&self, error: &DataError) {
-        let removed = match error {
-            DataError::NoText { .. } | DataError::BadOption { .. } => self.work.remove(),
-            _ => Ok(tracing::warn!(folder = %self.work.folder.display(), "what is done is kept; once the error is mended the same command goes on")),
-        };
-        if let Err(left) = removed {
+        if !matches!(error, DataError::NoText { .. } | DataError::BadOption { .. }) {
+            tracing::warn!(folder = %self.work.folder.display(), "what is done is kept; once the error is mended the same command goes on");
+        } else if let Err(left) = self.work.remove() {
             tracing::warn!(%left, "the work folder stays");
         }
     }

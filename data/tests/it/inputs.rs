@@ -159,7 +159,7 @@ fn max_bytes_takes_a_part_that_does_not_depend_on_the_listing() {
     let write = |name: &str, order: &mut dyn Iterator<Item = usize>| {
         let input = folder.path().join(name);
         fs::create_dir_all(&input).unwrap();
-        order.for_each(|i| fs::write(input.join(format!("{i}.txt")), format!("{i} ").repeat(sizes[i])[..sizes[i]].to_owned()).unwrap());
+        order.for_each(|i| fs::write(input.join(format!("{i}.txt")), &format!("{i} ").repeat(sizes[i])[..sizes[i]]).unwrap());
         input
     };
     let taken = |input: &Path, out: &str, seed| {

@@ -277,7 +277,7 @@ fn held_out_samples_come_by_the_mixtures_shares_from_the_sources_that_have_some(
     assert_ne!(of_a, of_b);
 
     let loader = Loader::open(spec(&[(&c, 5.0), (&a, 1.0), (&b, 9.0)], 8, Split::HeldOut), options()).unwrap();
-    assert_eq!(loader.left_out(), [c.clone()]);
+    assert_eq!(loader.left_out(), std::slice::from_ref(&c));
     assert!((loader.unigram_entropy().unwrap() - (of_a + 9.0 * of_b) / 10.0).abs() < 1e-12);
     let alone = [&a, &b].map(|path| Loader::open(spec(&[(path, 1.0)], 8, Split::HeldOut), options()).unwrap());
     let mut counts = [0u64; 2];
