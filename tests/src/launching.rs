@@ -410,6 +410,18 @@ fn record(address: &str, client: impl FnOnce(&str)) -> Vec<u8> {
 }
 
 #[test]
+fn a_wrong_config_is_2_and_said_once() {
+    for (set, said) in [("optimizer.beta1=2", "optimizer.beta1 = 2"), ("run.nothing=1", "nothing")] {
+        let run = Run::new("launch-wrong", &[set]);
+        let mut started = Started::train(local("--standalone --nproc-per-node 3"), &run, "out");
+        assert_eq!(started.code(), 2, "{}", started.said());
+        let lines: Vec<String> = started.said().lines().filter(|line| line.contains("error (rank ")).filter(|line| line.starts_with('[')).map(str::to_string).collect();
+        assert!(lines.len() == 1 && lines[0].contains(said), "{lines:?}");
+        started.says("no restart: ");
+    }
+}
+
+#[test]
 fn a_dry_run_shows_the_command_and_each_ranks_place() {
     let output = local("--dry-run --hosts a,b --nproc-per-node 2 -- resume x").output().expect("a launcher");
     let text = String::from_utf8_lossy(&output.stdout);

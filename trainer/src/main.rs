@@ -14,10 +14,12 @@ use std::process::ExitCode;
 use tch::Kind;
 use trainer::checkpoint::Retention;
 use trainer::checkpoint::hf::{Format, Values};
-use trainer::coordinator::StopSignal;
+use trainer::coordinator::{StopSignal, all_or_none};
 use trainer::run::{GaveUp, Start, StateLost, resolved, train};
 use trainer::{RunConfig, checkpoint};
 
+/// As clap has it: the command line, or the config that it names, is wrong.
+const EXIT_USAGE: u8 = 2;
 /// Stopped on request, with a checkpoint: resume me (EX_TEMPFAIL).
 const EXIT_STOPPED: u8 = 75;
 /// What this world held is damaged: start it again, from its newest whole checkpoint.
@@ -166,13 +168,19 @@ fn load_resolved(run_dir: &Path, stop_after: Option<u64>) -> Result<RunConfig> {
     Ok(config)
 }
 
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+struct BadConfig(String);
+
 /// One rank of a run. Every failure ends the whole world: a peer that waits for this rank would wait for ever.
 fn in_world(config: impl FnOnce() -> Result<RunConfig>, start: Start) -> Result<ExitCode> {
     let mpi = if environment::launched_by_mpi() { Some(MpiWorld::init()?) } else { None };
     let world: Comm = mpi.as_ref().map_or_else(solo, MpiWorld::comm);
     let rank = world.rank();
     abort_on_panic(rank);
-    let outcome = config().and_then(|config| {
+    // Every rank reads the same config, and one of them says what is wrong with it.
+    let config = all_or_none(&*world, config()).map_err(|error| BadConfig(format!("{error:#}")).into());
+    let outcome = config.and_then(|config| {
         tch::set_num_threads(threads(&config));
         train(&config, world.clone(), start, &StopSignal::listen()?)
     });
@@ -201,7 +209,9 @@ fn say(text: &str) {
 }
 
 fn exit_code(error: &anyhow::Error) -> u8 {
-    if error.is::<StateLost>() {
+    if error.is::<BadConfig>() {
+        EXIT_USAGE
+    } else if error.is::<StateLost>() {
         EXIT_STATE_LOST
     } else if error.is::<GaveUp>() {
         EXIT_GAVE_UP
