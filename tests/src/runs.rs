@@ -1,7 +1,7 @@
 //! Whole runs of the tiny model: resumed, on any number of ranks, over threads and over mpirun, they are one run.
-use crate::support::{Run, mpirun, tiefsee};
+use crate::support::{Run, corpus, mpirun, root, scratch, start, tiefsee};
 use parallel::comm::local::run_local;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use trainer::coordinator::StopSignal;
 use trainer::run::{Start, train};
 
@@ -113,6 +113,122 @@ fn a_checkpoint_remembers_its_phases_rope_scaling_and_its_corpus() {
     config.run.seed += 1;
     let error = train(&config, parallel::comm::local::solo(), Start::Resume, &StopSignal::default()).map(|_| ()).expect_err("another order of samples");
     assert!(error.to_string().contains("another corpus") || error.to_string().contains("seed"), "{error:#}");
+}
+
+/// A corpus of `folder`'s sources with the tokenizer of the tests' corpus.
+fn corpus_of(folder: &str, name: &str, held_out: &str) -> PathBuf {
+    let (out, tokenizer) = (scratch().join(name), corpus().join("tokenizer.json"));
+    let mut args: Vec<String> = ["prepare", "--held-out", held_out, "--extensions", "rs,toml", "--out"].map(String::from).into();
+    args.extend([&out, Path::new("--tokenizer"), &tokenizer, &root().join(folder)].map(|path: &Path| path.display().to_string()));
+    start(&args, 0);
+    out
+}
+
+/// As a value of --set.
+fn mixture(sources: &[(&Path, f64)]) -> String {
+    let source = |(path, weight): &(&Path, f64)| format!("{{path=\"{}\",weight={weight:?}}}", path.display());
+    format!("[{}]", sources.iter().map(source).collect::<Vec<_>>().join(","))
+}
+
+fn resume_error(config: &trainer::RunConfig) -> String {
+    let resumed = train(config, parallel::comm::local::solo(), Start::Resume, &StopSignal::default());
+    format!("{:#}", resumed.map(|_| ()).expect_err("another order of samples"))
+}
+
+#[test]
+fn a_phase_of_another_mixture_goes_on_with_each_source_and_resumes_on_any_layout() {
+    let other = corpus_of("launch", "goes-on", "0.2");
+    let later = format!("phase.1.mixture={}", mixture(&[(&other, 1.0), (corpus(), 2.0)]));
+    let set = [later.as_str(), "phase.1.sequence_length=32", "phase.1.tokens=2048", "validation.every=0"];
+    let whole = Run::new("goes-on-whole", &set);
+    over_threads(&whole, 1, Start::Fresh, None);
+    assert_eq!(whole.samples().last().map(|(order, _)| order.clone()), Some(1.into()));
+    for (ranks, stop) in [(1, 19), (1, 22), (2, 22)] {
+        let parts = Run::new(&format!("goes-on-{ranks}-{stop}"), &set);
+        over_threads(&parts, 1, Start::Fresh, Some(stop));
+        over_threads(&parts, ranks, Start::Resume, None);
+        parts.assert_same(&whole, if ranks == 1 { 0.0 } else { 1e-9 });
+    }
+    let said = start(&Run::new("goes-on-said", &[set.as_slice(), &["run.stop_after=0"]].concat()).train_args(), 75);
+    let line = said.lines().find(|line| line.contains(&format!("{}: ", other.display()))).unwrap_or_else(|| panic!("{said}"));
+    assert!(line.contains("% of what the run reads") && line.contains(" epochs"), "{line}");
+    assert!(!said.contains("begins anew"), "{said}");
+    let said = start(&Run::new("anew-said", &["run.stop_after=0"]).train_args(), 75);
+    assert!(said.contains("[[phase]] 2") && said.contains("in sequences of 45 after 32: it begins anew"), "{said}");
+}
+
+#[test]
+fn a_mixture_that_changes_in_name_only_changes_nothing() {
+    let set = ["phase.1.sequence_length=32", "phase.1.tokens=2048", "validation.every=0"];
+    let one = Run::new("one-mixture", &set);
+    over_threads(&one, 1, Start::Fresh, None);
+    let again = format!("phase.1.mixture={}", mixture(&[(corpus(), 2.0)]));
+    let two = Run::new("two-mixtures", &[&set[..], &[&again]].concat());
+    over_threads(&two, 1, Start::Fresh, None);
+    assert_ne!(two.samples(), one.samples(), "two orders");
+    assert_eq!(two.series("loss"), one.series("loss"), "of the same samples");
+}
+
+#[test]
+fn phases_to_come_may_change_and_those_begun_may_not() {
+    let other = corpus_of("launch", "to-come", "0.2");
+    let run = Run::new("to-come", &[]);
+    over_threads(&run, 1, Start::Fresh, Some(10));
+    let mut config = run.config();
+    config.phase[1].sequence_length = 64;
+    train(&config, parallel::comm::local::solo(), Start::Resume, &StopSignal::default()).expect("its second phase had not begun");
+    // Finished; a third phase of another mixture.
+    let mut third = config.phase[1].clone();
+    third.mixture = Some(vec![data::Source { path: other.clone(), weight: 1.0 }]);
+    config.phase.push(third);
+    let steps = run.lines().len();
+    train(&config, parallel::comm::local::solo(), Start::Resume, &StopSignal::default()).expect("a phase more");
+    assert!(run.lines().len() > steps);
+
+    let mut changed = config.clone();
+    changed.phase[2].mixture = Some(vec![data::Source { path: corpus().to_owned(), weight: 2.0 }]);
+    let error = resume_error(&changed);
+    assert!(error.contains("sample order 2") && error.contains(&format!("{} is not the corpus", corpus().display())), "{error}");
+    let mut changed = config.clone();
+    changed.data.mixture.push(data::Source { path: other.clone(), weight: 1.0 });
+    let error = resume_error(&changed);
+    assert!(error.contains("sample order 0") && error.contains("1 source(s), now there are 2"), "{error}");
+    let mut changed = config.clone();
+    changed.phase[1].sequence_length = 45;
+    let error = resume_error(&changed);
+    assert!(error.contains("sample order 1") && error.contains("sequence length"), "{error}");
+}
+
+#[test]
+fn validation_reads_what_the_mixture_weighs() {
+    let (other, without) = (corpus_of("launch", "weighed", "0.2"), corpus_of("parallel", "without", "0.0"));
+    let validated = |name: &str, sources: &[(&Path, f64)]| {
+        let run = Run::new(name, &["run.stop_after=0", &format!("data.mixture={}", mixture(sources))]);
+        let said = start(&run.train_args(), 75);
+        let summary = std::fs::read(run.dir().join("summary.json")).expect("a summary");
+        let summary: serde_json::Value = serde_json::from_slice(&summary).expect("JSON");
+        (["val_loss_start", "unigram_entropy"].map(|key| summary[key].as_f64().expect("a number")), said)
+    };
+    let ([alone, entropy], _) = validated("validates-alone", &[(&other, 1.0)]);
+    let ([first, entropy_of_first], _) = validated("validates-first", &[(corpus(), 1.0)]);
+    assert_ne!(alone, first);
+    let ([weighed, mixed], said) = validated("validates-weighed", &[(&without, 500.0), (corpus(), 1.0), (&other, 1000.0)]);
+    assert_eq!(weighed, alone, "the first source has a thousandth, and no sequence of eight");
+    assert!((mixed - (entropy_of_first + 1000.0 * entropy) / 1001.0).abs() < 1e-9, "{mixed} of {entropy_of_first} and {entropy}");
+    assert!(said.contains(&format!("validation leaves out {}: no held-out sequence", without.display())), "{said}");
+    let run = Run::new("validates-nothing", &[&format!("data.mixture={}", mixture(&[(&without, 1.0)]))]);
+    let said = start(&run.train_args(), 1);
+    assert!(said.contains("validation.every = 5 needs a held-out split") && said.contains("without"), "{said}");
+}
+
+#[test]
+fn a_missing_shard_is_named_before_the_first_step() {
+    let other = corpus_of("launch", "shard-gone", "0.2");
+    std::fs::remove_file(other.join("train-00000.parquet")).expect("a shard");
+    let run = Run::new("shard-gone-run", &[&format!("phase.1.mixture={}", mixture(&[(&other, 1.0)]))]);
+    let said = mpirun(2, &run.train_args(), 1);
+    assert!(said.contains("shard-gone: 1 of 1 train shards") && said.contains("train-00000.parquet is missing"), "{said}");
+    assert!(!run.dir().exists());
 }
 
 #[test]
