@@ -8,9 +8,18 @@ use std::process::Command;
 /// Runs `tiefsee` and expects an error whose text has every part.
 #[track_caller]
 fn refused(args: &[String], parts: &[&str]) {
+    refused_with(1, args, parts);
+}
+
+/// By the config alone, before a world is looked at.
+fn misconfigured(run: &Run, parts: &[&str]) {
+    refused_with(2, &run.train_args(), parts);
+}
+
+fn refused_with(code: i32, args: &[String], parts: &[&str]) {
     let output = tiefsee(args).output().expect("tiefsee starts");
     let text = String::from_utf8_lossy(&output.stderr);
-    assert_eq!(output.status.code(), Some(1), "{args:?} was not refused: {text}");
+    assert_eq!(output.status.code(), Some(code), "{args:?} was not refused: {text}");
     for part in parts {
         assert!(text.contains(part), "the error does not say {part}: {text}");
     }
@@ -31,9 +40,9 @@ fn finished(name: &str) -> Run {
 #[test]
 fn an_unknown_key_is_named_with_the_nearest_right_one() {
     let run = Run::new("unknown-key", &["optimizer.weigth_decay=0.2"]);
-    refused(&run.train_args(), &["tiny.toml", "weigth_decay", "did you mean `weight_decay`?"]);
+    misconfigured(&run, &["tiny.toml", "weigth_decay", "did you mean `weight_decay`?"]);
     let run = Run::new("unknown-model-key", &["model.kv_lora_rnk=3"]);
-    refused(&run.train_args(), &["kv_lora_rnk", "did you mean `kv_lora_rank`?"]);
+    misconfigured(&run, &["kv_lora_rnk", "did you mean `kv_lora_rank`?"]);
     assert!(!run.dir().exists());
 }
 
@@ -41,12 +50,12 @@ fn an_unknown_key_is_named_with_the_nearest_right_one() {
 fn values_that_do_not_fit_together_are_refused_with_their_numbers() {
     refused(&Run::new("dp", &["parallel.dp=3"]).train_args(), &["world size 1 ≠ pp 1 × dp 3 = 3"]);
     refused(&Run::new("micro", &["phase.0.micro_batch=3"]).train_args(), &["[[phase]] 1", "batch 4", "micro_batch 3 × dp 1 = 3"]);
-    refused(&Run::new("length", &["phase.1.sequence_length=1000"]).train_args(), &["[[phase]] 2", "sequence_length = 1000", "max_position_embeddings = 256"]);
-    refused(&Run::new("groups", &["model.n_group=3"]).train_args(), &["model.n_group = 3", "n_routed_experts = 8"]);
+    misconfigured(&Run::new("length", &["phase.1.sequence_length=1000"]), &["[[phase]] 2", "sequence_length = 1000", "max_position_embeddings = 256"]);
+    misconfigured(&Run::new("groups", &["model.n_group=3"]), &["model.n_group = 3", "n_routed_experts = 8"]);
     refused(&Run::new("vocab", &["model.vocab_size=100"]).train_args(), &["512", "model.vocab_size is 100"]);
     let text = mpirun(2, &Run::new("dp-mpi", &["parallel.dp=3"]).train_args(), 1);
     assert!(text.contains("world size 2 ≠ pp 1 × dp 3 = 3"), "{text}");
-    refused(&Run::new("fp8", &["run.precision=fp8"]).train_args(), &["model.kv_lora_rank = 12", "multiple of 16 where run.precision = \"fp8\""]);
+    misconfigured(&Run::new("fp8", &["run.precision=fp8"]), &["model.kv_lora_rank = 12", "multiple of 16 where run.precision = \"fp8\""]);
     refused(&Run::new("ep", &["parallel.ep=2"]).train_args(), &["dp 1 does not divide by ep 2"]);
 }
 
