@@ -86,13 +86,16 @@ pub(super) fn train(out: &Path, spilled: &[std::path::PathBuf], units: Units, vo
 
 /// The first `bytes` of the documents, the last of them cut.
 fn first_text<'t>(documents: impl Iterator<Item = &'t str>, bytes: u64) -> Vec<&'t str> {
-    let mut left = bytes as usize;
-    let cut = documents.map(|text| {
-        let text = &text[..text.floor_char_boundary(left.min(text.len()))];
-        left -= text.len();
-        text
-    });
-    cut.take_while(|text| !text.is_empty()).collect()
+    let (mut left, mut first) = (bytes as usize, Vec::new());
+    for text in documents {
+        let cut = text.floor_char_boundary(left.min(text.len()));
+        first.push(&text[..cut]);
+        if cut < text.len() {
+            break;
+        }
+        left -= cut;
+    }
+    first
 }
 
 #[cfg(test)]
@@ -103,7 +106,7 @@ mod tests {
     fn a_document_longer_than_what_is_left_is_cut_between_characters() {
         let long = "漢字".repeat(1000);
         assert_eq!(first_text(["abc", "defg", &long, "x"].into_iter(), 11), ["abc", "defg", "漢"]);
-        assert_eq!(first_text([long.as_str(), "x"].into_iter(), 7), ["漢字", "x"]);
-        assert_eq!(first_text(["ab", "c"].into_iter(), 100), ["ab", "c"]);
+        assert_eq!(first_text([long.as_str(), "x"].into_iter(), 7), ["漢字"]);
+        assert_eq!(first_text(["ab", "", "c"].into_iter(), 100), ["ab", "", "c"]);
     }
 }
