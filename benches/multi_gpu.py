@@ -4,7 +4,7 @@
                  [--mpirun CMD]
 
 Links: every GPU sends every other one 4096 rows of 7168, as dispatch does in FP8 and combine in BF16, by copy engine
-(`peer`) and over NCCL: alone, in a row, and beside GEMMs. Steps: forward + backward and the whole step of V3's widths, per
+(`peer`) and over NCCL: alone, posted ahead, in a row, and beside GEMMs. Steps: forward + backward and the whole step of V3's widths, per
 GPU against one GPU; what is hidden and idle is from a trace (timeline.py). Forward + backward ends when every gradient is
 with its owner; there it is added up in the update's first pass, which the whole step has. The rival's routes are forced to be
 even; ours are made so, by the bias, on one sequence a rank, and one row has new sequences at each step. Ours of one GPU are the
@@ -80,7 +80,7 @@ class Bench:
 
 def links(bench, ranks):
     print(f"\nlinks: {ranks} GPUs, 4096 rows to each other one; µs, and GB/s that a GPU sends")
-    print(f"  {'':20}{'':5}{'alone':>8}{'GB/s':>6}{'in a row':>10}{'GB/s':>6}{'hidden':>8}{'counts':>8}{'quantise':>10}{'pack':>7}{'sum':>7}")
+    print(f"  {'':20}{'':5}{'alone':>8}{'GB/s':>6}{'posted':>8}{'GB/s':>6}{'in a row':>10}{'GB/s':>6}{'hidden':>8}{'counts':>8}{'quantise':>10}{'pack':>7}{'sum':>7}")
     cases = [("peer", "peer", ""), ("nccl", "nccl", "")]
     if ranks > 2:
         cases.append(("peer, two groups", "peer", f"--set parallel.ranks_per_node={ranks // 2}"))
@@ -88,8 +88,9 @@ def links(bench, ranks):
         row = bench.ours(f"links {label}", ranks, f"--set parallel.transport={transport} --set phase.0.batch={ranks} {groups}", "--links")
         for name in ("fp8", "bf16") if row else ():
             one = row[name]
-            print(f"  {label:20}{name:5}{one['alone_us']:8.0f}{one['gb_per_s']:6.0f}{one['chain_us']:10.0f}{one['chain_gb_per_s']:6.0f}{one['hidden']:8.0%}"
+            print(f"  {label:20}{name:5}{one['alone_us']:8.0f}{one['gb_per_s']:6.0f}{one['queued_us']:8.0f}{one['gb_per_s'] * one['alone_us'] / one['queued_us']:6.0f}{one['chain_us']:10.0f}{one['chain_gb_per_s']:6.0f}{one['hidden']:8.0%}"
                   f"{row['counts_us']:8.0f}{row['quantise_us']:10.0f}{row['pack_us']:7.0f}{row['sum_us']:7.0f}", flush=True)
+    print("  alone: from idle GPUs, with the host's posting; posted: by hosts that are ahead of their GPUs, as in a step")
     print("  pack: quantised straight to its place among the rows of its destination; sum: what came back and is added up")
     print("  hidden: 1 − (GEMMs and exchanges together − GEMMs) ÷ exchanges, medians of rounds of all three; a GEMM is 1.5 exchanges long")
 

@@ -106,38 +106,42 @@ fn side_by_side<T: Send>(jobs: impl IntoIterator<Item = T>, work: impl Fn(T) + S
     });
 }
 
-fn every_layout_is_one_gpu(test: &str, gpus: usize) {
+fn every_layout_is_one_gpu(test: &str, gpus: usize, (precision, limit): (&str, f64)) {
     let Some(()) = enough(test, gpus) else { return };
-    for (precision, limit) in [("f32", 1e-5), ("bf16", 1e-2), ("fp8", 1e-2)] {
-        let precision_set = format!("run.precision={precision}");
-        let set = [&precision_set[..], "run.stop_after=10"];
-        let one = run(gpus, &format!("one-{precision}"), &set);
-        start(&one.train_args(), 75);
-        let jobs = ["peer", "nccl"].iter().flat_map(|transport| layouts(gpus).iter().map(move |layout| (transport, layout)));
-        side_by_side(jobs, |(transport, (layout, more))| {
-            let transport_set = format!("parallel.transport={transport}");
-            let several = run(gpus, &format!("{layout}-{precision}-{transport}"), &[&set[..], &[&transport_set[..]], *more].concat());
-            mpirun(gpus, &several.train_args(), 75);
-            let gap = gap(&several.series("loss"), &one.series("loss"));
-            println!("{gpus} GPUs, {precision}, {transport}, {layout}: ten losses at most {gap:.2e} from one GPU's");
-            assert!(gap < limit, "{layout} over {transport} in {precision}: {gap:e}");
-        });
-    }
+    let precision_set = format!("run.precision={precision}");
+    let set = [&precision_set[..], "run.stop_after=10"];
+    let one = run(gpus, &format!("one-{precision}"), &set);
+    start(&one.train_args(), 75);
+    let jobs = ["peer", "nccl"].iter().flat_map(|transport| layouts(gpus).iter().map(move |layout| (transport, layout)));
+    side_by_side(jobs, |(transport, (layout, more))| {
+        let transport_set = format!("parallel.transport={transport}");
+        let several = run(gpus, &format!("{layout}-{precision}-{transport}"), &[&set[..], &[&transport_set[..]], *more].concat());
+        mpirun(gpus, &several.train_args(), 75);
+        let gap = gap(&several.series("loss"), &one.series("loss"));
+        println!("{gpus} GPUs, {precision}, {transport}, {layout}: ten losses at most {gap:.2e} from one GPU's");
+        assert!(gap < limit, "{layout} over {transport} in {precision}: {gap:e}");
+    });
 }
 
-#[test]
-fn every_layout_of_two_gpus_is_one_gpu() {
-    every_layout_is_one_gpu("every_layout_of_two_gpus_is_one_gpu", 2);
+macro_rules! every_layout_is_one_gpu {
+    ($($name:ident: $gpus:literal, $precision:literal, $limit:literal;)*) => {
+        $(#[test]
+        fn $name() {
+            every_layout_is_one_gpu(stringify!($name), $gpus, ($precision, $limit));
+        })*
+    };
 }
 
-#[test]
-fn every_layout_of_four_gpus_is_one_gpu() {
-    every_layout_is_one_gpu("every_layout_of_four_gpus_is_one_gpu", 4);
-}
-
-#[test]
-fn every_layout_of_eight_gpus_is_one_gpu() {
-    every_layout_is_one_gpu("every_layout_of_eight_gpus_is_one_gpu", 8);
+every_layout_is_one_gpu! {
+    every_layout_of_two_gpus_is_one_gpu_in_f32: 2, "f32", 1e-5;
+    every_layout_of_two_gpus_is_one_gpu_in_bf16: 2, "bf16", 1e-2;
+    every_layout_of_two_gpus_is_one_gpu_in_fp8: 2, "fp8", 1e-2;
+    every_layout_of_four_gpus_is_one_gpu_in_f32: 4, "f32", 1e-5;
+    every_layout_of_four_gpus_is_one_gpu_in_bf16: 4, "bf16", 1e-2;
+    every_layout_of_four_gpus_is_one_gpu_in_fp8: 4, "fp8", 1e-2;
+    every_layout_of_eight_gpus_is_one_gpu_in_f32: 8, "f32", 1e-5;
+    every_layout_of_eight_gpus_is_one_gpu_in_bf16: 8, "bf16", 1e-2;
+    every_layout_of_eight_gpus_is_one_gpu_in_fp8: 8, "fp8", 1e-2;
 }
 
 /// The same settings on threads: no layout is refused, and each is the run of one rank, to rounding.

@@ -3,7 +3,7 @@ use super::{WARM, median, slowest, timed, together};
 use anyhow::Result;
 use kernels::fp8::ScaleRule;
 use kernels::ops::{quantise, unpermute};
-use parallel::comm::Communicator;
+use parallel::comm::{Communicator, barrier};
 use serde_json::{Value, json};
 use std::time::Instant;
 use tch::{Device, Kind, Tensor};
@@ -15,7 +15,8 @@ const CHAIN: usize = 16;
 const ROWS: i64 = 4096;
 const WIDTH: i64 = 7168;
 
-/// Everyone sends everyone `ROWS` rows: one exchange alone, several in a row, and beside GEMMs.
+/// Everyone sends everyone `ROWS` rows: one exchange from a GPU with nothing to do, and its host's posting with it; one posted
+/// while the GPU was busy, as in a step; several in a row; and beside GEMMs.
 pub fn links(world: &dyn Communicator, control: &dyn Communicator, on: Device) -> Result<Value> {
     let peers = world.size() as i64 - 1;
     let counts: Vec<i64> = (0..world.size()).map(|rank| if rank == world.rank() { 0 } else { ROWS }).collect();
@@ -28,9 +29,10 @@ pub fn links(world: &dyn Communicator, control: &dyn Communicator, on: Device) -
             Ok(())
         };
         let alone = timed(control, on, ROUNDS, over)?;
+        let queued = queued(control, on, world, &over)?;
         let chain = timed(control, on, ROUNDS, || (0..CHAIN).try_for_each(|_| over()))? / CHAIN as f64;
         let each_way = (peers * ROWS * bytes) as f64;
-        found[name] = json!({ "alone_us": alone * 1e3, "chain_us": chain * 1e3, "gb_per_s": each_way / (alone * 1e6), "chain_gb_per_s": each_way / (chain * 1e6) });
+        found[name] = json!({ "alone_us": alone * 1e3, "queued_us": queued * 1e3, "chain_us": chain * 1e3, "gb_per_s": each_way / (alone * 1e6), "chain_gb_per_s": each_way / (chain * 1e6) });
         let gemm = Gemm::lasting((1.5 * chain).max(0.3), control, on)?;
         let beside = || -> Result<()> {
             let under_way = exchange()?;
@@ -43,6 +45,27 @@ pub fn links(world: &dyn Communicator, control: &dyn Communicator, on: Device) -
     }
     parts(&mut found, world, control, on)?;
     Ok(found)
+}
+
+/// Milliseconds of one exchange that the hosts have posted while their GPUs were busy: from where all GPUs are free, which a
+/// message of a byte to each tells them, until the slowest has everything.
+fn queued(control: &dyn Communicator, on: Device, world: &dyn Communicator, over: &dyn Fn() -> Result<()>) -> Result<f64> {
+    let busy = Gemm::lasting(1.0, control, on)?;
+    let byte = Tensor::zeros([world.size() as i64, 1], (Kind::Uint8, on));
+    let ones = vec![1; world.size()];
+    let gpu = kernels::device::gpu(on);
+    let mut times = Vec::new();
+    for _ in 0..WARM + ROUNDS {
+        gpu.synchronize()?;
+        barrier(control)?;
+        busy.run();
+        world.all_to_all(vec![byte.shallow_clone()], &ones, &ones)?.wait()?;
+        let mut outcome = Ok(());
+        let ms = gpu.time_ms(|| outcome = over())?;
+        outcome?;
+        times.push(slowest(control, f64::from(ms))?);
+    }
+    Ok(median(times[WARM..].to_vec()))
 }
 
 /// The share of exchanges that GEMMs hide: 1 − (GEMMs and exchanges together − GEMMs alone) ÷ exchanges alone, each GEMM longer
