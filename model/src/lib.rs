@@ -9,6 +9,7 @@ pub mod gate;
 pub mod gemms;
 pub mod head;
 pub mod hf;
+pub mod kept;
 pub mod layer;
 pub mod linear;
 pub mod mla;

@@ -1,13 +1,18 @@
 //! What a micro-batch costs: its GEMMs by the precision of their operands, and the bytes it keeps for backward.
 use crate::support::{Run, tokens};
-use model::{MicroBatch, Sentinel};
+use model::{GradSink, Grads, MicroBatch, ParamId, Sentinel};
 use model::saved::{LOGITS, PROBABILITIES, bytes};
 use model::stage::StageIn;
 use parallel::comm::local::solo;
 use parallel::mesh::Mesh;
+use parallel::schedule::Chunk;
+use parallel::schedule::run::Stages;
+use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::rc::Rc;
+use tch::Tensor;
 use trainer::phase::Plan;
+use trainer::pipeline::Pipeline;
 use trainer::step::Trainer;
 
 /// A trainer, and micro-batches for its first step.
@@ -104,4 +109,33 @@ fn fp8_keeps_at_most_three_fifths_of_what_bf16_keeps() {
         println!("  FP8 keeps {:.1} % of BF16's", share * 100.0);
         assert!(share <= limit, "FP8 keeps {share:.3} of what BF16 keeps: {fp8:?} and {bf16:?}");
     }
+}
+
+/// Sees when gradients are complete.
+struct Completed(Rc<RefCell<Vec<ParamId>>>);
+
+impl GradSink for Completed {
+    fn complete(&mut self, id: ParamId, _: Tensor) {
+        self.0.borrow_mut().push(id);
+    }
+}
+
+#[test]
+fn a_split_backward_puts_off_everything_but_the_logits() {
+    let (mut trainer, plan, batch) = trainer("split", &[], 32);
+    let context = trainer.context(&plan.at(0).expect("a phase"), 1);
+    let completed = Rc::new(RefCell::new(Vec::new()));
+    let (mut sink, one, chunk) = (Completed(completed.clone()), [batch(1)], Chunk { direction: 0, micro_batch: 0 });
+    let mut grads = Grads::new(&trainer.weights, trainer.stages.direction(0).uses.clone(), &mut sink);
+    let table = trainer.weights.table.clone();
+    let names = || completed.borrow().iter().map(|&id| table.spec(id).name.clone()).collect::<Vec<_>>();
+    let mut pipeline = Pipeline::new(&context, &trainer.stages, &mut trainer.weights, Some(&mut grads), &one, &trainer.config);
+    pipeline.forward(chunk, None).expect("a forward");
+    pipeline.backward(chunk, None, true).expect("an input's gradient");
+    // Main head and MTP's share a weight, and MTP's last norm lies between.
+    assert_eq!(names(), ["lm_head.weight", "model.layers.3.shared_head.norm.weight"]);
+    pipeline.backward_weight(chunk).expect("weights' gradients");
+    drop(pipeline);
+    grads.finish();
+    assert_eq!(names().len(), table.specs().iter().filter(|spec| spec.trained()).count());
 }

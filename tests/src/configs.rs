@@ -4,6 +4,7 @@ use parallel::comm::local::run_local;
 use parallel::schedule::Schedule;
 use trainer::RunConfig;
 use trainer::coordinator::StopSignal;
+use trainer::estimate::{Need, needs};
 use trainer::phase::Plan;
 use trainer::run::{Start, prove_schedules, train};
 
@@ -30,6 +31,10 @@ fn the_published_recipe_is_laid_out_on_its_ranks() {
     // 3072 to 3840 sequences, 256 more each time, on 128 pipes; then 1920 and 480 on 96.
     assert_eq!(zb1p(lines_of_layout(&main, 2048)), [24, 26, 28, 30]);
     assert_eq!(zb1p(lines_of_layout(&context, 1536)), [5, 20]);
+    // An H800 has 79 GiB, of which transfers, transient tensors and the allocator need some.
+    let mesh = main.mesh(&(0..2048).map(|rank| rank / 8).collect::<Vec<_>>()).expect("a layout");
+    let most = needs(&main, &mesh).expect("an estimate").iter().map(Need::most).max().expect("places");
+    assert!(most < 70 << 30, "{most} bytes");
     let tokens = |config: &RunConfig| Plan::new(&config.phase, &config.data.mixture).total_tokens();
     assert_eq!(tokens(&main), 14_800_000_000_000);
     assert_eq!(Plan::new(&context.phase, &context.data.mixture).num_steps(), 2000);

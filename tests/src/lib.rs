@@ -8,6 +8,7 @@ mod configs;
 mod corpus;
 mod corruption;
 mod documents;
+mod estimate;
 mod export;
 mod faces;
 mod faults;

@@ -6,6 +6,7 @@ pub mod config;
 pub mod coordinator;
 pub mod device;
 pub mod ema;
+pub mod estimate;
 pub mod faults;
 pub mod guard;
 pub mod memory;

@@ -59,10 +59,10 @@ enum Command {
     /// Look into a checkpoint, check it, or exchange it with Hugging Face transformers.
     #[command(subcommand)]
     Checkpoint(CheckpointCommand),
-    /// Parameters and memory of a model, from its config alone; or a pipeline schedule, proven and drawn.
+    /// Parameters of a model; steps and each rank's memory of a run, from its config alone; or a pipeline schedule, proven and drawn.
     #[command(
         args_conflicts_with_subcommands = true,
-        after_help = "Examples: tiefsee plan configs/model/v3-671b.toml\n          tiefsee plan schedule --pp 16 --micro-batches 120 --schedule dualpipe --svg out.svg"
+        after_help = "Examples: tiefsee plan configs/model/v3-671b.toml\n          tiefsee plan run configs/run/v3-671b.toml --ranks 2048\n          tiefsee plan schedule --pp 16 --micro-batches 120 --schedule dualpipe --svg out.svg"
     )]
     Plan(plan::Args),
     /// Time training steps on random tokens; prints JSON. See scripts/bench.sh.

@@ -178,6 +178,11 @@ impl Plan {
         plan
     }
 
+    /// By its place in the config.
+    pub fn phase(&self, index: usize) -> &Phase {
+        &self.phases[index]
+    }
+
     pub fn mixture<'a>(&'a self, phase: &'a Phase) -> &'a [Source] {
         phase.mixture.as_deref().unwrap_or(&self.default_mixture)
     }

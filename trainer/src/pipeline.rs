@@ -2,7 +2,7 @@
 //! do with them.
 use crate::checks::{BACKWARD, FORWARD, Probe};
 use anyhow::{Result, ensure};
-use model::flow::{Backward, Forward, StageSaved, StageWork, alone, forward_backward};
+use model::flow::{Backward, Forward, StageSaved, StageWork, Work, alone, forward_backward};
 use model::stage::{StageIn, StageOut};
 use model::{Grads, MicroBatch, ModelConfig, ParamId, ParamTable, Stage, StagePart, StageStats, StepContext, Weights};
 use parallel::comm::{CommError, TensorSpec};
@@ -208,12 +208,14 @@ impl Stages for Pipeline<'_, '_> {
         let (stage, saved) = (self.stages.direction(chunk.direction), self.saved(chunk));
         let mut work = StageWork::new();
         let grads = Self::grads(&mut self.grads);
-        let (dx, rest) = stage.backward(self.weights, gradient.map(one), saved, &mut |piece| match split {
-            true => work.push(piece),
-            false => stage.backward_weight(piece, grads),
-        })?;
+        // The logits' gradients are never put off: a pipe's worth of them is more than all else that a last stage holds.
+        let mut make = |piece: Work| match piece {
+            piece if split && !matches!(piece, Work::Head(_) | Work::MtpOut(_)) => work.push(piece),
+            piece => stage.backward_weight(piece, grads),
+        };
+        let (dx, mut rest) = stage.backward(self.weights, gradient.map(one), saved, &mut make)?;
         if split {
-            work.extend(rest);
+            rest.drain(..).for_each(make);
             self.queue.push_back((chunk, work));
         } else {
             self.rest = (chunk.direction, rest);

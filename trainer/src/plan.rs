@@ -1,8 +1,13 @@
-//! `tiefsee plan`: what a model needs, and what a pipeline schedule does, before anything runs.
+//! `tiefsee plan`: what a model needs, what a run asks of each rank, and what a pipeline schedule does, before anything runs.
 use anyhow::{Context, Result, bail, ensure};
 use clap::{Parser, Subcommand, ValueEnum};
+use parallel::mesh::Mesh;
 use parallel::schedule::{Schedule, Times, timeline};
 use std::path::{Path, PathBuf};
+use trainer::RunConfig;
+use trainer::estimate::{Need, needs};
+use trainer::phase::Plan;
+use trainer::run::prove_schedules;
 
 #[derive(Parser)]
 pub struct Args {
@@ -14,6 +19,18 @@ pub struct Args {
 
 #[derive(Subcommand)]
 enum Command {
+    /// Check a run's config as its start would, and foretell its steps and each rank's memory. Reads no corpus.
+    Run {
+        config: PathBuf,
+        #[arg(long)]
+        ranks: usize,
+        /// 0: all ranks on one.
+        #[arg(long, default_value_t = 8)]
+        ranks_per_node: usize,
+        /// As of `train`.
+        #[arg(long = "set", value_name = "section.key=value")]
+        set: Vec<String>,
+    },
     /// Prove a schedule and print its bubble beside the others'.
     Schedule {
         /// Ranks of the pipe.
@@ -61,8 +78,14 @@ pub fn run(args: Args) -> Result<()> {
             let times = times.as_deref().map_or(Ok(Times::UNIT), measured)?;
             schedule(name.into(), pp, micro_batches, svg.as_deref(), &times)
         }
+        (_, Some(Command::Run { config, ranks, ranks_per_node, set })) => {
+            let config = RunConfig::load(&config, &set)?;
+            let per_node = if ranks_per_node == 0 { ranks } else { ranks_per_node };
+            let mesh = config.mesh(&(0..ranks).map(|rank| rank / per_node).collect::<Vec<_>>())?;
+            a_run(&config, &mesh)
+        }
         (Some(path), None) => model(&path),
-        (None, None) => bail!("plan needs a file of model keys, or `schedule`; see tiefsee plan --help"),
+        (None, None) => bail!("plan needs a file of model keys, `run` or `schedule`; see tiefsee plan --help"),
     }
 }
 
@@ -87,6 +110,50 @@ fn schedule(chosen: Schedule, pp: usize, micro_batches: usize, svg: Option<&Path
         }
     }
     Ok(())
+}
+
+fn a_run(config: &RunConfig, mesh: &Mesh) -> Result<()> {
+    let notes = prove_schedules(config, mesh, 0)?;
+    let plan = Plan::new(&config.phase, &config.data.mixture);
+    let nodes = mesh.nodes.last().map_or(0, |last| last + 1);
+    println!("{} ranks on {nodes} node(s): pp {}, dp {}, ep {}, {}", mesh.world_size(), mesh.pp, mesh.dp, mesh.ep, mesh.schedule);
+    println!("{} steps, {} tokens", plan.num_steps(), plan.total_tokens());
+    println!("\n{:>6} {:>9} {:>18} {:>8} {:>7} {:>20}", "phase", "steps", "tokens", "length", "batch", "micro-batches a pipe");
+    for (number, phase) in config.phase.iter().enumerate() {
+        let of_phase = |(moment, steps): (trainer::phase::Moment, u64)| std::ptr::eq(moment.phase, plan.phase(number)).then_some((moment.batch, steps));
+        let stretches: Vec<(u64, u64)> = plan.stretches(0).filter_map(of_phase).collect();
+        let (Some((first, _)), Some((last, _))) = (stretches.first(), stretches.last()) else { continue };
+        let steps: u64 = stretches.iter().map(|(_, steps)| steps).sum();
+        let span = |of: &dyn Fn(u64) -> u64| if first == last { of(*first).to_string() } else { format!("{}–{}", of(*first), of(*last)) };
+        let micro_batches = span(&|batch| batch / (phase.micro_batch * mesh.dp as u64));
+        println!("{:>6} {steps:>9} {:>18} {:>8} {:>7} {micro_batches:>20}", number + 1, phase.tokens, phase.sequence_length, span(&|batch| batch));
+    }
+    notes.iter().for_each(|note| println!("{note}"));
+    memory(&needs(config, mesh)?);
+    Ok(())
+}
+
+fn memory(needs: &[Need]) {
+    let gib = |bytes: i64| bytes as f64 / (1u64 << 30) as f64;
+    println!("\nGiB of a rank by its place in the pipe; kept: for backward, of so many micro-batches, and of that the logits");
+    println!("{:>6} {:>14} {:>10} {:>8} {:>9} {:>9} {:>8} {:>7} {:>9} {:>8}", "place", "layers", "parameters", "weights", "gradients", "optimizer", "kept", "logits", "of", "in all");
+    for (place, need) in needs.iter().enumerate() {
+        let layers: Vec<String> = need.layers.iter().map(|layers| format!("{}–{}", layers.start, layers.end - 1)).collect();
+        println!(
+            "{place:>6} {:>14} {:>9.2}B {:>8.2} {:>9.2} {:>9.2} {:>8.2} {:>7.2} {:>9} {:>8.2}",
+            layers.join(", "),
+            need.parameters as f64 / 1e9,
+            gib(need.weights),
+            gib(need.gradients),
+            gib(need.optimizer),
+            gib(need.activations),
+            gib(need.logits),
+            need.in_flight,
+            gib(need.most())
+        );
+    }
+    let most = needs.iter().map(Need::most).max().unwrap_or(0);
+    println!("most {:.2} GiB, with even routes; beside it: what lives between two operations, the allocator's gaps, NCCL's and the peers' buffers", gib(most));
 }
 
 fn model(path: &Path) -> Result<()> {

@@ -10,6 +10,7 @@
 mod layout;
 mod reduction;
 
+pub use layout::{Share, shares};
 pub use reduction::{Arriving, Reduction};
 
 use layout::{Layout, Run, cut, share_out};

@@ -114,3 +114,35 @@ pub fn owners(blocks: &[i64], ranks: usize) -> Vec<usize> {
     }
     fill(low)
 }
+
+/// What a rank owns of a group's parameters.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Share {
+    pub elements: i64,
+    /// Bytes.
+    pub state: i64,
+}
+
+/// As `Zero::new` shares parameters out among `holders` of each role, in buckets of about so many `elements`: for each group what
+/// each of its ranks owns, of `bytes` an element.
+pub fn shares(table: &ParamTable, holders: impl Fn(Role) -> usize, elements: i64, bytes: impl Fn(&ParamSpec) -> i64) -> Vec<Vec<Share>> {
+    // Roles of as many holders share a communicator.
+    let mut lanes: Vec<(usize, Vec<ParamId>)> = Vec::new();
+    for id in table.completed().into_iter().filter(|&id| table.spec(id).trained()) {
+        let ranks = holders(table.spec(id).role);
+        match lanes.iter_mut().find(|(of, _)| *of == ranks) {
+            Some((_, ids)) => ids.push(id),
+            None => lanes.push((ranks, vec![id])),
+        }
+    }
+    let of = |(ranks, ids): (usize, Vec<ParamId>)| {
+        let mut shares = vec![Share::default(); ranks];
+        for run in cut(table, ids.into_iter(), ranks, elements).iter().flat_map(|bucket| share_out(table, bucket, ranks)) {
+            let share = &mut shares[run.owner];
+            share.elements += run.numel;
+            share.state += run.numel * bytes(table.spec(run.shard.id));
+        }
+        shares
+    };
+    lanes.into_iter().map(of).collect()
+}

@@ -1,0 +1,101 @@
+//! What `tiefsee plan run` foretells is what ranks then hold.
+use crate::support::{Run, root, tiefsee, tokens};
+use model::MicroBatch;
+use model::kept::{How, kept};
+use model::saved::bytes;
+use model::stage::StageIn;
+use parallel::comm::local::{run_local, solo};
+use parallel::mesh::Mesh;
+use tch::Tensor;
+use trainer::estimate::needs;
+use trainer::phase::Plan;
+use trainer::step::Trainer;
+
+/// Widths that FP8 takes, and some that are no whole tiles.
+const WIDTHS: [&str; 4] = ["model.kv_lora_rank=16", "model.qk_nope_head_dim=16", "model.qk_rope_head_dim=16", "model.v_head_dim=16"];
+
+#[test]
+fn a_forward_keeps_what_was_foretold() {
+    let (sequences, length) = (2, 32);
+    let again = ["recompute.rms_norm=true", "recompute.mla_up_projection=true", "recompute.swiglu=true"];
+    let never = ["recompute.rms_norm=false", "recompute.mla_up_projection=false", "recompute.swiglu=false"];
+    for precision in ["f64", "f32", "bf16", "fp8"] {
+        for more in [&again[..], &never, &[again[0], never[1], again[2]], &[never[0], again[1], never[2]]] {
+            let precision = format!("run.precision={precision}");
+            let config = Run::new("foretold", &[&WIDTHS[..], &[&precision], more].concat()).config();
+            assert_eq!((config.model.num_nextn_predict_layers, config.model.n_shared_experts), (1, 1), "all parts are there");
+            let mut trainer = Trainer::new(&config, &Mesh::single(), solo()).expect("a trainer");
+            let plan = Plan::new(&config.phase, &config.data.mixture);
+            let context = trainer.context(&plan.at(0).expect("a phase"), sequences);
+            let batch = MicroBatch::new(tokens(3, &[sequences as i64, length + 1], config.model.vocab_size));
+            let (.., saved) = trainer.stages.direction(0).forward(&context, &mut trainer.weights, &batch, StageIn::Tokens).expect("a forward");
+            let how = How {
+                precision: config.run.precision,
+                recompute: config.recompute,
+                sequences: sequences as i64,
+                length,
+                ep: 1,
+                fused_attention: false,
+            };
+            assert_eq!(kept(&config.model, &model::StagePart::whole(&config.model), how), bytes(&saved), "{precision}, {more:?}");
+        }
+    }
+}
+
+/// Bytes of a rank's weights, gradients and optimizer, and its place in the pipe.
+fn held(trainer: &Trainer, rank: usize) -> (usize, [i64; 3]) {
+    let of = |tensor: &Tensor| tensor.numel() as i64 * tensor.kind().elt_size_in_bytes() as i64;
+    let master = trainer.weights.precision.master();
+    let gradients = trainer.weights.table.specs().iter().filter(|spec| spec.trained()).map(|spec| spec.numel()).sum::<i64>();
+    let own = |slot: &trainer::optimizer::Slot| if trainer.weights.get(slot.shard.id).kind() == master { 0 } else { of(&slot.master) };
+    let optimizer = trainer.optimizer.slots.iter().map(|slot| own(slot) + of(&slot.first) + of(&slot.second)).sum();
+    (trainer.mesh.place(rank).pp, [trainer.weights.bytes(), gradients * master.elt_size_in_bytes() as i64, optimizer])
+}
+
+#[test]
+fn ranks_hold_what_was_foretold() {
+    let dual = ["parallel.pp=2", "parallel.schedule=dualpipe", "parallel.ep=2", "phase.0.batch=8", "phase.0.micro_batch=1"];
+    let ends = ["parallel.pp=2", "parallel.schedule=zb1p", "phase.0.batch=8", "phase.0.micro_batch=1"];
+    for (ranks, set) in [(1, &[][..]), (2, &["parallel.ep=2"]), (4, &dual), (4, &ends)] {
+        for precision in ["f32", "bf16"] {
+            let precision = format!("run.precision={precision}");
+            let config = Run::new("held", &[&[&precision, "optimizer.moments=bf16"], set].concat()).config();
+            let mesh = config.mesh(&vec![0; ranks]).expect("a layout");
+            let needs = needs(&config, &mesh).expect("an estimate");
+            let held = run_local(ranks, |world| held(&Trainer::new(&config, &mesh, world.clone()).expect("a trainer"), world.rank()));
+            for (place, need) in needs.iter().enumerate() {
+                let most = |part: usize| held.iter().filter(|(of, _)| *of == place).map(|(_, parts)| parts[part]).max();
+                let foretold = [need.weights, need.gradients, need.optimizer].map(Some);
+                assert_eq!([0, 1, 2].map(most), foretold, "{ranks} ranks, {precision}, place {place}");
+                assert!(need.activations > 0 && need.most() >= need.weights + need.gradients + need.optimizer + need.arriving);
+            }
+        }
+    }
+}
+
+#[test]
+fn blocks_of_weights_are_foretold() {
+    let config = Run::new("blocks", &[&WIDTHS[..], &["run.precision=fp8"]].concat()).config();
+    let mut trainer = Trainer::new(&config, &Mesh::single(), solo()).expect("a trainer");
+    let plan = Plan::new(&config.phase, &config.data.mixture);
+    let context = trainer.context(&plan.at(0).expect("a phase"), 1);
+    let batch = MicroBatch::new(tokens(3, &[1, 33], config.model.vocab_size));
+    drop(trainer.gradients(&context, &[batch]).expect("gradients"));
+    assert_eq!(needs(&config, &Mesh::single()).expect("an estimate")[0].weights, trainer.weights.bytes());
+}
+
+#[test]
+fn a_layout_is_refused_before_a_rank_starts() {
+    let plan = |ranks: &str, more: &[&str]| {
+        let path = root().join("configs/run/v3-671b.toml").display().to_string();
+        let args: Vec<String> = [&["plan", "run", &path, "--ranks", ranks][..], more].concat().iter().map(|word| word.to_string()).collect();
+        let output = tiefsee(&args).output().expect("it runs");
+        (output.status.success(), String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr))
+    };
+    let (fine, text) = plan("2048", &[]);
+    assert!(fine && text.contains("2048 ranks on 256 node(s): pp 16, dp 128, ep 64, dualpipe"), "{text}");
+    let (fine, text) = plan("2000", &[]);
+    assert!(!fine && text.contains("dp 125 does not divide by ep 64"), "{text}");
+    let (fine, text) = plan("2048", &["--set", "phase.0.batch=3000"]);
+    assert!(!fine && text.contains("[[phase]] 1: batch 3000 is not a multiple of micro_batch 1 × dp 128"), "{text}");
+}

@@ -1,0 +1,181 @@
+//! What a run will need of each rank's memory, from its config alone, before anything is started.
+use crate::config::{Moments, RunConfig};
+use crate::phase::Plan;
+use crate::pipeline::{LocalStages, parts};
+use crate::zero::{BUCKET_BYTES, Share, shares};
+use anyhow::Result;
+use kernels::Precision;
+use kernels::fp8::TILE;
+use model::kept::{How, kept};
+use model::params::{ParamSpec, Role};
+use model::saved::LOGITS;
+use model::{ExpertShare, ParamTable, StagePart};
+use parallel::mesh::Mesh;
+use parallel::schedule::Action;
+use std::collections::BTreeSet;
+
+/// Bytes, of the rank that needs most at one place of the pipe.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Need {
+    /// The layers of its stages: under DualPipe direction 0's, then direction 1's.
+    pub layers: Vec<std::ops::Range<i64>>,
+    pub parameters: i64,
+    /// What layers compute with, and in FP8 runs its blocks.
+    pub weights: i64,
+    /// Of every parameter, in the masters' kind.
+    pub gradients: i64,
+    /// Its own share of masters, where they are not the weights themselves, and of moments.
+    pub optimizer: i64,
+    /// What others made of the gradients of its share, at the end of a backward.
+    pub arriving: i64,
+    /// Most that forwards keep for backwards at one time, routes being even.
+    pub activations: i64,
+    /// Of that the logits' gradients.
+    pub logits: i64,
+    /// How many micro-batches' that is.
+    pub in_flight: usize,
+}
+
+impl Need {
+    /// At the worst moment: what arrives does so when next to nothing is kept any more.
+    pub fn most(&self) -> i64 {
+        self.weights + self.gradients + self.optimizer + self.arriving.max(self.activations)
+    }
+}
+
+/// What differs from step to step: B and L of a micro-batch, and how many a pipe has.
+type Shape = (i64, i64, usize);
+
+/// By place in the pipe.
+pub fn needs(config: &RunConfig, mesh: &Mesh) -> Result<Vec<Need>> {
+    let plan = Plan::new(&config.phase, &config.data.mixture);
+    let shape = |phase: &crate::phase::Phase, batch: u64| {
+        let micro_batches = batch / (phase.micro_batch * mesh.dp as u64);
+        (phase.micro_batch as i64, phase.sequence_length as i64, micro_batches as usize)
+    };
+    let shapes: BTreeSet<Shape> = plan.stretches(0).map(|(moment, _)| shape(moment.phase, moment.batch)).collect();
+    let parts = parts(&config.model, mesh.pp, &config.parallel.layers)?;
+    (0..mesh.pp).map(|place| need(config, mesh, (place, &parts), &shapes)).collect()
+}
+
+fn need(config: &RunConfig, mesh: &Mesh, (place, parts): (usize, &[StagePart]), shapes: &BTreeSet<Shape>) -> Result<Need> {
+    let (precision, rank) = (config.run.precision, place * mesh.dp);
+    let mut table = ParamTable::new(ExpertShare { rank: 0, ranks: mesh.ep as i64 }, config.recompute);
+    LocalStages::new(&mut table, &config.model, parts, mesh, rank);
+    let stages: Vec<&StagePart> = [place, mesh.pp - 1 - place][..mesh.num_copies()].iter().map(|&stage| &parts[stage]).collect();
+    let master = precision.master().elt_size_in_bytes() as i64;
+    let trained: i64 = table.specs().iter().filter(|spec| spec.trained()).map(ParamSpec::numel).sum();
+    let shares = shares(&table, |role| holders(config, mesh, place, role), BUCKET_BYTES as i64 / master, |spec| state_bytes(config, spec));
+    let mut need = Need {
+        layers: stages.iter().map(|part| part.layers.clone()).collect(),
+        parameters: table.numel(),
+        weights: table.specs().iter().map(|spec| weight_bytes(precision, spec)).sum(),
+        gradients: trained * master,
+        optimizer: most_owned(mesh, place, &shares, |share, _| share.state),
+        arriving: most_owned(mesh, place, &shares, |share, ranks| share.elements * (ranks as i64 - 1) * master),
+        ..Default::default()
+    };
+    for &(sequences, length, micro_batches) in shapes {
+        let how = How {
+            precision,
+            recompute: config.recompute,
+            sequences,
+            length,
+            ep: mesh.ep as i64,
+            fused_attention: config.run.device == crate::config::DeviceChoice::Cuda,
+        };
+        let of_stage: Vec<_> = stages.iter().map(|part| kept(&config.model, part, how)).collect();
+        let schedule = mesh.schedule.for_step(mesh.pp, micro_batches);
+        let actions = schedule.actions(place, mesh.pp, micro_batches)?;
+        let most = most_kept(&actions, |direction| {
+            let logits = of_stage[direction].get(LOGITS).copied().unwrap_or(0);
+            (of_stage[direction].values().sum::<i64>() - logits, logits)
+        });
+        if most.0 + most.1 > need.activations {
+            (need.activations, need.logits, need.in_flight) = (most.0 + most.1, most.1, most.2);
+        }
+    }
+    Ok(need)
+}
+
+/// Most bytes kept at one time, without the logits' gradients and of these, `of` a micro-batch of each direction; and of how
+/// many micro-batches. One whose weights' gradients are still to be made counts like one before its backward, but for its
+/// logits.
+fn most_kept(actions: &[Action], of: impl Fn(usize) -> (i64, i64)) -> (i64, i64, usize) {
+    let (mut now, mut most) = ((0, 0, 0), (0, 0, 0));
+    for action in actions {
+        match action {
+            Action::Forward(chunk) | Action::Pair { forward: chunk, .. } => {
+                let (kept, logits) = of(chunk.direction);
+                now = (now.0 + kept, now.1 + logits, now.2 + 1);
+            }
+            Action::BackwardInput(chunk) => now.1 -= of(chunk.direction).1,
+            _ => (),
+        }
+        if now.0 + now.1 > most.0 + most.1 {
+            most = now;
+        }
+        match action {
+            Action::Backward(chunk) | Action::Pair { backward: chunk, .. } => {
+                let (kept, logits) = of(chunk.direction);
+                now = (now.0 - kept, now.1 - logits, now.2 - 1);
+            }
+            Action::BackwardWeight(chunk) => now = (now.0 - of(chunk.direction).0, now.1, now.2 - 1),
+            _ => (),
+        }
+    }
+    most
+}
+
+/// Ranks that hold a parameter alike (`zero::holders`).
+fn holders(config: &RunConfig, mesh: &Mesh, place: usize, role: Role) -> usize {
+    let alike = mesh.dp * mesh.num_copies();
+    let both_ends = mesh.pp > 1 && mesh.num_copies() == 1 && config.model.num_nextn_predict_layers == 1;
+    match role {
+        Role::Experts => alike / mesh.ep,
+        Role::Embedding if both_ends && (place == 0 || place + 1 == mesh.pp) => 2 * alike,
+        _ => alike,
+    }
+}
+
+/// Most that `of` comes to on a rank of this place, over the groups that it is in, each with how many ranks it has. A group's ranks
+/// are those of one place or of two, the lower one's first.
+fn most_owned(mesh: &Mesh, place: usize, shares: &[Vec<Share>], of: impl Fn(&Share, usize) -> i64) -> i64 {
+    let owned = |rank: usize| {
+        let mine = |group: &Vec<Share>| {
+            let places = if group.len() > mesh.dp || mesh.num_copies() == 2 { 2 } else { 1 };
+            let here = group.len() / places;
+            let first = if places == 2 && 2 * place >= mesh.pp { here } else { 0 };
+            of(&group[first + rank * here / mesh.dp], group.len())
+        };
+        shares.iter().map(mine).sum::<i64>()
+    };
+    (0..mesh.dp).map(owned).max().unwrap_or(0)
+}
+
+/// Of an element of this rank's share: `optimizer::Slot`.
+fn state_bytes(config: &RunConfig, spec: &ParamSpec) -> i64 {
+    let master = config.run.precision.master();
+    let own = if spec.kind(config.run.precision) == master { 0 } else { master.elt_size_in_bytes() as i64 };
+    let moment = match config.optimizer.moments {
+        Moments::F32 => master.elt_size_in_bytes() as i64,
+        Moments::Bf16 => 2,
+    };
+    own + 2 * moment
+}
+
+/// Of a parameter, and of its blocks where GEMMs read it in FP8: all matrices but the head's and MTP's projection.
+fn weight_bytes(precision: Precision, spec: &ParamSpec) -> i64 {
+    let plain = spec.numel() * spec.kind(precision).elt_size_in_bytes() as i64;
+    let in_fp8 = match spec.role {
+        Role::Experts => true,
+        Role::Matrix => !spec.name.ends_with("lm_head.weight") && !spec.name.ends_with("eh_proj.weight"),
+        _ => false,
+    };
+    if precision != Precision::Fp8 || !in_fp8 {
+        return plain;
+    }
+    let scales: i64 = spec.shape.iter().rev().take(2).map(|&side| (side + TILE - 1) / TILE).product();
+    let stack: i64 = spec.shape.iter().rev().skip(2).product();
+    plain + 2 * (spec.numel() + 4 * scales * stack)
+}
