@@ -10,7 +10,7 @@ use crate::moe::{Load, Moe, MoeBackCombining, MoeBackDispatched, MoeCombining, M
 use crate::norm::{NormSaved, RmsNorm};
 use crate::operand::Operand;
 use crate::params::Role;
-use crate::saved::See;
+use crate::saved::{PUT_OFF, See};
 use crate::swiglu::SwigluSaved;
 use crate::{Grads, Layer, ModelConfig, ParamId, ParamTable, Recompute, Weights};
 use kernels::ops::quantise::Want;
@@ -128,6 +128,23 @@ enum FfnWorkOf {
 pub struct AttentionWork {
     norm: Tensor,
     attention: MlaWork,
+}
+
+impl FfnWork {
+    pub(crate) fn each(&self, see: See) {
+        see(PUT_OFF, &self.norm);
+        match &self.kind {
+            FfnWorkOf::Dense(linears) => linears.iter().for_each(|linear| linear.each(see)),
+            FfnWorkOf::Moe(moe) => moe.each(see),
+        }
+    }
+}
+
+impl AttentionWork {
+    pub(crate) fn each(&self, see: See) {
+        see(PUT_OFF, &self.norm);
+        self.attention.each(see);
+    }
 }
 
 pub type BlockOut = (Tensor, Option<Load>, BlockSaved);

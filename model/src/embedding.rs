@@ -1,4 +1,5 @@
 //! Token embedding.   Legend: T tokens, V vocabulary, D hidden size.
+use crate::saved::{PUT_OFF, See};
 use crate::{Grads, Layer, ParamId, Weights};
 use kernels::ops::embedding;
 use tch::Tensor;
@@ -11,6 +12,12 @@ pub struct Embedding {
 pub struct EmbeddingWork {
     tokens: Tensor,
     dy: Tensor,
+}
+
+impl EmbeddingWork {
+    pub(crate) fn each(&self, see: See) {
+        [&self.tokens, &self.dy].into_iter().for_each(|tensor| see(PUT_OFF, tensor));
+    }
 }
 
 impl Layer for Embedding {

@@ -4,7 +4,7 @@
 //! Legend: R rows routed here, E local experts, D hidden size, I expert intermediate size.
 use crate::linear::LinearWork;
 use crate::operand::{self, Operand, RowCounts};
-use crate::saved::See;
+use crate::saved::{PUT_OFF, See};
 use crate::swiglu::{self, OfExperts, SwigluSaved};
 use crate::{Grads, Layer, ModelConfig, ParamId, ParamTable, Recompute, Weights};
 use parallel::dispatch::Rows;
@@ -51,6 +51,13 @@ pub struct ExpertsWork {
     counts: RowCounts,
     gate_up: LinearWork,
     down: LinearWork,
+}
+
+impl ExpertsWork {
+    pub(crate) fn each(&self, see: See) {
+        see(PUT_OFF, &self.counts.device);
+        [&self.gate_up, &self.down].into_iter().for_each(|linear| linear.each(see));
+    }
 }
 
 impl Experts {

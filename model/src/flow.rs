@@ -15,7 +15,7 @@ use crate::head::{HeadIn, HeadSaved};
 use crate::moe::{MoeBackCombining, MoeBackDispatched, MoeCombining, MoeDispatched, UnderWay};
 use crate::mtp::{MtpInSaved, MtpInWork, MtpOutSaved, MtpOutWork};
 use crate::norm::NormSaved;
-use crate::saved::See;
+use crate::saved::{PUT_OFF, See};
 use crate::stage::{Last, MicroBatch, Stage, StageIn, StageOut, StageStats, StepContext, Sums};
 use crate::{Grads, Layer, Weights};
 use parallel::comm::CommError;
@@ -68,6 +68,21 @@ pub enum Work {
     Ffn(usize, FfnWork),
     Attention(usize, Box<AttentionWork>),
     Embedding(EmbeddingWork),
+}
+
+impl Work {
+    pub(crate) fn each(&self, see: See) {
+        match self {
+            Work::Head(work) => work.each(see),
+            Work::Norm(dweight) => see(PUT_OFF, dweight),
+            Work::MtpOut(work) => work.each(see),
+            Work::MtpIn(work) => work.each(see),
+            Work::Experts(_, work) => work.each(see),
+            Work::Ffn(_, work) => work.each(see),
+            Work::Attention(_, work) => work.each(see),
+            Work::Embedding(work) => work.each(see),
+        }
+    }
 }
 
 /// A micro-batch's weight gradients, in the order in which they could be made.

@@ -4,7 +4,7 @@
 //! Legend: B sequences, S positions, T = B·S, D hidden size, E experts, G groups, K experts a token.
 use crate::config::Scoring;
 use crate::params::{Init, Role};
-use crate::saved::See;
+use crate::saved::{PUT_OFF, See};
 use crate::{Grads, Layer, ModelConfig, ParamId, ParamTable, Weights};
 use kernels::ops::gate::{self, Routed, Rule};
 use kernels::ops::linear;
@@ -53,6 +53,12 @@ impl GateSaved {
 pub struct GateWork {
     dlogits: Tensor,
     x: Tensor,
+}
+
+impl GateWork {
+    pub(crate) fn each(&self, see: See) {
+        [&self.dlogits, &self.x].into_iter().for_each(|tensor| see(PUT_OFF, tensor));
+    }
 }
 
 impl Gate {

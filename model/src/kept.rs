@@ -2,7 +2,7 @@
 //!
 //! Legend: B sequences, L positions, T = B·L, D hidden size, K experts a token, V rows that arrive from all ranks, R rows at
 //! the local experts, X local experts.
-use crate::saved::{LOGITS, PROBABILITIES};
+use crate::saved::{LOGITS, PROBABILITIES, PUT_OFF};
 use crate::{ModelConfig, Recompute, StagePart};
 use kernels::Precision;
 use kernels::fp8::{TILE, padded_rows, round_up};
@@ -44,6 +44,30 @@ pub fn kept(config: &ModelConfig, part: &StagePart, how: How) -> Parts {
         }
     }
     sums.parts
+}
+
+/// Bytes of what a split backward of one micro-batch puts off (`flow::Work`), without the heads', which it does not.
+pub fn put_off(config: &ModelConfig, part: &StagePart, how: How) -> i64 {
+    let mut sums = Sums { config, how, parts: Parts::new() };
+    let (tokens, inner, d) = (how.sequences * how.length, how.sequences * (how.length - 1), config.hidden_size);
+    let embedding = |sums: &mut Sums, tokens: i64| {
+        sums.add(PUT_OFF, 8 * tokens);
+        sums.own(PUT_OFF, tokens, d);
+    };
+    part.layers.clone().for_each(|layer| sums.block_put_off(config.is_moe(layer), tokens));
+    if part.first {
+        embedding(&mut sums, tokens);
+    }
+    if part.last {
+        sums.vectors(&[d]);
+        if config.num_nextn_predict_layers == 1 {
+            sums.vectors(&[d, d]);
+            sums.own(PUT_OFF, inner, 3 * d);
+            sums.block_put_off(true, inner);
+            embedding(&mut sums, inner);
+        }
+    }
+    sums.parts.values().sum()
 }
 
 /// Rows that reach one rank for each of its own tokens, V/T: one for every rank that holds an expert of the token's.
@@ -160,6 +184,42 @@ impl Sums<'_> {
         (0..2).for_each(|_| self.rows(part, rows, width));
         if !self.how.recompute.swiglu {
             self.for_weight(part, rows, width, groups);
+        }
+    }
+
+    /// Gradients of norms' weights.
+    fn vectors(&mut self, widths: &[i64]) {
+        self.add(PUT_OFF, widths.iter().sum::<i64>() * self.wide());
+    }
+
+    /// Both sides of the weights' gradients of linears, each a width.
+    fn sides(&mut self, rows: i64, widths: &[i64], groups: i64) {
+        widths.iter().for_each(|&width| self.for_weight(PUT_OFF, rows, width, groups));
+    }
+
+    fn block_put_off(&mut self, moe: bool, tokens: i64) {
+        let (config, how) = (self.config, self.how);
+        let (d, heads, kv, value) = (config.hidden_size, config.num_attention_heads, config.kv_lora_rank, config.v_head_dim);
+        let queries = heads * config.qk_head_dim();
+        self.vectors(&[d, d, kv]);
+        // Queries and the latent read the same.
+        self.sides(tokens, &[d, kv + config.qk_rope_head_dim, heads * (config.qk_nope_head_dim + value), kv, d, heads * value], 1);
+        match config.q_lora_rank {
+            None => self.sides(tokens, &[queries], 1),
+            Some(latent) => {
+                self.vectors(&[latent]);
+                self.sides(tokens, &[latent, queries, latent], 1);
+            }
+        }
+        if !moe {
+            return self.sides(tokens, &[2 * config.intermediate_size, d, d, config.intermediate_size], 1);
+        }
+        let (width, local) = (config.moe_intermediate_size, config.n_routed_experts / how.ep);
+        self.add(PUT_OFF, tokens * (config.n_routed_experts + d) * self.wide() + 4 * local); // the gate's
+        self.sides(tokens * config.num_experts_per_tok, &[2 * width, d, d, width], local);
+        if config.n_shared_experts > 0 {
+            let width = config.n_shared_experts * width;
+            self.sides(tokens, &[2 * width, d, d, width], 1);
         }
     }
 

@@ -1,5 +1,6 @@
 //! y = x · Wᵀ.   Legend: T tokens, I in, O out.
 use crate::operand::{self, Operand};
+use crate::saved::{PUT_OFF, See};
 use crate::{Grads, Layer, ParamId, Weights};
 use tch::Tensor;
 
@@ -11,6 +12,12 @@ pub struct Linear {
 pub struct LinearWork {
     pub dy: Operand,
     pub x: Operand,
+}
+
+impl LinearWork {
+    pub(crate) fn each(&self, see: See) {
+        [&self.dy, &self.x].into_iter().for_each(|side| side.each(PUT_OFF, see));
+    }
 }
 
 impl Layer for Linear {

@@ -6,7 +6,7 @@
 use crate::linear::{Linear, LinearWork};
 use crate::norm::{NormSaved, RmsNorm};
 use crate::operand::Operand;
-use crate::saved::{PROBABILITIES, See};
+use crate::saved::{PROBABILITIES, PUT_OFF, See};
 use crate::{Grads, Layer, ModelConfig, ParamId, ParamTable, Recompute, Weights};
 use kernels::Precision;
 use kernels::fp8::ScaleRule;
@@ -112,6 +112,20 @@ pub struct MlaWork {
 enum QueryWork {
     Direct(LinearWork),
     Latent { a: LinearWork, norm: Tensor, b: LinearWork },
+}
+
+impl MlaWork {
+    pub(crate) fn each(&self, see: See) {
+        see(PUT_OFF, &self.kv_norm);
+        [&self.kv_a, &self.kv_b, &self.out].into_iter().for_each(|linear| linear.each(see));
+        match &self.query {
+            QueryWork::Direct(linear) => linear.each(see),
+            QueryWork::Latent { a, norm, b } => {
+                see(PUT_OFF, norm);
+                [a, b].into_iter().for_each(|linear| linear.each(see));
+            }
+        }
+    }
 }
 
 impl Mla {

@@ -111,6 +111,13 @@ pub struct MoeWork {
     shared: Option<MlpWork>,
 }
 
+impl MoeWork {
+    pub(crate) fn each(&self, see: See) {
+        self.gate.each(see);
+        self.shared.iter().flatten().for_each(|linear| linear.each(see));
+    }
+}
+
 /// What the router did with this micro-batch.
 pub struct Load {
     pub counts: Tensor,  // [E] i64

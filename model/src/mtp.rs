@@ -9,7 +9,7 @@ use crate::head::{HeadIn, HeadSaved, LmHead};
 use crate::linear::{Linear, LinearWork};
 use crate::norm::{NormSaved, RmsNorm};
 use crate::operand::Operand;
-use crate::saved::See;
+use crate::saved::{PUT_OFF, See};
 use crate::{Grads, Layer, ModelConfig, ParamId, ParamTable, Weights};
 use tch::Tensor;
 
@@ -60,9 +60,23 @@ pub struct MtpInWork {
     projection: LinearWork,
 }
 
+impl MtpInWork {
+    pub(crate) fn each(&self, see: See) {
+        [&self.embedding_norm, &self.hidden_norm].into_iter().for_each(|norm| see(PUT_OFF, norm));
+        self.projection.each(see);
+    }
+}
+
 pub struct MtpOutWork {
     norm: Tensor,
     head: HeadSaved,
+}
+
+impl MtpOutWork {
+    pub(crate) fn each(&self, see: See) {
+        see(PUT_OFF, &self.norm);
+        self.head.each(see);
+    }
 }
 
 impl Mtp {

@@ -23,14 +23,14 @@ fn lines_of_layout(config: &RunConfig, ranks: usize) -> Vec<String> {
 #[test]
 fn the_published_recipe_is_laid_out_on_its_ranks() {
     let (main, context) = (shipped("v3-671b.toml"), shipped("v3-671b-context.toml"));
-    let zb1p = |lines: Vec<String>| {
-        assert!(lines.iter().all(|line| line.contains("run zb1p")), "{lines:?}");
+    let one_way = |lines: Vec<String>| {
+        assert!(lines.iter().all(|line| line.contains("run 1f1b")), "{lines:?}");
         let counts = lines.iter().map(|line| line.split(' ').nth(2).and_then(|count| count.parse().ok()).expect("steps of N micro-batches"));
         counts.collect::<Vec<usize>>()
     };
     // 3072 to 3840 sequences, 256 more each time, on 128 pipes; then 1920 and 480 on 96.
-    assert_eq!(zb1p(lines_of_layout(&main, 2048)), [24, 26, 28, 30]);
-    assert_eq!(zb1p(lines_of_layout(&context, 1536)), [5, 20]);
+    assert_eq!(one_way(lines_of_layout(&main, 2048)), [24, 26, 28, 30]);
+    assert_eq!(one_way(lines_of_layout(&context, 1536)), [5, 20]);
     // An H800 has 79 GiB, of which transfers, transient tensors and the allocator need some.
     let mesh = main.mesh(&(0..2048).map(|rank| rank / 8).collect::<Vec<_>>()).expect("a layout");
     let most = needs(&main, &mesh).expect("an estimate").iter().map(Need::most).max().expect("places");
@@ -42,7 +42,7 @@ fn the_published_recipe_is_laid_out_on_its_ranks() {
     // As a resume of the first has them: its own phases, which fit no 96 pipes, are over.
     let joined = RunConfig { parallel: context.parallel.clone(), phase: [main.phase.clone(), context.phase].concat(), ..main.clone() };
     let mesh = joined.layout(&vec![0; 1536]).expect("a layout");
-    assert_eq!(zb1p(prove_schedules(&joined, &mesh, tokens(&main)).expect("what is to come")), [5, 20]);
+    assert_eq!(one_way(prove_schedules(&joined, &mesh, tokens(&main)).expect("what is to come")), [5, 20]);
     let error = prove_schedules(&joined, &mesh, 26_000_000_000).expect_err("a ramp by 256 sequences on 96 pipes");
     assert!(format!("{error:#}").starts_with("[[phase]] 2: batch 256 is not a multiple"), "{error:#}");
 }

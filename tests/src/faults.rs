@@ -230,6 +230,20 @@ fn a_slow_rank_is_named_while_it_is_slow_and_in_the_report_at_the_end() {
     );
 }
 
+/// Its logs take no line, as on a full disk.
+#[test]
+fn a_run_that_cannot_log_is_not_called_hung() {
+    let faults = "faults.inject=[{kind=\"slow\",rank=0,step=1,ms=700,steps=99}]";
+    let run = Run::new("faults-unlogged", &["run.precision=bf16", "run.stop_after=30", "checkpoint.every=0", "validation.every=0", faults]);
+    std::fs::create_dir_all(run.dir().join("log")).expect("made");
+    (0..2).for_each(|rank| std::os::unix::fs::symlink("/dev/full", run.dir().join(format!("log/rank-{rank}.jsonl"))).expect("a link"));
+    let mut started = Started::train(local(&format!("{SUPERVISED} --start-limit 12")), &run, "launcher");
+    assert_eq!(started.code(), 75, "{}", started.said());
+    started.says("step 30/");
+    started.says("cannot write ");
+    assert!(!started.said().contains("hung"), "{}", started.said());
+}
+
 /// Twenty faults at random steps of five hundred.
 #[test]
 fn a_run_with_twenty_faults_ends_as_the_clean_one_does() {

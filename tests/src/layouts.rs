@@ -62,7 +62,7 @@ const LAYOUTS: &[Layout] = &[
     (4, 2, 2, "zb1p", 1, &[]),
     (4, 2, 2, "dualpipe", 1, &[]),
     (4, 2, 1, "dualpipe", 1, TWO_A_NODE),
-    // Too few micro-batches for DualPipe: ZB1P on one copy, the other's gradients are zero.
+    // Too few micro-batches for DualPipe: 1F1B on one copy, the other's gradients are zero.
     (4, 2, 2, "dualpipe", 2, LAST_EMPTY),
     (1, 1, 1, "paired", 2, AGAIN),
     (1, 4, 4, "paired", 1, AGAIN_TWO_A_NODE),

@@ -6,7 +6,7 @@ use crate::zero::{BUCKET_BYTES, Share, shares};
 use anyhow::Result;
 use kernels::Precision;
 use kernels::fp8::TILE;
-use model::kept::{How, kept};
+use model::kept::{How, kept, put_off};
 use model::params::{ParamSpec, Role};
 use model::saved::LOGITS;
 use model::{ExpertShare, ParamTable, StagePart};
@@ -28,18 +28,25 @@ pub struct Need {
     pub optimizer: i64,
     /// What others made of the gradients of its share, at the end of a backward.
     pub arriving: i64,
-    /// Most that forwards keep for backwards at one time, routes being even.
-    pub activations: i64,
+    pub activations: Kept,
+}
+
+/// Most that is kept for backwards at one time, routes being even.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Kept {
+    pub bytes: i64,
     /// Of that the logits' gradients.
     pub logits: i64,
-    /// How many micro-batches' that is.
-    pub in_flight: usize,
+    /// How many micro-batches' forwards it is of,
+    pub in_flight: i64,
+    /// and of how many the weights' gradients that are put off.
+    pub put_off: i64,
 }
 
 impl Need {
     /// At the worst moment: what arrives does so when next to nothing is kept any more.
     pub fn most(&self) -> i64 {
-        self.weights + self.gradients + self.optimizer + self.arriving.max(self.activations)
+        self.weights + self.gradients + self.optimizer + self.arriving.max(self.activations.bytes)
     }
 }
 
@@ -84,45 +91,55 @@ fn need(config: &RunConfig, mesh: &Mesh, (place, parts): (usize, &[StagePart]), 
             ep: mesh.ep as i64,
             fused_attention: config.run.device == crate::config::DeviceChoice::Cuda,
         };
-        let of_stage: Vec<_> = stages.iter().map(|part| kept(&config.model, part, how)).collect();
+        let of_stage = |part: &&StagePart| {
+            let parts = kept(&config.model, part, how);
+            PerMicroBatch { kept: parts.values().sum(), logits: parts.get(LOGITS).copied().unwrap_or(0), put_off: put_off(&config.model, part, how) }
+        };
+        let of_stage: Vec<PerMicroBatch> = stages.iter().map(of_stage).collect();
         let schedule = mesh.schedule.for_step(mesh.pp, micro_batches);
-        let actions = schedule.actions(place, mesh.pp, micro_batches)?;
-        let most = most_kept(&actions, |direction| {
-            let logits = of_stage[direction].get(LOGITS).copied().unwrap_or(0);
-            (of_stage[direction].values().sum::<i64>() - logits, logits)
-        });
-        if most.0 + most.1 > need.activations {
-            (need.activations, need.logits, need.in_flight) = (most.0 + most.1, most.1, most.2);
+        let most = most_kept(&schedule.actions(place, mesh.pp, micro_batches)?, &of_stage);
+        if most.bytes > need.activations.bytes {
+            need.activations = most;
         }
     }
     Ok(need)
 }
 
-/// Most bytes kept at one time, without the logits' gradients and of these, `of` a micro-batch of each direction; and of how
-/// many micro-batches. One whose weights' gradients are still to be made counts like one before its backward, but for its
-/// logits.
-fn most_kept(actions: &[Action], of: impl Fn(usize) -> (i64, i64)) -> (i64, i64, usize) {
-    let (mut now, mut most) = ((0, 0, 0), (0, 0, 0));
+/// What a stage keeps of one micro-batch, of that its logits, and what a split backward puts off.
+struct PerMicroBatch {
+    kept: i64,
+    logits: i64,
+    put_off: i64,
+}
+
+/// Most that is kept at one time; `of_stage` by direction.
+fn most_kept(actions: &[Action], of_stage: &[PerMicroBatch]) -> Kept {
+    let (mut now, mut most) = (Kept::default(), Kept::default());
+    let forward = |now: &mut Kept, of: &PerMicroBatch| {
+        (now.bytes, now.logits, now.in_flight) = (now.bytes + of.kept, now.logits + of.logits, now.in_flight + 1);
+    };
+    let backward = |now: &mut Kept, of: &PerMicroBatch| {
+        (now.bytes, now.logits, now.in_flight) = (now.bytes - of.kept, now.logits - of.logits, now.in_flight - 1);
+    };
     for action in actions {
         match action {
-            Action::Forward(chunk) | Action::Pair { forward: chunk, .. } => {
-                let (kept, logits) = of(chunk.direction);
-                now = (now.0 + kept, now.1 + logits, now.2 + 1);
+            Action::Forward(chunk) => forward(&mut now, &of_stage[chunk.direction]),
+            Action::Backward(chunk) => backward(&mut now, &of_stage[chunk.direction]),
+            Action::BackwardInput(chunk) => {
+                backward(&mut now, &of_stage[chunk.direction]);
+                (now.bytes, now.put_off) = (now.bytes + of_stage[chunk.direction].put_off, now.put_off + 1);
             }
-            Action::BackwardInput(chunk) => now.1 -= of(chunk.direction).1,
-            _ => (),
-        }
-        if now.0 + now.1 > most.0 + most.1 {
-            most = now;
-        }
-        match action {
-            Action::Backward(chunk) | Action::Pair { backward: chunk, .. } => {
-                let (kept, logits) = of(chunk.direction);
-                now = (now.0 - kept, now.1 - logits, now.2 - 1);
+            Action::BackwardWeight(chunk) => {
+                (now.bytes, now.put_off) = (now.bytes - of_stage[chunk.direction].put_off, now.put_off - 1);
             }
-            Action::BackwardWeight(chunk) => now = (now.0 - of(chunk.direction).0, now.1, now.2 - 1),
-            _ => (),
+            Action::Pair { forward: first, backward: second } => {
+                forward(&mut now, &of_stage[first.direction]);
+                most = most.max(now);
+                backward(&mut now, &of_stage[second.direction]);
+            }
+            Action::Exchange(_) => (),
         }
+        most = most.max(now);
     }
     most
 }

@@ -135,7 +135,7 @@ fn a_run(config: &RunConfig, mesh: &Mesh) -> Result<()> {
 
 fn memory(needs: &[Need]) {
     let gib = |bytes: i64| bytes as f64 / (1u64 << 30) as f64;
-    println!("\nGiB of a rank by its place in the pipe; kept: for backward, of so many micro-batches, and of that the logits");
+    println!("\nGiB of a rank by its place in the pipe; kept: for backward, of so many micro-batches, + of so many whose weights' gradients\nare put off, and of that the logits");
     println!("{:>6} {:>14} {:>10} {:>8} {:>9} {:>9} {:>8} {:>7} {:>9} {:>8}", "place", "layers", "parameters", "weights", "gradients", "optimizer", "kept", "logits", "of", "in all");
     for (place, need) in needs.iter().enumerate() {
         let layers: Vec<String> = need.layers.iter().map(|layers| format!("{}–{}", layers.start, layers.end - 1)).collect();
@@ -146,9 +146,9 @@ fn memory(needs: &[Need]) {
             gib(need.weights),
             gib(need.gradients),
             gib(need.optimizer),
-            gib(need.activations),
-            gib(need.logits),
-            need.in_flight,
+            gib(need.activations.bytes),
+            gib(need.activations.logits),
+            format!("{} + {}", need.activations.in_flight, need.activations.put_off),
             gib(need.most())
         );
     }

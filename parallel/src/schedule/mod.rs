@@ -122,10 +122,11 @@ impl Schedule {
     }
 
     /// What a step of so many micro-batches runs: too few for DualPipe (a ramp's first steps) go through one copy of the
-    /// stages, as ZB1P.
+    /// stages, as 1F1B. Not as ZB1P: what late stages then put off is more than DualPipe keeps, and DualPipe's two copies
+    /// leave no room for it.
     pub fn for_step(self, num_ranks: usize, num_micro_batches: usize) -> Schedule {
         match self {
-            Self::DualPipe if self.validate(num_ranks, num_micro_batches).is_err() => Self::Zb1p,
+            Self::DualPipe if self.validate(num_ranks, num_micro_batches).is_err() => Self::OneFOneB,
             schedule => schedule,
         }
     }
