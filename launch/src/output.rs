@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use std::fs::{File, OpenOptions};
 use std::io::{BufRead, BufReader, Read, Write};
 use std::path::{Path, PathBuf};
+use std::sync::mpsc::Sender;
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 
@@ -26,9 +27,10 @@ struct Shared {
 }
 
 impl Output {
-    pub fn read(log_dir: Option<PathBuf>, stdout: impl Read + Send + 'static, stderr: impl Read + Send + 'static) -> Self {
+    /// `steps` gets the step of every line that a rank prints after one.
+    pub fn read(log_dir: Option<PathBuf>, steps: Sender<u64>, stdout: impl Read + Send + 'static, stderr: impl Read + Send + 'static) -> Self {
         let shared = Arc::new(Mutex::new(Shared { log_dir, ..Shared::default() }));
-        let readers = vec![reader(shared.clone(), stdout, std::io::stdout()), reader(shared.clone(), stderr, std::io::stderr())];
+        let readers = vec![reader(shared.clone(), steps.clone(), stdout, std::io::stdout()), reader(shared.clone(), steps, stderr, std::io::stderr())];
         Output { shared, readers }
     }
 
@@ -41,7 +43,7 @@ impl Output {
     }
 }
 
-fn reader(shared: Arc<Mutex<Shared>>, from: impl Read + Send + 'static, mut to: impl Write + Send + 'static) -> JoinHandle<()> {
+fn reader(shared: Arc<Mutex<Shared>>, steps: Sender<u64>, from: impl Read + Send + 'static, mut to: impl Write + Send + 'static) -> JoinHandle<()> {
     std::thread::spawn(move || {
         let mut from = BufReader::new(from);
         let mut bytes = Vec::new();
@@ -51,6 +53,10 @@ fn reader(shared: Arc<Mutex<Shared>>, from: impl Read + Send + 'static, mut to: 
             let (rank, line) = untagged(text.trim_end_matches(['\n', '\r']));
             // mpirun tags every write, and a line on stderr may be many.
             let line = &rank.map_or_else(|| line.to_string(), |rank| line.replace(&format!("[1,{rank}]<stderr>:"), ""));
+            if let Some(step) = printed_step(line).filter(|_| rank.is_some()) {
+                // Not every command's steps are followed.
+                let _ = steps.send(step);
+            }
             let mut shared = shared.lock().expect("a reader does not panic");
             shared.evidence.read(line);
             // Whoever reads us may have gone; the run goes on.
@@ -103,6 +109,11 @@ fn untagged(line: &str) -> (Option<usize>, &str) {
     mpirun().or_else(srun).map_or((None, line), |(rank, text)| (Some(rank), text))
 }
 
+/// The trainer's `step 3/100 | …`.
+fn printed_step(line: &str) -> Option<u64> {
+    line.strip_prefix("step ")?.split_once('/')?.0.parse().ok()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -119,6 +130,14 @@ mod tests {
             let text = std::fs::read_to_string(folder.path().join(format!("rank-{rank}.log"))).expect("a log");
             assert_eq!(text, "line 0\nline 1\nline 2\n", "rank {rank}");
         }
+    }
+
+    #[test]
+    fn printed_steps_are_passed_on() {
+        let printed = "[1,0]<stdout>:step 3/9 | loss 1.0\n[1,1]<stdout>:step 16: rank 1: x\nstep 8/9 | nobody's\n0: step 4/9 | loss 1.0\n";
+        let (steps, prints) = std::sync::mpsc::channel();
+        Output::read(None, steps, printed.as_bytes(), std::io::empty()).finish();
+        assert_eq!(prints.iter().collect::<Vec<_>>(), [3, 4]);
     }
 
     #[test]

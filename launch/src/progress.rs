@@ -1,4 +1,5 @@
-//! The step watchdog: how far each rank is, by the lines that it appends to RUN_DIR/log/rank-N.jsonl.
+//! The step watchdog: how far each rank is, by the lines that it appends to RUN_DIR/log/rank-N.jsonl. Where the disk is full
+//! they drop them: then rank 0's printed steps, which come to us through no file, are the sign that the run goes on.
 use crate::processes::{activity, descendants, rank};
 use crate::waits::waits;
 use crate::work::{Worked, median};
@@ -8,6 +9,7 @@ use std::collections::{BTreeMap, VecDeque};
 use std::fs::{self, File};
 use std::io::{ErrorKind, Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
+use std::sync::mpsc::Receiver;
 use std::time::{Duration, Instant};
 
 /// Stands in RUN_DIR/log as long as the ranks wait for a checkpoint.
@@ -38,6 +40,10 @@ pub struct Progress {
     ranks: BTreeMap<usize, Followed>,
     step_seconds: VecDeque<f64>,
     stepped: bool,
+    /// Steps as rank 0 prints them.
+    prints: Receiver<u64>,
+    /// The last of them.
+    printed: Option<u64>,
     /// The ranks wait for a checkpoint, by rank 0's word.
     saving: bool,
     last_change: Instant,
@@ -89,11 +95,12 @@ struct Line {
 
 impl Progress {
     /// What earlier attempts wrote is no progress.
-    pub fn follow(log: &Path, limits: Limits, now: Instant) -> Result<Self> {
-        let (ranks, step_seconds) = (BTreeMap::new(), VecDeque::new());
-        let mut progress = Progress { log: log.to_path_buf(), limits, ranks, step_seconds, stepped: false, saving: false, last_change: now, events: Vec::new(), blind: None, told_blind: false };
+    pub fn follow(log: &Path, limits: Limits, prints: Receiver<u64>, now: Instant) -> Result<Self> {
+        let (log, ranks, step_seconds, events) = (log.to_path_buf(), BTreeMap::new(), VecDeque::new(), Vec::new());
+        let mut progress =
+            Progress { log, limits, ranks, step_seconds, stepped: false, prints, printed: None, saving: false, last_change: now, events, blind: None, told_blind: false };
         // Of ranks that were killed in a save.
-        let _ = fs::remove_file(log.join(SAVING));
+        let _ = fs::remove_file(progress.log.join(SAVING));
         for (rank, _, length) in progress.files()? {
             progress.ranks.insert(rank, Followed { read: length, ..Followed::default() });
         }
@@ -119,6 +126,10 @@ impl Progress {
 
     /// Reads what is new.
     pub fn poll(&mut self, now: Instant) {
+        if let Some(step) = self.prints.try_iter().last() {
+            self.printed = Some(step);
+            self.last_change = now;
+        }
         if let Err(error) = self.look(now) {
             self.last_change = now;
             if !std::mem::replace(&mut self.told_blind, true) {
@@ -181,7 +192,8 @@ impl Progress {
     }
 
     pub fn made_a_step(&self) -> bool {
-        self.stepped
+        // A validation before the first step is printed as step 0.
+        self.stepped || self.printed.is_some_and(|step| step > 0)
     }
 
     /// The last step of this attempt that every rank has logged.
@@ -198,6 +210,11 @@ impl Progress {
         };
         let quiet = now - self.last_change;
         (limit > 0.0 && quiet.as_secs_f64() > limit.max(stepping)).then_some(quiet)
+    }
+
+    /// The logs end before what rank 0 prints: no rank is more than a step behind it.
+    fn unlogged(&self) -> Option<u64> {
+        self.printed.filter(|&printed| self.step().is_none_or(|least| least + 1 < printed))
     }
 
     fn median(&self) -> f64 {
@@ -225,15 +242,18 @@ impl Progress {
         waits(&self.log, ranks)
     }
 
-    /// The one rank whose log ends before the others', if there is one.
+    /// The one rank whose log ends before the others', if there is one and the logs are whole.
     pub fn last_rank(&self) -> Option<usize> {
-        let least = self.step()?;
+        let least = self.step().filter(|_| self.unlogged().is_none())?;
         let mut late = self.ranks.iter().filter(|(_, followed)| followed.step == Some(least)).map(|(rank, _)| *rank);
         late.next().filter(|_| late.next().is_none())
     }
 
     /// Who is behind by the logs, or that none is.
     pub fn behind(&self) -> String {
+        if let Some(printed) = self.unlogged() {
+            return format!("rank 0 has printed step {printed}; not every rank could log it");
+        }
         let steps: Vec<(usize, u64)> = self.ranks.iter().filter_map(|(rank, followed)| Some((*rank, followed.step?))).collect();
         let (Some(least), Some(most)) = (steps.iter().map(|(_, step)| *step).min(), steps.iter().map(|(_, step)| *step).max()) else {
             return "no rank has made a step since this start".to_string();
@@ -290,6 +310,7 @@ pub fn idle_ranks(guard: u32, time: Duration) -> Option<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::sync::mpsc::channel;
 
     fn append(log: &Path, rank: usize, text: &str) {
         use std::io::Write;
@@ -304,7 +325,7 @@ mod tests {
         append(log, 0, "{\"step\":9,\"step_ms\":9.0}\n");
         let start = Instant::now();
         let after = |seconds: u64| start + Duration::from_secs(seconds);
-        let mut progress = Progress::follow(log, Limits { steps: 10.0, floor: 5.0, start: 100.0, save: 1.0 }, start).expect("followed");
+        let mut progress = Progress::follow(log, Limits { steps: 10.0, floor: 5.0, start: 100.0, save: 1.0 }, channel().1, start).expect("followed");
         progress.poll(after(50));
         assert!(!progress.made_a_step() && progress.hung(after(99)).is_none() && progress.hung(after(101)).is_some());
         for rank in [0, 1] {
@@ -323,10 +344,36 @@ mod tests {
     }
 
     #[test]
+    fn a_run_that_prints_steps_but_cannot_log_them_is_not_hung() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let start = Instant::now();
+        let after = |seconds: u64| start + Duration::from_secs(seconds);
+        let (steps, prints) = channel();
+        let mut progress = Progress::follow(folder.path(), Limits { steps: 1.0, floor: 5.0, start: 20.0, save: 1.0 }, prints, start).expect("followed");
+        steps.send(1).expect("followed");
+        progress.poll(after(1));
+        assert!(progress.made_a_step() && progress.hung(after(20)).is_none() && progress.hung(after(22)).is_some());
+        assert_eq!(progress.behind(), "rank 0 has printed step 1; not every rank could log it");
+        (0..2).for_each(|rank| append(folder.path(), rank, "{\"step\":2,\"step_ms\":1000.0}\n"));
+        append(folder.path(), 1, "{\"step\":3,\"step_ms\":1000.0}\n");
+        steps.send(3).expect("followed");
+        progress.poll(after(10));
+        assert_eq!((progress.last_rank(), progress.behind().as_str()), (Some(0), "rank 0 stands at step 2, the furthest at 3"));
+        for seconds in [14, 18, 22] {
+            [0, 1].iter().for_each(|step| steps.send(seconds + step).expect("followed"));
+            progress.poll(after(seconds));
+            assert!(progress.hung(after(seconds + 4)).is_none());
+        }
+        assert_eq!((progress.last_rank(), progress.behind().as_str()), (None, "rank 0 has printed step 23; not every rank could log it"));
+        progress.poll(after(28));
+        assert!(progress.hung(after(28)).is_some(), "what is neither logged nor printed is a hang");
+    }
+
+    #[test]
     fn a_slow_rank_is_named_once() {
         let folder = tempfile::tempdir().expect("a folder");
         let now = Instant::now();
-        let mut progress = Progress::follow(folder.path(), Limits { steps: 1.0, floor: 1.0, start: 1.0, save: 1.0 }, now).expect("followed");
+        let mut progress = Progress::follow(folder.path(), Limits { steps: 1.0, floor: 1.0, start: 1.0, save: 1.0 }, channel().1, now).expect("followed");
         for step in 0..JUDGED + 5 {
             for (rank, busy_ms) in [(0, 100.0), (1, 170.0), (2, 105.0), (3, 95.0)] {
                 append(folder.path(), rank, &format!("{{\"step\":{step},\"step_ms\":180.0,\"busy_ms\":{busy_ms}}}\n"));
@@ -344,7 +391,7 @@ mod tests {
         fs::create_dir(&log).expect("a folder");
         let start = Instant::now();
         let after = |seconds: u64| start + Duration::from_secs(seconds);
-        let mut progress = Progress::follow(&log, Limits { steps: 1.0, floor: 5.0, start: 5.0, save: 1.0 }, start).expect("followed");
+        let mut progress = Progress::follow(&log, Limits { steps: 1.0, floor: 5.0, start: 5.0, save: 1.0 }, channel().1, start).expect("followed");
         // A file that cannot be read, whoever we are.
         fs::create_dir(log.join("rank-0.jsonl")).expect("a folder");
         for seconds in [3, 6, 9] {
@@ -367,7 +414,7 @@ mod tests {
         fs::write(&saving, "").expect("left behind");
         let start = Instant::now();
         let after = |seconds: u64| start + Duration::from_secs(seconds);
-        let mut progress = Progress::follow(folder.path(), Limits { steps: 1.0, floor: 5.0, start: 5.0, save: 100.0 }, start).expect("followed");
+        let mut progress = Progress::follow(folder.path(), Limits { steps: 1.0, floor: 5.0, start: 5.0, save: 100.0 }, channel().1, start).expect("followed");
         assert!(progress.hung(after(6)).is_some(), "what a killed rank left is no save");
         append(folder.path(), 0, "{\"step\":1,\"step_ms\":1.0}\n");
         progress.poll(after(1));
@@ -384,7 +431,7 @@ mod tests {
     fn the_median_is_of_one_ranks_steps() {
         let folder = tempfile::tempdir().expect("a folder");
         let now = Instant::now();
-        let mut progress = Progress::follow(folder.path(), Limits { steps: 1.0, floor: 1.0, start: 1.0, save: 1.0 }, now).expect("followed");
+        let mut progress = Progress::follow(folder.path(), Limits { steps: 1.0, floor: 1.0, start: 1.0, save: 1.0 }, channel().1, now).expect("followed");
         for step in 0..8 {
             let step_ms = if step == 7 { 9000.0 } else { 1000.0 };
             (0..100).for_each(|rank| append(folder.path(), rank, &format!("{{\"step\":{step},\"step_ms\":{step_ms}}}\n")));
@@ -398,7 +445,7 @@ mod tests {
         let folder = tempfile::tempdir().expect("a folder");
         append(folder.path(), 0, "{\"step\":1,\"step_ms\":1.0}\n{\"step\":2,\"step_ms\":1.0}\n");
         let now = Instant::now();
-        let mut progress = Progress::follow(folder.path(), Limits { steps: 1.0, floor: 1.0, start: 1.0, save: 1.0 }, now).expect("followed");
+        let mut progress = Progress::follow(folder.path(), Limits { steps: 1.0, floor: 1.0, start: 1.0, save: 1.0 }, channel().1, now).expect("followed");
         fs::write(folder.path().join("rank-0.jsonl"), "{\"step\":1,\"step_ms\":1.0}\n").expect("written");
         progress.poll(now);
         assert_eq!(progress.step(), None);

@@ -9,6 +9,7 @@ use anyhow::{Context, Result};
 use signal_hook::iterator::Signals;
 use std::collections::BTreeMap;
 use std::net::ToSocketAddrs;
+use std::sync::mpsc::channel;
 use std::time::{Duration, Instant};
 
 const TICK: Duration = Duration::from_millis(50);
@@ -143,7 +144,7 @@ fn run_what_is_asked(node: &Node, mut sender: Sender, mut receiver: Receiver, si
 fn start(command: &str) -> Result<Job> {
     let shell = ["/bin/sh".to_string(), "-c".to_string(), command.to_string()];
     let (guarded, stdout, stderr) = Guarded::spawn(None, &shell, &[]).context("cannot start the guard")?;
-    Ok(Job { guarded, output: Output::read(None, stdout, stderr), asked_at: None })
+    Ok(Job { guarded, output: Output::read(None, channel().0, stdout, stderr), asked_at: None })
 }
 
 impl Job {

@@ -21,6 +21,7 @@ use std::collections::VecDeque;
 use std::fs::File;
 use std::io::Write;
 use std::path::{Path, PathBuf};
+use std::sync::mpsc::channel;
 use std::time::{Duration, Instant};
 
 const TICK: Duration = Duration::from_millis(100);
@@ -185,12 +186,13 @@ impl Supervisor {
         let guard_lock = self.program.run_dir().map(run_dir::guard_lock);
         let log = self.program.run_dir().map(run_dir::log);
         let limits = Limits { steps: self.args.hang_steps, floor: self.args.hang_floor, start: self.args.start_limit, save: self.args.save_limit };
-        let mut progress = log.as_ref().map(|log| Progress::follow(log, limits, Instant::now())).transpose()?;
+        let (steps, prints) = channel();
+        let mut progress = log.as_ref().map(|log| Progress::follow(log, limits, prints, Instant::now())).transpose()?;
         let mut set = variables(&self.environment, layout);
         set.extend(self.hosts.begin(self.incidents.attempt));
         let (mut guarded, stdout, stderr) = Guarded::spawn(guard_lock.as_deref(), &line, &set).context("cannot start the guard")?;
         let log_dir: Option<PathBuf> = self.args.log_dir.clone().or(log);
-        let output = Output::read(log_dir, stdout, stderr);
+        let output = Output::read(log_dir, steps, stdout, stderr);
         let (code, verdict) = self.watch(&mut guarded, &mut progress, layout)?;
         let evidence = output.finish();
         if let Some(progress) = &mut progress {

@@ -52,7 +52,7 @@ impl GateSaved {
 
 pub struct GateWork {
     dlogits: Tensor,
-    x: Tensor,
+    x: Tensor, // as it came
 }
 
 impl GateWork {
@@ -121,10 +121,10 @@ impl Layer for Gate {
         let weight = w.get(self.weight);
         w.gemms.count(dlogits.kind());
         let dx = linear::backward_input(&dlogits, weight).to_kind(x.kind());
-        (dx, GateWork { dlogits, x: x.to_kind(weight.kind()) })
+        (dx, GateWork { dlogits, x })
     }
 
     fn backward_weight(&self, work: GateWork, grads: &mut Grads) {
-        grads.add_product(self.weight, &work.dlogits, &work.x);
+        grads.add_product(self.weight, &work.dlogits, &work.x.to_kind(work.dlogits.kind()));
     }
 }

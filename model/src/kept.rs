@@ -215,7 +215,8 @@ impl Sums<'_> {
             return self.sides(tokens, &[2 * config.intermediate_size, d, d, config.intermediate_size], 1);
         }
         let (width, local) = (config.moe_intermediate_size, config.n_routed_experts / how.ep);
-        self.add(PUT_OFF, tokens * (config.n_routed_experts + d) * self.wide() + 4 * local); // the gate's
+        self.add(PUT_OFF, tokens * config.n_routed_experts * self.wide() + 4 * local);
+        self.own(PUT_OFF, tokens, d); // as the gate reads it
         self.sides(tokens * config.num_experts_per_tok, &[2 * width, d, d, width], local);
         if config.n_shared_experts > 0 {
             let width = config.n_shared_experts * width;
