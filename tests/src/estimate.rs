@@ -105,6 +105,8 @@ fn a_layout_is_refused_before_a_rank_starts() {
     };
     let (fine, text) = plan("2048", &[]);
     assert!(fine && text.contains("2048 ranks on 256 node(s): pp 16, dp 128, ep 64, dualpipe"), "{text}");
+    let (fine, text) = plan("2048", &["--gib", "40"]);
+    assert!(!fine && text.contains("GiB and more, --gib is 40"), "{text}");
     let (fine, text) = plan("2000", &[]);
     assert!(!fine && text.contains("dp 125 does not divide by ep 64"), "{text}");
     let (fine, text) = plan("2048", &["--set", "phase.0.batch=3000"]);

@@ -233,14 +233,18 @@ fn a_slow_rank_is_named_while_it_is_slow_and_in_the_report_at_the_end() {
 /// Its logs take no line, as on a full disk.
 #[test]
 fn a_run_that_cannot_log_is_not_called_hung() {
-    let faults = "faults.inject=[{kind=\"slow\",rank=0,step=1,ms=700,steps=99}]";
-    let run = Run::new("faults-unlogged", &["run.precision=bf16", "run.stop_after=30", "checkpoint.every=0", "validation.every=0", faults]);
-    std::fs::create_dir_all(run.dir().join("log")).expect("made");
-    (0..2).for_each(|rank| std::os::unix::fs::symlink("/dev/full", run.dir().join(format!("log/rank-{rank}.jsonl"))).expect("a link"));
-    let mut started = Started::train(local(&format!("{SUPERVISED} --start-limit 12")), &run, "launcher");
+    let faults = "faults.inject=[{kind=\"slow\",rank=0,step=2,ms=700,steps=99}]";
+    let run = Run::new("faults-unlogged", &["run.precision=bf16", "run.stop_after=1", "validation.every=0", faults]);
+    mpirun(2, &run.train_args(), 75);
+    for rank in 0..2 {
+        let log = run.dir().join(format!("log/rank-{rank}.jsonl"));
+        std::fs::remove_file(&log).and_then(|()| std::os::unix::fs::symlink("/dev/full", &log)).expect("a link");
+    }
+    let mut launcher = local(&format!("{SUPERVISED} --start-limit 12"));
+    launcher.args(["--", "resume", &run.dir().display().to_string(), "--stop-after", "30"]);
+    let mut started = Started::new(launcher, &run, "launcher");
     assert_eq!(started.code(), 75, "{}", started.said());
-    started.says("step 30/");
-    started.says("cannot write ");
+    ["step 30/", "rank-0.jsonl: No space left"].iter().for_each(|text| started.says(text));
     assert!(!started.said().contains("hung"), "{}", started.said());
 }
 

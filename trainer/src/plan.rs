@@ -27,6 +27,9 @@ enum Command {
         /// 0: all ranks on one.
         #[arg(long, default_value_t = 8)]
         ranks_per_node: usize,
+        /// GiB that a rank has; needing more is an error.
+        #[arg(long)]
+        gib: Option<f64>,
         /// As of `train`.
         #[arg(long = "set", value_name = "section.key=value")]
         set: Vec<String>,
@@ -78,11 +81,11 @@ pub fn run(args: Args) -> Result<()> {
             let times = times.as_deref().map_or(Ok(Times::UNIT), measured)?;
             schedule(name.into(), pp, micro_batches, svg.as_deref(), &times)
         }
-        (_, Some(Command::Run { config, ranks, ranks_per_node, set })) => {
+        (_, Some(Command::Run { config, ranks, ranks_per_node, gib, set })) => {
             let config = RunConfig::load(&config, &set)?;
             let per_node = if ranks_per_node == 0 { ranks } else { ranks_per_node };
             let mesh = config.mesh(&(0..ranks).map(|rank| rank / per_node).collect::<Vec<_>>())?;
-            a_run(&config, &mesh)
+            a_run(&config, &mesh, gib)
         }
         (Some(path), None) => model(&path),
         (None, None) => bail!("plan needs a file of model keys, `run` or `schedule`; see tiefsee plan --help"),
@@ -112,7 +115,7 @@ fn schedule(chosen: Schedule, pp: usize, micro_batches: usize, svg: Option<&Path
     Ok(())
 }
 
-fn a_run(config: &RunConfig, mesh: &Mesh) -> Result<()> {
+fn a_run(config: &RunConfig, mesh: &Mesh, room: Option<f64>) -> Result<()> {
     let notes = prove_schedules(config, mesh, 0)?;
     let plan = Plan::new(&config.phase, &config.data.mixture);
     let nodes = mesh.nodes.last().map_or(0, |last| last + 1);
@@ -129,11 +132,13 @@ fn a_run(config: &RunConfig, mesh: &Mesh) -> Result<()> {
         println!("{:>6} {steps:>9} {:>18} {:>8} {:>7} {micro_batches:>20}", number + 1, phase.tokens, phase.sequence_length, span(&|batch| batch));
     }
     notes.iter().for_each(|note| println!("{note}"));
-    memory(&needs(config, mesh)?);
+    let most = memory(&needs(config, mesh)?);
+    ensure!(room.is_none_or(|room| most <= room), "a rank needs {most:.2} GiB and more, --gib is {}", room.unwrap_or(0.0));
     Ok(())
 }
 
-fn memory(needs: &[Need]) {
+/// Prints it; the most that a rank needs, in GiB.
+fn memory(needs: &[Need]) -> f64 {
     let gib = |bytes: i64| bytes as f64 / (1u64 << 30) as f64;
     println!("\nGiB of a rank by its place in the pipe; kept: for backward, of so many micro-batches, + of so many whose weights' gradients\nare put off, and of that the logits");
     println!("{:>6} {:>14} {:>10} {:>8} {:>9} {:>9} {:>8} {:>7} {:>9} {:>8}", "place", "layers", "parameters", "weights", "gradients", "optimizer", "kept", "logits", "of", "in all");
@@ -152,8 +157,9 @@ fn memory(needs: &[Need]) {
             gib(need.most())
         );
     }
-    let most = needs.iter().map(Need::most).max().unwrap_or(0);
-    println!("most {:.2} GiB, with even routes; beside it: what lives between two operations, the allocator's gaps, NCCL's and the peers' buffers", gib(most));
+    let most = gib(needs.iter().map(Need::most).max().unwrap_or(0));
+    println!("most {most:.2} GiB, with even routes; beside it: what lives between two operations, the allocator's gaps, NCCL's and the peers' buffers");
+    most
 }
 
 fn model(path: &Path) -> Result<()> {

@@ -6,6 +6,7 @@ use crate::checkpoint::second_tier::SecondTier;
 use crate::config::RunConfig;
 use crate::coordinator::gather_layout;
 use crate::device;
+use crate::estimate::{Need, needs};
 use crate::phase::Plan;
 use crate::step::Trainer;
 use anyhow::{Context, Result, anyhow, bail, ensure};
@@ -141,6 +142,12 @@ impl Run<'_> {
             self.plan.num_steps(),
             self.plan.total_tokens(),
         ));
+        if let (on @ tch::Device::Cuda(_), 0) = (self.trainer.weights.device(), self.world.rank()) {
+            let most = needs(self.config, &self.trainer.mesh)?.iter().map(Need::most).max().unwrap_or(0);
+            let (total, gib) = (kernels::device::gpu(on).memory()?.total_bytes as i64, |bytes: i64| bytes as f64 / (1u64 << 30) as f64);
+            let verdict = if most > total { ": it will not fit" } else { "" };
+            self.metrics.say(&format!("weights, gradients, optimizer and what is kept for backward take up to {:.1} GiB of a GPU's {:.1}{verdict}", gib(most), gib(total)));
+        }
         Ok(())
     }
 }
