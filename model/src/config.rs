@@ -100,6 +100,9 @@ pub struct ParameterCount {
     pub mtp: i64,
 }
 
+/// Of any size: products of a few must stay numbers.
+const MOST: i64 = 1 << 24;
+
 impl ModelConfig {
     pub fn qk_head_dim(&self) -> i64 {
         self.qk_nope_head_dim + self.qk_rope_head_dim
@@ -128,7 +131,10 @@ impl ModelConfig {
             ("max_position_embeddings", self.max_position_embeddings),
             ("q_lora_rank", self.q_lora_rank.unwrap_or(1)),
         ] {
-            check(value > 0, key, value, "must be positive")?;
+            check((1..=MOST).contains(&value), key, value, &format!("must be from 1 to {MOST}"))?;
+        }
+        for (key, value) in [("n_routed_experts", self.n_routed_experts), ("n_shared_experts", self.n_shared_experts)] {
+            check((0..=MOST).contains(&value), key, value, &format!("must be from 0 to {MOST}"))?;
         }
         check(self.qk_rope_head_dim > 0 && self.qk_rope_head_dim % 2 == 0, "qk_rope_head_dim", self.qk_rope_head_dim, "must be positive and even")?;
         check((0..=1).contains(&self.num_nextn_predict_layers), "num_nextn_predict_layers", self.num_nextn_predict_layers, "must be 0 or 1")?;

@@ -6,6 +6,7 @@ use crate::saved::{LOGITS, PROBABILITIES, PUT_OFF};
 use crate::{ModelConfig, Recompute, StagePart};
 use kernels::Precision;
 use kernels::fp8::{TILE, padded_rows, round_up};
+use kernels::ops::attention;
 use std::collections::BTreeMap;
 
 /// How a stage runs.
@@ -18,13 +19,21 @@ pub struct How {
     pub length: i64,
     /// Ranks that share out the experts.
     pub ep: i64,
-    /// The fused attention keeps its output; the reference keeps probabilities, and the output where it is rounded.
-    pub fused_attention: bool,
+    /// The fused attention, which GPUs have, keeps its output; the reference keeps probabilities, too.
+    pub on_gpu: bool,
+    /// Rows at this rank's experts over an even share.
+    pub load: f64,
+}
+
+impl How {
+    fn loaded(&self, rows: f64) -> i64 {
+        (rows * self.load).ceil() as i64
+    }
 }
 
 pub type Parts = BTreeMap<&'static str, i64>;
 
-/// Bytes by part that the stage keeps of one micro-batch, routes being even.
+/// Bytes by part that the stage keeps of one micro-batch.
 pub fn kept(config: &ModelConfig, part: &StagePart, how: How) -> Parts {
     let mut sums = Sums { config, how, parts: Parts::new() };
     let (tokens, inner, d) = (how.sequences * how.length, how.sequences * (how.length - 1), config.hidden_size);
@@ -38,6 +47,9 @@ pub fn kept(config: &ModelConfig, part: &StagePart, how: How) -> Parts {
         if config.num_nextn_predict_layers == 1 {
             sums.add("tokens", 8 * inner);
             (0..3).for_each(|_| sums.norm("norms' inputs", inner, d));
+            if how.sequences == 1 {
+                sums.own("head's input", -tokens, d); // its first positions are one of these inputs: no copy
+            }
             sums.own("MTP's projection", inner, 2 * d);
             sums.block(true, how.length - 1);
             sums.head(inner);
@@ -173,7 +185,8 @@ impl Sums<'_> {
             self.own("queries, keys and values", tokens, heads * (head + value));
         }
         self.own("attention's output", tokens, heads * value);
-        match self.how.fused_attention {
+        let fused = attention::fused(self.how.precision.compute(), (head, value), length);
+        match self.how.on_gpu && fused {
             true => self.add("attention's output", 4 * tokens * heads), // the logarithms of the sums
             false => self.own(PROBABILITIES, tokens, heads * length),
         }
@@ -217,7 +230,9 @@ impl Sums<'_> {
         let (width, local) = (config.moe_intermediate_size, config.n_routed_experts / how.ep);
         self.add(PUT_OFF, tokens * config.n_routed_experts * self.wide() + 4 * local);
         self.own(PUT_OFF, tokens, d); // as the gate reads it
-        self.sides(tokens * config.num_experts_per_tok, &[2 * width, d, d, width], local);
+        let rows = tokens * config.num_experts_per_tok;
+        let rows = if how.ep == 1 { rows } else { how.loaded(rows as f64) };
+        self.sides(rows, &[2 * width, d, d, width], local);
         if config.n_shared_experts > 0 {
             let width = config.n_shared_experts * width;
             self.sides(tokens, &[2 * width, d, d, width], 1);
@@ -227,9 +242,10 @@ impl Sums<'_> {
     fn moe(&mut self, tokens: i64) {
         let (config, how) = (self.config, self.how);
         let (experts, chosen) = (config.n_routed_experts, config.num_experts_per_tok);
-        let (rows, local) = (tokens * chosen, experts / how.ep);
-        let arrived = if how.ep == 1 { tokens } else { (tokens as f64 * arriving(config, how.ep)).ceil() as i64 };
-        self.add("routes", (tokens + how.sequences) * experts * self.wide() + 8 * rows);
+        let (choices, local) = (tokens * chosen, experts / how.ep);
+        let arrived = if how.ep == 1 { tokens } else { how.loaded(tokens as f64 * arriving(config, how.ep)) };
+        let rows = if how.ep == 1 { choices } else { how.loaded(choices as f64) };
+        self.add("routes", (tokens + how.sequences) * experts * self.wide() + 8 * choices);
         self.add("routes", 4 * (2 * rows + arrived * chosen)); // the places of the local rows
         if how.ep > 1 {
             self.add("routes", 4 * (arrived * (1 + chosen) + tokens * how.ep)); // and of those sent

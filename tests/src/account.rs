@@ -132,6 +132,8 @@ fn a_split_backward_puts_off_everything_but_the_logits() {
     let mut pipeline = Pipeline::new(&context, &trainer.stages, &mut trainer.weights, Some(&mut grads), &one, &trainer.config);
     pipeline.forward(chunk, None).expect("a forward");
     pipeline.backward(chunk, None, true).expect("an input's gradient");
+    assert!(names().is_empty(), "the result goes first");
+    pipeline.rest().expect("what follows the result");
     // Main head and MTP's share a weight, and MTP's last norm lies between.
     assert_eq!(names(), ["lm_head.weight", "model.layers.3.shared_head.norm.weight"]);
     pipeline.backward_weight(chunk).expect("weights' gradients");

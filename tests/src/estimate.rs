@@ -18,10 +18,10 @@ const WIDTHS: [&str; 4] = ["model.kv_lora_rank=16", "model.qk_nope_head_dim=16",
 
 #[test]
 fn a_forward_keeps_what_was_foretold() {
-    let (sequences, length) = (2, 32);
+    let length = 32;
     let again = ["recompute.rms_norm=true", "recompute.mla_up_projection=true", "recompute.swiglu=true"];
     let never = ["recompute.rms_norm=false", "recompute.mla_up_projection=false", "recompute.swiglu=false"];
-    for precision in ["f64", "f32", "bf16", "fp8"] {
+    for (precision, sequences) in [("f64", 2), ("f32", 1), ("bf16", 2), ("fp8", 1), ("fp8", 2)] {
         for more in [&again[..], &never, &[again[0], never[1], again[2]], &[never[0], again[1], never[2]]] {
             let precision = format!("run.precision={precision}");
             let config = Run::new("foretold", &[&WIDTHS[..], &[&precision], more].concat()).config();
@@ -38,7 +38,8 @@ fn a_forward_keeps_what_was_foretold() {
                 sequences: sequences as i64,
                 length,
                 ep: 1,
-                fused_attention: false,
+                on_gpu: false,
+                load: 1.0,
             };
             assert_eq!(kept(&config.model, &whole, how), bytes(&saved), "{precision}, {more:?}");
             let mut work = Vec::new();
@@ -51,6 +52,25 @@ fn a_forward_keeps_what_was_foretold() {
             assert!(alike.contains(&foretold), "{precision}, {more:?}: {foretold} foretold, {made} made");
         }
     }
+}
+
+#[test]
+fn rows_that_arrive_are_foretold_with_even_routes() {
+    // Every token to half of all experts, in turns: each rank gets every row.
+    let set = ["run.precision=fp8", "parallel.ep=2", "phase.0.batch=4", "phase.0.micro_batch=2", "model.num_experts_per_tok=8", "model.n_group=1", "model.topk_group=1"];
+    let config = Run::new("arriving", &[&WIDTHS[..], &set].concat()).config();
+    assert_eq!(config.model.n_routed_experts, 8, "all experts are chosen");
+    let mesh = config.mesh(&[0, 0]).expect("a layout");
+    let saved = run_local(2, |world| {
+        let mut trainer = Trainer::new(&config, &mesh, world).expect("a trainer");
+        let plan = Plan::new(&config.phase, &config.data.mixture);
+        let context = trainer.context(&plan.at(0).expect("a phase"), 2);
+        let batch = MicroBatch::new(tokens(3, &[2, 33], config.model.vocab_size));
+        let (.., saved) = trainer.stages.direction(0).forward(&context, &mut trainer.weights, &batch, StageIn::Tokens).expect("a forward");
+        bytes(&saved)
+    });
+    let how = How { precision: Precision::Fp8, recompute: config.recompute, sequences: 2, length: 32, ep: 2, on_gpu: false, load: 1.0 };
+    assert_eq!(saved, vec![kept(&config.model, &model::StagePart::whole(&config.model), how); 2]);
 }
 
 /// Bytes of a rank's weights, gradients and optimizer, and its place in the pipe.
@@ -72,7 +92,7 @@ fn ranks_hold_what_was_foretold() {
             let precision = format!("run.precision={precision}");
             let config = Run::new("held", &[&[&precision, "optimizer.moments=bf16"], set].concat()).config();
             let mesh = config.mesh(&vec![0; ranks]).expect("a layout");
-            let needs = needs(&config, &mesh).expect("an estimate");
+            let needs = needs(&config, &mesh, 1.0).expect("an estimate");
             let held = run_local(ranks, |world| held(&Trainer::new(&config, &mesh, world.clone()).expect("a trainer"), world.rank()));
             for (place, need) in needs.iter().enumerate() {
                 let most = |part: usize| held.iter().filter(|(of, _)| *of == place).map(|(_, parts)| parts[part]).max();
@@ -92,7 +112,7 @@ fn blocks_of_weights_are_foretold() {
     let context = trainer.context(&plan.at(0).expect("a phase"), 1);
     let batch = MicroBatch::new(tokens(3, &[1, 33], config.model.vocab_size));
     drop(trainer.gradients(&context, &[batch]).expect("gradients"));
-    assert_eq!(needs(&config, &Mesh::single()).expect("an estimate")[0].weights, trainer.weights.bytes());
+    assert_eq!(needs(&config, &Mesh::single(), 1.0).expect("an estimate")[0].weights, trainer.weights.bytes());
 }
 
 #[test]
@@ -107,6 +127,18 @@ fn a_layout_is_refused_before_a_rank_starts() {
     assert!(fine && text.contains("2048 ranks on 256 node(s): pp 16, dp 128, ep 64, dualpipe"), "{text}");
     let (fine, text) = plan("2048", &["--gib", "40"]);
     assert!(!fine && text.contains("GiB and more, --gib is 40"), "{text}");
+    for (set, error) in [
+        ("phase.0.micro_batch=4611686018427387904", "micro_batch = 4611686018427387904: must be from 1 to"),
+        ("phase.0.tokens=9223372036854775807", "tokens = 9223372036854775807: must be from 1 to"),
+        ("parallel.layers=[9223372036854775807, 9223372036854775807, 63, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]", "each from 0 to model.num_hidden_layers = 61"),
+        ("model.n_shared_experts=-1", "n_shared_experts = -1"),
+        ("model.vocab_size=9223372036854775807", "vocab_size = 9223372036854775807"),
+    ] {
+        let (fine, text) = plan("2048", &["--set", set]);
+        assert!(!fine && text.contains(error) && !text.contains("panicked"), "{set}: {text}");
+    }
+    let (fine, text) = plan("4611686018427387904", &[]);
+    assert!(!fine && text.contains("--ranks 4611686018427387904: at most"), "{text}");
     let (fine, text) = plan("2000", &[]);
     assert!(!fine && text.contains("dp 125 does not divide by ep 64"), "{text}");
     let (fine, text) = plan("2048", &["--set", "phase.0.batch=3000"]);

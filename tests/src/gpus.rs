@@ -36,6 +36,7 @@ const TWO: &[Layout] = &[
     ("pp2-1f1b", &["parallel.pp=2"]),
     ("pp2-zb1p", &["parallel.pp=2", "parallel.schedule=zb1p"]),
     ("pp2-dualpipe", &["parallel.pp=2", "parallel.schedule=dualpipe"]),
+    ("pp2-dualpipe-few", &["parallel.pp=2", "parallel.schedule=dualpipe", "phase.0.micro_batch=4", "phase.1.micro_batch=4"]),
     ("dp2", &[]),
 ];
 
@@ -47,6 +48,7 @@ const FOUR: &[Layout] = &[
     ("pp4-1f1b", &["parallel.pp=4"]),
     ("pp4-zb1p", &["parallel.pp=4", "parallel.schedule=zb1p"]),
     ("pp4-dualpipe", &["parallel.pp=4", "parallel.schedule=dualpipe"]),
+    ("pp4-dualpipe-few", &["parallel.pp=4", "parallel.schedule=dualpipe", "phase.0.micro_batch=4", "phase.1.micro_batch=4"]),
 ];
 
 const EIGHT: &[Layout] = &[

@@ -1,5 +1,5 @@
 //! What a run will need of each rank's memory, from its config alone, before anything is started.
-use crate::config::{Moments, RunConfig};
+use crate::config::{DeviceChoice, Moments, RunConfig};
 use crate::phase::Plan;
 use crate::pipeline::{LocalStages, parts};
 use crate::zero::{BUCKET_BYTES, Share, shares};
@@ -31,7 +31,7 @@ pub struct Need {
     pub activations: Kept,
 }
 
-/// Most that is kept for backwards at one time, routes being even.
+/// Most that is kept for backwards at one time.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Kept {
     pub bytes: i64,
@@ -53,8 +53,8 @@ impl Need {
 /// What differs from step to step: B and L of a micro-batch, and how many a pipe has.
 type Shape = (i64, i64, usize);
 
-/// By place in the pipe.
-pub fn needs(config: &RunConfig, mesh: &Mesh) -> Result<Vec<Need>> {
+/// By place in the pipe. `load`: rows at a rank's experts over an even share.
+pub fn needs(config: &RunConfig, mesh: &Mesh, load: f64) -> Result<Vec<Need>> {
     let plan = Plan::new(&config.phase, &config.data.mixture);
     let shape = |phase: &crate::phase::Phase, batch: u64| {
         let micro_batches = batch / (phase.micro_batch * mesh.dp as u64);
@@ -62,10 +62,10 @@ pub fn needs(config: &RunConfig, mesh: &Mesh) -> Result<Vec<Need>> {
     };
     let shapes: BTreeSet<Shape> = plan.stretches(0).map(|(moment, _)| shape(moment.phase, moment.batch)).collect();
     let parts = parts(&config.model, mesh.pp, &config.parallel.layers)?;
-    (0..mesh.pp).map(|place| need(config, mesh, (place, &parts), &shapes)).collect()
+    (0..mesh.pp).map(|place| need((config, load), mesh, (place, &parts), &shapes)).collect()
 }
 
-fn need(config: &RunConfig, mesh: &Mesh, (place, parts): (usize, &[StagePart]), shapes: &BTreeSet<Shape>) -> Result<Need> {
+fn need((config, load): (&RunConfig, f64), mesh: &Mesh, (place, parts): (usize, &[StagePart]), shapes: &BTreeSet<Shape>) -> Result<Need> {
     let (precision, rank) = (config.run.precision, place * mesh.dp);
     let mut table = ParamTable::new(ExpertShare { rank: 0, ranks: mesh.ep as i64 }, config.recompute);
     LocalStages::new(&mut table, &config.model, parts, mesh, rank);
@@ -89,7 +89,8 @@ fn need(config: &RunConfig, mesh: &Mesh, (place, parts): (usize, &[StagePart]), 
             sequences,
             length,
             ep: mesh.ep as i64,
-            fused_attention: config.run.device == crate::config::DeviceChoice::Cuda,
+            on_gpu: config.run.device == DeviceChoice::Cuda,
+            load,
         };
         let of_stage = |part: &&StagePart| {
             let parts = kept(&config.model, part, how);

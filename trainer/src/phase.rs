@@ -113,6 +113,10 @@ impl Curve {
     }
 }
 
+/// More would be a slip, and products of such numbers must stay numbers.
+const MOST_SEQUENCES: u64 = 1 << 30;
+const MOST_TOKENS: u64 = 1 << 53;
+
 impl Phase {
     pub fn validate(&self, model: &ModelConfig) -> Result<()> {
         let longest = model.max_position_embeddings as u64;
@@ -120,10 +124,12 @@ impl Phase {
         for lr in [self.lr.at(0.0), self.lr.at(1.0)] {
             ensure!(lr >= 0.0 && lr.is_finite(), "lr = {lr}: must not be negative");
         }
-        ensure!(self.tokens > 0, "tokens = 0: must be positive");
+        ensure!((1..=MOST_TOKENS).contains(&self.tokens), "tokens = {}: must be from 1 to {MOST_TOKENS}", self.tokens);
         ensure!((3..=longest).contains(&self.sequence_length), "sequence_length = {}: must be between 3 and model.max_position_embeddings = {longest}", self.sequence_length);
-        ensure!(self.micro_batch > 0, "micro_batch = 0: must be positive");
-        ensure!(self.batch.unit() > 0, "batch: must be positive");
+        ensure!((1..=MOST_SEQUENCES).contains(&self.micro_batch), "micro_batch = {}: must be from 1 to {MOST_SEQUENCES}", self.micro_batch);
+        for batch in [self.batch.unit(), self.batch.at(0.0), self.batch.at(1.0)] {
+            ensure!((1..=MOST_SEQUENCES).contains(&batch), "batch = {batch}: must be from 1 to {MOST_SEQUENCES}");
+        }
         if let Ramp::Line(Line { from, to, multiple }) = &self.batch {
             ensure!(from % multiple == 0 && to % multiple == 0, "batch: from {from} and to {to} must be multiples of {multiple}");
         }

@@ -25,7 +25,7 @@ pub fn parts(config: &ModelConfig, num_stages: usize, counts: &[i64]) -> Result<
     let even = |stage: i64| layers / stages + (stage < layers % stages) as i64;
     let counts = if counts.is_empty() { (0..stages).map(even).collect() } else { counts.to_vec() };
     ensure!(counts.len() == num_stages, "parallel.layers names {} stages, parallel.pp is {num_stages}", counts.len());
-    ensure!(counts.iter().all(|&count| count >= 0), "parallel.layers = {counts:?}: must not be negative");
+    ensure!(counts.iter().all(|count| (0..=layers).contains(count)), "parallel.layers = {counts:?}: each from 0 to model.num_hidden_layers = {layers}");
     let sum: i64 = counts.iter().sum();
     ensure!(sum == layers, "parallel.layers = {counts:?}: its sum is {sum}, model.num_hidden_layers is {layers}");
     let mut next = 0;
@@ -208,18 +208,17 @@ impl Stages for Pipeline<'_, '_> {
         let (stage, saved) = (self.stages.direction(chunk.direction), self.saved(chunk));
         let mut work = StageWork::new();
         let grads = Self::grads(&mut self.grads);
-        // The logits' gradients are never put off: a pipe's worth of them is more than all else that a last stage holds.
-        let mut make = |piece: Work| match piece {
-            piece if split && !matches!(piece, Work::Head(_) | Work::MtpOut(_)) => work.push(piece),
-            piece => stage.backward_weight(piece, grads),
-        };
-        let (dx, mut rest) = stage.backward(self.weights, gradient.map(one), saved, &mut make)?;
+        let (dx, mut rest) = stage.backward(self.weights, gradient.map(one), saved, &mut |piece| match split {
+            true => work.push(piece),
+            false => stage.backward_weight(piece, grads),
+        })?;
         if split {
-            rest.drain(..).for_each(make);
+            work.append(&mut rest);
+            // A pipe's worth of logits' gradients is more than all else that a last stage holds: they go as soon as the result does.
+            (rest, work) = work.into_iter().partition(|piece| matches!(piece, Work::Head(_) | Work::MtpOut(_)));
             self.queue.push_back((chunk, work));
-        } else {
-            self.rest = (chunk.direction, rest);
         }
+        self.rest = (chunk.direction, rest);
         let dx = dx.map(|dx| vec![dx]);
         self.went_back(chunk, &dx);
         Ok(dx)

@@ -27,6 +27,9 @@ enum Command {
         /// 0: all ranks on one.
         #[arg(long, default_value_t = 8)]
         ranks_per_node: usize,
+        /// Rows at a rank's experts over an even share.
+        #[arg(long, default_value_t = 1.0)]
+        load: f64,
         /// GiB that a rank has; needing more is an error.
         #[arg(long)]
         gib: Option<f64>,
@@ -81,11 +84,13 @@ pub fn run(args: Args) -> Result<()> {
             let times = times.as_deref().map_or(Ok(Times::UNIT), measured)?;
             schedule(name.into(), pp, micro_batches, svg.as_deref(), &times)
         }
-        (_, Some(Command::Run { config, ranks, ranks_per_node, gib, set })) => {
+        (_, Some(Command::Run { config, ranks, ranks_per_node, load, gib, set })) => {
+            ensure!(ranks <= 1 << 20, "--ranks {ranks}: at most {}", 1 << 20);
+            ensure!((1.0..=1e3).contains(&load), "--load {load}: must be from 1 to 1000");
             let config = RunConfig::load(&config, &set)?;
             let per_node = if ranks_per_node == 0 { ranks } else { ranks_per_node };
             let mesh = config.mesh(&(0..ranks).map(|rank| rank / per_node).collect::<Vec<_>>())?;
-            a_run(&config, &mesh, gib)
+            a_run(&config, &mesh, (load, gib))
         }
         (Some(path), None) => model(&path),
         (None, None) => bail!("plan needs a file of model keys, `run` or `schedule`; see tiefsee plan --help"),
@@ -115,7 +120,7 @@ fn schedule(chosen: Schedule, pp: usize, micro_batches: usize, svg: Option<&Path
     Ok(())
 }
 
-fn a_run(config: &RunConfig, mesh: &Mesh, room: Option<f64>) -> Result<()> {
+fn a_run(config: &RunConfig, mesh: &Mesh, (load, room): (f64, Option<f64>)) -> Result<()> {
     let notes = prove_schedules(config, mesh, 0)?;
     let plan = Plan::new(&config.phase, &config.data.mixture);
     let nodes = mesh.nodes.last().map_or(0, |last| last + 1);
@@ -132,18 +137,18 @@ fn a_run(config: &RunConfig, mesh: &Mesh, room: Option<f64>) -> Result<()> {
         println!("{:>6} {steps:>9} {:>18} {:>8} {:>7} {micro_batches:>20}", number + 1, phase.tokens, phase.sequence_length, span(&|batch| batch));
     }
     notes.iter().for_each(|note| println!("{note}"));
-    let most = memory(&needs(config, mesh)?);
+    let most = memory(&needs(config, mesh, load)?, load);
     ensure!(room.is_none_or(|room| most <= room), "a rank needs {most:.2} GiB and more, --gib is {}", room.unwrap_or(0.0));
     Ok(())
 }
 
 /// Prints it; the most that a rank needs, in GiB.
-fn memory(needs: &[Need]) -> f64 {
+fn memory(needs: &[Need], load: f64) -> f64 {
     let gib = |bytes: i64| bytes as f64 / (1u64 << 30) as f64;
     println!("\nGiB of a rank by its place in the pipe; kept: for backward, of so many micro-batches, + of so many whose weights' gradients\nare put off, and of that the logits");
     println!("{:>6} {:>14} {:>10} {:>8} {:>9} {:>9} {:>8} {:>7} {:>9} {:>8}", "place", "layers", "parameters", "weights", "gradients", "optimizer", "kept", "logits", "of", "in all");
     for (place, need) in needs.iter().enumerate() {
-        let layers: Vec<String> = need.layers.iter().map(|layers| format!("{}–{}", layers.start, layers.end - 1)).collect();
+        let layers: Vec<String> = need.layers.iter().map(|layers| if layers.is_empty() { "none".into() } else { format!("{}–{}", layers.start, layers.end - 1) }).collect();
         println!(
             "{place:>6} {:>14} {:>9.2}B {:>8.2} {:>9.2} {:>9.2} {:>8.2} {:>7.2} {:>9} {:>8.2}",
             layers.join(", "),
@@ -158,7 +163,8 @@ fn memory(needs: &[Need]) -> f64 {
         );
     }
     let most = gib(needs.iter().map(Need::most).max().unwrap_or(0));
-    println!("most {most:.2} GiB, with even routes; beside it: what lives between two operations, the allocator's gaps, NCCL's and the peers' buffers");
+    let routes = if load == 1.0 { "even routes".to_string() } else { format!("{load} times an even share of rows at its experts") };
+    println!("most {most:.2} GiB, with {routes}; beside it: what lives between two operations, the allocator's gaps, NCCL's and the peers' buffers");
     most
 }
 

@@ -241,7 +241,9 @@ impl Trainer {
     pub fn gradients(&mut self, step: &StepContext, batch: &[MicroBatch]) -> Result<Computed, CommError> {
         let actions = self.actions(batch.len());
         let probe = self.probe(&actions);
-        let mut reduction = self.zero.begin();
+        // Of DualPipe's two copies of the stages a step of few micro-batches runs one.
+        let one_copy = self.mesh.schedule.for_step(self.mesh.pp, batch.len()) != self.mesh.schedule;
+        let mut reduction = self.zero.begin(one_copy);
         let mut grads = Grads::new(&self.weights, self.stages.uses(&actions), &mut reduction);
         let mut pipeline = Pipeline::new(step, &self.stages, &mut self.weights, Some(&mut grads), batch, &self.config);
         pipeline.probe = probe;

@@ -176,9 +176,10 @@ impl Zero {
         self.shards.binary_search_by_key(&id, |shard| shard.id).expect("this rank owns some of it")
     }
 
-    /// The reduction of one step's gradients.
-    pub fn begin(&self) -> Reduction<'_> {
-        Reduction::new(self)
+    /// The reduction of one step's gradients. `late`: none leaves before all are complete. So where ranks of a group do not run the
+    /// same stages: one's host may wait for another's, which would wait for the first one's results.
+    pub fn begin(&self, late: bool) -> Reduction<'_> {
+        Reduction::new(self, late)
     }
 
     /// Every run of rows that this rank computes with, its own and the others'.

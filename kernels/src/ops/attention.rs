@@ -115,9 +115,13 @@ fn joined(pieces: Vec<(Place, Tensor)>) -> Tensor {
 
 /// BF16 on a GPU, widths that cuDNN has kernels for, and more than a handful of positions.
 fn for_cudnn(q: &Tensor, v: &Tensor) -> bool {
-    let (width, value, positions) = (q.size()[3], v.size()[3], q.size()[2]);
+    q.device().is_cuda() && fused(q.kind(), (q.size()[3], v.size()[3]), q.size()[2])
+}
+
+/// Whether cuDNN takes it on a GPU: queries and values of these widths, over so many positions. Else probabilities are kept.
+pub fn fused(kind: Kind, (width, value): (i64, i64), positions: i64) -> bool {
     let widths = width % 8 == 0 && value % 8 == 0 && value <= 128 && (width <= 128 || (width, value) == (192, 128));
-    q.device().is_cuda() && q.kind() == Kind::BFloat16 && widths && positions >= 64
+    kind == Kind::BFloat16 && widths && positions >= 64
 }
 
 fn reference(q: &Tensor, k: &Tensor, v: &Tensor, scale: f64) -> (Tensor, Tensor) {

@@ -17,6 +17,7 @@ pub struct Reduction<'a> {
     /// Of every lane, its next bucket to start.
     next: Vec<usize>,
     error: Option<CommError>,
+    late: bool,
 }
 
 /// Gradients on their way to this rank, to be summed when all have started: not before, as under DualPipe what another rank
@@ -46,20 +47,23 @@ impl GradSink for Reduction<'_> {
                 assert!(filling.missing > 0, "a gradient of {id:?} came after its bucket was full");
                 filling.missing -= 1;
                 filling.gradients.insert(id, gradient);
-                self.start(self.zero.buckets[index].lane);
+                if !self.late {
+                    self.start(self.zero.buckets[index].lane);
+                }
             }
         }
     }
 }
 
 impl Reduction<'_> {
-    pub(super) fn new(zero: &Zero) -> Reduction<'_> {
+    pub(super) fn new(zero: &Zero, late: bool) -> Reduction<'_> {
         Reduction {
             zero,
             whole: BTreeMap::new(),
             filling: zero.buckets.iter().map(|bucket| Filling { gradients: BTreeMap::new(), missing: bucket.ids.len(), arriving: None }).collect(),
             next: zero.lanes.iter().map(|lane| lane.buckets.start).collect(),
             error: None,
+            late,
         }
     }
 
@@ -78,6 +82,7 @@ impl Reduction<'_> {
 
     /// Once every parameter's gradient is complete.
     pub fn finish(mut self) -> Result<Arriving, CommError> {
+        (0..self.next.len()).for_each(|lane| self.start(lane));
         if let Some(error) = self.error.take() {
             return Err(error);
         }

@@ -127,7 +127,7 @@ fn reduced(groups: &Groups, bytes: usize, alter: impl Fn(ParamId, Tensor) -> Ten
     let rank = groups.world.rank();
     let mut order = trained(&weights.table);
     order.sort_by_key(|id| Dice((id.0 * 31 + rank) as u64).below(1000));
-    let mut reduction = zero.begin();
+    let mut reduction = zero.begin(false);
     for id in order {
         reduction.complete(id, alter(id, gradient(&weights.table, id, rank)));
     }
@@ -173,7 +173,7 @@ fn buckets_start_in_one_order_and_as_soon_as_they_may() {
         let weights = weights(5, &groups, Precision::F64);
         let zero = Zero::new(&groups, &weights, 64).expect("alike on all ranks");
         assert!(zero.buckets.len() >= 4, "{} buckets", zero.buckets.len());
-        let mut reduction = zero.begin();
+        let mut reduction = zero.begin(false);
         let started = |reduction: &Reduction| reduction.filling.iter().filter(|filling| filling.arriving.is_some()).count();
         let ids = trained(&weights.table);
         // A backward completes the last first.
@@ -192,6 +192,24 @@ fn buckets_start_in_one_order_and_as_soon_as_they_may() {
         }
         assert_eq!(started(&reduction), zero.buckets.len());
         drop(reduction.finish().expect("they are on their way"));
+    });
+}
+
+#[test]
+fn late_none_starts_before_all_are_complete() {
+    in_groups(2, 1, |groups| {
+        let weights = weights(5, &groups, Precision::F64);
+        let zero = Zero::new(&groups, &weights, 64).expect("alike on all ranks");
+        let sums = |late: bool| {
+            let mut reduction = zero.begin(late);
+            for id in trained(&weights.table).into_iter().rev() {
+                reduction.complete(id, gradient(&weights.table, id, groups.world.rank()));
+            }
+            let started = reduction.filling.iter().filter(|filling| filling.arriving.is_some()).count();
+            assert_eq!(started, if late { 0 } else { zero.buckets.len() });
+            reduction.finish().and_then(Arriving::sum).expect("sums").0
+        };
+        assert!(sums(true).iter().zip(sums(false)).all(|(late, early)| late.equal(&early)));
     });
 }
 
@@ -228,7 +246,7 @@ fn alone_nothing_is_copied() {
     let ids = trained(&weights.table);
     assert_eq!(zero.shards().iter().map(|shard| shard.id).collect::<Vec<_>>(), ids);
     let gradients: Vec<Tensor> = ids.iter().map(|&id| gradient(&weights.table, id, 0)).collect();
-    let mut reduction = zero.begin();
+    let mut reduction = zero.begin(false);
     ids.iter().zip(&gradients).rev().for_each(|(&id, gradient)| reduction.complete(id, gradient.shallow_clone()));
     let (sums, squares) = reduction.finish().and_then(Arriving::sum).expect("no transfer");
     assert!(sums.iter().zip(&gradients).all(|(sum, gradient)| sum.data_ptr() == gradient.data_ptr()));
@@ -246,7 +264,7 @@ fn a_missing_gradient_is_noticed() {
     in_groups(2, 1, |groups| {
         let weights = weights(1, &groups, Precision::F64);
         let zero = Zero::new(&groups, &weights, BUCKET_BYTES).expect("alike on all ranks");
-        let mut reduction = zero.begin();
+        let mut reduction = zero.begin(false);
         trained(&weights.table).into_iter().skip(1).for_each(|id| reduction.complete(id, gradient(&weights.table, id, 0)));
         reduction.finish().map(|_| ()).expect("sums");
     });

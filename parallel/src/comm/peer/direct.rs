@@ -5,7 +5,8 @@
 //!
 //! A host that waits for another's here has put everything before it on its GPU, and the only other place where a host waits
 //! is for counts in a forward: ranks of one group have their forwards behind them alike when gradients are complete, because
-//! the last backward of a direction is never in a pair.
+//! the last backward of a direction is never in a pair. Where ranks of a group run other stages (DualPipe's two copies in a step of
+//! few micro-batches), gradients leave at the step's end alone.
 //!
 //! Invariant: the receiver says "ready" in its stream, so after everything that used the memory before; the flag says that
 //! all parts are there. First every rank posts its "ready"s, then its sends, then its waits: nobody waits for a "ready"

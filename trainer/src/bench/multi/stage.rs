@@ -49,7 +49,7 @@ fn parts(
     let lists = lists();
     let mut times = vec![Vec::new(); lists.len()];
     for round in 0..WARM + ROUNDS {
-        let mut reduction = trainer.zero.begin();
+        let mut reduction = trainer.zero.begin(false);
         // One use more than is made: no gradient is ever complete, and none is reduced.
         let forwards: Vec<Action> = (0..=3 * HELD).map(|_| Action::Forward(chunk(0))).collect();
         let mut grads = Grads::new(&trainer.weights, trainer.stages.uses(&forwards), &mut reduction);
