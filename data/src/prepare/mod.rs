@@ -111,7 +111,7 @@ impl<'a> Prepare<'a> {
         let text: u64 = self.files.iter().map(InputFile::text_estimate).sum();
         let units = Units::new(self.args.held_out, text, self.args.shard_mib << 20);
         let given = self.given.as_ref().filter(|_| !self.args.lossy_tokenizer);
-        let spill = Spill { folder: spills, units, seed: self.args.seed, max_bad: self.args.max_bad, given };
+        let spill = Spill { folder: spills, units, seed: self.args.seed, max_bad: self.args.max_bad, part_bytes: spill::PART_BYTES, given };
         let groups = self.read_inputs(&spill)?;
         spill::check_bad_lines(&groups, self.args.max_bad)?;
         let parts = spill.parts(&groups);

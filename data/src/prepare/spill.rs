@@ -6,12 +6,13 @@
 //! Invariant: what a unit holds depends on the documents and the seed alone.
 //!
 //! A group of input files spills into part files, `GROUP-PART`: a table of units + 1 offsets, then
-//! the units' records (key 16, length 4, text). `GROUP.json` is written when all parts are
-//! durable; a restart repeats only groups without one. GROUP is a hash of all that the parts depend on, so a group
-//! whose files have changed is another.
+//! the units' records (key 16, length 4, text). A unit is gathered out of all parts there are, so a group's are joined
+//! into one: of any amount of text there are no more than groups. `GROUP.json` is written when that is durable; a
+//! restart repeats only groups without one. GROUP is a hash of all that the parts depend on, so a group whose files have
+//! changed is another.
 
-use std::fs::File;
-use std::io::Write;
+use std::fs::{self, File};
+use std::io::{self, BufReader, Read, Write};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
@@ -25,7 +26,11 @@ use super::tokens::Given;
 use crate::{DataError, Split};
 
 /// Text that one thread gathers before it writes a part.
-const PART_BYTES: usize = 64 << 20;
+pub(super) const PART_BYTES: usize = 64 << 20;
+
+/// Parts joined at a time by one thread, and by all: a process may often have no more than 1024 files open.
+const JOINED: usize = 64;
+const JOINED_BY_ALL: usize = 512;
 
 /// Documents of a group that a given tokenizer is tried on.
 const CHECKED: u64 = 64;
@@ -126,6 +131,7 @@ pub(super) struct Spill<'a> {
     pub seed: u64,
     /// The share of lines that may give no text.
     pub max_bad: f64,
+    pub part_bytes: usize,
     /// The tokenizer that must give each group's first documents back.
     pub given: Option<&'a Given>,
 }
@@ -147,7 +153,7 @@ impl Spill<'_> {
                     given.check(file, number, text)?;
                 }
                 gathered += self.gather(text, &mut buffers, &mut done);
-                if gathered >= PART_BYTES {
+                if gathered >= self.part_bytes {
                     self.write_part(&done.name, done.parts, &mut buffers)?;
                     done.parts += 1;
                     gathered = 0;
@@ -164,6 +170,11 @@ impl Spill<'_> {
         if gathered > 0 {
             self.write_part(&done.name, done.parts, &mut buffers)?;
             done.parts += 1;
+        }
+        // Their capacity is a part's size.
+        drop(buffers);
+        while done.parts > 1 {
+            done.parts = self.join(&done.name, done.parts)?;
         }
         durable::write_json(&done_file, &done)?;
         Ok(done)
@@ -198,12 +209,7 @@ impl Spill<'_> {
     fn write_part(&self, group: &str, part: u32, buffers: &mut [Vec<u8>]) -> Result<(), DataError> {
         let path = self.part_file(group, part);
         durable::write(&path, |file| {
-            let mut offset = (buffers.len() as u64 + 1) * 8;
-            let mut table = offset.to_le_bytes().to_vec();
-            for buffer in buffers.iter() {
-                offset += buffer.len() as u64;
-                table.extend_from_slice(&offset.to_le_bytes());
-            }
+            let table = table(buffers.iter().map(|buffer| buffer.len() as u64), self.units);
             file.write_all(&table).map_err(DataError::io(&path, "write"))?;
             for buffer in buffers.iter_mut() {
                 file.write_all(buffer).map_err(DataError::io(&path, "write"))?;
@@ -211,6 +217,18 @@ impl Spill<'_> {
             }
             Ok(())
         })
+    }
+
+    /// Makes fewer parts, one of several, under numbers of parts that are read by then; returns how many.
+    fn join(&self, group: &str, parts: u32) -> Result<u32, DataError> {
+        let joined = (JOINED_BY_ALL / rayon::current_num_threads()).clamp(2, JOINED);
+        let old: Vec<PathBuf> = (0..parts).map(|part| self.part_file(group, part)).collect();
+        for (number, some) in (0..).zip(old.chunks(joined)) {
+            join(some, &self.part_file(group, number), self.units)?;
+        }
+        let left = old.len().div_ceil(joined);
+        old[left..].iter().try_for_each(|path| fs::remove_file(path).map_err(DataError::io(path, "remove")))?;
+        Ok(left as u32)
     }
 
     fn part_file(&self, group: &str, part: u32) -> PathBuf {
@@ -221,6 +239,60 @@ impl Spill<'_> {
     pub fn parts(&self, groups: &[GroupDone]) -> Vec<PathBuf> {
         groups.iter().flat_map(|group| (0..group.parts).map(|part| self.part_file(&group.name, part))).collect()
     }
+}
+
+/// Where the units' records begin and end in a part.
+fn table(lengths: impl Iterator<Item = u64>, units: Units) -> Vec<u8> {
+    let mut offset = (u64::from(units.count()) + 1) * 8;
+    let mut table = offset.to_le_bytes().to_vec();
+    for length in lengths {
+        offset += length;
+        table.extend_from_slice(&offset.to_le_bytes());
+    }
+    table
+}
+
+/// Writes the part that holds all that `parts` do, each read once from its beginning to its end.
+fn join(parts: &[PathBuf], to: &Path, units: Units) -> Result<(), DataError> {
+    let mut sources = parts.iter().map(|path| Source::open(path, units)).collect::<Result<Vec<Source>, DataError>>()?;
+    durable::write(to, |file| {
+        let lengths = (0..units.count()).map(|unit| sources.iter().map(|source| source.length(unit)).sum());
+        file.write_all(&table(lengths, units)).map_err(DataError::io(to, "write"))?;
+        (0..units.count()).try_for_each(|unit| sources.iter_mut().try_for_each(|source| source.copy(unit, file, to)))
+    })
+}
+
+/// A part that is read from its beginning to its end.
+struct Source<'a> {
+    path: &'a Path,
+    table: Vec<u8>,
+    records: BufReader<File>,
+}
+
+impl Source<'_> {
+    fn open(path: &Path, units: Units) -> Result<Source<'_>, DataError> {
+        let mut records = BufReader::with_capacity(1 << 16, File::open(path).map_err(DataError::io(path, "open"))?);
+        let mut table = vec![0; (units.count() as usize + 1) * 8];
+        records.read_exact(&mut table).map_err(DataError::io(path, "read"))?;
+        Ok(Source { path, table, records })
+    }
+
+    fn length(&self, unit: u32) -> u64 {
+        let [start, end] = bounds(&self.table[unit as usize * 8..][..16]);
+        end - start
+    }
+
+    fn copy(&mut self, unit: u32, file: &mut impl Write, to: &Path) -> Result<(), DataError> {
+        let length = self.length(unit);
+        let copied = io::copy(&mut (&mut self.records).take(length), file).map_err(DataError::io(to, "write"))?;
+        let cut_off = || DataError::io(self.path, "read")(io::ErrorKind::UnexpectedEof.into());
+        if copied == length { Ok(()) } else { Err(cut_off()) }
+    }
+}
+
+/// Two neighbours of a table.
+fn bounds(table: &[u8]) -> [u64; 2] {
+    [0, 8].map(|at| u64::from_le_bytes(table[at..at + 8].try_into().expect("eight bytes")))
 }
 
 /// The distinct documents of one unit, in the order of their keys.
@@ -271,10 +343,53 @@ impl Unit {
 fn read_segment(path: &Path, unit: u32) -> Result<Vec<u8>, DataError> {
     let failed = || DataError::io(path, "read");
     let file = File::open(path).map_err(failed())?;
-    let mut bounds = [0u8; 16];
-    file.read_exact_at(&mut bounds, u64::from(unit) * 8).map_err(failed())?;
-    let [start, end] = [0, 8].map(|at| u64::from_le_bytes(bounds[at..at + 8].try_into().expect("eight bytes")));
+    let mut found = [0u8; 16];
+    file.read_exact_at(&mut found, u64::from(unit) * 8).map_err(failed())?;
+    let [start, end] = bounds(&found);
     let mut segment = vec![0; (end - start) as usize];
     file.read_exact_at(&mut segment, start).map_err(failed())?;
     Ok(segment)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::prepare::inputs::{Kind, Packing};
+
+    /// The units, and the names of what is left in the folder.
+    fn spilled(folder: &Path, file: &InputFile, part_bytes: usize) -> (Vec<Unit>, Vec<String>) {
+        fs::create_dir_all(folder).unwrap();
+        let units = Units::new(0.1, 900, 100);
+        let spill = Spill { folder: folder.to_owned(), units, seed: 0, max_bad: 0.0, part_bytes, given: None };
+        let group = spill.add_group(std::slice::from_ref(file), "text").unwrap();
+        let parts = spill.parts(&[group]);
+        let units = (0..units.count()).map(|unit| Unit::load(&parts, unit).unwrap()).collect();
+        let mut names: Vec<String> = fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
+        names.sort();
+        (units, names)
+    }
+
+    #[test]
+    fn a_group_leaves_one_part_however_often_it_was_written() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("a.jsonl");
+        // Some of them twice.
+        let text: String = (0..1500).map(|i| format!("{{\"text\":\"document {}\"}}\n", i % 1200)).collect();
+        fs::write(&path, &text).unwrap();
+        let (name, bytes, kind) = ("a.jsonl".into(), text.len() as u64, Kind::Jsonl(Packing::Plain));
+        let file = InputFile { path, remote: None, name, bytes, version: String::new(), kind, limit: None };
+        let (whole, names) = spilled(&folder.path().join("whole"), &file, PART_BYTES);
+        assert_eq!(names.len(), 2, "{names:?}");
+        assert_eq!(whole.iter().map(Unit::len).sum::<usize>(), 1200);
+        // A part for each document, which are joined in two rounds; some dozen; a few.
+        for part_bytes in [1, 1000, 9000] {
+            let (joined, found) = spilled(&folder.path().join(part_bytes.to_string()), &file, part_bytes);
+            assert_eq!(found, names);
+            for (joined, whole) in joined.iter().zip(&whole) {
+                assert_eq!(joined.duplicates, whole.duplicates);
+                assert_eq!(joined.len(), whole.len());
+                assert!((0..whole.len()).all(|i| joined.document(i) == whole.document(i)));
+            }
+        }
+    }
 }
