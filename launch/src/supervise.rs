@@ -7,13 +7,14 @@ use crate::guard::Guarded;
 use crate::hosts::{Hosts, shared_secret, silence};
 use crate::incidents::{Incidents, say};
 use crate::layout::{Layout, listed};
+use crate::lookout::{Hung, Lookout, News};
 use crate::outcome::{Class, Outcome, STOPPED, STOPPED_LATE, TAKEN, USAGE, classify};
 use crate::output::Output;
 use crate::program::{Kind, Program};
-use crate::progress::{Limits, Progress, Slow, idle_ranks};
+use crate::progress::{Limits, Progress, Slow};
 use crate::run_dir::{self, Holds};
 use crate::serve::{Node, serve};
-use crate::work::{Worked, report};
+use crate::work::Worked;
 use anyhow::{Context, Result};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGUSR1};
 use signal_hook::iterator::Signals;
@@ -25,10 +26,6 @@ use std::sync::mpsc::channel;
 use std::time::{Duration, Instant};
 
 const TICK: Duration = Duration::from_millis(100);
-/// The logs are on a file system that many share: they are looked at so often.
-const POLL: Duration = Duration::from_secs(1);
-/// How long a hung rank is looked at before it is ended.
-const LOOK: Duration = Duration::from_secs(1);
 const LONGEST_BACK_OFF: f64 = 60.0;
 
 pub struct Supervisor {
@@ -187,30 +184,28 @@ impl Supervisor {
         let log = self.program.run_dir().map(run_dir::log);
         let limits = Limits { steps: self.args.hang_steps, floor: self.args.hang_floor, start: self.args.start_limit, save: self.args.save_limit };
         let (steps, prints) = channel();
-        let mut progress = log.as_ref().map(|log| Progress::follow(log, limits, prints, Instant::now())).transpose()?;
+        let progress = log.as_ref().map(|log| Progress::follow(log, limits, prints, Instant::now())).transpose()?;
         let mut set = variables(&self.environment, layout);
         set.extend(self.hosts.begin(self.incidents.attempt));
         let (mut guarded, stdout, stderr) = Guarded::spawn(guard_lock.as_deref(), &line, &set).context("cannot start the guard")?;
+        let mut lookout = progress.map(|progress| Lookout::start(progress, guarded.pid(), layout.ranks()));
         let log_dir: Option<PathBuf> = self.args.log_dir.clone().or(log);
         let output = Output::read(log_dir, steps, stdout, stderr);
-        let (code, verdict) = self.watch(&mut guarded, &mut progress, layout)?;
+        let (code, verdict) = self.watch(&mut guarded, &mut lookout, layout)?;
         let evidence = output.finish();
-        if let Some(progress) = &mut progress {
-            progress.poll(Instant::now());
-            progress.take_events().into_iter().for_each(|event| self.incidents.note(&event.kind, None, event.words));
-            if let Some(words) = report(&progress.worked()) {
-                self.incidents.add("work", progress.step(), words);
-            }
+        if let Some(lookout) = &mut lookout {
+            let news = lookout.end(|| self.new_requests());
+            news.into_iter().for_each(|news| self.tell(news, lookout.step, layout));
         }
         let host_of = |rank| layout.host_of(rank).map(str::to_string).or_else(|| (layout.nodes == 1).then(host_name));
         let mut outcome = verdict.unwrap_or_else(|| classify(code, &evidence, (self.requests > 0, oom_kills() > kills_before), host_of));
         outcome.host = outcome.host.map(|host| layout.known(&host));
-        Ok(Ended { outcome, made_a_step: progress.as_ref().is_some_and(Progress::made_a_step), step: progress.as_ref().and_then(Progress::step) })
+        Ok(Ended { outcome, made_a_step: lookout.as_ref().is_some_and(|lookout| lookout.made_a_step), step: lookout.and_then(|lookout| lookout.step) })
     }
 
     /// Until the guard ends: its code, and what we ended it for.
-    fn watch(&mut self, guarded: &mut Guarded, progress: &mut Option<Progress>, layout: &Layout) -> Result<(i32, Option<Outcome>)> {
-        let (mut ending, mut next_poll) = (Ending::default(), Instant::now());
+    fn watch(&mut self, guarded: &mut Guarded, lookout: &mut Option<Lookout>, layout: &Layout) -> Result<(i32, Option<Outcome>)> {
+        let mut ending = Ending::default();
         if self.requests > 0 {
             ending.ask(guarded, self.args.grace);
         }
@@ -221,10 +216,11 @@ impl Supervisor {
             }
             let now = Instant::now();
             if self.new_requests() {
-                let step = progress.as_ref().and_then(Progress::step);
+                let step = lookout.as_ref().and_then(|lookout| lookout.step);
                 if self.requests == 1 {
-                    self.incidents.add("stop_requested", step, "asked to stop: the ranks checkpoint");
+                    // The order first: the incident may be written slowly.
                     ending.ask(guarded, self.args.grace);
+                    self.incidents.add("stop_requested", step, "asked to stop: the ranks checkpoint");
                 } else if !ending.begun() {
                     self.incidents.add("stop_requested", step, "asked again: the ranks are ended");
                     ending.end(guarded, self.args.kill_after, Outcome::new(Class::StoppedLate, "ended on request, without a checkpoint of the last steps"));
@@ -237,30 +233,30 @@ impl Supervisor {
                 // mpirun does not listen to a TERM now.
                 ending.end(guarded, self.args.kill_after.min(1.0), Outcome::new(Class::LinkLost, words).at(Some(host)));
             }
-            if let Some(progress) = progress.as_mut().filter(|_| now >= next_poll) {
-                next_poll = now + POLL;
-                progress.poll(now);
-                progress.take_events().into_iter().for_each(|event| self.incidents.note(&event.kind, None, event.words));
-                if let Some(words) = progress.blind() {
-                    self.incidents.add("blind", progress.step(), words);
-                }
-                if let Some(slow) = progress.slow() {
-                    let Slow { worked: Worked { rank, stage, busy_ms }, usual_ms } = slow;
-                    let at = layout.host_of(rank).map(|host| format!(" on host {host}")).unwrap_or_default();
-                    let words = format!("rank {rank}{at}, stage {stage}, is slow: it works {busy_ms:.0} ms a step, the median rank {usual_ms:.0} ms; the others wait for it");
-                    self.incidents.add("slow", progress.step(), words);
-                }
-                if let Some(quiet) = progress.hung(now).filter(|_| !ending.begun() && !ending.asked()) {
-                    let idle = idle_ranks(guarded.pid(), LOOK).map(|idle| format!("; {idle}")).unwrap_or_default();
-                    let waits = progress.waits(layout.ranks()).map(|waits| format!("; {waits}")).unwrap_or_default();
-                    let words = format!("hung: no step for {:.0} s; {}{idle}{waits}", quiet.as_secs_f64(), progress.behind());
-                    self.incidents.add("hung", progress.step(), words.clone());
-                    let host = progress.last_rank().and_then(|rank| layout.host_of(rank)).map(str::to_string);
+            if let Some(lookout) = lookout {
+                let (news, hung) = lookout.take();
+                news.into_iter().for_each(|news| self.tell(news, lookout.step, layout));
+                if let Some(Hung { words, last_rank }) = hung.filter(|_| !ending.begun() && !ending.asked()) {
+                    self.incidents.add("hung", lookout.step, words.clone());
+                    let host = last_rank.and_then(|rank| layout.host_of(rank)).map(str::to_string);
                     ending.end(guarded, self.args.kill_after, Outcome::new(Class::Hung, words).at(host));
                 }
             }
             ending.tick(guarded, self.args.kill_after, now);
             std::thread::sleep(TICK);
+        }
+    }
+
+    fn tell(&mut self, news: News, step: Option<u64>, layout: &Layout) {
+        match news {
+            News::Event(event) => self.incidents.note(&event.kind, None, event.words),
+            News::Blind(words) => self.incidents.add("blind", step, words),
+            News::Work(words) => self.incidents.add("work", step, words),
+            News::Slow(Slow { worked: Worked { rank, stage, busy_ms }, usual_ms }) => {
+                let at = layout.host_of(rank).map(|host| format!(" on host {host}")).unwrap_or_default();
+                let words = format!("rank {rank}{at}, stage {stage}, is slow: it works {busy_ms:.0} ms a step, the median rank {usual_ms:.0} ms; the others wait for it");
+                self.incidents.add("slow", step, words);
+            }
         }
     }
 

@@ -1,5 +1,6 @@
 //! The launcher over a real mpirun, with a stand-in for `tiefsee`: codes, restarts, hangs, signals, orphans.
 use std::fs;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
@@ -177,6 +178,29 @@ fn signals_end_in_a_checkpoint_and_75() {
         assert!(run.dir().join("checkpoints").exists(), "{name}");
         assert_eq!(run.events(), ["started", "stop_requested", "ended"], "{name}");
     }
+}
+
+/// A log that cannot be opened, as on a file system that does not answer.
+#[test]
+fn a_signal_does_not_wait_for_a_look_at_the_logs() {
+    let run = Run::new(1000, "");
+    let child = run.started("");
+    let (pipe, log) = (run.dir().join("pipe"), run.dir().join("log/rank-7.jsonl"));
+    assert!(Command::new("mkfifo").arg(&pipe).status().expect("mkfifo").success());
+    std::os::unix::fs::symlink(&pipe, log).expect("a link");
+    // Until the logs are looked at: once a second.
+    std::thread::sleep(Duration::from_secs(3));
+    child.signal("TERM");
+    wait("the checkpoint", || run.dir().join("stopped").exists());
+    // Only beside a reader that waits can it be opened so; then it answers that it is no file.
+    let mut answer = None;
+    wait("the look", || {
+        answer = fs::File::options().write(true).custom_flags(nix::libc::O_NONBLOCK).open(&pipe).ok();
+        answer.is_some()
+    });
+    let output = child.output();
+    assert_eq!(output.status.code(), Some(75), "{}", text(&output));
+    assert_eq!(run.events(), ["started", "stop_requested", "blind", "ended"]);
 }
 
 #[test]
