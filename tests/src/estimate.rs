@@ -144,3 +144,15 @@ fn a_layout_is_refused_before_a_rank_starts() {
     let (fine, text) = plan("2048", &["--set", "phase.0.batch=3000"]);
     assert!(!fine && text.contains("[[phase]] 1: batch 3000 is not a multiple of micro_batch 1 × dp 128"), "{text}");
 }
+
+#[test]
+fn a_reader_that_has_seen_enough_hears_no_more() {
+    let path = root().join("configs/run/v3-671b.toml").display().to_string();
+    let mut command = tiefsee(&["plan".into(), "run".into(), path, "--ranks".into(), "2048".into()]);
+    let (reader, writer) = std::io::pipe().expect("a pipe");
+    command.stdout(writer).stderr(std::process::Stdio::piped());
+    let child = command.spawn().expect("it starts");
+    drop((reader, command)); // nobody reads any more, and nobody else writes
+    let output = child.wait_with_output().expect("it ends");
+    assert!(output.status.code() == Some(141) && output.stderr.is_empty(), "{} {}", output.status, String::from_utf8_lossy(&output.stderr));
+}

@@ -153,8 +153,14 @@ fn run(command: Command) -> Result<ExitCode> {
         }
         Command::Train { config, set } => return in_world(|| RunConfig::load(&config, &set), Start::Fresh),
         Command::Resume { run_dir, stop_after } => return in_world(|| load_resolved(&run_dir, stop_after), Start::Resume),
-        Command::Checkpoint(command) => checkpoint_command(command)?,
-        Command::Plan(args) => plan::run(args)?,
+        Command::Checkpoint(command) => {
+            end_with_the_reader();
+            checkpoint_command(command)?
+        }
+        Command::Plan(args) => {
+            end_with_the_reader();
+            plan::run(args)?
+        }
         Command::Bench(args) => bench::run(&args)?,
     }
     Ok(ExitCode::SUCCESS)
@@ -227,6 +233,16 @@ fn abort_on_panic(rank: usize) {
         eprintln!("rank {rank} panicked");
         print(info);
         std::process::abort();
+    }));
+}
+
+/// Whoever reads what is printed may have seen enough (`… | head`): the command ends as others do then, without a word.
+fn end_with_the_reader() {
+    const PIPE: i32 = 128 + 13;
+    let print = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |info| match info.payload_as_str() {
+        Some(text) if text.starts_with("failed printing to stdout") && text.contains("Broken pipe") => std::process::exit(PIPE),
+        _ => print(info),
     }));
 }
 
