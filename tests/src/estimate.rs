@@ -4,7 +4,7 @@ use model::MicroBatch;
 use kernels::Precision;
 use model::flow::Work;
 use model::kept::{How, kept, put_off};
-use model::saved::{self, bytes};
+use model::saved::{self, PROBABILITIES, bytes};
 use model::stage::StageIn;
 use parallel::comm::local::{run_local, solo};
 use parallel::mesh::Mesh;
@@ -52,6 +52,19 @@ fn a_forward_keeps_what_was_foretold() {
             assert!(alike.contains(&foretold), "{precision}, {more:?}: {foretold} foretold, {made} made");
         }
     }
+}
+
+#[test]
+fn on_a_gpu_probabilities_are_kept_where_cudnn_does_not_take_the_attention() {
+    let keeps = |precision: &str, set: &[&str], length: i64| {
+        let precision = format!("run.precision={precision}");
+        let config = Run::new("fused", &[&WIDTHS[..], &[&precision], set].concat()).config();
+        let (precision, recompute) = (config.run.precision, config.recompute);
+        let how = How { precision, recompute, sequences: 1, length, ep: 1, on_gpu: true, load: 1.0 };
+        kept(&config.model, &model::StagePart { layers: 0..1, first: true, last: false }, how).contains_key(PROBABILITIES)
+    };
+    assert!(!keeps("bf16", &[], 64) && !keeps("fp8", &[], 4096));
+    assert!(keeps("bf16", &[], 63) && keeps("f32", &[], 4096) && keeps("bf16", &["model.v_head_dim=256"], 4096));
 }
 
 #[test]

@@ -19,7 +19,7 @@ pub struct Args {
 
 #[derive(Subcommand)]
 enum Command {
-    /// Check a run's config as its start would, and foretell its steps and each rank's memory. Reads no corpus.
+    /// Check what of a run needs no corpus, and foretell its steps and each rank's memory.
     Run {
         config: PathBuf,
         #[arg(long)]
