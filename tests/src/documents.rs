@@ -1,34 +1,55 @@
 //! `attention.document_boundaries`: what a token sees begins with its document, on every stage of a pipe.
-use crate::support::{Run, random, small};
+use crate::support::{Run, random, root, scratch, small, tiefsee};
 use kernels::Precision;
 use model::mla::Positions;
 use model::stage::StageIn;
 use model::{MicroBatch, ParamTable, Stage, StepContext, Weights};
 use parallel::comm::local::{run_local, solo};
 use parallel::dispatch::ExpertGroup;
+use std::fmt::Write;
+use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use tch::{Device, Kind, Tensor};
 use trainer::coordinator::StopSignal;
 use trainer::run::{Start, micro_batches, train};
 
-/// Sequences in which documents end.
-const LONG: [&str; 3] = ["run.stop_after=6", "phase.0.sequence_length=256", "phase.0.tokens=24576"];
+/// A corpus whose documents are the paragraphs of the model's sources, of some tens of tokens: every sequence has many.
+fn paragraphs() -> PathBuf {
+    let (input, out) = (scratch().join("paragraphs.jsonl"), scratch().join("paragraphs"));
+    let mut sources: Vec<PathBuf> = std::fs::read_dir(root().join("model/src")).expect("sources").map(|entry| entry.expect("an entry").path()).collect();
+    sources.sort();
+    let mut lines = String::new();
+    for source in sources.iter().filter(|path| path.extension().is_some_and(|extension| extension == "rs")) {
+        for text in std::fs::read_to_string(source).expect("a source").split("\n\n") {
+            writeln!(lines, "{}", serde_json::json!({ "text": text })).expect("a line");
+        }
+    }
+    std::fs::write(&input, lines).expect("room");
+    let args = ["prepare", &input.display().to_string(), "--out", &out.display().to_string(), "--vocab", "512", "--held-out", "0.2"].map(String::from);
+    let output = tiefsee(&args).output().expect("tiefsee starts");
+    assert!(output.status.success(), "prepare: {}", String::from_utf8_lossy(&output.stderr));
+    out
+}
 
-fn losses(name: &str, ranks: usize, set: &[&str]) -> Vec<f64> {
-    let run = Run::new(&format!("documents-{name}"), &[set, &LONG].concat());
+fn losses(name: &str, corpus: &Path, ranks: usize, set: &[&str]) -> Vec<f64> {
+    let path = format!("data.mixture.0.path={}", corpus.display());
+    let long = [&path, "run.stop_after=6", "phase.0.sequence_length=256", "phase.0.tokens=24576"];
+    let run = Run::new(&format!("documents-{name}"), &[set, &long].concat());
     run_local(ranks, |world| train(&run.config(), world, Start::Fresh, &StopSignal::default()).map(|_| ()).expect("the run"));
     run.series("loss")
 }
 
 #[test]
 fn a_run_within_documents_is_the_same_on_any_stages() {
-    let within = "attention.document_boundaries=true";
-    let one = losses("one", 1, &[within]);
-    let three = losses("three", 3, &[within, "parallel.pp=3", "parallel.schedule=1f1b"]);
+    let (within, corpus) = ("attention.document_boundaries=true", paragraphs());
+    let one = losses("one", &corpus, 1, &[within]);
+    let three = losses("three", &corpus, 3, &[within, "parallel.pp=3", "parallel.schedule=1f1b"]);
     for (a, b) in three.iter().zip(&one) {
         assert!((a - b).abs() < 1e-12 * b, "losses {three:?}, of one rank {one:?}");
     }
-    assert_ne!(one, losses("across", 1, &[]));
+    for (a, b) in one.iter().zip(losses("across", &corpus, 1, &[])) {
+        assert!((a - b).abs() > 1e-6, "documents change nothing: {one:?}");
+    }
 }
 
 #[test]
