@@ -82,6 +82,7 @@ steps=1000000
 if srun --mpi=list 2>&1 | grep -q pmix; then launcher=srun; else launcher=mpirun; fi
 job=$(submit cancelled "$launcher")
 until_true "the job's steps" 60 stepped cancelled
+[ "$launcher" = mpirun ] || grep -q "2 host(s) (n1, n2)" "$state/cancelled.out" || fail "srun's hosts are not named"
 scancel "$job"
 until_true "the cancelled job's end" 30 shows "$job" JobState=CANCELLED
 until_true "its processes' end" 30 no_process cancelled

@@ -89,7 +89,7 @@ fn mpirun(args: &Args, environment: &Environment, layout: &Layout, ranked: &Rank
         add(&["--mca", "oob_tcp_if_include", interface, "--mca", "btl_tcp_if_include", interface]);
     }
     if !layout.hosts.is_empty() {
-        line.extend(agent(args, ranked));
+        line.extend(agent(args, layout, ranked));
     }
     let heartbeat = (beats(args, layout) && ranked.socket.is_none()).then(|| VARIABLE.to_string());
     if !alone {
@@ -99,12 +99,14 @@ fn mpirun(args: &Args, environment: &Environment, layout: &Layout, ranked: &Rank
 }
 
 /// What mpirun starts its daemons on other hosts with.
-fn agent(args: &Args, ranked: &Ranked) -> Vec<String> {
+fn agent(args: &Args, layout: &Layout, ranked: &Ranked) -> Vec<String> {
     let own = ranked.own.display();
     match (ranked.socket, &args.rsh_agent) {
         // Each daemon by node 0 alone, and attached: the nodes end what loses its agent.
         (Some(socket), _) => {
-            let mut line = words(&["--leave-session-attached", "--mca", "ras", "^slurm", "--mca", "plm", "rsh", "--mca", "plm_rsh_no_tree_spawn", "1", "--mca", "plm_rsh_agent"]);
+            // Attached ones are all there at once, and mpirun expects at most 128.
+            let daemons = layout.nodes.to_string();
+            let mut line = words(&["--leave-session-attached", "--mca", "plm_rsh_num_concurrent", &daemons, "--mca", "ras", "^slurm", "--mca", "plm", "rsh", "--mca", "plm_rsh_no_tree_spawn", "1", "--mca", "plm_rsh_agent"]);
             line.push(format!("{own} {REMOTE} {}", socket.display()));
             line
         }
@@ -220,6 +222,16 @@ mod tests {
         assert!(two.contains("-np 4") && two.contains("--host a:2,b:2") && two.contains("oob_tcp_keepalive_time 3") && two.contains("btl_tcp_if_include eth1"), "{two}");
         assert!(two.contains("'L @reach 6 ssh -x -o BatchMode=yes") && two.ends_with("L @rank tied,beat tiefsee resume a"), "{two}");
         assert!(two.contains("-x TIEFSEE_HEARTBEAT") && !line("--hosts a,b --heartbeat 0", &machine(8)).expect("a line").contains("beat"));
+    }
+
+    #[test]
+    fn all_daemons_of_a_rendezvous_may_start_at_once() {
+        let args = Args::parse_from("tiefsee-launch --nproc-per-node 8 -- resume a".split(' '));
+        let hosts: Vec<String> = (0..256).map(|host| format!("n{host}")).collect();
+        let layout = Layout::new(&args, &machine(64), &hosts).expect("a layout");
+        let ranked = Ranked { own: Path::new("L"), program: Path::new("tiefsee"), command: &[], socket: Some(Path::new("S")) };
+        let line = quoted(&command_line(&args, &machine(64), &layout, &ranked));
+        assert!(line.contains("--leave-session-attached --mca plm_rsh_num_concurrent 256 "), "{line}");
     }
 
     #[test]

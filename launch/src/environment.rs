@@ -22,6 +22,8 @@ pub struct Environment {
 pub struct Slurm {
     pub job: String,
     pub nodes: usize,
+    /// Their names, in the order in which srun numbers tasks; empty where scontrol does not tell.
+    pub hosts: Vec<String>,
     pub tasks_per_node: Option<usize>,
     pub cpus_per_task: Option<usize>,
     /// srun can start MPI ranks through PMIx.
@@ -105,12 +107,19 @@ fn slurm() -> Option<Slurm> {
     Some(Slurm {
         job,
         nodes: number("SLURM_JOB_NUM_NODES").or_else(|| number("SLURM_NNODES")).unwrap_or(1),
+        hosts: var("SLURM_JOB_NODELIST").map(|list| hosts(&list)).unwrap_or_default(),
         // "4" or "4(x2)"
         tasks_per_node: var("SLURM_NTASKS_PER_NODE").ok().and_then(|text| text.split('(').next()?.parse().ok()),
         cpus_per_task: number("SLURM_CPUS_PER_TASK"),
         pmix: has_pmix(),
         restarts: number("SLURM_RESTART_COUNT").unwrap_or(0) as u64,
     })
+}
+
+/// Of a list as `n[1-3,7]`.
+fn hosts(list: &str) -> Vec<String> {
+    let shown = Command::new("timeout").args(["10", "scontrol", "show", "hostnames", list]).stdin(Stdio::null()).output();
+    shown.map(|shown| String::from_utf8_lossy(&shown.stdout).split_whitespace().map(str::to_string).collect()).unwrap_or_default()
 }
 
 fn has_pmix() -> bool {

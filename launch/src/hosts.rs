@@ -1,8 +1,8 @@
 //! Which hosts there are for the next start, which are left out of it, and which are out of reach now.
 use crate::args::Args;
-use crate::environment::{host_name, secret};
+use crate::environment::{Environment, host_name, secret};
 use crate::heartbeat::{Heartbeats, VARIABLE};
-use crate::layout::{Layout, listed};
+use crate::layout::{Layout, Starter, listed, starter};
 use crate::rendezvous::Rendezvous;
 use crate::wire::Secret;
 use anyhow::{Context, Result};
@@ -25,7 +25,7 @@ pub struct Hosts {
 }
 
 enum Source {
-    /// Empty: this one, or SLURM's.
+    /// Empty: this one, or those that mpirun finds in SLURM's allocation.
     Listed(Vec<String>),
     Rendezvous {
         own: String,
@@ -47,16 +47,17 @@ pub fn shared_secret(args: &Args) -> Result<Secret> {
 }
 
 impl Hosts {
-    pub fn open(args: &Args) -> Result<Self> {
+    pub fn open(args: &Args, environment: &Environment) -> Result<Self> {
         let source = match &args.rdzv {
             Some(address) => {
                 let (own, nodes) = (host_name(), args.nnodes.context("--rdzv needs --nnodes")?.most);
                 let others = Rendezvous::listen(address, shared_secret(args)?, &own, nodes, silence(args))?;
                 Source::Rendezvous { own, others }
             }
-            None => Source::Listed(listed(args)?),
+            None => Source::Listed(listed(args, environment)?),
         };
-        let beats = args.heartbeat > 0.0 && matches!(&source, Source::Listed(hosts) if hosts.len() > 1);
+        // SLURM's own daemons watch what srun starts.
+        let beats = args.heartbeat > 0.0 && starter(args, environment) == Starter::Mpirun && matches!(&source, Source::Listed(hosts) if hosts.len() > 1);
         let heartbeats = beats.then(|| Heartbeats::listen(args.interface.as_deref(), silence(args))).transpose()?;
         Ok(Hosts { source, failures: BTreeMap::new(), left_out: Vec::new(), heartbeats })
     }
@@ -159,11 +160,12 @@ impl Hosts {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::environment::Slurm;
     use clap::Parser;
 
     fn hosts(options: &str) -> (Args, Hosts) {
         let args = Args::parse_from(format!("tiefsee-launch --heartbeat 0 {options} -- resume a").split_whitespace());
-        let hosts = Hosts::open(&args).expect("hosts");
+        let hosts = Hosts::open(&args, &Environment::default()).expect("hosts");
         (args, hosts)
     }
 
@@ -178,6 +180,22 @@ mod tests {
         assert!(blame("c").expect("words").contains("is kept: 2 host(s)"));
         assert_eq!((blame("elsewhere"), blame("elsewhere")), (None, None), "a name that nobody gave");
         assert_eq!(hosts.gather(&args, || false).expect("hosts").expect("not stopped"), ["a", "c"]);
+    }
+
+    #[test]
+    fn a_host_of_an_allocation_is_named_and_left_out() {
+        let args = Args::parse_from("tiefsee-launch --nnodes 2 -- resume a".split(' '));
+        let slurm = Slurm { nodes: 3, hosts: ["a", "b", "c"].map(String::from).into(), tasks_per_node: Some(4), pmix: true, ..Slurm::default() };
+        let environment = Environment { cores: 8, slurm: Some(slurm), ..Environment::default() };
+        let mut hosts = Hosts::open(&args, &environment).expect("hosts");
+        let mut start = |blamed: &str| {
+            let layout = Layout::new(&args, &environment, &hosts.gather(&args, || false).expect("hosts").expect("not stopped")).expect("a layout");
+            assert_eq!(layout.starter, Starter::Srun);
+            hosts.blame(blamed, &args, Instant::now());
+            layout.host_of(4).map(str::to_string)
+        };
+        assert_eq!([start("b"), start("b"), start("b")].map(|host| host.expect("a name")), ["b", "b", "c"]);
+        assert!(hosts.heartbeats.is_none(), "nobody would beat");
     }
 
     #[test]

@@ -19,11 +19,22 @@ pub enum Starter {
     Srun,
 }
 
-/// Hosts named on the command line, in order.
-pub fn listed(args: &Args) -> Result<Vec<String>> {
-    match &args.hostfile {
-        Some(path) => Ok(hosts_of(&std::fs::read_to_string(path).with_context(|| path.display().to_string())?)),
-        None => Ok(args.hosts.clone()),
+/// Hosts named on the command line, in order, or else SLURM's, where srun starts the ranks: mpirun knows these by itself.
+pub fn listed(args: &Args, environment: &Environment) -> Result<Vec<String>> {
+    match (&args.hostfile, &environment.slurm) {
+        (Some(path), _) => Ok(hosts_of(&std::fs::read_to_string(path).with_context(|| path.display().to_string())?)),
+        (None, Some(slurm)) if args.hosts.is_empty() && starter(args, environment) == Starter::Srun => Ok(slurm.hosts.clone()),
+        (None, _) => Ok(args.hosts.clone()),
+    }
+}
+
+pub fn starter(args: &Args, environment: &Environment) -> Starter {
+    let here = args.standalone || !args.hosts.is_empty() || args.hostfile.is_some() || args.rdzv.is_some();
+    match args.launcher {
+        Launcher::Mpirun => Starter::Mpirun,
+        Launcher::Srun => Starter::Srun,
+        Launcher::Auto if !here && environment.slurm.as_ref().is_some_and(|slurm| slurm.pmix) => Starter::Srun,
+        Launcher::Auto => Starter::Mpirun,
     }
 }
 
@@ -53,12 +64,7 @@ impl Layout {
             Ranks::Gpu => environment.gpus,
             Ranks::Auto => slurm.and_then(|slurm| slurm.tasks_per_node).unwrap_or(environment.gpus.max(1)),
         };
-        let starter = match args.launcher {
-            Launcher::Mpirun => Starter::Mpirun,
-            Launcher::Srun => Starter::Srun,
-            Launcher::Auto if hosts.is_empty() && slurm.is_some_and(|slurm| slurm.pmix) => Starter::Srun,
-            Launcher::Auto => Starter::Mpirun,
-        };
+        let starter = starter(args, environment);
         ensure!(starter == Starter::Mpirun || environment.slurm.is_some(), "--launcher srun works only inside a SLURM allocation");
         Ok(Layout { hosts: hosts.iter().take(nodes).cloned().collect(), nodes, ranks_per_node, starter })
     }

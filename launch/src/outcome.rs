@@ -78,12 +78,13 @@ impl Outcome {
         !matches!(self.class, Class::Finished | Class::Stopped | Class::StoppedLate)
     }
 
-    /// Why a restart would not help, where it would not.
-    pub fn would_come_again(&self, made_a_step: bool) -> Option<&'static str> {
+    /// Why a restart would not help, where it would not. `has_worked`: the run has made a step, in this start or an earlier
+    /// one. What has worked does not fail for its config, but for a host or a file system, and those may be back.
+    pub fn would_come_again(&self, has_worked: bool) -> Option<&'static str> {
         match self.class {
             Class::GaveUp => Some("it would skip the same steps again"),
-            // A wrong config, a missing corpus.
-            Class::Error | Class::Abort if !made_a_step => Some("it failed before its first step and would fail so again"),
+            // A missing corpus, a GPU that is too small.
+            Class::Error | Class::Abort if !has_worked => Some("it failed before its first step and would fail so again"),
             Class::CannotStart | Class::Usage => Some("it would fail to start again"),
             _ => None,
         }
@@ -151,6 +152,12 @@ impl Evidence {
             self.cannot_start = kept();
         }
     }
+
+    /// Whose failure the reason is. At one rank's error all end, and rank 0 says of another: "error (rank 0): rank 5: …".
+    fn failed_rank(&self) -> Option<usize> {
+        let (teller, words) = self.reason.as_ref()?.strip_prefix("error (rank ")?.split_once("): ")?;
+        words.strip_prefix("rank ").and_then(number).or_else(|| teller.parse().ok())
+    }
 }
 
 fn number(text: &str) -> Option<usize> {
@@ -170,7 +177,7 @@ pub fn classify(code: i32, evidence: &Evidence, (asked, oom_kills): (bool, bool)
     let (rank, host) = match &evidence.signalled {
         Some((rank, host)) if killed.is_some() => (Some(*rank), Some(host.clone())),
         _ => {
-            let rank = evidence.aborted_rank.or(evidence.exited_rank);
+            let rank = evidence.failed_rank().or(evidence.aborted_rank).or(evidence.exited_rank);
             (rank, rank.and_then(&host_of))
         }
     };
@@ -262,12 +269,13 @@ mod tests {
             (205, "  Remote daemon: [[45829,0],1] on node h2", "host h2, or the link to it, was lost", "h2"),
             (255, "tiefsee-launch: cannot reach host h3: ssh ended with code 255", "host h3, or the link to it, was lost", "h3"),
             (76, "error (rank 0): state lost: rank 1: the master of x changed", "error (rank 0): state lost: rank 1: the master of x changed", "c"),
+            (1, "error (rank 0): rank 7: cannot open GPU 7", "rank 7 on host h7 ended with code 1: error (rank 0): rank 7: cannot open GPU 7", "h7"),
             (143, "srun: error: n[1-2]: tasks 2,4: Exited with exit code 5", "rank 2 on host c ended with code 5", "c"),
             (5, "  Process name: [[45229,1],2]", "rank 2 on host c ended with code 5", "c"),
         ] {
             let mut evidence = Evidence::default();
             evidence.read(line);
-            let outcome = classify(code, &evidence, (false, false), |_| Some("c".to_string()));
+            let outcome = classify(code, &evidence, (false, false), |rank| Some(if rank == 7 { "h7" } else { "c" }.to_string()));
             assert_eq!((outcome.words.as_str(), outcome.host.as_deref()), (words, Some(host)));
         }
     }
@@ -275,11 +283,11 @@ mod tests {
     #[test]
     fn words_carry_the_ranks_reason() {
         let mut evidence = Evidence::default();
-        for line in ["error (rank 1): no such corpus", "error (rank 2): later", "MPI_ABORT was invoked on rank 1 in communicator"] {
+        for line in ["error (rank 0): rank 1: no such corpus", "error (rank 2): later", "MPI_ABORT was invoked on rank 3 in communicator"] {
             evidence.read(line);
         }
         let outcome = classify(1, &evidence, (false, false), |rank| Some(format!("h{rank}")));
-        assert_eq!(outcome.words, "rank 1 on host h1 aborted with code 1: error (rank 1): no such corpus");
+        assert_eq!(outcome.words, "rank 1 on host h1 aborted with code 1: error (rank 0): rank 1: no such corpus");
         assert!(outcome.would_come_again(false).is_some() && outcome.would_come_again(true).is_none());
     }
 }

@@ -1,6 +1,6 @@
 //! What a rank's process does before it becomes `tiefsee`: `tiefsee-launch @rank WORDS PROGRAM…`, with words by comma.
 use crate::binding::{bind_near, visible_devices};
-use crate::environment::{Environment, RankPlace};
+use crate::environment::{Environment, RankPlace, raise_file_limit};
 use crate::guard::{CANNOT_START, become_program, tie};
 use crate::heartbeat::{BEAT, VARIABLE};
 use nix::sys::signal::Signal;
@@ -39,6 +39,8 @@ pub fn rank(words: &str, program: &[String]) -> u8 {
         eprintln!("tiefsee-launch: cannot tie a rank to its parent: {error}");
         return CANNOT_START;
     }
+    // Each rank speaks to each other, over a socket where there is no better network.
+    raise_file_limit();
     let place = RankPlace::read();
     if asked(Word::Beat) && place.local == 0 {
         start_beat(place.rank);

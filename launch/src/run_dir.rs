@@ -38,34 +38,47 @@ pub fn guard_lock(run_dir: &Path) -> PathBuf {
     log(run_dir).join("guard.lock")
 }
 
+/// Held by the ranks of a world, whoever started it.
+pub fn world_lock(run_dir: &Path) -> PathBuf {
+    log(run_dir).join("run.lock")
+}
+
 /// None: another launcher is at work here. The system frees the lock when its holder dies.
 pub fn lock(run_dir: &Path) -> io::Result<Option<File>> {
-    let file = File::options().create(true).append(true).open(log(run_dir).join("launcher.lock"))?;
-    match file.try_lock() {
-        Ok(()) => Ok(Some(file)),
-        Err(TryLockError::WouldBlock) => Ok(None),
+    let path = log(run_dir).join("launcher.lock");
+    let file = File::options().create(true).append(true).open(&path)?;
+    let free = is_free(file.try_lock()).unwrap_or_else(|error| {
+        say(&format!("cannot lock {}: {error}; see to it yourself that no other launcher works there", path.display()));
+        true
+    });
+    Ok(free.then_some(file))
+}
+
+/// Whether nobody else has the lock. An error: this file system has no locks.
+fn is_free(tried: Result<(), TryLockError>) -> io::Result<bool> {
+    match tried {
+        Ok(()) => Ok(true),
+        Err(TryLockError::WouldBlock) => Ok(false),
         Err(TryLockError::Error(error)) => Err(error),
     }
 }
 
-/// Waits until the guard of a launcher that was killed has ended its ranks. False: `stop` said so meanwhile.
-pub fn wait_for_guard(run_dir: &Path, mut stop: impl FnMut() -> bool) -> io::Result<bool> {
-    let path = guard_lock(run_dir);
-    let file = File::options().create(true).append(true).open(&path)?;
+/// Waits until the lock at `path` is free. False: `stop` said so meanwhile.
+pub fn wait_for(path: &Path, holder: &str, mut stop: impl FnMut() -> bool) -> io::Result<bool> {
+    let file = File::options().create(true).append(true).open(path)?;
     let start = Instant::now();
     let mut said = false;
-    loop {
-        match file.try_lock() {
-            Ok(()) => return Ok(true),
-            Err(TryLockError::WouldBlock) if stop() => return Ok(false),
-            Err(TryLockError::WouldBlock) => {}
-            Err(TryLockError::Error(error)) => return Err(error),
+    // One that no file system tells of cannot be waited for.
+    while !is_free(file.try_lock()).unwrap_or(true) {
+        if stop() {
+            return Ok(false);
         }
         if start.elapsed() > PATIENCE && !std::mem::replace(&mut said, true) {
-            say(&format!("waiting for the ranks of an earlier launcher to end: {} is held", path.display()));
+            say(&format!("waiting for {holder} to end: {} is held", path.display()));
         }
         std::thread::sleep(Duration::from_millis(50));
     }
+    Ok(true)
 }
 
 /// Moves what a fresh start would stumble over into RUN_DIR/half-run-N. Nothing is deleted.
@@ -133,9 +146,15 @@ mod tests {
         fs::create_dir_all(log(folder.path())).expect("a folder");
         let held = File::create(guard_lock(folder.path())).expect("a file");
         held.lock().expect("locked");
-        assert!(!wait_for_guard(folder.path(), || true).expect("a lock"));
+        assert!(!wait_for(&guard_lock(folder.path()), "the guard", || true).expect("a lock"));
         drop(held);
-        assert!(wait_for_guard(folder.path(), || false).expect("a lock"));
+        assert!(wait_for(&guard_lock(folder.path()), "the guard", || false).expect("a lock"));
+    }
+
+    #[test]
+    fn a_file_system_without_locks_is_no_other_launcher() {
+        assert!(is_free(Err(TryLockError::Error(io::ErrorKind::Unsupported.into()))).is_err());
+        assert_eq!((is_free(Ok(())).ok(), is_free(Err(TryLockError::WouldBlock)).ok()), (Some(true), Some(false)));
     }
 
     #[test]

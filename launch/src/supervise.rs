@@ -38,6 +38,8 @@ pub struct Supervisor {
     /// Of this launcher's restarts, those within the window.
     restarts: VecDeque<Instant>,
     requests: usize,
+    /// The run has made a step: in this launcher's time, or it holds a checkpoint.
+    has_worked: bool,
     /// Asked to stop while no rank was running.
     stopped_between: bool,
     /// Its nodes are SLURM's: another start would only run into the grace's end.
@@ -68,7 +70,7 @@ pub fn run(args: Args) -> Result<u8> {
     let program = Program::parse(&args.command)?;
     if args.rdzv.is_none() {
         // A wrong command line is said before anything is made.
-        Layout::new(&args, &environment, &listed(&args)?)?;
+        Layout::new(&args, &environment, &listed(&args, &environment)?)?;
     }
     let mut lock = None;
     if let Some(run_dir) = program.run_dir() {
@@ -88,7 +90,7 @@ pub fn run(args: Args) -> Result<u8> {
             say(&format!("another launcher is at work in {}", run_dir.display()));
             return Ok(TAKEN);
         }
-        if !run_dir::wait_for_guard(run_dir, || signals.pending().count() > 0)? {
+        if !run_dir::wait_for(&run_dir::guard_lock(run_dir), "the ranks of an earlier launcher", || signals.pending().count() > 0)? {
             return Ok(STOPPED);
         }
     }
@@ -96,8 +98,8 @@ pub fn run(args: Args) -> Result<u8> {
         std::fs::create_dir_all(log_dir).with_context(|| format!("cannot make {}", log_dir.display()))?;
     }
     let incidents = Incidents::open(program.run_dir().map(run_dir::log).as_deref()).context("cannot open incidents.jsonl")?;
-    let hosts = Hosts::open(&args)?;
-    Supervisor { args, environment, hosts, program, signals, incidents, restarts: VecDeque::new(), requests: 0, stopped_between: false, preempted: false, _lock: lock }.run()
+    let hosts = Hosts::open(&args, &environment)?;
+    Supervisor { args, environment, hosts, program, signals, incidents, restarts: VecDeque::new(), requests: 0, has_worked: false, stopped_between: false, preempted: false, _lock: lock }.run()
 }
 
 /// At a rendezvous the other nodes' names are not known yet.
@@ -105,7 +107,7 @@ fn dry_run(args: &Args, environment: &Environment) -> Result<u8> {
     let program = Program::parse(&args.command)?;
     let hosts = match args.nnodes.filter(|_| args.rdzv.is_some()) {
         Some(nodes) => (0..nodes.most).map(|node| format!("NODE{node}")).collect(),
-        None => listed(args)?,
+        None => listed(args, environment)?,
     };
     let layout = Layout::new(args, environment, &hosts)?;
     let socket = args.rdzv.is_some().then(|| PathBuf::from("SOCKET"));
@@ -133,12 +135,17 @@ impl Supervisor {
     fn attempts(&mut self) -> Result<u8> {
         loop {
             self.incidents.attempt += 1;
-            let command = self.next_command()?;
-            let Some(layout) = self.layout()? else {
+            let next = match self.next_command()? {
+                Some(command) => self.layout()?.map(|layout| (command, layout)),
+                None => None,
+            };
+            let Some((command, layout)) = next else {
                 self.incidents.add("stop_requested", None, "asked to stop while no rank was running");
                 return Ok(STOPPED);
             };
+            self.has_worked |= self.has_checkpoint();
             let ended = self.attempt(&command, &layout)?;
+            self.has_worked |= ended.made_a_step;
             let event = if ended.outcome.failed() { "failed" } else { "ended" };
             self.incidents.add(event, ended.step, ended.outcome.words.clone());
             if !ended.outcome.failed() || !self.restarts_after(&ended) {
@@ -150,6 +157,10 @@ impl Supervisor {
         }
     }
 
+    fn has_checkpoint(&self) -> bool {
+        self.program.run_dir().is_some_and(|run_dir| run_dir::holds(run_dir) == Holds::Checkpoint)
+    }
+
     /// None: asked to stop while nodes were waited for.
     fn layout(&mut self) -> Result<Option<Layout>> {
         let signals = &mut self.signals;
@@ -159,18 +170,29 @@ impl Supervisor {
         Layout::new(&self.args, &self.environment, &hosts).map(Some)
     }
 
-    /// The first start is as asked for; a later one, or any with --auto-resume, goes on with what is there.
-    fn next_command(&mut self) -> Result<Vec<String>> {
+    /// The first start is as asked for; a later one, or any with --auto-resume, goes on with what is there. None: asked to stop
+    /// while another world, which was not started by a launcher, was waited for.
+    fn next_command(&mut self) -> Result<Option<Vec<String>>> {
         let Kind::Train { run_dir, .. } = &self.program.kind else {
-            return Ok(self.program.command.clone());
+            return Ok(Some(self.program.command.clone()));
         };
+        let signals = &mut self.signals;
+        let stop = || signals.pending().count() > 0;
+        if run_dir::holds(run_dir) == Holds::HalfRun && !run_dir::wait_for(&run_dir::world_lock(run_dir), "another world in this run directory", stop)? {
+            return Ok(None);
+        }
         match run_dir::holds(run_dir) {
-            Holds::Nothing => Ok(self.program.command.clone()),
-            Holds::Checkpoint => Ok(self.program.resume_command()),
+            Holds::Nothing => Ok(Some(self.program.command.clone())),
+            Holds::Checkpoint => {
+                if self.incidents.attempt == 1 {
+                    say(&format!("{0} holds a checkpoint: its run goes on, with the config in {0}/resolved.toml and not this command's", run_dir.display()));
+                }
+                Ok(Some(self.program.resume_command()))
+            }
             Holds::HalfRun => {
                 let aside = run_dir::put_aside(run_dir).with_context(|| format!("cannot put the half run in {} aside", run_dir.display()))?;
                 self.incidents.add("put_aside", None, format!("the run had no checkpoint yet: it begins again, what it wrote is in {}", aside.display()));
-                Ok(self.program.command.clone())
+                Ok(Some(self.program.command.clone()))
             }
         }
     }
@@ -279,7 +301,7 @@ impl Supervisor {
             Some("no restart: asked to stop".to_string())
         } else if self.program.run_dir().is_none() {
             Some("no restart: this command has no run directory to go on from".to_string())
-        } else if let Some(why) = ended.outcome.would_come_again(ended.made_a_step) {
+        } else if let Some(why) = ended.outcome.would_come_again(self.has_worked) {
             Some(format!("no restart: {why}"))
         } else if self.restarts.len() >= self.args.max_restarts {
             Some(format!("no restart: {} within {:.0} s are used up", self.args.max_restarts, self.args.restart_window))
@@ -314,6 +336,8 @@ impl Supervisor {
             _ if self.preempted => STOPPED_LATE,
             // A rank that died while the others checkpointed: an older checkpoint may be there.
             Class::Killed | Class::OutOfMemory | Class::LinkLost | Class::Hung if self.requests > 0 => STOPPED_LATE,
+            // The last checkpoint could not be written.
+            Class::Error | Class::Abort if self.requests > 0 && self.has_checkpoint() => STOPPED_LATE,
             _ => outcome.exit_code(),
         }
     }

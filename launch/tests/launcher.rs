@@ -157,6 +157,49 @@ fn restarts_are_counted_and_errors_before_a_step_are_final() {
     assert_eq!(run.events(), ["started", "failed", "given_up"]);
 }
 
+/// As one whose host has lost its GPU, or whose file system is not there yet.
+#[test]
+fn a_run_that_has_worked_is_started_again_also_where_it_fails_before_a_step() {
+    let run = Run::new(7, "1 6 kill");
+    run.write("fault.next", "0 5 exit5\n");
+    let output = run.launch("");
+    assert_eq!(output.status.code(), Some(0), "{}", text(&output));
+    assert_eq!(run.events(), ["started", "failed", "restarting", "started", "failed", "restarting", "started", "ended"]);
+    run.write("steps", "9");
+    run.write("fault", "0 5 exit5\n");
+    let output = run.launch("--auto-resume");
+    assert_eq!(output.status.code(), Some(0), "a launcher that found a checkpoint: {}", text(&output));
+    assert!(text(&output).contains("resolved.toml and not this command's"), "{}", text(&output));
+}
+
+#[test]
+fn a_last_checkpoint_that_fails_leaves_a_run_that_can_go_on() {
+    let run = Run::new(1000, "0 6 unsaved");
+    let child = run.started("");
+    wait("the fault", || run.dir().join("fault.taken").exists());
+    child.signal("USR1");
+    let output = child.output();
+    assert_eq!(output.status.code(), Some(18), "{}", text(&output));
+}
+
+#[test]
+fn a_world_that_another_started_is_not_put_aside() {
+    let run = Run::new(3, "");
+    fs::create_dir_all(run.dir().join("log")).expect("a folder");
+    run.write("resolved.toml", "");
+    let world = fs::File::create(run.dir().join("log/run.lock")).expect("a file");
+    world.lock().expect("free");
+    let child = Started(Some(run.command("--auto-resume").spawn().expect("a launcher")));
+    std::thread::sleep(Duration::from_secs(1));
+    fs::create_dir_all(run.dir().join("checkpoints/step-00000002")).expect("a folder");
+    run.write("checkpoints/step-00000002/manifest.json", "{}");
+    drop(world);
+    let output = child.output();
+    assert_eq!(output.status.code(), Some(0), "{}", text(&output));
+    assert_eq!(run.events(), ["started", "ended"]);
+    assert!(text(&output).contains("resume from 2"), "{}", text(&output));
+}
+
 #[test]
 fn a_frozen_rank_is_named_killed_and_restarted() {
     let run = Run::new(7, "1 6 freeze");

@@ -174,8 +174,6 @@ pub struct Groups {
     pub expert: ExpertGroup,
     /// Everyone with this rank's experts. Under DualPipe 2 × dp / ep. `data` itself where ep is 1.
     pub expert_data: Comm,
-    /// The ranks of this node.
-    pub node: Comm,
 }
 
 impl Groups {
@@ -193,7 +191,6 @@ impl Groups {
             expert: ExpertGroup::new(world.split(rank / mesh.ep, rank)?, &mesh.expert_nodes(rank))?,
             expert_data: if mesh.ep > 1 { world.split(stages * mesh.ep + place.ep, rank)? } else { data.clone() },
             data,
-            node: world.split(mesh.nodes[rank], rank)?,
             world,
         })
     }
@@ -264,7 +261,6 @@ mod tests {
             assert_eq!(of(&groups.embedding), (0..8).collect::<Vec<_>>());
             assert_eq!(of(&groups.expert.all), [pair, pair + 1]);
             assert_eq!(of(&groups.expert_data), [stage + rank % 2, stage + rank % 2 + 2]);
-            assert_eq!(of(&groups.node), [pair, pair + 1]);
             assert_eq!(mesh.expert_nodes(world.rank()), [pair as usize / 2; 2]);
         });
     }

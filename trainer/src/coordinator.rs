@@ -19,9 +19,11 @@ pub fn host() -> String {
     std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default().trim().to_string()
 }
 
-/// The node of every rank: hosts, numbered in the order of their first rank.
+/// The node of every rank: hosts, numbered in the order of their first rank. Containers on two machines may bear one name: a
+/// machine's every start has an id.
 pub fn nodes(world: &dyn Communicator) -> Result<Vec<usize>> {
-    let hosts = gather_bytes(world, host().as_bytes())?;
+    let start = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
+    let hosts = gather_bytes(world, format!("{} {start}", host()).as_bytes())?;
     let mut seen: Vec<&Vec<u8>> = Vec::new();
     hosts.iter().for_each(|host| if !seen.contains(&host) { seen.push(host) });
     Ok(hosts.iter().map(|host| seen.iter().position(|known| *known == host).expect("seen above")).collect())

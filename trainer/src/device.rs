@@ -16,8 +16,8 @@ pub fn open(config: &RunConfig, world: &dyn Communicator) -> Result<Device> {
     }
     let (nodes, first) = (nodes(world)?, gather_bytes(world, device::bus_id(0).unwrap_or_default().as_bytes())?);
     let here: Vec<usize> = (0..world.size()).filter(|&rank| nodes[rank] == nodes[world.rank()]).collect();
-    let own_first = here.iter().all(|&a| here.iter().all(|&b| a == b || first[a] != first[b]));
-    let local_rank = if own_first { 0 } else { here.iter().filter(|&&rank| rank < world.rank()).count() };
+    let shown_alike = here.iter().all(|&rank| first[rank] == first[world.rank()]);
+    let local_rank = if shown_alike { here.iter().filter(|&&rank| rank < world.rank()).count() } else { 0 };
     let options = Options { local_rank, torch_cuda: None, nvrtc_folder: None, kernel_cache: kernel_cache(&config.run.dir) };
     all_or_none(world, open_here(&options))
 }

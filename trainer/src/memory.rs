@@ -46,7 +46,7 @@ impl Trainer {
         let optimizer: i64 = self.optimizer.slots.iter().map(|slot| own(slot) + bytes(&slot.first) + bytes(&slot.second)).sum();
         let activations = (held.peak - weights - gradients - optimizer).max(0);
         let g = &self.groups;
-        let mut axes = vec![&g.world, &g.pipe, &g.embedding, &g.data, &g.expert_data, &g.expert.all, &g.node];
+        let mut axes = vec![&g.world, &g.pipe, &g.embedding, &g.data, &g.expert_data, &g.expert.all];
         axes.dedup_by(|a, b| Rc::ptr_eq(a, b));
         let buffers = axes.iter().map(|axis| axis.buffer_bytes() as i64).sum::<i64>() + g.expert.hop_buffer_bytes() as i64;
         let total = device::gpu(on).memory()?.total_bytes as i64;

@@ -55,9 +55,10 @@ const ALIGN: usize = 256;
 /// The ranks of a group that this one reaches in memory.
 pub(super) struct Peers {
     links: Vec<Option<Link>>,
-    /// Where sends wait for credit, and receives for data.
-    out: [Arc<CudaStream>; WAYS],
-    into: [Arc<CudaStream>; WAYS],
+    /// Where sends wait for credit, and receives for data: WAYS each, or none where nobody is reached. Streams that wait need
+    /// hardware queues of their own, and a GPU has 32 for all axes.
+    out: Vec<Arc<CudaStream>>,
+    into: Vec<Arc<CudaStream>>,
     slots: Slots,
     /// Device memory of the slots.
     pub bytes: usize,
@@ -119,8 +120,9 @@ impl Peers {
             let (mine, theirs) = (base + before(rank, peer) as u64, theirs + before(peer, rank) as u64);
             links.push(Some(Link { mine, theirs, sent: Cell::new(0), received: Cell::new(0), direct: Default::default() }));
         }
-        let stream = || context.new_stream().map_err(failed);
-        let (out, into) = ([stream()?, stream()?], [stream()?, stream()?]);
+        let ways = if links.iter().any(Option::is_some) { WAYS } else { 0 };
+        let streams = || (0..ways).map(|_| context.new_stream()).collect::<Result<Vec<_>, _>>().map_err(failed);
+        let (out, into) = (streams()?, streams()?);
         let own = control.split(0, rank)?;
         Ok(Peers { links, out, into, slots, bytes, refused, rank, control: own, exports: Default::default() })
     }
