@@ -61,7 +61,7 @@ fn collectives(On(comm, device): On, results: &mut Results) {
     let sample = |rank, salt, shape: &[i64], kind| sample(rank, salt, shape, kind).to_device(device);
     let (me, size) = (comm.rank(), comm.size());
     for kind in KINDS {
-        for rows in [size as i64, 3000 * size as i64] {
+        for rows in [size as i64, (4000 / size * size) as i64] {
             let mine = |salt| sample(me, salt, &[rows, 7], kind);
             for reduce in [Reduce::Sum, Reduce::Max, Reduce::Min] {
                 let odd = sample(me, 9, &[rows * 7 + 1], kind);

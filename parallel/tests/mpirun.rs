@@ -1,4 +1,4 @@
-//! The MPI back end under a real mpirun: `examples/comm_check.rs` on 1, 2, 3 and 4 ranks and `dispatch_check.rs` on 4, bit
+//! The MPI back end under a real mpirun: `examples/comm_check.rs` on 1, 2, 3, 4 and 9 ranks and `dispatch_check.rs` on 4, bit
 //! for bit against threads; and that a mistake of one rank ends the job.
 
 use std::path::PathBuf;
@@ -31,7 +31,7 @@ fn mpirun(name: &str, num_ranks: usize, args: &[&str]) -> Output {
 
 #[test]
 fn mpi_and_threads_give_the_same_bits() {
-    for num_ranks in [1, 2, 3, 4] {
+    for num_ranks in [1, 2, 3, 4, 9] {
         let output = mpirun("comm_check", num_ranks, &[]);
         let (out, err) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
         assert!(output.status.success(), "{num_ranks} ranks: {:?}\n{out}\n{err}", output.status);

@@ -17,6 +17,10 @@ use tch::{Device, Kind, Tensor};
 
 /// Up to this many bytes everyone sends everything and sums for itself: one latency instead of two.
 const SMALL_BYTES: usize = 16 << 10;
+/// Up to so many bytes of each rank are passed on by others where ranks are many: these have them in memory twice.
+const SMALL_GATHER_BYTES: usize = 256 << 10;
+/// As many ranks as a host has GPUs are connected in pairs anyway.
+const FEW: usize = 8;
 /// Below MPI's guaranteed highest tag (32767), and apart from those of collectives.
 const EXCHANGE_TAG: c_int = 32_000;
 const NUM_TAGS: u32 = 15_000;
@@ -109,37 +113,93 @@ impl MpiComm {
         Ok(parts)
     }
 
-    /// All-reduce of few bytes: everyone gets everything, packed in one message, and folds it alone.
+    /// All-reduce of few bytes: everyone gets everything and folds it alone.
     fn small_all_reduce(&self, tensors: Vec<Tensor>, reduce: Reduce, home: Home) -> Result<Pending<Vec<Tensor>>, CommError> {
-        // Places are multiples of 8 bytes, so that every kind may be viewed there.
-        let places: Vec<(i64, i64)> = tensors
-            .iter()
-            .scan(0, |next, tensor| {
-                let bytes = byte_length(tensor) as i64;
-                let at = *next;
-                *next += (bytes + 7) / 8 * 8;
-                Some((at, bytes))
-            })
-            .collect();
-        let total: i64 = places.iter().map(|(_, bytes)| (bytes + 7) / 8 * 8).sum();
-        let all: Vec<Tensor> = (0..self.size).map(|_| empty_host(&[total], Kind::Uint8)).collect();
-        for (tensor, (at, bytes)) in tensors.iter().zip(&places) {
-            copy_into(all[self.rank].narrow(0, *at, *bytes).view_dtype(tensor.kind()), &tensor.view([-1]));
-        }
-        let (tag, mut batch) = (self.next_tag(), Batch::default());
-        for peer in self.peers() {
-            self.link.receive(&mut batch, all[peer].shallow_clone(), peer, tag)?;
-            self.link.send(&mut batch, all[self.rank].shallow_clone(), peer, tag)?;
-        }
-        Ok(self.fly(batch, Vec::new(), move || {
-            let sums = tensors.iter().zip(places).map(|(tensor, (at, bytes))| {
-                let parts: Vec<Tensor> = all.iter().map(|a| a.narrow(0, at, bytes).view_dtype(tensor.kind())).collect();
+        let packed = Packed::places(&tensors);
+        let (batch, steps, blocks) = self.gather_blocks(packed.pack(&tensors))?;
+        Ok(self.fly(batch, steps, move || {
+            let sums = tensors.iter().enumerate().map(|(i, tensor)| {
+                let parts: Vec<Tensor> = blocks.iter().map(|block| packed.part(block, i, tensor.kind())).collect();
                 let out = empty_host(&tensor.size(), tensor.kind());
                 sum::fold(&out.view([-1]), &parts, reduce);
                 out
             });
             home.bring(sums.collect())
         }))
+    }
+
+    /// All-gather of few bytes, packed in one message.
+    fn small_all_gather(&self, tensors: Vec<Tensor>, home: Home) -> Result<Pending<Vec<Tensor>>, CommError> {
+        let packed = Packed::places(&tensors);
+        let (batch, steps, blocks) = self.gather_blocks(packed.pack(&tensors))?;
+        Ok(self.fly(batch, steps, move || {
+            let all = tensors.iter().enumerate().map(|(i, tensor)| {
+                let mut shape = tensor.size();
+                shape[0] *= blocks.len() as i64;
+                let parts: Vec<Tensor> = blocks.iter().map(|block| packed.part(block, i, tensor.kind())).collect();
+                Tensor::cat(&parts, 0).view(&shape[..])
+            });
+            home.bring(all.collect())
+        }))
+    }
+
+    /// Everyone's block of bytes, all as long, by rank, once the batch and the steps are done. Few ranks send to each other in
+    /// one latency. Many would need a connection a pair: theirs go in ⌈log₂ N⌉ rounds, in the k-th of which a rank passes the
+    /// 2ᵏ blocks that it has on to the rank 2ᵏ before it (Bruck et al. 1997).
+    fn gather_blocks(&self, mine: Tensor) -> Result<(Batch, Vec<Step>, Vec<Tensor>), CommError> {
+        let (rank, size, bytes) = (self.rank, self.size, mine.numel() as i64);
+        let (tag, mut batch, mut steps) = (self.next_tag(), Batch::default(), Vec::new());
+        // Its own first, then its successors': so that what is passed on lies together.
+        let all = empty_host(&[size as i64 * bytes], Kind::Uint8);
+        let blocks = move |all: &Tensor, first: usize, count: usize| all.narrow(0, first as i64 * bytes, count as i64 * bytes);
+        copy_into(blocks(&all, 0, 1), &mine);
+        if size <= FEW {
+            for peer in self.peers() {
+                self.link.receive(&mut batch, blocks(&all, (peer + size - rank) % size, 1), peer, tag)?;
+                self.link.send(&mut batch, blocks(&all, 0, 1), peer, tag)?;
+            }
+        } else {
+            for distance in std::iter::successors(Some(1), |d| Some(2 * d)).take_while(|&d| d < size) {
+                let (link, all, count) = (self.link.clone(), all.shallow_clone(), distance.min(size - distance));
+                steps.push(Box::new(move || {
+                    let mut batch = Batch::default();
+                    link.receive(&mut batch, blocks(&all, distance, count), (rank + distance) % size, tag)?;
+                    link.send(&mut batch, blocks(&all, 0, count), (rank + size - distance) % size, tag)?;
+                    Ok(batch)
+                }) as Step);
+            }
+        }
+        let by_rank = (0..size).map(|of| blocks(&all, (of + size - rank) % size, 1)).collect();
+        Ok((batch, steps, by_rank))
+    }
+}
+
+/// Where tensors lie one behind the other in a block of bytes: first byte and length of each. First bytes are multiples of 8,
+/// so that every kind may be viewed there.
+struct Packed(Vec<(i64, i64)>);
+
+impl Packed {
+    fn places(tensors: &[Tensor]) -> Self {
+        let place = |next: &mut i64, tensor: &Tensor| {
+            let bytes = byte_length(tensor) as i64;
+            *next += (bytes + 7) / 8 * 8;
+            Some((*next - (bytes + 7) / 8 * 8, bytes))
+        };
+        Packed(tensors.iter().scan(0, place).collect())
+    }
+
+    fn pack(&self, tensors: &[Tensor]) -> Tensor {
+        let block = Tensor::zeros([self.0.iter().map(|(_, bytes)| (bytes + 7) / 8 * 8).sum::<i64>()], (Kind::Uint8, Device::Cpu));
+        for (i, tensor) in tensors.iter().enumerate() {
+            copy_into(self.part(&block, i, tensor.kind()), &tensor.view([-1]));
+        }
+        block
+    }
+
+    /// The i-th tensor's elements.
+    fn part(&self, block: &Tensor, i: usize, kind: Kind) -> Tensor {
+        let (at, bytes) = self.0[i];
+        block.narrow(0, at, bytes).view_dtype(kind)
     }
 }
 
@@ -222,9 +282,13 @@ impl Communicator for MpiComm {
             return Ok(Pending::ready(tensors));
         }
         let home = Home::of(&tensors);
+        let tensors = to_host(tensors);
+        if self.size > FEW && tensors.iter().map(byte_length).sum::<usize>() <= SMALL_GATHER_BYTES {
+            return self.small_all_gather(tensors, home);
+        }
         let (tag, mut batch) = (self.next_tag(), Batch::default());
         let mut outs = Vec::with_capacity(tensors.len());
-        for tensor in to_host(tensors) {
+        for tensor in tensors {
             let mut shape = tensor.size();
             let rows = shape[0];
             shape[0] *= self.size as i64;
