@@ -33,6 +33,7 @@ pub struct ModelConfig {
     pub topk_group: i64,
     #[serde(default = "sigmoid")]
     pub scoring_func: Scoring,
+    /// Weights of a token's experts sum to one; not with softmax scoring.
     #[serde(default = "yes")]
     pub norm_topk_prob: bool,
     #[serde(default = "unit")]
@@ -148,6 +149,8 @@ impl ModelConfig {
         check((1..=self.n_group).contains(&self.topk_group), "topk_group", self.topk_group, &format!("must be between 1 and n_group = {}", self.n_group))?;
         let open = experts / self.n_group * self.topk_group;
         check((1..=open).contains(&self.num_experts_per_tok), "num_experts_per_tok", self.num_experts_per_tok, &format!("must be between 1 and the {open} experts of topk_group groups"))?;
+        let renormalised = self.scoring_func == Scoring::Softmax && self.norm_topk_prob;
+        check(!renormalised, "norm_topk_prob", 1, "must be false with softmax scoring: transformers' DeepSeek-V2 does not renormalise")?;
         let group_size = experts / self.n_group;
         check(self.scoring_func == Scoring::Softmax || group_size >= 2 || self.n_group == 1, "n_group", self.n_group, "sigmoid scoring sums a group's two best experts, so a group needs two")
     }

@@ -2,6 +2,7 @@
 //! experts of a layer, in one tensor; the MTP module repeats the embedding and the head.
 use crate::config::{ModelConfig, Scoring};
 use crate::params::ParamSpec;
+use serde::de::Error;
 use serde_json::{Value, json};
 
 /// A released tensor as a part of ours: `expert` picks dim 0, then `rows` a range of the matrix's rows.
@@ -72,8 +73,12 @@ pub fn config_json(config: &ModelConfig, torch_dtype: &str) -> Value {
     }
     match keys.get_mut("rope_scaling") {
         Some(scaling) => {
+            // Older transformers take the factor from what this is divided by the original length.
+            let scaled = scaling["factor"].as_f64().unwrap_or(1.0) * scaling["original_max_position_embeddings"].as_f64().unwrap_or(0.0);
+            let longest = config.max_position_embeddings.max(scaled.round() as i64);
             scaling["type"] = json!("yarn");
             scaling["rope_type"] = json!("yarn");
+            keys.insert("max_position_embeddings".into(), json!(longest));
         }
         None => {
             keys.insert("rope_scaling".into(), Value::Null);
@@ -82,7 +87,8 @@ pub fn config_json(config: &ModelConfig, torch_dtype: &str) -> Value {
     value
 }
 
-/// The inverse of `config_json`: DeepSeek's keys out of a released config.json, everything else ignored.
+/// The inverse of `config_json`: DeepSeek's keys out of a released config.json, or out of one that transformers 5 has written,
+/// which keeps RoPE's under `rope_parameters`. What another model would be is refused, everything else ignored.
 pub fn parse_config(value: &Value) -> Result<ModelConfig, serde_json::Error> {
     const KEYS: [&str; 25] = [
         "vocab_size", "hidden_size", "intermediate_size", "moe_intermediate_size", "num_hidden_layers",
@@ -95,8 +101,21 @@ pub fn parse_config(value: &Value) -> Result<ModelConfig, serde_json::Error> {
     let pick = |from: &Value, keys: &[&str]| -> serde_json::Map<String, Value> {
         keys.iter().filter_map(|&key| from.get(key).filter(|value| !value.is_null()).map(|value| (key.to_string(), value.clone()))).collect()
     };
+    for (key, only) in [("attention_bias", json!(false)), ("rope_interleave", json!(true)), ("tie_word_embeddings", json!(false)), ("moe_layer_freq", json!(1)), ("hidden_act", json!("silu"))] {
+        if let Some(other) = value.get(key).filter(|&given| !given.is_null() && *given != only) {
+            return Err(serde_json::Error::custom(format!("{key} = {other}: only {only} is implemented")));
+        }
+    }
     let mut ours = pick(value, &KEYS);
-    if let Some(scaling) = value.get("rope_scaling").filter(|scaling| scaling.get("factor").is_some()) {
+    let rope = ["rope_parameters", "rope_scaling"].iter().find_map(|&key| value.get(key).filter(|rope| rope.is_object()));
+    if let Some(theta) = rope.and_then(|rope| rope.get("rope_theta")) {
+        ours.insert("rope_theta".into(), theta.clone());
+    }
+    let kind = rope.and_then(|rope| rope.get("rope_type").or(rope.get("type"))).and_then(Value::as_str).unwrap_or("default");
+    if !["default", "yarn"].contains(&kind) {
+        return Err(serde_json::Error::custom(format!("rope_type = {kind:?}: only \"yarn\" and \"default\" are implemented")));
+    }
+    if let Some(scaling) = rope.filter(|_| kind == "yarn") {
         let mut yarn = pick(scaling, &YARN);
         // Released code takes an absent mscale_all_dim as 0; our own configs default to the report's 1.
         yarn.entry("mscale_all_dim").or_insert(json!(0.0));

@@ -1,5 +1,5 @@
 //! Checkpoints written behind the steps: what they hold, what stays, what a failed one leaves, and what is read of them.
-use crate::support::{Run, binary, mpirun, random, scratch, tiefsee};
+use crate::support::{Run, binary, mpirun, random, scratch, tiefsee, tiny};
 use parallel::comm::local::{run_local, solo};
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -10,7 +10,7 @@ use trainer::state::StatePart;
 use trainer::step::run_beside;
 
 fn head(step: u64) -> Manifest {
-    Manifest { step, ..Manifest::imported(crate::support::small(), kernels::Precision::F64) }
+    Manifest { step, ..Manifest::imported(tiny(), kernels::Precision::F64) }
 }
 
 fn retention() -> Retention {

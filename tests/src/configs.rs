@@ -1,7 +1,12 @@
 //! Configs: what ships can be laid out as it says, what no key can mean is refused, and a phase that is over binds nobody.
-use crate::support::{Run, root};
+use crate::support::{Run, root, tiny};
+use kernels::ops::rope::RopeScaling;
+use model::ModelConfig;
+use model::config::Scoring;
+use model::hf::{config_json, parse_config};
 use parallel::comm::local::run_local;
 use parallel::schedule::Schedule;
+use serde_json::json;
 use trainer::RunConfig;
 use trainer::coordinator::StopSignal;
 use trainer::estimate::{Need, needs};
@@ -88,4 +93,39 @@ fn a_number_that_is_none_is_refused_by_name() {
         let expected = format!("{key} = {}: must be finite", value.replace("nan", "NaN"));
         assert!(format!("{error:#}").ends_with(&expected), "{error:#}, not {expected}");
     }
+}
+
+#[test]
+fn what_transformers_5_writes_of_rope_is_read() {
+    let yarn: RopeScaling = serde_json::from_value(json!({"factor": 4.0, "original_max_position_embeddings": 128})).expect("YaRN");
+    let config = ModelConfig { rope_theta: 5e4, rope_scaling: Some(yarn), ..tiny() };
+    let mut value = config_json(&config, "float32");
+    // 4 · 128, for readers that divide.
+    assert_eq!(value["max_position_embeddings"], 512);
+    let keys = value.as_object_mut().expect("an object");
+    let (mut rope, theta) = (keys.remove("rope_scaling").expect("YaRN"), keys.remove("rope_theta").expect("theta"));
+    rope["rope_theta"] = theta;
+    keys.insert("rope_parameters".into(), rope);
+    let read = parse_config(&value).expect("a config");
+    assert_eq!(read, ModelConfig { max_position_embeddings: 512, ..config });
+    value["rope_parameters"] = json!({"rope_type": "default", "rope_theta": 5e4});
+    assert_eq!(parse_config(&value).expect("a config"), ModelConfig { rope_scaling: None, ..read });
+}
+
+#[test]
+fn what_would_be_another_model_is_refused() {
+    for (key, other) in [("attention_bias", json!(true)), ("rope_interleave", json!(false)), ("moe_layer_freq", json!(2)), ("rope_scaling", json!({"rope_type": "linear", "factor": 2.0}))] {
+        let mut value = config_json(&tiny(), "float32");
+        value[key] = other;
+        let error = parse_config(&value).expect_err(key).to_string();
+        assert!(error.contains(key) || error.contains("linear"), "{error}");
+    }
+}
+
+#[test]
+fn softmax_scoring_does_not_renormalise() {
+    let softmax = ModelConfig { scoring_func: Scoring::Softmax, ..tiny() };
+    let error = softmax.validate().expect_err("renormalised").to_string();
+    assert!(error.contains("model.norm_topk_prob"), "{error}");
+    ModelConfig { norm_topk_prob: false, ..softmax }.validate().expect("a model");
 }

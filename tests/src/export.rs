@@ -10,6 +10,7 @@ use model::{MicroBatch, ParamTable};
 use parallel::comm::local::{run_local, solo};
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
+use serde_json::Value;
 use tch::{Kind, Tensor};
 use trainer::RunConfig;
 use trainer::checkpoint::hf::{Format, Values, export, export_in_files, import};
@@ -71,6 +72,11 @@ fn an_fp8_export_is_our_quantiser_and_transformers_loads_it() {
         out
     };
     let (fp8, bf16) = (write(&newest, "fp8", Format::Fp8), write(&newest, "bf16", Format::Plain(Kind::BFloat16)));
+    // What ends a document ends what the model generates.
+    let json = |name: &str| -> Value { serde_json::from_slice(&std::fs::read(fp8.join(name)).expect(name)).expect("JSON") };
+    let (about, tokenizer, ends) = (json("tokenizer_config.json"), json("tokenizer.json"), json("config.json")["eos_token_id"].clone());
+    let end = tokenizer["added_tokens"].as_array().expect("tokens").iter().find(|token| token["content"] == about["eos_token"]);
+    assert_eq!(end.expect("an end token")["id"], ends);
     let imported = import(&fp8, &folder.join("fp8-imported")).expect("an import");
     // What was trained depends on the text, so which tokens route clearly does.
     let asked = (51..59).map(|seed| Subject::new(&config.model, Precision::F32, seed, 30)).map(|subject| (oracle("fp8.py", &fp8, &subject.tokens, &[]), subject));

@@ -346,7 +346,7 @@ fn gate_sigmoid_and_softmax_grouped_and_not() {
     check_gate(ModelConfig { n_group: 1, topk_group: 1, ..small() });
     let softmax = ModelConfig { scoring_func: Scoring::Softmax, norm_topk_prob: false, routed_scaling_factor: 1.0, ..small() };
     check_gate(softmax.clone());
-    check_gate(ModelConfig { norm_topk_prob: true, n_group: 1, topk_group: 1, ..softmax });
+    check_gate(ModelConfig { n_group: 1, topk_group: 1, ..softmax });
 }
 
 #[test]

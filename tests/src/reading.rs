@@ -2,7 +2,7 @@
 //! are open meanwhile.
 use crate::checkpoint::sharded;
 use crate::support::{Run, binary, scratch};
-use parallel::comm::local::run_local;
+use parallel::comm::local::{run_local, solo};
 use std::fs;
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
@@ -54,6 +54,15 @@ fn what_cannot_be_read_is_not_taken_for_damage() {
     symlink(&file, &file).expect("a link");
     fs::write(shard(&newer, 0), "short").expect("written");
     assert_eq!(newest(), [Ok(older.clone()), Ok(older)]);
+}
+
+#[test]
+fn a_run_does_not_begin_with_the_weights_of_another_model() {
+    let checkpoint = sharded(&scratch().join("another-model"), 2);
+    let run = Run::new("from-another", &[&format!("run.init_from={}", checkpoint.display()), "model.routed_scaling_factor=1.25", "model.max_position_embeddings=300"]);
+    let error = train(&run.config(), solo(), Start::Fresh, &StopSignal::default()).map(|_| ()).expect_err("another model");
+    let text = format!("{error:#}");
+    assert!(text.contains("run.init_from") && text.contains("its model has routed_scaling_factor = ") && text.contains("the run's model.routed_scaling_factor is 1.25"), "{text}");
 }
 
 #[test]

@@ -103,6 +103,22 @@ fn a_checkpoint_resumes_on_another_number_of_ranks() {
 }
 
 #[test]
+fn every_validation_has_its_phase_s_rope_scaling() {
+    const YARN: &str = "rope_scaling={factor=4.0,original_max_position_embeddings=32}";
+    let losses = |name: &str, prefixes: &[&str]| {
+        let set: Vec<String> = prefixes.iter().map(|prefix| format!("{prefix}{YARN}")).collect();
+        let run = Run::new(name, &set.iter().map(String::as_str).collect::<Vec<_>>());
+        let train = |start| train(&run.config(), parallel::comm::local::solo(), start, &StopSignal::default()).expect("a run").summary;
+        let ended = train(Start::Fresh);
+        // Again, though nothing is left to do: as after a crash at the very end.
+        assert_eq!(train(Start::Resume).val_loss_end, ended.val_loss_end, "{name}");
+        ended.val_loss_start.expect("a loss")
+    };
+    let (plain, model, first) = (losses("rope-plain", &["phase.1."]), losses("rope-model", &["model."]), losses("rope-first", &["phase.0."]));
+    assert!(model == first && plain != first, "{plain} without, {model} in the model, {first} in the first phase");
+}
+
+#[test]
 fn a_checkpoint_remembers_its_phases_rope_scaling_and_its_corpus() {
     let run = Run::new("remembers", &["phase.1.rope_scaling={factor=4.0,original_max_position_embeddings=32}"]);
     over_threads(&run, 1, Start::Fresh, Some(10));

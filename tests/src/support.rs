@@ -66,6 +66,11 @@ pub fn small() -> ModelConfig {
     }
 }
 
+/// The tests' runs' model.
+pub fn tiny() -> ModelConfig {
+    toml::from_str(&std::fs::read_to_string(root().join("configs/model/tiny.toml")).expect("a model")).expect("a model")
+}
+
 pub const F64: (Kind, Device) = (Kind::Double, Device::Cpu);
 
 use serde_json::Value;

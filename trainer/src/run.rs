@@ -119,7 +119,10 @@ pub fn train(config: &RunConfig, world: Comm, start: Start, stop: &StopSignal) -
     trainer.seal()?;
     let metrics = all_or_none(&*world, Metrics::open(&config.run.dir, world.rank(), state.step, plan.num_steps()))?;
     let retention = Retention { last: config.checkpoint.keep_last, every: config.checkpoint.keep_every };
-    let (saver, rope_scaling) = (Saver::new(&config.run.dir, retention), config.model.rope_scaling.clone());
+    let saver = Saver::new(&config.run.dir, retention);
+    // Of the phase of the last token read: a checkpoint on an edge, or at the end, belongs to the one before it.
+    let last = config.phase.last().expect("a run has a phase");
+    let rope_scaling = config.rope_scaling_of(plan.at(state.tokens.saturating_sub(1)).map_or(last, |moment| moment.phase));
     let mut run = Run {
         config,
         plan,
@@ -172,7 +175,7 @@ impl Run<'_> {
                 continue;
             }
             self.again = 0;
-            self.rope_scaling = moment.phase.rope_scaling.clone().or_else(|| self.config.model.rope_scaling.clone());
+            self.rope_scaling = self.config.rope_scaling_of(moment.phase);
             let tokens = moment.batch * moment.phase.sequence_length;
             self.state.step += 1;
             self.state.tokens += tokens;

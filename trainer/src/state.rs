@@ -4,7 +4,8 @@ use crate::checkpoint::Reader;
 use crate::optimizer::Slot;
 use crate::step::Trainer;
 use crate::zero::holders;
-use anyhow::Result;
+use anyhow::{Result, ensure};
+use model::ModelConfig;
 use model::params::ParamSpec;
 use tch::{Device, Tensor};
 
@@ -74,8 +75,20 @@ impl Trainer {
         Ok(())
     }
 
-    /// As `load_all`, but of weights alone: of a run of another kind or an imported model.
+    /// As `load_all`, but of weights alone: of a run of another kind or an imported model. That must be this one in all that
+    /// its weights mean.
     pub fn load_weights(&mut self, from: &mut Reader) -> Result<()> {
+        // The length and its RoPE are a phase's matter, MTP's module may be left out, and nothing is drawn any more.
+        let alike = |config: &ModelConfig| {
+            let ModelConfig { rope_scaling, max_position_embeddings, num_nextn_predict_layers, initializer_range, .. } = self.config.clone();
+            ModelConfig { rope_scaling, max_position_embeddings, num_nextn_predict_layers, initializer_range, ..config.clone() }
+        };
+        let [theirs, ours] = [alike(&from.manifest().model), alike(&self.config)].map(|config| serde_json::to_value(config));
+        let (theirs, ours) = (theirs?, ours?);
+        for (key, own) in ours.as_object().expect("a config is an object") {
+            let other = theirs.get(key).unwrap_or(&serde_json::Value::Null);
+            ensure!(own == other, "its model has {key} = {other}, the run's model.{key} is {own}");
+        }
         self.want_masters(from)?;
         from.read()?;
         self.optimizer.rewrite(&mut self.weights);

@@ -87,7 +87,7 @@ type Begin<'a> = (&'a RunConfig, Start, Option<&'a SecondTier>);
 pub(super) fn restore((config, start, tier): Begin, world: &Comm, trainer: &mut Trainer, corpus: &Corpus) -> Result<Restored> {
     if start == Start::Fresh {
         if let Some(path) = &config.run.init_from {
-            let loaded = checkpoint::load_whole(&**world, path, &mut |reader| trainer.load_weights(reader))?;
+            let loaded = checkpoint::load_whole(&**world, path, &mut |reader| trainer.load_weights(reader)).with_context(|| format!("run.init_from = {path:?}"))?;
             loaded.map_err(|damage| anyhow!("run.init_from: {damage}"))?;
         }
         return Ok((State::default(), None, Vec::new()));

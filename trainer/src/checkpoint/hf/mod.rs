@@ -15,7 +15,7 @@ use model::hf::{Piece, config_json, copies, pieces};
 use model::params::{ParamSpec, Role};
 use model::{ModelConfig, ParamTable, Stage};
 use serde_json::{Value, json};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use tch::Kind;
 
 /// One file of an export holds about so much.
@@ -48,7 +48,8 @@ pub enum Values {
 pub enum Format {
     Plain(Kind),
     /// As DeepSeek releases them: what an FP8 run multiplies in FP8 is E4M3 with a `weight_scale_inv` for each 128 × 128
-    /// block, quantised from the masters; the rest BF16.
+    /// block, quantised from the masters; the rest BF16. A run multiplies what its BF16 weights quantise to: of some elements
+    /// in a hundred the neighbouring value.
     Fp8,
 }
 
@@ -107,11 +108,16 @@ pub fn export_in_files(checkpoint: &Path, out: &Path, format: Format, values: Va
         released.push(Released::new(spec, from(spec), Piece { name, expert: None, rows: None }, Part::Plain, format));
     }
     check_files(checkpoint, &manifest, &released)?;
-    let partial = PathBuf::from(format!("{}.partial", out.display()));
+    // Beside it, also where its name ends in a slash.
+    let partial = out.with_added_extension("partial");
     fresh(&partial)?;
     let bytes_read = write_files(&partial, &released, checkpoint, file_bytes)?;
-    write_json(&partial.join("config.json"), &config(&manifest.model, format))?;
-    copy_tokenizer(checkpoint, &partial)?;
+    let mut config = config(&manifest.model, format);
+    if let Some(end) = copy_tokenizer(checkpoint, &partial)? {
+        // Else transformers takes its own default of the model's kind.
+        config["eos_token_id"] = json!(end);
+    }
+    write_json(&partial.join("config.json"), &config)?;
     std::fs::rename(&partial, out).with_context(|| format!("cannot rename {} into place", partial.display()))?;
     let uneven =
         |released: &&Released| released.part == Part::Blocks && released.entry.shape.iter().any(|&side| side > TILE && side % TILE != 0);
@@ -136,15 +142,20 @@ fn write_json(path: &Path, value: &Value) -> Result<()> {
     std::fs::write(path, serde_json::to_vec_pretty(value)?).with_context(|| format!("cannot write {}", path.display()))
 }
 
-/// The run's config says where its corpus is; the tokenizer lies there.
-fn copy_tokenizer(checkpoint: &Path, out: &Path) -> Result<()> {
-    let Some(run_dir) = checkpoint.parent().and_then(Path::parent) else { return Ok(()) };
-    let Ok(text) = std::fs::read_to_string(resolved(run_dir)) else { return Ok(()) };
+/// The run's config says where its corpus is; the tokenizer lies there, mostly with a config. The token that ends a document.
+fn copy_tokenizer(checkpoint: &Path, out: &Path) -> Result<Option<u32>> {
+    let Some(run_dir) = checkpoint.parent().and_then(Path::parent) else { return Ok(None) };
+    let Ok(text) = std::fs::read_to_string(resolved(run_dir)) else { return Ok(None) };
     let config: crate::RunConfig = toml::from_str(&text).with_context(|| format!("{}", resolved(run_dir).display()))?;
-    if let Some(tokenizer) = data::fetch(&config.data.mixture[0].path, "tokenizer.json")? {
-        std::fs::write(out.join("tokenizer.json"), tokenizer).with_context(|| format!("cannot write {}", out.display()))?;
-        let about = json!({"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": false});
-        write_json(&out.join("tokenizer_config.json"), &about)?;
+    let corpus = &config.data.mixture[0].path;
+    let Some(tokenizer) = data::fetch(corpus, "tokenizer.json")? else { return Ok(None) };
+    let write = |name: &str, bytes: &[u8]| std::fs::write(out.join(name), bytes).with_context(|| format!("cannot write {}", out.join(name).display()));
+    write("tokenizer.json", &tokenizer)?;
+    match data::fetch(corpus, "tokenizer_config.json")? {
+        Some(about) => write("tokenizer_config.json", &about)?,
+        None => write_json(&out.join("tokenizer_config.json"), &json!({"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": false}))?,
     }
-    Ok(())
+    let Some(manifest) = data::fetch(corpus, "manifest.json")? else { return Ok(None) };
+    let manifest: data::format::manifest::Manifest = serde_json::from_slice(&manifest).with_context(|| format!("{}/manifest.json", corpus.display()))?;
+    Ok(Some(manifest.end_token))
 }
