@@ -3,6 +3,7 @@ use crate::support::{Run, corpus, mpirun, root, scratch, tiefsee};
 use serde_json::Value;
 use std::collections::BTreeMap;
 use std::fs;
+use std::path::Path;
 use std::process::Command;
 
 /// Runs `tiefsee` and expects an error whose text has every part.
@@ -44,6 +45,16 @@ fn an_unknown_key_is_named_with_the_nearest_right_one() {
     let run = Run::new("unknown-model-key", &["model.kv_lora_rnk=3"]);
     misconfigured(&run, &["kv_lora_rnk", "did you mean `kv_lora_rank`?"]);
     assert!(!run.dir().exists());
+}
+
+#[test]
+fn a_run_in_a_store_is_refused() {
+    for key in ["dir", "init_from"] {
+        let set = format!("run.{key}=s3://bucket/run");
+        let said = format!("run.{key} = \"s3://bucket/run\": is a URL, and checkpoints are written to and read from file systems only");
+        misconfigured(&Run::new("in-a-store", &[&set]), &["tiny.toml", &said]);
+    }
+    assert!(!Path::new("s3:").exists());
 }
 
 #[test]

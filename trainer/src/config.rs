@@ -187,6 +187,11 @@ impl RunConfig {
         }
         ensure!(!self.phase.is_empty(), "[[phase]]: a run needs at least one");
         ensure!(!self.data.mixture.is_empty(), "data.mixture: a run needs at least one source");
+        for (key, path) in [("dir", Some(&self.run.dir)), ("init_from", self.run.init_from.as_ref())] {
+            if let Some(url) = path.filter(|path| data::is_url(path)) {
+                bail!("run.{key} = {url:?}: is a URL, and checkpoints are written to and read from file systems only");
+            }
+        }
         for (index, phase) in self.phase.iter().enumerate() {
             phase.validate(&self.model).with_context(|| format!("[[phase]] {}", index + 1))?;
         }
