@@ -67,6 +67,7 @@ fn values_that_do_not_fit_together_are_refused_with_their_numbers() {
     let text = mpirun(2, &Run::new("dp-mpi", &["parallel.dp=3"]).train_args(), 1);
     assert!(text.contains("world size 2 ≠ pp 1 × dp 3 = 3"), "{text}");
     misconfigured(&Run::new("fp8", &["run.precision=fp8"]), &["model.kv_lora_rank = 12", "multiple of 16 where run.precision = \"fp8\""]);
+    misconfigured(&Run::new("patience", &["data.patience=0"]), &["data.patience = 0: must be from 1 to 86400 s"]);
     refused(&Run::new("ep", &["parallel.ep=2"]).train_args(), &["dp 1 does not divide by ep 2"]);
 }
 

@@ -94,6 +94,9 @@ pub struct AttentionSection {
 pub struct DataSection {
     /// The corpora and their shares; a phase may name another mixture.
     pub mixture: Vec<Source>,
+    /// Seconds for which a store that fails is asked again, before the run ends; not longer than the launcher's --hang-floor.
+    #[serde(default = "patience")]
+    pub patience: u64,
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -158,6 +161,12 @@ impl Default for ValidationSection {
 fn seed() -> u64 {
     1
 }
+fn patience() -> u64 {
+    data::PATIENCE.as_secs()
+}
+
+/// More would be a slip: a run that waits is a run that nobody looks after.
+const MOST_PATIENCE: u64 = 24 * 3600;
 
 impl RunConfig {
     /// Reads `path`, applies `section.key=value` overrides (TOML values; bare words are strings) and checks it.
@@ -187,6 +196,8 @@ impl RunConfig {
         }
         ensure!(!self.phase.is_empty(), "[[phase]]: a run needs at least one");
         ensure!(!self.data.mixture.is_empty(), "data.mixture: a run needs at least one source");
+        let patience = self.data.patience;
+        ensure!((1..=MOST_PATIENCE).contains(&patience), "data.patience = {patience}: must be from 1 to {MOST_PATIENCE} s");
         for (key, path) in [("dir", Some(&self.run.dir)), ("init_from", self.run.init_from.as_ref())] {
             if let Some(url) = path.filter(|path| data::is_url(path)) {
                 bail!("run.{key} = {url:?}: is a URL, and checkpoints are written to and read from file systems only");
