@@ -45,6 +45,17 @@ fn an_unknown_key_is_named_with_the_nearest_right_one() {
     let run = Run::new("unknown-model-key", &["model.kv_lora_rnk=3"]);
     misconfigured(&run, &["kv_lora_rnk", "did you mean `kv_lora_rank`?"]);
     assert!(!run.dir().exists());
+    for (set, parts) in [
+        ("data.pata=60", ["unknown field `pata`", "did you mean `patience`?"]),
+        ("phase.0.lr.form=0.1", ["unknown field `form`", "did you mean `from`?"]),
+        ("phase.1.lr.shape=cosin", ["unknown variant `cosin`", "did you mean `cosine`?"]),
+        ("phase.0.batch.multipel=4", ["unknown field `multipel`", "did you mean `multiple`?"]),
+        ("phase.1.lr=fast", ["\"fast\", expected a number, or a table of from, to and shape", "in `phase"]),
+        ("phase.1.batch=-8", ["`-8`", "in `phase"]),
+        ("phase.1.batch={from=4,to=8}", ["missing field `multiple`", "in `phase"]),
+    ] {
+        misconfigured(&Run::new("unknown-phase-key", &[set]), &parts);
+    }
 }
 
 #[test]

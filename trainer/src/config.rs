@@ -288,9 +288,10 @@ fn read_toml(path: &Path) -> Result<Value> {
 fn parse<T: for<'a> Deserialize<'a>>(value: Value, path: &Path) -> Result<T> {
     value.try_into::<T>().map_err(|error| {
         let text = error.to_string();
-        let quoted: Vec<&str> = text.split('`').skip(1).step_by(2).collect();
+        // The lines below the first say where it is, in quotes too.
+        let quoted: Vec<&str> = text.lines().next().unwrap_or("").split('`').skip(1).step_by(2).collect();
         let hint = match quoted.split_first() {
-            Some((unknown, known)) if text.contains("unknown field") => known
+            Some((unknown, known)) if text.contains("unknown field") || text.contains("unknown variant") => known
                 .iter()
                 .max_by(|a, b| strsim::jaro_winkler(a, unknown).total_cmp(&strsim::jaro_winkler(b, unknown)))
                 .map(|nearest| format!("; did you mean `{nearest}`?"))
