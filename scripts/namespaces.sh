@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # A run over several hosts on one machine, each a network namespace: scripts/namespaces.sh HOSTS RANKS [OPTIONS] -- COMMAND…
-#   scripts/namespaces.sh 2 2 -- train --config configs/run/quickstart.toml
+#   scripts/namespaces.sh 2 1 -- train --config configs/run/quickstart.toml
 # OPTIONS are tiefsee-launch's. Needs root. The hosts are h1, h2 …; meanwhile, from another shell, with the folder it prints:
 #   scripts/fixtures/hosts.sh cut DIR h2       pull a cable       scripts/fixtures/hosts.sh join DIR h2       put it back
 #   scripts/fixtures/hosts.sh crash DIR h2     a power failure    scripts/fixtures/hosts.sh run DIR h1 top    look around

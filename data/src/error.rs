@@ -2,6 +2,7 @@
 //! and the limit or the value expected, so that a message can be acted on without the source.
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 /// An error of preparing or of reading a corpus.
 #[derive(Debug, thiserror::Error)]
@@ -60,8 +61,8 @@ pub enum DataError {
     #[error("{}: the store refuses it: {reason}", path.display())]
     Refused { path: PathBuf, reason: String },
 
-    #[error("{}: {attempts} attempts failed, the last with: {reason}", path.display())]
-    Store { path: PathBuf, attempts: u32, reason: String },
+    #[error("{}: {attempts} attempts in {:.1} s failed, the last with: {reason}", path.display(), waited.as_secs_f64())]
+    Store { path: PathBuf, attempts: u32, waited: Duration, reason: String },
 }
 
 impl DataError {

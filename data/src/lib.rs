@@ -24,5 +24,5 @@ pub use format::Split;
 pub use loader::{Listings, Loader, LoaderOptions, OrderSpec, Sample, Source, SourceFacts};
 pub use order::Begun;
 pub use prepare::{PrepareArgs, PrepareSummary, decode_document, prepare};
-pub use store::{Retry, Store, fetch, is_url};
+pub use store::{PATIENCE, Retry, Store, fetch, is_url};
 pub use tokenizer::{FimTokens, Tokenizer, open_tokenizer};

@@ -34,7 +34,7 @@ pub struct Slurm {
 
 const EXPORTED: [&str; 5] = ["LD_LIBRARY_PATH", "OMP_NUM_THREADS", "RUST_BACKTRACE", "RUST_LOG", "CUDA_DEVICE_MAX_CONNECTIONS"];
 
-/// Settings of the network between GPUs, and of the stores that corpora and checkpoints may be in.
+/// Settings of the network between GPUs, and of the stores that corpora may be in.
 const EXPORTED_BY_PREFIX: [&str; 3] = ["NCCL_", "AWS_", "GOOGLE_"];
 
 fn exported(set: impl Iterator<Item = String>) -> Vec<String> {

@@ -29,6 +29,7 @@ impl Program {
             Some("train") => train(&command[1..])?,
             Some("resume") => {
                 let Some(run_dir) = positional(&command[1..]) else { bail!("resume needs a run directory") };
+                local(run_dir)?;
                 Kind::Resume { run_dir: PathBuf::from(run_dir) }
             }
             _ => Kind::Other,
@@ -72,8 +73,14 @@ fn train(args: &[String]) -> Result<Kind> {
     };
     let run_dir = run_dir.with_context(|| format!("{config} has no run.dir"))?;
     let run_dir = run_dir.as_str().with_context(|| format!("run.dir = {run_dir}: must be a path"))?;
+    local(run_dir)?;
     let stop_after = set("run.stop_after").map(|step| step.to_string());
     Ok(Kind::Train { run_dir: PathBuf::from(run_dir), stop_after })
+}
+
+fn local(run_dir: &str) -> Result<()> {
+    ensure!(!run_dir.contains("://"), "run.dir = {run_dir:?}: is a URL, and checkpoints are written to and read from file systems only");
+    Ok(())
 }
 
 /// `--name value` and `--name=value`, in order.
@@ -124,7 +131,7 @@ mod tests {
         for given in ["runs/q", "'runs/q'", r#""runs/q""#, r#""runs/\u0071""#, "'''runs/q'''"] {
             assert_eq!(parse(&format!("train --config none.toml --set run.dir={given}")).run_dir(), Some(Path::new("runs/q")), "{given}");
         }
-        for refused in ["run={dir='runs/q'}", "run.dir=5"] {
+        for refused in ["run={dir='runs/q'}", "run.dir=5", "run.dir=s3://bucket/q"] {
             let command: Vec<String> = format!("train --config none.toml --set run.dir=a --set {refused}").split(' ').map(str::to_string).collect();
             assert!(Program::parse(&command).is_err(), "{refused}");
         }

@@ -11,7 +11,7 @@ use parallel::comm::local::run_local;
 use parallel::comm::mpi::MpiWorld;
 use parallel::comm::nccl;
 use parallel::comm::peer::Slots;
-use parallel::comm::{Comm, Communicator, Reduce, TensorSpec, barrier, broadcast_bytes, gather_bytes};
+use parallel::comm::{Comm, Communicator, Reduce, TensorSpec, barrier, broadcast_bytes, gather_bytes, gather_bytes_at};
 use std::time::Instant;
 use tch::{Device, Kind, Tensor};
 
@@ -52,7 +52,8 @@ fn program(on: On) -> Results {
     moves(On(&*group, device), &mut results);
     let all = gather_bytes(comm, format!("{}:{}", group.rank(), "x".repeat(comm.rank())).as_bytes()).unwrap();
     let last = broadcast_bytes(comm, &all[comm.rank()], comm.size() - 1).unwrap();
-    results.push(("bytes".into(), vec![], [all.concat(), last].concat()));
+    let at_one = gather_bytes_at(comm, &all[comm.rank()], comm.size() - 1).unwrap();
+    results.push(("bytes".into(), vec![], [all.concat(), last, at_one.concat()].concat()));
     barrier(comm).unwrap();
     results
 }

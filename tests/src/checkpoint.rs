@@ -1,5 +1,6 @@
 //! Checkpoints written behind the steps: what they hold, what stays, what a failed one leaves, and what is read of them.
 use crate::support::{Run, binary, mpirun, random, scratch, tiefsee, tiny};
+use parallel::comm::counted::counted;
 use parallel::comm::local::{run_local, solo};
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -51,6 +52,21 @@ fn a_checkpoint_holds_the_state_of_its_step_whatever_the_steps_after_write() {
         }
     });
     assert_eq!(checkpoint::list(&run_dir).expect("a list").len(), 3);
+}
+
+#[test]
+fn what_ranks_have_written_goes_to_rank_0_alone() {
+    let run_dir = scratch().join("told");
+    // Bytes that each rank sends of it.
+    let sent = run_local(4, |world| {
+        let (world, traffic) = counted(world, &[0; 4]);
+        let part = |number: usize| StatePart { name: format!("weight/{}{number}", "a".repeat(1000)), ..part(world.rank(), &random(1, &[1, 2])) };
+        let parts = (0..50).map(|number| StatePart { total: 4, ..part(number) }).collect();
+        checkpoint::save(&*world, &run_dir, head(1), parts).expect("a checkpoint");
+        traffic.inside_bytes()
+    });
+    assert!(sent[0] < 1000 && sent[1..].iter().all(|sent| (50_000..70_000).contains(sent)), "{sent:?}");
+    assert_eq!(checkpoint::verify(&checkpoint::folder(&run_dir).join("step-00000001")).expect("whole").tensors.len(), 50);
 }
 
 #[test]

@@ -53,6 +53,31 @@ fn the_published_recipe_is_laid_out_on_its_ranks() {
 }
 
 #[test]
+fn commands_that_are_shown_have_a_layout() {
+    let mut shown = 0;
+    for file in ["README.md", "scripts/train.sbatch", "scripts/namespaces.sh", "launch/src/args.rs", "trainer/src/main.rs"] {
+        let text = std::fs::read_to_string(root().join(file)).expect("text");
+        for line in text.replace("\\\n", " ").replace("\\n", "\n").lines() {
+            let words: Vec<&str> = line.split(|c: char| c.is_whitespace() || "=\"".contains(c)).collect();
+            let Some(config) = words.iter().find(|word| word.starts_with("configs/run/") && word.ends_with(".toml")) else { continue };
+            if !words.contains(&"train") && !words.contains(&"plan") {
+                continue;
+            }
+            let of = |name: &str, at: usize| words.iter().position(|word| word.ends_with(name)).map_or(1, |name| words[name + at].parse().expect(line));
+            let options = ["-n", "--ranks", "--nproc-per-node", "--nodes", "--ntasks-per-node"];
+            let ranks = options.iter().map(|option| of(option, 1)).product::<usize>() * of("namespaces.sh", 1) * of("namespaces.sh", 2);
+            let set: Vec<String> = line.split_whitespace().filter(|word| word.starts_with("parallel.") || word.starts_with("phase.")).map(String::from).collect();
+            let config = RunConfig::load(&root().join(config), &set).unwrap_or_else(|error| panic!("{file}: {line}: {error:#}"));
+            let mesh = config.mesh(&(0..ranks).map(|rank| rank / 8).collect::<Vec<_>>());
+            let proven = mesh.and_then(|mesh| prove_schedules(&config, &mesh, 0));
+            proven.unwrap_or_else(|error| panic!("{file}: on {ranks} ranks: {line}: {error:#}"));
+            shown += 1;
+        }
+    }
+    assert!(shown >= 10, "only {shown} are found");
+}
+
+#[test]
 fn a_phase_that_is_over_binds_no_layout() {
     let set = ["phase.1.micro_batch=1"];
     let (whole, parts) = (Run::new("over-whole", &set), Run::new("over-parts", &set));

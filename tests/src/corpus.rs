@@ -146,6 +146,18 @@ fn prepare_reads_a_bucket_as_it_reads_a_folder() {
 }
 
 #[test]
+fn a_store_that_is_not_there_is_said_at_once_and_given_up_when_patience_ends() {
+    let address = std::net::TcpListener::bind("127.0.0.1:0").expect("a port").local_addr().expect("an address");
+    let run = Run::new("store-gone", &["data.mixture.0.path=s3://bucket/corpus", "data.patience=1"]);
+    let mut command = tiefsee(&run.train_args());
+    command.envs([("AWS_ENDPOINT", format!("http://{address}").as_str()), ("AWS_ALLOW_HTTP", "true")]);
+    command.envs([("AWS_ACCESS_KEY_ID", "a-key"), ("AWS_SECRET_ACCESS_KEY", "a-secret")]);
+    let said = text(&finish(command, 1));
+    let parts = ["repeated for up to 1 s more", "s3://bucket/corpus/manifest.json: ", " attempts in 1.", " s failed, the last with: "];
+    assert!(parts.iter().all(|part| said.contains(part)), "{said}");
+}
+
+#[test]
 fn a_store_that_fails_and_stalls_never_gives_a_wrong_sample() {
     let folder = bucket_with_corpus("store-stalling");
     let spec = OrderSpec { sources: vec![Source { path: corpus().to_owned(), weight: 1.0 }], sequence_length: 64, seed: 3, phase: 0, split: Split::Train };
@@ -153,9 +165,8 @@ fn a_store_that_fails_and_stalls_never_gives_a_wrong_sample() {
     let indices: Vec<u64> = (0..300).collect();
     let expected = sound.read(&indices).expect("samples");
     let server = Server::start(&folder, true, Faults { failing: 20, stalling: 10 });
-    let mut options = LoaderOptions::default();
     // A cache of one row group: every change of it is a request.
-    (options.cache_bytes, options.retry.attempts) = (1, 20);
+    let mut options = LoaderOptions { cache_bytes: 1, ..LoaderOptions::default() };
     (options.retry.first_pause, options.retry.timeout) = (Duration::from_millis(1), Duration::from_millis(250));
     let store = Store::from_parts(server.client("bucket"), "corpus", "s3://bucket/corpus".into(), options.retry);
     for _ in 0..4 {

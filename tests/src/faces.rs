@@ -3,6 +3,7 @@ use crate::support::{Run, corpus, mpirun, root, scratch, tiefsee};
 use serde_json::Value;
 use std::collections::BTreeMap;
 use std::fs;
+use std::path::Path;
 use std::process::Command;
 
 /// Runs `tiefsee` and expects an error whose text has every part.
@@ -44,6 +45,27 @@ fn an_unknown_key_is_named_with_the_nearest_right_one() {
     let run = Run::new("unknown-model-key", &["model.kv_lora_rnk=3"]);
     misconfigured(&run, &["kv_lora_rnk", "did you mean `kv_lora_rank`?"]);
     assert!(!run.dir().exists());
+    for (set, parts) in [
+        ("data.pata=60", ["unknown field `pata`", "did you mean `patience`?"]),
+        ("phase.0.lr.form=0.1", ["unknown field `form`", "did you mean `from`?"]),
+        ("phase.1.lr.shape=cosin", ["unknown variant `cosin`", "did you mean `cosine`?"]),
+        ("phase.0.batch.multipel=4", ["unknown field `multipel`", "did you mean `multiple`?"]),
+        ("phase.1.lr=fast", ["\"fast\", expected a number, or a table of from, to and shape", "in `phase"]),
+        ("phase.1.batch=-8", ["`-8`", "in `phase"]),
+        ("phase.1.batch={from=4,to=8}", ["missing field `multiple`", "in `phase"]),
+    ] {
+        misconfigured(&Run::new("unknown-phase-key", &[set]), &parts);
+    }
+}
+
+#[test]
+fn a_run_in_a_store_is_refused() {
+    for key in ["dir", "init_from"] {
+        let set = format!("run.{key}=s3://bucket/run");
+        let said = format!("run.{key} = \"s3://bucket/run\": is a URL, and checkpoints are written to and read from file systems only");
+        misconfigured(&Run::new("in-a-store", &[&set]), &["tiny.toml", &said]);
+    }
+    assert!(!Path::new("s3:").exists());
 }
 
 #[test]
@@ -56,6 +78,7 @@ fn values_that_do_not_fit_together_are_refused_with_their_numbers() {
     let text = mpirun(2, &Run::new("dp-mpi", &["parallel.dp=3"]).train_args(), 1);
     assert!(text.contains("world size 2 ≠ pp 1 × dp 3 = 3"), "{text}");
     misconfigured(&Run::new("fp8", &["run.precision=fp8"]), &["model.kv_lora_rank = 12", "multiple of 16 where run.precision = \"fp8\""]);
+    misconfigured(&Run::new("patience", &["data.patience=0"]), &["data.patience = 0: must be from 1 to 86400 s"]);
     refused(&Run::new("ep", &["parallel.ep=2"]).train_args(), &["dp 1 does not divide by ep 2"]);
 }
 

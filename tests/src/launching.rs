@@ -421,6 +421,49 @@ fn a_wrong_config_is_2_and_said_once() {
     }
 }
 
+/// With stand-ins for the launcher, which ends with CODE, and for scontrol, which ends the batch shell as a requeue does.
+#[test]
+fn a_batch_job_is_requeued_for_eight_lost_hosts_in_a_row_and_its_grace_can_be_raised() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let stand_in = |name: &str, script: &str| {
+        let path = folder.path().join(name);
+        fs::create_dir_all(path.parent().expect("a folder")).expect("a folder");
+        fs::write(&path, format!("#!/bin/sh\n{script}\n")).expect("written");
+        assert!(Command::new("chmod").arg("+x").arg(&path).status().expect("chmod").success());
+    };
+    stand_in("scripts/launch.sh", "echo \"$*\" >launched; exit $CODE");
+    stand_in("bin/scontrol", "[ $1 = requeue ] || exit 0; touch requeued; kill -KILL $PPID");
+    let path = format!("{}:{}", folder.path().join("bin").display(), std::env::var("PATH").expect("a path"));
+    let batch = |job: &str, code: &str| {
+        let mut command = Command::new("bash");
+        command.arg(root().join("scripts/train.sbatch")).args(["resume", "runs/a"]).env_remove("TIEFSEE").env_remove("GRACE").env_remove("LAUNCH_OPTIONS");
+        command.env("SLURM_SUBMIT_DIR", folder.path()).envs([("PATH", path.as_str()), ("SLURM_JOB_ID", job), ("CODE", code)]);
+        command.envs([("SLURM_RESTART_COUNT", "100"), ("SLURM_JOB_NODELIST", "n1"), ("SLURM_JOB_NAME", "tiefsee")]);
+        command
+    };
+    let requeued = |job: &str, code: &str| {
+        let output = batch(job, code).output().expect("a shell");
+        let requeued = fs::remove_file(folder.path().join("requeued")).is_ok();
+        assert!(requeued || output.status.code() == code.parse().ok(), "{output:?}");
+        requeued
+    };
+    let lost = |job: &str, times: usize| assert!((0..times).all(|_| requeued(job, "14")), "job {job}");
+    lost("7", 7);
+    lost("8", 8); // another task of an array
+    assert!(requeued("7", "75"), "its time was up");
+    lost("7", 8);
+    assert!(!requeued("7", "14") && !requeued("8", "14"), "a ninth time");
+    lost("7", 1);
+    assert!(!requeued("7", "0"));
+    let left: Vec<_> = fs::read_dir(folder.path()).expect("a list").map(|entry| entry.expect("an entry").file_name()).collect();
+    assert_eq!(left.len(), 3, "bin, launched and scripts, not {left:?}");
+
+    let launched = || fs::read_to_string(folder.path().join("launched")).expect("launched");
+    assert_eq!(launched(), "--auto-resume --grace 90 -- resume runs/a\n");
+    assert!(batch("7", "0").env("GRACE", "900").status().expect("a shell").success());
+    assert_eq!(launched(), "--auto-resume --grace 900 -- resume runs/a\n");
+}
+
 #[test]
 fn a_dry_run_shows_the_command_and_each_ranks_place() {
     let output = local("--dry-run --hosts a,b --nproc-per-node 2 -- resume x").output().expect("a launcher");

@@ -95,6 +95,9 @@ pub struct AttentionSection {
 pub struct DataSection {
     /// The corpora and their shares; a phase may name another mixture.
     pub mixture: Vec<Source>,
+    /// Seconds for which a store that fails is asked again, before the run ends; not longer than the launcher's --hang-floor.
+    #[serde(default = "patience")]
+    pub patience: u64,
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -159,6 +162,12 @@ impl Default for ValidationSection {
 fn seed() -> u64 {
     1
 }
+fn patience() -> u64 {
+    data::PATIENCE.as_secs()
+}
+
+/// More would be a slip: a run that waits is a run that nobody looks after.
+const MOST_PATIENCE: u64 = 24 * 3600;
 
 impl RunConfig {
     /// Reads `path`, applies `section.key=value` overrides (TOML values; bare words are strings) and checks it.
@@ -193,6 +202,13 @@ impl RunConfig {
         }
         ensure!(!self.phase.is_empty(), "[[phase]]: a run needs at least one");
         ensure!(!self.data.mixture.is_empty(), "data.mixture: a run needs at least one source");
+        let patience = self.data.patience;
+        ensure!((1..=MOST_PATIENCE).contains(&patience), "data.patience = {patience}: must be from 1 to {MOST_PATIENCE} s");
+        for (key, path) in [("dir", Some(&self.run.dir)), ("init_from", self.run.init_from.as_ref())] {
+            if let Some(url) = path.filter(|path| data::is_url(path)) {
+                bail!("run.{key} = {url:?}: is a URL, and checkpoints are written to and read from file systems only");
+            }
+        }
         for (index, phase) in self.phase.iter().enumerate() {
             phase.validate(&self.model).with_context(|| format!("[[phase]] {}", index + 1))?;
         }
@@ -278,9 +294,10 @@ fn read_toml(path: &Path) -> Result<Value> {
 fn parse<T: for<'a> Deserialize<'a>>(value: Value, path: &Path) -> Result<T> {
     value.try_into::<T>().map_err(|error| {
         let text = error.to_string();
-        let quoted: Vec<&str> = text.split('`').skip(1).step_by(2).collect();
+        // The lines below the first say where it is, in quotes too.
+        let quoted: Vec<&str> = text.lines().next().unwrap_or("").split('`').skip(1).step_by(2).collect();
         let hint = match quoted.split_first() {
-            Some((unknown, known)) if text.contains("unknown field") => known
+            Some((unknown, known)) if text.contains("unknown field") || text.contains("unknown variant") => known
                 .iter()
                 .max_by(|a, b| strsim::jaro_winkler(a, unknown).total_cmp(&strsim::jaro_winkler(b, unknown)))
                 .map(|nearest| format!("; did you mean `{nearest}`?"))

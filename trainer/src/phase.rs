@@ -4,7 +4,10 @@ use anyhow::{Result, ensure};
 use data::Source;
 use kernels::ops::rope::RopeScaling;
 use model::ModelConfig;
+use serde::de::value::MapAccessDeserializer;
+use serde::de::{Deserializer, Error, IntoDeserializer, MapAccess, Visitor};
 use serde::{Deserialize, Serialize};
+use std::fmt;
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -45,7 +48,7 @@ fn lambda() -> f64 {
 }
 
 /// A constant, or a line over the phase in multiples of `multiple`.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize)]
 #[serde(untagged)]
 pub enum Ramp {
     Constant(u64),
@@ -61,7 +64,7 @@ pub struct Line {
 }
 
 /// A constant, or a curve over the phase.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize)]
 #[serde(untagged)]
 pub enum Curve {
     Constant(f64),
@@ -81,6 +84,47 @@ pub struct CurveShape {
 pub enum Shape {
     Linear,
     Cosine,
+}
+
+/// Who takes either. Serde's `untagged` would not say what is wrong inside the table.
+struct NumberOrTable<V, N, T> {
+    words: &'static str,
+    number: fn(N) -> V,
+    table: fn(T) -> V,
+}
+
+impl<'de, V, N: Deserialize<'de>, T: Deserialize<'de>> Visitor<'de> for NumberOrTable<V, N, T> {
+    type Value = V;
+
+    fn expecting(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        f.write_str(self.words)
+    }
+    fn visit_i64<E: Error>(self, number: i64) -> Result<V, E> {
+        N::deserialize(number.into_deserializer()).map(self.number)
+    }
+    fn visit_u64<E: Error>(self, number: u64) -> Result<V, E> {
+        N::deserialize(number.into_deserializer()).map(self.number)
+    }
+    fn visit_f64<E: Error>(self, number: f64) -> Result<V, E> {
+        N::deserialize(number.into_deserializer()).map(self.number)
+    }
+    fn visit_map<M: MapAccess<'de>>(self, map: M) -> Result<V, M::Error> {
+        T::deserialize(MapAccessDeserializer::new(map)).map(self.table)
+    }
+}
+
+impl<'de> Deserialize<'de> for Ramp {
+    fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Ramp, D::Error> {
+        let words = "a number, or a table of from, to and multiple";
+        from.deserialize_any(NumberOrTable { words, number: Ramp::Constant, table: Ramp::Line })
+    }
+}
+
+impl<'de> Deserialize<'de> for Curve {
+    fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Curve, D::Error> {
+        let words = "a number, or a table of from, to and shape";
+        from.deserialize_any(NumberOrTable { words, number: Curve::Constant, table: Curve::Curve })
+    }
 }
 
 impl Ramp {

@@ -4,9 +4,11 @@
 use std::collections::HashMap;
 use std::ops::Range;
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use tokio::sync::{OnceCell, Semaphore};
 
+use super::LoaderOptions;
 use super::source::OpenSource;
 use crate::DataError;
 use crate::format::index::Record;
@@ -20,6 +22,8 @@ pub(crate) struct Cache {
     verify: bool,
     kept: Mutex<Kept>,
     prefetches: Arc<Semaphore>,
+    /// Of one row group.
+    prefetch_limit: Duration,
 }
 
 #[derive(Default)]
@@ -36,9 +40,10 @@ struct Entry {
 }
 
 impl Cache {
-    pub fn new(limit_bytes: u64, verify: bool, prefetch_depth: usize) -> Cache {
+    pub fn new(options: &LoaderOptions) -> Cache {
+        let LoaderOptions { prefetch_depth, cache_bytes: limit_bytes, verify, retry, .. } = *options;
         let prefetches = Arc::new(Semaphore::new(prefetch_depth.max(1)));
-        Cache { limit_bytes, verify, kept: Mutex::default(), prefetches }
+        Cache { limit_bytes, verify, kept: Mutex::default(), prefetches, prefetch_limit: retry.timeout }
     }
 
     /// The tokens of `range` of the source's stream, and the positions among them where a document
@@ -79,8 +84,9 @@ impl Cache {
                 let permit = self.prefetches.clone().acquire_owned().await.expect("never closed");
                 let (cache, source, record) = (self.clone(), source.clone(), record.clone());
                 tokio::spawn(async move {
-                    // `read` asks again and reports what went wrong.
-                    let _ = cache.get(&source, (number, at), &record).await;
+                    // `read` asks again and reports what went wrong. It waits for a prefetch under way: one that is repeated for
+                    // as long as patience lasts would cost it that twice.
+                    let _ = tokio::time::timeout(cache.prefetch_limit, cache.get(&source, (number, at), &record)).await;
                     drop(permit);
                 });
             }

@@ -152,7 +152,7 @@ impl Loader {
         let shares: Vec<_> = samples.into_iter().zip(spec.sources.iter().map(|source| source.weight)).collect();
         let OrderSpec { sequence_length, seed, phase, split, .. } = spec;
         let order = Order::new(OrderKey { sequence_length, seed, phase, split }, &shares)?;
-        let cache = Arc::new(Cache::new(options.cache_bytes, options.verify, options.prefetch_depth));
+        let cache = Arc::new(Cache::new(&options));
         Ok(Loader { spec, order, sources, left_out, cache, runtime, options, fingerprint: OnceLock::new() })
     }
 

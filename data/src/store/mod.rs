@@ -1,16 +1,18 @@
 //! Where a corpus or an input lies, read by ranges: a local folder or an object store, all through
 //! the `object_store` crate.
 //!
-//! Invariant: a request is repeated, with growing pauses, after a failure or a stall; what is
-//! certain not to mend (a missing file, a file of another length, no permission) is not repeated.
+//! Invariant: a request is repeated, with growing pauses, after a failure or a stall, until it has failed for
+//! `Retry::patience`; what is certain not to mend (a missing file, a file of another length, no permission) is
+//! not repeated.
 
 mod local;
 mod location;
 
+use std::hash::{BuildHasher, RandomState};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use futures::TryStreamExt;
@@ -22,24 +24,50 @@ use crate::DataError;
 pub(crate) use location::Location;
 pub use location::is_url;
 
-/// How often and how patiently a request is repeated.
+/// How patiently a request is repeated.
 #[derive(Clone, Copy, Debug)]
 pub struct Retry {
-    /// Attempts in all, at least one.
-    pub attempts: u32,
+    /// A request is given up once it has failed for so long; the attempt that is under way then is waited for.
+    pub patience: Duration,
     /// Pause after the first failure; doubles each time, up to 30 s.
     pub first_pause: Duration,
-    /// A request that has not answered by then counts as failed.
+    /// An attempt that has not been answered by then counts as failed.
     pub timeout: Duration,
 }
 
+/// Stores that restart, or slow down whom they will, need minutes. A run's own error, which names the file, should still
+/// come before the launcher calls the run hung (`--hang-floor`).
+pub const PATIENCE: Duration = Duration::from_secs(240);
+
 impl Default for Retry {
     fn default() -> Retry {
-        Retry { attempts: 8, first_pause: Duration::from_millis(100), timeout: Duration::from_secs(30) }
+        Retry { patience: PATIENCE, first_pause: Duration::from_millis(100), timeout: Duration::from_secs(30) }
     }
 }
 
 const LONGEST_PAUSE: Duration = Duration::from_secs(30);
+
+impl Retry {
+    /// Of the doubled pause between half and all: who failed together does not come back together.
+    fn pause(&self, failures: u32) -> Duration {
+        let doubled = self.first_pause.saturating_mul(1 << (failures - 1).min(16)).min(LONGEST_PAUSE);
+        // Under keys that the system drew for this process: ranks of other hosts may have its number.
+        let lot = RandomState::new().hash_one(failures) as f64 / u64::MAX as f64;
+        doubled.mul_f64((1.0 + lot) / 2.0)
+    }
+}
+
+/// Of one request, in a row.
+struct Failures {
+    count: u32,
+    since: Instant,
+}
+
+impl Failures {
+    fn none() -> Failures {
+        Failures { count: 0, since: Instant::now() }
+    }
+}
 
 /// A folder of a store.
 #[derive(Clone)]
@@ -115,7 +143,7 @@ impl Store {
     /// As `list`, and what tells a file's versions apart.
     pub async fn list_versions(&self) -> Result<Vec<(String, u64, String)>, DataError> {
         let mut found: Vec<ObjectMeta> = Vec::new();
-        let mut failures = 0;
+        let mut failures = Failures::none();
         loop {
             let before = found.len();
             match self.list_on(&mut found).await {
@@ -123,8 +151,10 @@ impl Store {
                 Err(Failure::Final(error)) => return Err(error),
                 // A failure in a long listing costs a page, not the listing.
                 Err(Failure::Passing(reason)) => {
-                    failures = if found.len() > before { 1 } else { failures + 1 };
-                    self.pause("", failures, reason).await?;
+                    if found.len() > before {
+                        failures = Failures::none();
+                    }
+                    self.pause("", &mut failures, reason).await?;
                 }
             }
         }
@@ -159,28 +189,31 @@ impl Store {
     }
 
     async fn get(&self, file: &str, range: Option<Range<u64>>) -> Result<(Bytes, ObjectMeta), DataError> {
-        let mut failures = 0;
+        let mut failures = Failures::none();
         loop {
             let answer = tokio::time::timeout(self.retry.timeout, self.attempt(file, range.clone())).await;
             match answer.unwrap_or_else(|_| Err(self.stalled())) {
                 Ok(answer) => return Ok(answer),
                 Err(Failure::Final(error)) => return Err(error),
-                Err(Failure::Passing(reason)) => {
-                    failures += 1;
-                    self.pause(file, failures, reason).await?;
-                }
+                Err(Failure::Passing(reason)) => self.pause(file, &mut failures, reason).await?,
             }
         }
     }
 
-    /// Waits before the next attempt, or gives up after the last.
-    async fn pause(&self, file: &str, failures: u32, reason: String) -> Result<(), DataError> {
-        if failures >= self.retry.attempts {
-            return Err(DataError::Store { path: self.display(file), attempts: failures, reason });
+    /// Waits before the next attempt, or gives up.
+    async fn pause(&self, file: &str, failures: &mut Failures, reason: String) -> Result<(), DataError> {
+        failures.count += 1;
+        let (path, attempts, waited) = (self.display(file), failures.count, failures.since.elapsed());
+        let left = self.retry.patience.saturating_sub(waited);
+        if left.is_zero() {
+            return Err(DataError::Store { path, attempts, waited, reason });
         }
-        tracing::warn!(file = %self.display(file).display(), failures, %reason, "repeating a request");
-        let doubled = self.retry.first_pause.saturating_mul(1 << (failures - 1).min(16));
-        tokio::time::sleep(doubled.min(LONGEST_PAUSE)).await;
+        // Said at once, and then ever more rarely: ranks are many.
+        if attempts.is_power_of_two() {
+            tracing::warn!(file = %path.display(), attempts, %reason, "a request fails and is repeated for up to {:.0} s more", left.as_secs_f64());
+        }
+        // The last attempt is made when the time is up.
+        tokio::time::sleep(self.retry.pause(attempts).min(left)).await;
         Ok(())
     }
 
@@ -264,4 +297,22 @@ fn version(meta: &ObjectMeta) -> String {
 enum Failure {
     Final(DataError),
     Passing(String),
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pauses_double_up_to_the_longest_and_no_two_are_alike() {
+        let retry = Retry { first_pause: Duration::from_millis(100), ..Retry::default() };
+        for (failures, whole) in [(1, 0.1), (2, 0.2), (5, 1.6), (9, 25.6), (10, 30.0), (400, 30.0)] {
+            let mut drawn: Vec<f64> = (0..100).map(|_| retry.pause(failures).as_secs_f64()).collect();
+            drawn.sort_by(f64::total_cmp);
+            drawn.dedup();
+            assert!(drawn.len() > 90, "{drawn:?}");
+            assert!(drawn[0] >= 0.499 * whole && drawn[0] < 0.6 * whole, "{drawn:?}");
+            assert!(drawn[drawn.len() - 1] <= 1.001 * whole && drawn[drawn.len() - 1] > 0.9 * whole, "{drawn:?}");
+        }
+    }
 }

@@ -81,7 +81,7 @@ pub fn spec(sources: &[(&Path, f64)], sequence_length: usize, split: Split) -> O
 /// Fails fast: a test that meets a broken store should not wait.
 pub fn options() -> LoaderOptions {
     let mut options = LoaderOptions::default();
-    options.retry.attempts = 2;
+    options.retry.patience = std::time::Duration::from_millis(20);
     options.retry.first_pause = std::time::Duration::from_millis(1);
     options
 }

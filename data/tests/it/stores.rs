@@ -4,7 +4,7 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
 use data::{DataError, Loader, LoaderOptions, Split, Store};
@@ -25,6 +25,8 @@ use crate::corpus::{self, Random, options, spec};
 struct Faulty {
     inner: LocalFileSystem,
     requests: AtomicU64,
+    /// The next so many requests fail.
+    outage: AtomicU64,
     /// Of a hundred requests.
     failing: u64,
     stalling: u64,
@@ -40,6 +42,9 @@ impl fmt::Display for Faulty {
 impl ObjectStore for Faulty {
     async fn get_opts(&self, location: &StorePath, options: GetOptions) -> Result<GetResult> {
         let number = self.requests.fetch_add(1, Ordering::Relaxed);
+        if self.outage.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |left| left.checked_sub(1)).is_ok() {
+            return Err(Error::Generic { store: "faulty", source: "connection refused".into() });
+        }
         let lot = Random(number).below(100);
         if lot < self.failing {
             return Err(Error::Generic { store: "faulty", source: "503 slow down".into() });
@@ -75,17 +80,24 @@ impl ObjectStore for Faulty {
     }
 }
 
-fn open(path: &Path, failing: u64, stalling: u64, options: LoaderOptions) -> std::result::Result<Loader, DataError> {
+fn faulty(path: &Path, failing: u64, stalling: u64) -> Arc<Faulty> {
     let inner = LocalFileSystem::new_with_prefix(path).unwrap();
-    let store = Arc::new(Faulty { inner, requests: AtomicU64::new(0), failing, stalling });
-    let store = Store::from_parts(store, "", PathBuf::from("faulty://corpus"), options.retry);
+    Arc::new(Faulty { inner, requests: AtomicU64::new(0), outage: AtomicU64::new(0), failing, stalling })
+}
+
+fn open_on(store: &Arc<Faulty>, path: &Path, options: LoaderOptions) -> std::result::Result<Loader, DataError> {
+    let store = Store::from_parts(store.clone(), "", PathBuf::from("faulty://corpus"), options.retry);
     Loader::open_stores(spec(&[(path, 1.0)], 48, Split::Train), options, vec![store])
+}
+
+fn open(path: &Path, failing: u64, stalling: u64, options: LoaderOptions) -> std::result::Result<Loader, DataError> {
+    open_on(&faulty(path, failing, stalling), path, options)
 }
 
 /// A cache of about one row group, so that there are many requests.
 fn patient() -> LoaderOptions {
     let mut options = options();
-    options.retry.attempts = 12;
+    options.retry.patience = Duration::from_secs(60);
     options.retry.timeout = Duration::from_millis(100);
     options.cache_bytes = 6000;
     options
@@ -113,12 +125,60 @@ fn a_dead_store_is_an_error_that_names_the_file() {
     let path = corpus::prepared(folder.path(), 2, 30);
     for (failing, stalling, reason) in [(100, 0, "503"), (0, 100, "no answer")] {
         let mut options = options();
-        options.retry.timeout = Duration::from_millis(20);
+        (options.retry.patience, options.retry.timeout) = (Duration::from_millis(50), Duration::from_millis(20));
         let error = open(&path, failing, stalling, options).map(|_| ()).unwrap_err();
-        assert!(matches!(error, DataError::Store { attempts: 2, .. }), "{error}");
+        let DataError::Store { attempts: 2.., waited, .. } = error else { panic!("{error}") };
+        // The last attempt is made when patience ends, and may stall.
+        assert!(waited >= Duration::from_millis(50) && waited < Duration::from_secs(5), "{waited:?}");
         let text = error.to_string();
         assert!(text.contains("manifest.json") && text.contains(reason), "{text}");
     }
+}
+
+#[test]
+fn an_outage_is_waited_for_as_long_as_patience_lasts() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = corpus::prepared(folder.path(), 3, 60);
+    let store = faulty(&path, 0, 0);
+    // Of the first request, with half a second to a second of pauses; and of one amid the samples.
+    store.outage.store(10, Ordering::Relaxed);
+    let loader = open_on(&store, &path, patient()).unwrap();
+    store.outage.store(10, Ordering::Relaxed);
+    loader.read(&[0]).unwrap();
+    assert_eq!(store.outage.load(Ordering::Relaxed), 0);
+    let impatient = LoaderOptions { retry: options().retry, ..patient() };
+    store.outage.store(1_000_000, Ordering::Relaxed);
+    assert!(matches!(open_on(&store, &path, impatient).map(|_| ()).unwrap_err(), DataError::Store { .. }));
+}
+
+#[test]
+fn what_cannot_mend_is_not_repeated() {
+    let folder = tempfile::tempdir().unwrap();
+    let store = faulty(folder.path(), 0, 0);
+    let error = open_on(&store, folder.path(), patient()).map(|_| ()).unwrap_err();
+    assert!(matches!(error, DataError::MissingFile { .. }), "{error}");
+    assert_eq!(store.requests.load(Ordering::Relaxed), 1);
+}
+
+#[test]
+fn a_read_does_not_wait_for_the_pauses_of_a_prefetch() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = corpus::prepared(folder.path(), 4, 60);
+    let (store, mut options) = (faulty(&path, 0, 0), patient());
+    options.retry.first_pause = Duration::from_secs(10);
+    let loader = open_on(&store, &path, options).unwrap();
+    // The index is read with the first; the farthest from it lies in another row group.
+    loader.read(&[0]).unwrap();
+    let place = |index: u64| loader.locate(index).unwrap().sample;
+    let farthest = (0..loader.num_samples()).max_by_key(|index| place(*index).abs_diff(place(0))).unwrap();
+    store.outage.store(1, Ordering::Relaxed);
+    loader.prefetch(&[farthest]);
+    while store.outage.load(Ordering::Relaxed) > 0 {
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    let start = Instant::now();
+    loader.read(&[farthest]).unwrap();
+    assert!(start.elapsed() < Duration::from_secs(4), "{:?}", start.elapsed());
 }
 
 /// A bucket with `text/`, the empty object that some tools mark a folder with, which `object_store` lists as `text`.

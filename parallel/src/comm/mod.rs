@@ -200,6 +200,23 @@ pub fn gather_bytes(comm: &dyn Communicator, bytes: &[u8]) -> Result<Vec<Vec<u8>
     Ok(all.chunks(padded.len()).zip(&lengths).map(|(chunk, &n)| chunk[..n as usize].to_vec()).collect())
 }
 
+/// `gather_bytes` for `root` alone; the others get nothing.
+#[track_caller]
+pub fn gather_bytes_at(comm: &dyn Communicator, bytes: &[u8], root: usize) -> Result<Vec<Vec<u8>>, CommError> {
+    let lengths = comm.all_gather(vec![Tensor::from_slice(&[bytes.len() as i64])])?.wait()?;
+    if comm.rank() != root {
+        comm.exchange(vec![(root, Tensor::from_slice(bytes))], Vec::new())?.wait()?;
+        return Ok(Vec::new());
+    }
+    let lengths = Vec::<i64>::try_from(&lengths[0]).expect("i64 lengths");
+    let spec = |length: i64| TensorSpec { shape: vec![length], kind: Kind::Uint8, device: Device::Cpu };
+    let others = lengths.into_iter().enumerate().filter(|(rank, _)| *rank != root);
+    let came = comm.exchange(Vec::new(), others.map(|(rank, length)| (rank, spec(length))).collect())?.wait()?;
+    let mut all: Vec<Vec<u8>> = came.iter().map(|bytes| Vec::try_from(bytes).expect("bytes")).collect();
+    all.insert(root, bytes.to_vec());
+    Ok(all)
+}
+
 /// `root`'s bytes on every rank.
 #[track_caller]
 pub fn broadcast_bytes(comm: &dyn Communicator, bytes: &[u8], root: usize) -> Result<Vec<u8>, CommError> {

@@ -3,7 +3,7 @@ use super::manifest::{FileEntry, Manifest, SliceEntry, TensorEntry};
 use super::{entries, folder, shard};
 use crate::state::StatePart;
 use anyhow::{Context, Result, anyhow, bail};
-use parallel::comm::{Communicator, broadcast_bytes, gather_bytes};
+use parallel::comm::{Communicator, broadcast_bytes, gather_bytes_at};
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
 use tch::Tensor;
@@ -113,13 +113,15 @@ pub(super) fn described(file: &str, tensors: &[shard::Entry], places: impl Itera
     tensors.iter().zip(places).map(entry).collect()
 }
 
-/// Every rank's, in rank order; an error names its rank.
+/// On rank 0, which alone needs them, every rank's, in rank order; an error names its rank.
 pub(super) fn gather_written(world: &dyn Communicator, mine: &Result<Written, String>) -> Result<Vec<Result<Written, String>>> {
-    let all = gather_bytes(world, &serde_json::to_vec(mine)?)?;
-    let named = |(rank, bytes): (usize, &Vec<u8>)| -> Result<Result<Written, String>> {
-        Ok(serde_json::from_slice::<Result<Written, String>>(bytes)?.map_err(|error| format!("rank {rank}: {error}")))
+    let all = gather_bytes_at(world, &serde_json::to_vec(mine)?, 0)?;
+    let named = |(rank, bytes): (usize, &Vec<u8>)| {
+        // The others go on to hear rank 0's outcome: it must not leave before.
+        let told: Result<Written, String> = serde_json::from_slice(bytes).unwrap_or_else(|error| Err(error.to_string()));
+        told.map_err(|error| format!("rank {rank}: {error}"))
     };
-    all.iter().enumerate().map(named).collect()
+    Ok(all.iter().enumerate().map(named).collect())
 }
 
 /// The manifest is the last file; the rename makes the checkpoint exist. On failure nothing is left.

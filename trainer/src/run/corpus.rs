@@ -3,8 +3,9 @@ use super::streams::Streams;
 use crate::config::RunConfig;
 use crate::phase::Plan;
 use anyhow::{Context, Result, bail, ensure};
-use data::{Listings, Loader, LoaderOptions, OrderSpec, Source, Split};
+use data::{Listings, Loader, LoaderOptions, OrderSpec, Retry, Source, Split};
 use std::collections::BTreeMap;
+use std::time::Duration;
 
 /// The sample orders of a run's phases, and the held-out splits of `data.mixture`.
 pub(super) struct Corpus {
@@ -113,7 +114,8 @@ fn spec(config: &RunConfig, sources: &[Source], sequence_length: u64, phase: u64
 /// A corpus whose tokens the model has embeddings for.
 pub fn open_checked(config: &RunConfig, spec: OrderSpec) -> Result<Loader> {
     let name = spec.sources[0].path.clone();
-    let loader = Loader::open(spec, LoaderOptions::default())?;
+    let retry = Retry { patience: Duration::from_secs(config.data.patience), ..Retry::default() };
+    let loader = Loader::open(spec, LoaderOptions { retry, ..LoaderOptions::default() })?;
     let (corpus, model) = (loader.vocab_size() as i64, config.model.vocab_size);
     ensure!(corpus <= model, "the tokenizer of {} has {corpus} tokens, model.vocab_size is {model}", name.display());
     Ok(loader)

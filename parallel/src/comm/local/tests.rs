@@ -1,7 +1,7 @@
 //! Every operation against a naive computation, for 1 to 8 ranks and every kind, and how it fails.
 
 use super::*;
-use crate::comm::{barrier, broadcast_bytes, gather_bytes};
+use crate::comm::{barrier, broadcast_bytes, gather_bytes, gather_bytes_at};
 
 const SIZES: [usize; 5] = [1, 2, 3, 4, 8];
 const KINDS: [Kind; 7] = [Kind::Double, Kind::Float, Kind::BFloat16, Kind::Half, Kind::Int64, Kind::Int, Kind::Uint8];
@@ -182,6 +182,19 @@ fn split_orders_by_key_and_groups_do_not_mix() {
         assert_eq!(bytes[7], b"rank 700");
         assert_eq!(broadcast_bytes(&*group, &bytes[comm.rank()], 0).unwrap(), bytes[6 + comm.rank() % 2]);
     });
+}
+
+#[test]
+fn bytes_of_any_length_come_to_the_root_alone() {
+    for size in SIZES {
+        run_local(size, |comm| {
+            for root in 0..size {
+                let all = gather_bytes_at(&*comm, &vec![comm.rank() as u8; comm.rank() * 1000], root).unwrap();
+                let expected: Vec<Vec<u8>> = (0..size).map(|rank| vec![rank as u8; rank * 1000]).collect();
+                assert_eq!(all, if comm.rank() == root { expected } else { Vec::new() });
+            }
+        });
+    }
 }
 
 #[test]
