@@ -281,18 +281,23 @@ fn folders(path: &Path) -> Vec<PathBuf> {
     found
 }
 
-/// Removes the shards of these ranks from every step but those `kept`.
+/// Removes the shards of these ranks, half written ones too, from every step but those `kept`.
 fn clear(node: &Path, ranks: &[usize], kept: &[Option<&str>]) -> Result<()> {
     for label in folders(node).iter().filter(|label| !kept.contains(&label.file_name().and_then(|name| name.to_str()))) {
-        for rank in ranks {
-            let path = label.join(format!("rank-{rank}"));
-            if path.exists() {
-                std::fs::remove_dir_all(&path).with_context(|| format!("cannot remove {}", path.display()))?;
-            }
+        for path in ranks.iter().flat_map(|&rank| [whole_copy(label, rank), partial_copy(label, rank)]).filter(|path| path.exists()) {
+            std::fs::remove_dir_all(&path).with_context(|| format!("cannot remove {}", path.display()))?;
         }
         let _ = std::fs::remove_dir(label); // once it is empty
     }
     Ok(())
+}
+
+fn whole_copy(label: &Path, rank: usize) -> PathBuf {
+    label.join(format!("rank-{rank}"))
+}
+
+fn partial_copy(label: &Path, rank: usize) -> PathBuf {
+    label.join(format!(".rank-{rank}.partial"))
 }
 
 fn write_copy(
@@ -302,14 +307,17 @@ fn write_copy(
     outline: Outline,
     tensor: impl FnMut(usize) -> Result<Tensor> + Send,
 ) -> Result<()> {
-    let target = step.join(format!("rank-{rank}"));
-    let partial = step.join(format!(".rank-{rank}.partial"));
-    std::fs::create_dir_all(&partial).with_context(|| format!("cannot make {}", partial.display()))?;
-    let written = write_shard(&partial, (rank, ranks), outline, tensor)?;
-    let mut manifest = head.clone();
-    manifest.add(written.file, written.tensors);
-    manifest.write(&partial)?;
-    std::fs::rename(&partial, &target).with_context(|| format!("cannot rename {} into place", partial.display()))
+    let partial = partial_copy(step, rank);
+    let write = || -> Result<()> {
+        std::fs::create_dir_all(&partial).with_context(|| format!("cannot make {}", partial.display()))?;
+        let written = write_shard(&partial, (rank, ranks), outline, tensor)?;
+        let mut manifest = head.clone();
+        manifest.add(written.file, written.tensors);
+        manifest.write(&partial)?;
+        std::fs::rename(&partial, whole_copy(step, rank)).with_context(|| format!("cannot rename {} into place", partial.display()))
+    };
+    // Half a copy is good for nothing, and mostly it is memory that it takes.
+    write().inspect_err(|_| drop(std::fs::remove_dir_all(&partial)))
 }
 
 /// Copies a shard into the folder of a checkpoint to be, and checks what arrived there.
@@ -326,19 +334,33 @@ fn take(from: &Path, partial: &Path) -> Result<Manifest> {
 
 #[cfg(test)]
 mod tests {
-    use super::{clear, peer};
+    use super::{Manifest, at_hand, clear, peer, write_copy};
+    use crate::state::StatePart;
+    use anyhow::bail;
+    use tch::{Device, Kind, Tensor};
 
     #[test]
     fn a_rank_clears_its_own_shards_and_not_the_folder_that_others_are_about_to_fill() {
         let node = tempfile::tempdir().unwrap();
-        for path in ["step-1/rank-0", "step-1/rank-1", "step-2/rank-0", "step-3"] {
+        for path in ["step-1/rank-0", "step-1/.rank-0.partial", "step-1/rank-1", "step-2/rank-0", "step-3"] {
             std::fs::create_dir_all(node.path().join(path)).unwrap();
         }
         clear(node.path(), &[0], &[Some("step-2"), Some("step-3")]).unwrap();
-        let there = ["step-1/rank-0", "step-1/rank-1", "step-2/rank-0", "step-3"].map(|path| node.path().join(path).exists());
-        assert_eq!(there, [false, true, true, true]);
+        let there = ["step-1/rank-0", "step-1/.rank-0.partial", "step-1/rank-1", "step-2/rank-0", "step-3"];
+        assert_eq!(there.map(|path| node.path().join(path).exists()), [false, false, true, true, true]);
         clear(node.path(), &[1], &[Some("step-2"), None]).unwrap();
         assert!(!node.path().join("step-1").exists() && !node.path().join("step-3").exists(), "empty and nobody's");
+    }
+
+    #[test]
+    fn a_copy_that_finds_no_room_takes_none() {
+        let node = tempfile::tempdir().unwrap();
+        let part = StatePart { name: "weight/a".into(), tensor: Tensor::zeros([4, 4], (Kind::Float, Device::Cpu)), start: 0, total: 4 };
+        let head = Manifest::imported(toml::from_str(include_str!("../../../configs/model/tiny.toml")).unwrap(), kernels::Precision::F32);
+        let (outline, _) = at_hand(vec![part]);
+        let failed = write_copy(node.path(), (0, 1), &head, outline, |_| bail!("no room"));
+        assert_eq!(failed.unwrap_err().to_string(), "no room");
+        assert_eq!(std::fs::read_dir(node.path()).unwrap().count(), 0);
     }
 
     #[test]
