@@ -16,7 +16,7 @@ use crate::state::{StatePart, StateReader};
 use anyhow::{Context, Result, anyhow, bail};
 use parallel::comm::{Communicator, TensorSpec, broadcast_bytes, gather_bytes};
 use serde::{Deserialize, Serialize};
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::thread::{JoinHandle, spawn};
 use tch::{Device, Tensor};
@@ -44,9 +44,11 @@ pub struct SecondTier {
     root: PathBuf,
     /// In the run directory: there are whole copies. The launcher resumes such a run, also where it has no checkpoint.
     marker: PathBuf,
-    /// Of every rank.
-    nodes: Vec<usize>,
+    node: usize,
     rank: usize,
+    /// Where the copy of this rank's shard goes, and whose come here.
+    to: Option<usize>,
+    from: Vec<usize>,
     /// Tells this start's copies from those of another, which took other roundings where the run is not deterministic.
     attempt: String,
     staging: Staging,
@@ -68,14 +70,15 @@ struct Seen {
     path: PathBuf,
 }
 
-/// Where the copy of a rank's shard goes: the same place on the next node; nowhere if there is but one node.
-fn peer(nodes: &[usize], rank: usize) -> Option<usize> {
-    let all: BTreeSet<usize> = nodes.iter().copied().collect();
-    let of = |node: usize| (0..nodes.len()).filter(move |&other| nodes[other] == node);
-    let next = *all.range(nodes[rank] + 1..).next().or(all.first())?;
-    let index = of(nodes[rank]).position(|other| other == rank)?;
-    let there: Vec<usize> = of(next).collect();
-    (next != nodes[rank]).then(|| there[index % there.len()])
+/// Where the copy of each rank's shard goes: to the same place on the next node; nowhere if there is but one node.
+fn peers(nodes: &[usize]) -> Vec<Option<usize>> {
+    let mut ranks = BTreeMap::<usize, Vec<usize>>::new();
+    nodes.iter().enumerate().for_each(|(rank, node)| ranks.entry(*node).or_default().push(rank));
+    let mut peers = vec![None; nodes.len()];
+    for (here, there) in ranks.values().zip(ranks.values().cycle().skip(1)).filter(|_| ranks.len() > 1) {
+        here.iter().zip(there.iter().cycle()).for_each(|(&rank, &peer)| peers[rank] = Some(peer));
+    }
+    peers
 }
 
 impl SecondTier {
@@ -89,11 +92,14 @@ impl SecondTier {
         let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH)?.as_nanos() as u64;
         let attempt = String::from_utf8(broadcast_bytes(world, format!("{now:016x}").as_bytes(), 0)?)?;
         let name = blake3::hash(std::path::absolute(run_dir)?.as_os_str().as_encoded_bytes()).to_hex();
+        let (peers, rank) = (peers(nodes), world.rank());
         Ok(SecondTier {
             root: section.dir.join(format!("tiefsee-{}", &name[..16])),
             marker: run_dir.join(MARKER),
-            nodes: nodes.to_vec(),
-            rank: world.rank(),
+            node: nodes[rank],
+            rank,
+            to: peers[rank],
+            from: (0..nodes.len()).filter(|&other| peers[other] == Some(rank)).collect(),
             attempt,
             staging: Staging::default(),
             copy: None,
@@ -104,7 +110,7 @@ impl SecondTier {
     }
 
     fn node(&self) -> PathBuf {
-        self.root.join(format!("node-{}", self.nodes[self.rank]))
+        self.root.join(format!("node-{}", self.node))
     }
 
     /// Collective. The state may change again once what `take_copy` gives has run, or after `wait`. Waits for the copies
@@ -163,19 +169,18 @@ impl SecondTier {
 
     /// Every rank's parts to its peer; the result is (rank, its parts) for each that has this rank as its peer.
     fn exchange(&self, world: &dyn Communicator, mine: &Copying) -> Result<Vec<(usize, Vec<StatePart>)>> {
-        let Some(to) = peer(&self.nodes, self.rank) else { return Ok(Vec::new()) };
+        let Some(to) = self.to else { return Ok(Vec::new()) };
         type Description = (String, i64, i64, String, Vec<i64>);
         let describe =
             |part: &StatePart| (part.name.clone(), part.start, part.total, format!("{:?}", dtype(part.tensor.kind())), part.tensor.size());
         let described: Vec<Description> = mine.now().map(describe).collect();
         let all = gather_bytes(world, &serde_json::to_vec(&described)?)?;
-        let from: Vec<usize> = (0..self.nodes.len()).filter(|&rank| peer(&self.nodes, rank) == Some(self.rank)).collect();
-        let theirs: Vec<Vec<Description>> = from.iter().map(|&rank| serde_json::from_slice(&all[rank])).collect::<Result<_, _>>()?;
+        let theirs: Vec<Vec<Description>> = self.from.iter().map(|&rank| serde_json::from_slice(&all[rank])).collect::<Result<_, _>>()?;
         let spec = |(rank, (.., kind, shape)): (usize, &Description)| -> Result<(usize, TensorSpec)> {
             let kind = kind_named(kind).with_context(|| format!("rank {rank} sends {kind}"))?;
             Ok((rank, TensorSpec { shape: shape.clone(), kind, device: Device::Cpu }))
         };
-        let each = from.iter().zip(&theirs).flat_map(|(&rank, parts)| parts.iter().map(move |part| (rank, part)));
+        let each = self.from.iter().zip(&theirs).flat_map(|(&rank, parts)| parts.iter().map(move |part| (rank, part)));
         let expected = each.map(spec).collect::<Result<Vec<_>>>()?;
         let sends = mine.now().map(|part| (to, part.tensor.shallow_clone())).collect();
         let mut arrived = world.exchange(sends, expected)?.wait()?.into_iter();
@@ -183,7 +188,7 @@ impl SecondTier {
         let mut parts = |theirs: Vec<Description>| -> Vec<StatePart> {
             theirs.into_iter().map(|one| part(one, arrived.next().expect("one for each"))).collect()
         };
-        Ok(from.into_iter().zip(theirs.into_iter().map(&mut parts).collect::<Vec<_>>()).collect())
+        Ok(self.from.iter().copied().zip(theirs.into_iter().map(&mut parts).collect::<Vec<_>>()).collect())
     }
 
     /// Collective: the newest step above `above` of which every shard is somewhere whole, made a checkpoint of the run;
@@ -334,7 +339,7 @@ fn take(from: &Path, partial: &Path) -> Result<Manifest> {
 
 #[cfg(test)]
 mod tests {
-    use super::{Manifest, at_hand, clear, peer, write_copy};
+    use super::{Manifest, at_hand, clear, peers, write_copy};
     use crate::state::StatePart;
     use anyhow::bail;
     use tch::{Device, Kind, Tensor};
@@ -365,7 +370,6 @@ mod tests {
 
     #[test]
     fn a_shard_goes_to_the_same_place_on_the_next_node() {
-        let peers = |nodes: &[usize]| (0..nodes.len()).map(|rank| peer(nodes, rank)).collect::<Vec<_>>();
         assert_eq!(peers(&[0, 0, 1, 1]), [2, 3, 0, 1].map(Some));
         assert_eq!(peers(&[0, 1, 2]), [1, 2, 0].map(Some));
         assert_eq!(peers(&[0, 0, 0, 1]), [3, 3, 3, 0].map(Some));
