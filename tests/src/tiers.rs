@@ -3,6 +3,7 @@
 use crate::support::{Run, scratch};
 use parallel::comm::local::run_local;
 use std::fs;
+use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 use trainer::checkpoint;
 use trainer::coordinator::StopSignal;
@@ -20,8 +21,13 @@ fn run(name: &str) -> (Run, PathBuf) {
 }
 
 fn go(run: &Run, start: Start, stop_after: Option<u64>) -> Result<(), String> {
+    go_in(run.dir(), run, start, stop_after)
+}
+
+/// With the run directory as somebody has named it.
+fn go_in(dir: &Path, run: &Run, start: Start, stop_after: Option<u64>) -> Result<(), String> {
     let mut config = run.config();
-    config.run.stop_after = stop_after;
+    (config.run.dir, config.run.stop_after) = (dir.to_path_buf(), stop_after);
     let outcomes =
         run_local(RANKS, |world| train(&config, world, start, &StopSignal::default()).map(|_| ()).map_err(|error| format!("{error:#}")));
     outcomes.into_iter().collect()
@@ -56,7 +62,7 @@ fn with_a_node_wiped_a_run_goes_on_from_the_copies_on_the_other() {
         if disk_too {
             fs::remove_dir_all(run.dir().join("checkpoints")).expect("they go");
         }
-        go(&run, Start::Resume, Some(10)).expect("nothing to do");
+        go(&run, Start::Resume, Some(9)).expect("nothing to do");
         checkpoint::verify(&run.newest_checkpoint()).expect("an ordinary checkpoint");
         assert!(run.newest_checkpoint().ends_with("step-00000010"), "restored, not done again");
         go(&run, Start::Resume, None).expect("the rest");
@@ -108,6 +114,21 @@ fn a_damaged_copy_is_not_taken_and_without_a_whole_one_the_step_before_is() {
         .find(|note| note.contains("step 10 of the second tier was passed over: no whole copy of rank 1's shard"))
         .unwrap_or_else(|| panic!("{notes:?}"));
     assert!(note.contains("BLAKE3"), "{note}");
+}
+
+#[test]
+fn a_run_finds_its_copies_by_whatever_name_its_directory_is_called() {
+    let (run, _) = crashed("names");
+    let link = scratch().join("tier-names-link");
+    symlink(run.dir(), &link).expect("a link");
+    for name in [run.dir().join(""), link, run.dir().join("../tier-names")] {
+        go_in(&name, &run, Start::Resume, Some(9)).expect("nothing to do");
+        assert!(run.newest_checkpoint().ends_with("step-00000010"), "{}: not restored", name.display());
+        // As after the crash, by this name.
+        fs::remove_dir_all(run.newest_checkpoint()).expect("it goes");
+        go_in(&name, &run, Start::Resume, Some(10)).expect("two steps");
+        fs::remove_dir_all(run.newest_checkpoint()).expect("it goes");
+    }
 }
 
 #[test]

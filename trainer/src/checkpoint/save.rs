@@ -4,6 +4,7 @@ use super::{entries, folder, shard};
 use crate::state::StatePart;
 use anyhow::{Context, Result, anyhow, bail};
 use parallel::comm::{Communicator, broadcast_bytes, gather_bytes};
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
 use tch::Tensor;
@@ -45,7 +46,7 @@ impl Place {
 }
 
 /// Rank 0's outcome on every rank.
-pub(super) fn share(world: &dyn Communicator, outcome: Result<(), String>) -> Result<Result<(), String>> {
+pub(super) fn share<T: Serialize + DeserializeOwned>(world: &dyn Communicator, outcome: Result<T, String>) -> Result<Result<T, String>> {
     Ok(serde_json::from_slice(&broadcast_bytes(world, &serde_json::to_vec(&outcome)?, 0)?)?)
 }
 

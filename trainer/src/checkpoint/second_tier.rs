@@ -81,8 +81,14 @@ fn peers(nodes: &[usize]) -> Vec<Option<usize>> {
     peers
 }
 
+/// The name of a run's folder on the nodes: the same by whatever name a start calls the run's directory, which is there.
+fn name(run_dir: &Path) -> Result<String> {
+    let path = std::fs::canonicalize(run_dir).with_context(|| format!("cannot find {}", run_dir.display()))?;
+    Ok(format!("tiefsee-{}", &blake3::hash(path.as_os_str().as_encoded_bytes()).to_hex()[..16]))
+}
+
 impl SecondTier {
-    /// Collective. `nodes` are as the layout has them.
+    /// Collective. `nodes` are as the layout has them; rank 0 sees the run's directory.
     pub fn new(section: &SecondTierSection, run_dir: &Path, nodes: &[usize], world: &dyn Communicator) -> Result<SecondTier> {
         let there = section.dir.is_dir();
         let named = || anyhow!("rank {}: checkpoint.second_tier.dir = {}: there is no such folder", world.rank(), section.dir.display());
@@ -91,10 +97,11 @@ impl SecondTier {
         }
         let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH)?.as_nanos() as u64;
         let attempt = String::from_utf8(broadcast_bytes(world, format!("{now:016x}").as_bytes(), 0)?)?;
-        let name = blake3::hash(std::path::absolute(run_dir)?.as_os_str().as_encoded_bytes()).to_hex();
+        let name = if world.rank() == 0 { name(run_dir) } else { Ok(String::new()) };
+        let name = share(world, name.map_err(|error| format!("{error:#}")))?.map_err(|error| anyhow!("rank 0: {error}"))?;
         let (peers, rank) = (peers(nodes), world.rank());
         Ok(SecondTier {
-            root: section.dir.join(format!("tiefsee-{}", &name[..16])),
+            root: section.dir.join(name),
             marker: run_dir.join(MARKER),
             node: nodes[rank],
             rank,
