@@ -107,7 +107,7 @@ fn a_folder_that_cannot_be_made_hides_no_save_before() {
 }
 
 /// The files of a process may have so many KiB, as on a disk that is full.
-fn with_room(kib: u64, run: &Run, rest: &[&str]) -> (Option<i32>, String) {
+pub fn with_room(kib: u64, run: &Run, rest: &[&str]) -> (Option<i32>, String) {
     let script = format!("trap '' XFSZ; ulimit -f {kib}; exec \"$0\" \"$@\"");
     let output = Command::new("bash")
         .args(["-c", &script])

@@ -66,7 +66,7 @@ fn complete(tensor: &TensorEntry) -> Result<()> {
 pub(super) struct Refused {
     pub words: String,
     /// It could not be read, and may be what was written.
-    unread: bool,
+    pub unread: bool,
 }
 
 impl From<anyhow::Error> for Refused {
@@ -109,6 +109,10 @@ pub fn load_newest(
         let Some(path) = restored.as_ref().or(path) else { break };
         match load_whole(world, path, load)? {
             Ok(()) => return Ok((Some((path.clone(), Manifest::read(path)?)), notes)),
+            // Not they, but the disk is to blame.
+            Err(damage) if restored.is_some() => {
+                bail!("{} was whole when it was made of the second tier's copies, which are kept: {damage}", path.display());
+            }
             Err(damage) => notes.push(format!("{} is damaged and was passed over: {damage}", path.display())),
         }
     }

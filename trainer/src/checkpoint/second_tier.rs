@@ -6,14 +6,15 @@
 //! On a node: DIR/tiefsee-RUN/node-K/step-N-ATTEMPT/rank-R/{manifest.json, one shard}, a folder for each shard, whole or
 //! absent. A step of which some shard is missing or damaged everywhere counts for nothing.
 //!
-//! Invariant: a step's copies go only after all ranks have said that those of a later one are written.
+//! Invariants: a step's copies go only after all ranks have said that those of a later one are written; and where they can
+//! become no checkpoint for a reason that is not theirs (a full disk), the run ends and they stay.
 use super::Manifest;
-use super::load::{check_file, first_error};
-use super::save::{Outline, Place, Written, at_hand, begin, commit, share, write_shard};
+use super::load::{Refused, check_file, first_error};
+use super::save::{Outline, Place, Written, at_hand, begin, commit, discard, share, write_shard};
 use super::shard::{dtype, kind_named};
 use super::staging::{Copying, Piece, Staging};
 use crate::state::{StatePart, StateReader};
-use anyhow::{Context, Result, anyhow, bail};
+use anyhow::{Context, Result, anyhow, bail, ensure};
 use parallel::comm::{Communicator, TensorSpec, broadcast_bytes, gather_bytes};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -66,8 +67,23 @@ struct Seen {
     step: u64,
     label: String,
     rank: usize,
+    /// Of the world that it is of; at least.
     ranks: usize,
     path: PathBuf,
+}
+
+impl Seen {
+    fn at(path: PathBuf) -> Option<Seen> {
+        let rank = path.file_name()?.to_str()?.strip_prefix("rank-")?.parse().ok()?;
+        let label = path.parent()?.file_name()?.to_str()?.to_string();
+        let (step, ranks) = match Manifest::read(&path).map_err(Refused::from) {
+            Ok(manifest) => (manifest.step, manifest.mesh.world),
+            // It may be whole: who tries to take it says why it cannot.
+            Err(Refused { unread: true, .. }) => (label.strip_prefix("step-")?.split('-').next()?.parse().ok()?, 1),
+            Err(_) => return None,
+        };
+        Some(Seen { step, label, rank, ranks, path })
+    }
 }
 
 /// Where the copy of each rank's shard goes: to the same place on the next node; nowhere if there is but one node.
@@ -199,7 +215,7 @@ impl SecondTier {
     }
 
     /// Collective: the newest step above `above` of which every shard is somewhere whole, made a checkpoint of the run;
-    /// `above` None: there is none yet. The lines are for the operator.
+    /// `above` None: there is none yet. The lines are for the operator. The error is of copies that may be whole, and are kept.
     pub fn restore(&self, world: &dyn Communicator, run_dir: &Path, above: Option<u64>) -> Result<(Option<PathBuf>, Vec<String>)> {
         let all = gather_bytes(world, &serde_json::to_vec(&self.seen())?)?;
         let mut by_step: BTreeMap<(u64, String), Vec<(usize, Seen)>> = BTreeMap::new();
@@ -210,7 +226,8 @@ impl SecondTier {
         }
         let mut notes = Vec::new();
         for ((step, _), seen) in by_step.into_iter().rev().filter(|((step, _), _)| above.is_none_or(|above| *step > above)) {
-            match self.restore_step(world, run_dir, step, &seen)? {
+            let restored = self.restore_step(world, run_dir, step, &seen);
+            match restored.map_err(|error| anyhow!("{error:#}; the copies of step {step} in the second tier are kept"))? {
                 Ok(path) => {
                     notes.push(format!("step {step} is restored from the second tier into {}", path.display()));
                     return Ok((Some(path), notes));
@@ -223,59 +240,54 @@ impl SecondTier {
 
     /// The inner error is that some shard has no whole copy.
     fn restore_step(&self, world: &dyn Communicator, run_dir: &Path, step: u64, seen: &[(usize, Seen)]) -> Result<Result<PathBuf, String>> {
-        let ranks = seen[0].1.ranks;
-        let (mut copied, mut refused) = (BTreeMap::<usize, Manifest>::new(), BTreeMap::<(usize, &Path), String>::new());
+        let ranks = seen.iter().map(|(_, one)| one.ranks).max().unwrap_or(0);
+        let (mut copied, mut refused) = (BTreeMap::<usize, Manifest>::new(), Vec::<(usize, &Seen, Refused)>::new());
         let place = Place::of(run_dir, step);
         while copied.len() < ranks {
-            // A rank's own copy before its peer's; one that was no good is not tried again.
-            let mut plan: Vec<&(usize, Seen)> = Vec::new();
-            for rank in (0..ranks).filter(|rank| !copied.contains_key(rank)) {
-                let left = seen.iter().filter(|(holder, one)| one.rank == rank && !refused.contains_key(&(*holder, &one.path)));
-                match left.min_by_key(|(holder, _)| *holder != rank) {
-                    Some(one) => plan.push(one),
-                    None => {
-                        let why = refused.values().next().map(|error| format!("; {error}")).unwrap_or_default();
-                        return Ok(Err(format!("no whole copy of rank {rank}'s shard is left{why}")));
-                    }
+            let plan = match next_copies(seen, (0..ranks).filter(|rank| !copied.contains_key(rank)), &refused) {
+                Ok(plan) => plan,
+                Err(Refused { words, unread }) => {
+                    discard(world, &place)?;
+                    return if unread { Err(anyhow!(words)) } else { Ok(Err(words)) };
                 }
-            }
+            };
             if copied.is_empty() && refused.is_empty() {
                 begin(world, &place)?;
             }
             let mine = plan.iter().filter(|(holder, _)| *holder == self.rank);
-            let mine: Vec<Result<Manifest, String>> =
-                mine.map(|(_, one)| take(&one.path, &place.partial).map_err(|error| format!("{error:#}"))).collect();
-            let all = gather_bytes(world, &serde_json::to_vec(&mine)?)?;
-            let mut all =
-                all.iter().map(|bytes| serde_json::from_slice(bytes)).collect::<Result<Vec<Vec<Result<Manifest, String>>>, _>>()?;
+            let mine: Result<Vec<_>> = mine.map(|(_, one)| take(&one.path, &place.partial)).collect();
+            let all = gather_bytes(world, &serde_json::to_vec(&mine.map_err(|error| format!("{error:#}")))?)?;
+            let mut taken = Vec::new();
+            for (rank, bytes) in all.iter().enumerate() {
+                match serde_json::from_slice::<Result<Vec<Result<Manifest, Refused>>, String>>(bytes)? {
+                    Ok(theirs) => taken.push(theirs.into_iter()),
+                    Err(error) => {
+                        discard(world, &place)?;
+                        bail!("rank {rank}: {error}");
+                    }
+                }
+            }
             for (holder, one) in plan {
-                match all[*holder].remove(0) {
+                match taken[*holder].next().expect("one for each") {
                     Ok(manifest) => drop(copied.insert(one.rank, manifest)),
-                    Err(error) => drop(refused.insert((*holder, &one.path), error)),
+                    Err(error) => refused.push((*holder, one, error)),
                 }
             }
         }
         let head = Manifest { files: Vec::new(), tensors: BTreeMap::new(), ..copied[&0].clone() };
-        let written = |manifest: Manifest| -> Option<Written> {
-            Some(Written { file: manifest.files.into_iter().next()?, tensors: manifest.tensors.into_iter().collect() })
+        let written = |mut manifest: Manifest| {
+            Ok(Written { file: manifest.files.remove(0), tensors: manifest.tensors.into_iter().collect() })
         };
-        let all = copied.into_values().map(|manifest| written(manifest).ok_or_else(|| "a copy without a shard".to_string())).collect();
+        let all = copied.into_values().map(written).collect();
         let outcome = if self.rank == 0 { commit(&place, head, all).map_err(|error| format!("{error:#}")) } else { Ok(()) };
-        Ok(share(world, outcome)?.map(|()| place.target))
+        share(world, outcome)?.map_err(|error| anyhow!("rank 0: {error}"))?;
+        Ok(Ok(place.target))
     }
 
-    /// Every shard that lies whole on this rank's node; what cannot be read is as if it were not there.
+    /// Every shard that lies on this rank's node, unless its manifest is damaged.
     fn seen(&self) -> Vec<Seen> {
-        let mut found = Vec::new();
-        for label in folders(&self.root).iter().flat_map(|node| folders(node)) {
-            for path in folders(&label) {
-                let number = path.file_name().and_then(|name| name.to_str()?.strip_prefix("rank-")?.parse().ok());
-                let (Some(rank), Ok(manifest)) = (number, Manifest::read(&path)) else { continue };
-                let label = label.file_name().and_then(|name| name.to_str()).unwrap_or_default().to_string();
-                found.push(Seen { step: manifest.step, label, rank, ranks: manifest.mesh.world, path });
-            }
-        }
-        found
+        let labels = folders(&self.root).into_iter().flat_map(|node| folders(&node));
+        labels.flat_map(|label| folders(&label)).filter_map(Seen::at).collect()
     }
 
     /// What other starts of the run left on this node: the run goes on from a checkpoint, or is over.
@@ -291,6 +303,36 @@ fn folders(path: &Path) -> Vec<PathBuf> {
     let mut found: Vec<PathBuf> = entries.filter_map(|entry| Some(entry.ok()?.path())).filter(|path| path.is_dir()).collect();
     found.sort();
     found
+}
+
+/// The copy of each of these ranks' shards that is tried next, and its holder: a rank's own before its peer's, and none that was
+/// refused. The error is of a shard that has none left: of one that may be whole, if there is any such.
+fn next_copies<'a>(
+    seen: &'a [(usize, Seen)],
+    ranks: impl Iterator<Item = usize>,
+    refused: &[(usize, &Seen, Refused)],
+) -> Result<Vec<&'a (usize, Seen)>, Refused> {
+    let (mut plan, mut unread) = (Vec::new(), None);
+    for rank in ranks {
+        let was_refused = |holder: usize, one: &Seen| refused.iter().any(|(by, other, _)| *by == holder && other.path == one.path);
+        let left = seen.iter().filter(|(holder, one)| one.rank == rank && !was_refused(*holder, one));
+        if let Some(one) = left.min_by_key(|(holder, _)| *holder != rank) {
+            plan.push(one);
+            continue;
+        }
+        let all = || refused.iter().filter(|(_, one, _)| one.rank == rank);
+        match all().find(|(.., why)| why.unread) {
+            Some((holder, _, why)) => {
+                let words = format!("rank {holder}: {}: it may be whole (mend that, or remove it)", why.words);
+                unread = Some(Refused { words, unread: true });
+            }
+            None => {
+                let why = all().next().map(|(.., why)| format!("; {}", why.words)).unwrap_or_default();
+                return Err(Refused { words: format!("no whole copy of rank {rank}'s shard is left{why}"), unread: false });
+            }
+        }
+    }
+    unread.map_or(Ok(plan), Err)
 }
 
 /// Removes the shards of these ranks, half written ones too, from every step but those `kept`.
@@ -332,15 +374,31 @@ fn write_copy(
     write().inspect_err(|_| drop(std::fs::remove_dir_all(&partial)))
 }
 
-/// Copies a shard into the folder of a checkpoint to be, and checks what arrived there.
-fn take(from: &Path, partial: &Path) -> Result<Manifest> {
-    let manifest = Manifest::read(from)?;
-    for file in &manifest.files {
-        let (from, to) = (from.join(&file.name), partial.join(&file.name));
-        std::fs::copy(&from, &to).with_context(|| format!("cannot copy {} to {}", from.display(), to.display()))?;
-        std::fs::File::open(&to)?.sync_all()?;
-        check_file(partial, file, &[]).with_context(|| format!("the copy of {}", from.display()))?;
-    }
+/// Copies a shard into the folder of a checkpoint to be, and checks what arrived there. The inner error is of the shard; the outer
+/// one of the folder: what was to go there is whole.
+fn take(from: &Path, partial: &Path) -> Result<Result<Manifest, Refused>> {
+    let error = match copy(from, partial) {
+        Ok(manifest) => return Ok(Ok(manifest)),
+        Err(error) => error,
+    };
+    let sound = one_shard(from).and_then(|manifest| check_file(from, &manifest.files[0], &[]));
+    sound.map_or_else(|bad| Ok(Err(bad.into())), |()| Err(error))
+}
+
+fn copy(from: &Path, partial: &Path) -> Result<Manifest> {
+    let manifest = one_shard(from)?;
+    let file = &manifest.files[0];
+    let (shard, to) = (from.join(&file.name), partial.join(&file.name));
+    std::fs::copy(&shard, &to).with_context(|| format!("cannot copy {} to {}", shard.display(), to.display()))?;
+    std::fs::File::open(&to).and_then(|copy| copy.sync_all()).with_context(|| format!("cannot write {}", to.display()))?;
+    check_file(partial, file, &[]).with_context(|| format!("the copy of {}", shard.display()))?;
+    Ok(manifest)
+}
+
+/// A copy's manifest.
+fn one_shard(copy: &Path) -> Result<Manifest> {
+    let manifest = Manifest::read(copy)?;
+    ensure!(manifest.files.len() == 1, "{} holds {} shards, a copy is of one", copy.display(), manifest.files.len());
     Ok(manifest)
 }
 
