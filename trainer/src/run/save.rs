@@ -89,10 +89,11 @@ impl Run<'_> {
             self.save_settled()?;
         }
         ensure!(whole(self), "there is no checkpoint of step {step}: see above");
+        self.saver.remove_old();
         Ok(())
     }
 
-    /// No save is under way when it returns.
+    /// No save is under way when it returns. The state that it wrote may be unsound.
     pub(super) fn save_settled(&mut self) -> Result<()> {
         let _waiting = self.waiting();
         let ended = self.saver.wait(&*self.world)?;
