@@ -112,6 +112,30 @@ fn a_rank_that_cannot_write_fails_the_save_on_all_and_leaves_the_one_before() {
 }
 
 #[test]
+fn the_one_before_stays_until_somebody_answers_for_the_newest() {
+    let run_dir = scratch().join("answered-for");
+    let retention = Retention { last: 1, every: 0 };
+    let steps = || checkpoint::list(&run_dir).expect("a list").into_iter().map(|(step, _)| step).collect::<Vec<u64>>();
+    let (mut saver, state) = (Saver::new(&run_dir, retention), random(3, &[6, 10]));
+    let parts = || vec![StatePart { total: 6, ..part(0, &state) }];
+    for step in 1..=2 {
+        saver.begin(&*solo(), head(step), parts()).expect("a save begins");
+        saver.wait(&*solo()).expect("an end");
+    }
+    drop(saver); // what it removes is gone then
+    assert_eq!(steps(), [1, 2], "of a state that nobody has looked at since");
+    let mut saver = Saver::new(&run_dir, retention);
+    saver.begin(&*solo(), head(3), parts()).expect("a save begins");
+    saver.wait(&*solo()).expect("an end");
+    saver.begin(&*solo(), head(4), parts()).expect("the run has gone on");
+    assert_eq!(steps(), [3]);
+    run_beside(saver.take_copy().into_iter().collect(), || ());
+    while saver.poll(&*solo()).expect("a poll").is_none() {}
+    drop(saver);
+    assert_eq!(steps(), [4], "a step has gone well meanwhile");
+}
+
+#[test]
 fn a_folder_that_cannot_be_made_hides_no_save_before() {
     let run_dir = scratch().join("no-folder");
     let (mut saver, state) = (Saver::new(&run_dir, retention()), random(3, &[6, 10]));
@@ -123,7 +147,7 @@ fn a_folder_that_cannot_be_made_hides_no_save_before() {
 }
 
 /// The files of a process may have so many KiB, as on a disk that is full.
-fn with_room(kib: u64, run: &Run, rest: &[&str]) -> (Option<i32>, String) {
+pub fn with_room(kib: u64, run: &Run, rest: &[&str]) -> (Option<i32>, String) {
     let script = format!("trap '' XFSZ; ulimit -f {kib}; exec \"$0\" \"$@\"");
     let output = Command::new("bash")
         .args(["-c", &script])

@@ -13,7 +13,7 @@ use std::path::{Path, PathBuf};
 use serde_json::Value;
 use tch::{Kind, Tensor};
 use trainer::RunConfig;
-use trainer::checkpoint::hf::{Format, Values, export, export_in_files, import};
+use trainer::checkpoint::hf::{Format, Values, export, export_in_files, import, import_in_files};
 use trainer::checkpoint::{Manifest, Retention, list, load, prune, save, verify};
 use trainer::coordinator::StopSignal;
 use trainer::run::{Start, resolved, train};
@@ -142,6 +142,28 @@ fn an_import_never_enters_a_run() {
     let imported = import(&exported, &dir.join("fresh")).expect("an import");
     assert!(other.exists() && !own.exists() && !imported.join("left").exists());
     assert!(refused(&dir.join("fresh")).contains("a run or an import"));
+}
+
+#[test]
+fn an_import_in_many_files_holds_what_it_does_in_one() {
+    const BYTES: i64 = 10_000;
+    let subject = Subject::new(&small(), Precision::F32, 64, 8);
+    let (exported, dir) = (subject.export("import-files"), scratch().join("import-files"));
+    let one = import(&exported, &dir.join("one")).expect("an import");
+    let many = import_in_files(&exported, &dir.join("many"), BYTES as usize).expect("an import");
+    let (manifest, files) = (verify(&many).expect("whole"), verify(&one).expect("whole").files);
+    let (a, b) = (load(&one, |_| true).expect("the one").1, load(&many, |_| true).expect("the many").1);
+    assert!(a.len() == b.len() && a.iter().all(|(name, tensor)| tensor.equal(&b[name])));
+    // A layer's experts, of 18432 bytes and half of that, are in several files; no other tensor is, and none is that large.
+    assert!(files.len() == 1 && manifest.files.len() >= 10, "{} files", manifest.files.len());
+    assert!(manifest.tensors.iter().all(|(name, tensor)| tensor.slices.len() == 1 || name.contains(".experts.")));
+    assert!(manifest.tensors["weight/model.layers.1.mlp.experts.gate_up_proj.weight"].slices.len() >= 2);
+    let mut bytes: HashMap<&str, i64> = HashMap::new();
+    for tensor in manifest.tensors.values() {
+        let row = 4 * tensor.shape[1..].iter().product::<i64>();
+        tensor.slices.iter().for_each(|slice| *bytes.entry(&slice.file).or_default() += slice.rows * row);
+    }
+    assert!(bytes.len() == manifest.files.len() && bytes.values().all(|bytes| *bytes <= BYTES), "{bytes:?}");
 }
 
 fn whole(name: &str, tensor: &Tensor) -> StatePart {

@@ -305,6 +305,35 @@ fn a_copy_that_is_damaged_too_is_set_aside() {
 }
 
 #[test]
+fn the_last_sound_checkpoint_stays_until_the_next_is_known_to_be_sound() {
+    let faults = "faults.inject=[{kind=\"slow\",rank=0,step=6,ms=2500,steps=1},{kind=\"flip-master\",rank=1,step=6}]";
+    let keep = ["checkpoint.every=1", "checkpoint.keep_last=1", "run.stop_after=8"];
+    let run = Run::new("faults-keep-one", &[&["run.precision=bf16", "validation.every=0", faults], &keep[..]].concat());
+    // Rank 0 waits before step 6: meanwhile rank 1 writes its share of step 5's checkpoint, and it is spoilt.
+    let shard = run.dir().join("checkpoints/.step-00000005.partial/shard-00001-of-00002.safetensors");
+    let spoil = std::thread::spawn(move || {
+        while !shard.exists() {
+            std::thread::sleep(std::time::Duration::from_millis(5));
+        }
+        std::thread::sleep(std::time::Duration::from_millis(1000));
+        let mut bytes = std::fs::read(&shard).expect("it is there");
+        *bytes.last_mut().expect("not empty") ^= 1;
+        std::fs::write(&shard, bytes).expect("the shard");
+    });
+    let config = run.config();
+    let go = |start| {
+        run_local(2, |world| train(&config, world, start, &StopSignal::default()).map(|_| ()).map_err(|error| error.to_string()))
+    };
+    let error = go(Start::Fresh).remove(0).expect_err("the state is lost");
+    spoil.join().expect("spoilt");
+    assert!(error.starts_with("state lost: rank 1: the ") && error.contains("there is no whole copy ("), "{error}");
+    trainer::checkpoint::verify(&run.dir().join("checkpoints/step-00000004")).expect("the last sound one");
+    assert_eq!(go(Start::Resume), [Ok(()), Ok(())]);
+    let there: Vec<u64> = trainer::checkpoint::list(run.dir()).expect("a list").into_iter().map(|(step, _)| step).collect();
+    assert_eq!(there, [8]);
+}
+
+#[test]
 fn giving_up_keeps_the_older_checkpoints_and_nobody_starts_it_again() {
     // The seventh update blows the weights up: no step after it has a finite loss.
     let set = ["run.precision=bf16", "guard.max_skipped=3", "validation.every=0", "phase.0.batch=4", "phase.0.tokens=768", "phase.1.lr=1e38"];

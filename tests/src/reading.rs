@@ -3,7 +3,7 @@
 use crate::checkpoint::sharded;
 use crate::support::{Run, binary, scratch};
 use parallel::comm::local::{run_local, solo};
-use std::fs;
+use std::fs::{self, File};
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -78,5 +78,33 @@ fn a_run_does_not_begin_with_damaged_weights() {
     });
     for error in errors {
         assert!(error.starts_with("run.init_from: ") && error.ends_with("shard-00001-of-00002.safetensors is not what was written: its BLAKE3 differs"), "{error}");
+    }
+}
+
+#[test]
+fn the_launcher_sees_that_a_start_reads_a_checkpoint() {
+    let set = ["validation.every=0", "run.stop_after=2"];
+    let first = Run::new("seen-first", &set);
+    let start = |run: &Run, start| {
+        let config = run.config();
+        std::thread::spawn(move || train(&config, solo(), start, &StopSignal::default()).map(|_| ()).expect("the run"))
+    };
+    start(&first, Start::Fresh).join().expect("two steps");
+    let second = Run::new("seen-second", &[set[0], set[1], &format!("run.init_from={}", first.newest_checkpoint().display())]);
+    for (run, how) in [(&second, Start::Fresh), (&first, Start::Resume)] {
+        // A pipe in the manifest's place: who reads it waits for us.
+        let (manifest, kept) = (first.newest_checkpoint().join("manifest.json"), scratch().join("seen-manifest"));
+        fs::rename(&manifest, &kept).expect("aside");
+        assert!(Command::new("mkfifo").arg(&manifest).status().expect("mkfifo starts").success());
+        let running = start(run, how);
+        let mut pipe = File::options().write(true).open(&manifest).expect("somebody reads");
+        let shown = || run.dir().join("log/saving").exists();
+        let seen = shown();
+        let text = fs::read(&kept).expect("a manifest");
+        fs::rename(&kept, &manifest).expect("back");
+        std::io::Write::write_all(&mut pipe, &text).expect("read");
+        drop(pipe);
+        running.join().expect("two steps");
+        assert!(seen && !shown(), "{how:?}: {seen}");
     }
 }

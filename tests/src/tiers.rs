@@ -1,8 +1,10 @@
 //! The second tier: a node's own folder, and a copy on the next node. With a node and the newest checkpoints gone the run
 //! goes on from it, and is the undisturbed run.
+use crate::checkpoint::with_room;
 use crate::support::{Run, scratch};
-use parallel::comm::local::run_local;
+use parallel::comm::local::{run_local, solo};
 use std::fs;
+use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 use trainer::checkpoint;
 use trainer::coordinator::StopSignal;
@@ -20,8 +22,13 @@ fn run(name: &str) -> (Run, PathBuf) {
 }
 
 fn go(run: &Run, start: Start, stop_after: Option<u64>) -> Result<(), String> {
+    go_in(run.dir(), run, start, stop_after)
+}
+
+/// With the run directory as somebody has named it.
+fn go_in(dir: &Path, run: &Run, start: Start, stop_after: Option<u64>) -> Result<(), String> {
     let mut config = run.config();
-    config.run.stop_after = stop_after;
+    (config.run.dir, config.run.stop_after) = (dir.to_path_buf(), stop_after);
     let outcomes =
         run_local(RANKS, |world| train(&config, world, start, &StopSignal::default()).map(|_| ()).map_err(|error| format!("{error:#}")));
     outcomes.into_iter().collect()
@@ -30,6 +37,18 @@ fn go(run: &Run, start: Start, stop_after: Option<u64>) -> Result<(), String> {
 fn node(dir: &Path, node: usize) -> PathBuf {
     let of_run = fs::read_dir(dir).expect("a folder").next().expect("the run's").expect("an entry").path();
     of_run.join(format!("node-{node}"))
+}
+
+fn newest_shard(dir: &Path, node: usize, rank: usize) -> PathBuf {
+    let labels = fs::read_dir(self::node(dir, node)).expect("steps").map(|entry| entry.expect("an entry").path());
+    let newest = labels.max().expect("a step");
+    newest.join(format!("rank-{rank}")).join(format!("shard-{rank:05}-of-{RANKS:05}.safetensors"))
+}
+
+fn spoil(shard: &Path) {
+    let mut bytes = fs::read(shard).expect("a shard");
+    *bytes.last_mut().expect("not empty") ^= 1;
+    fs::write(shard, bytes).expect("the shard");
 }
 
 /// As a crash after step 10 leaves it: the checkpoint that the stop has made is not there.
@@ -56,7 +75,7 @@ fn with_a_node_wiped_a_run_goes_on_from_the_copies_on_the_other() {
         if disk_too {
             fs::remove_dir_all(run.dir().join("checkpoints")).expect("they go");
         }
-        go(&run, Start::Resume, Some(10)).expect("nothing to do");
+        go(&run, Start::Resume, Some(9)).expect("nothing to do");
         checkpoint::verify(&run.newest_checkpoint()).expect("an ordinary checkpoint");
         assert!(run.newest_checkpoint().ends_with("step-00000010"), "restored, not done again");
         go(&run, Start::Resume, None).expect("the rest");
@@ -71,17 +90,7 @@ fn with_a_node_wiped_a_run_goes_on_from_the_copies_on_the_other() {
 #[test]
 fn a_damaged_copy_is_not_taken_and_without_a_whole_one_the_step_before_is() {
     let (run, dir) = crashed("damaged");
-    let shard = |node: usize, rank: usize| -> PathBuf {
-        let labels = fs::read_dir(self::node(&dir, node)).expect("steps").map(|entry| entry.expect("an entry").path());
-        let newest = labels.max().expect("a step");
-        newest.join(format!("rank-{rank}")).join(format!("shard-{rank:05}-of-{RANKS:05}.safetensors"))
-    };
-    let spoil = |path: &Path| {
-        let mut bytes = fs::read(path).expect("a shard");
-        let last = bytes.len() - 1;
-        bytes[last] ^= 1;
-        fs::write(path, bytes).expect("the shard");
-    };
+    let shard = |node, rank| newest_shard(&dir, node, rank);
     // One of the two copies of a shard: the other is taken.
     spoil(&shard(0, 1));
     let tier = || {
@@ -108,6 +117,112 @@ fn a_damaged_copy_is_not_taken_and_without_a_whole_one_the_step_before_is() {
         .find(|note| note.contains("step 10 of the second tier was passed over: no whole copy of rank 1's shard"))
         .unwrap_or_else(|| panic!("{notes:?}"));
     assert!(note.contains("BLAKE3"), "{note}");
+}
+
+#[test]
+fn a_disk_without_room_for_the_copies_is_no_damage_of_theirs() {
+    for older in [true, false] {
+        let dir = scratch().join(format!("tier-no-room-{older}"));
+        fs::create_dir_all(&dir).expect("a folder");
+        let tier = format!("checkpoint.second_tier={{every=1,dir=\"{}\"}}", dir.display());
+        let run = Run::new(&format!("tier-no-room-{older}"), &[&tier, "checkpoint.every=4", "validation.every=0"]);
+        let alone = |start, stop_after| {
+            let mut config = run.config();
+            config.run.stop_after = Some(stop_after);
+            train(&config, solo(), start, &StopSignal::default()).map(|_| ()).expect("the run");
+        };
+        alone(Start::Fresh, 6);
+        fs::remove_dir_all(run.newest_checkpoint()).expect("it goes");
+        if !older {
+            fs::remove_dir_all(run.dir().join("checkpoints")).expect("they go");
+        }
+        let (code, said) = with_room(1, &run, &[]);
+        assert_eq!(code, Some(1), "{said}");
+        let shard = run.dir().join("checkpoints/.step-00000006.partial/shard-00000-of-00001.safetensors");
+        for text in [&*format!("to {}: File too large", shard.display()), "the copies of step 6 in the second tier are kept"] {
+            assert!(said.contains(text), "not said: {text}\n{said}");
+        }
+        assert!(run.dir().join("second-tier").exists(), "the launcher tries again");
+        assert!(!shard.parent().expect("a folder").exists(), "what has no room leaves none of it");
+        alone(Start::Resume, 5);
+        assert!(run.newest_checkpoint().ends_with("step-00000006"), "restored, not done again");
+    }
+}
+
+#[test]
+fn a_copy_that_cannot_be_read_gives_way_to_the_other_and_to_nothing_else() {
+    let (run, dir) = crashed("unread");
+    // A link to itself: it is there, and nobody can open it.
+    let unread = |file: &Path| {
+        fs::rename(file, file.with_extension("kept")).expect("aside");
+        symlink(file, file).expect("a link");
+    };
+    unread(&newest_shard(&dir, 0, 1));
+    go(&run, Start::Resume, Some(9)).expect("nothing to do");
+    assert!(run.newest_checkpoint().ends_with("step-00000010"), "restored, not done again");
+
+    for (name, file) in [("shard", format!("shard-00001-of-{RANKS:05}.safetensors")), ("manifest", "manifest.json".to_string())] {
+        let (run, dir) = crashed(&format!("unread-{name}"));
+        let files = [0, 1].map(|node| newest_shard(&dir, node, 1).with_file_name(&file));
+        files.iter().for_each(|file| unread(file));
+        let error = go(&run, Start::Resume, Some(9)).expect_err("step 8 is no answer");
+        assert!(error.starts_with("rank ") && error.contains("it may be whole (mend that, or remove it)"), "{error}");
+        assert!(error.contains(&*files[0].to_string_lossy()), "{error}");
+        assert!(error.ends_with("the copies of step 10 in the second tier are kept"), "{error}");
+        fs::rename(files[0].with_extension("kept"), &files[0]).expect("mended");
+        go(&run, Start::Resume, Some(9)).expect("nothing to do");
+        assert!(run.newest_checkpoint().ends_with("step-00000010"), "restored, not done again");
+    }
+}
+
+#[test]
+fn a_disk_that_spoils_what_it_was_given_is_no_damage_of_the_copies() {
+    let (run, dir) = crashed("spoils");
+    let spoilt = run.dir().join("checkpoints/step-00000010").join(format!("shard-00001-of-{RANKS:05}.safetensors"));
+    let errors = run_local(RANKS, |world| {
+        let section = run.config().checkpoint.second_tier;
+        let tier = checkpoint::second_tier::SecondTier::new(&section, run.dir(), &[0, 0, 1, 1], &*world).expect("a tier");
+        let load = &mut |_: &mut checkpoint::Reader| {
+            if world.rank() == 1 && spoilt.exists() {
+                spoil(&spoilt);
+            }
+            Ok(())
+        };
+        checkpoint::load_newest(&*world, run.dir(), Some(&tier), load).map(|_| ()).expect_err("step 8 is no answer").to_string()
+    });
+    assert!(errors[0].contains("step-00000010 was whole when it was made of the second tier's copies, which are kept"), "{errors:?}");
+    assert!(node(&dir, 0).exists());
+    go(&run, Start::Resume, Some(9)).expect("nothing to do");
+    assert!(run.newest_checkpoint().ends_with("step-00000010"), "restored, not done again");
+    checkpoint::verify(&run.newest_checkpoint()).expect("whole");
+}
+
+#[test]
+fn copies_that_cannot_become_a_checkpoint_are_kept() {
+    let (run, _) = crashed("no-rename");
+    // It leads nowhere, and no folder takes its place.
+    let target = run.dir().join("checkpoints/step-00000010");
+    symlink("nowhere", &target).expect("a link");
+    let error = go(&run, Start::Resume, Some(9)).expect_err("no checkpoint");
+    assert!(error.starts_with("rank 0: cannot rename ") && error.contains("the copies of step 10 in the second tier are kept"), "{error}");
+    fs::remove_file(&target).expect("it goes");
+    go(&run, Start::Resume, Some(9)).expect("nothing to do");
+    assert!(run.newest_checkpoint().ends_with("step-00000010"), "restored, not done again");
+}
+
+#[test]
+fn a_run_finds_its_copies_by_whatever_name_its_directory_is_called() {
+    let (run, _) = crashed("names");
+    let link = scratch().join("tier-names-link");
+    symlink(run.dir(), &link).expect("a link");
+    for name in [run.dir().join(""), link, run.dir().join("../tier-names")] {
+        go_in(&name, &run, Start::Resume, Some(9)).expect("nothing to do");
+        assert!(run.newest_checkpoint().ends_with("step-00000010"), "{}: not restored", name.display());
+        // As after the crash, by this name.
+        fs::remove_dir_all(run.newest_checkpoint()).expect("it goes");
+        go_in(&name, &run, Start::Resume, Some(10)).expect("two steps");
+        fs::remove_dir_all(run.newest_checkpoint()).expect("it goes");
+    }
 }
 
 #[test]

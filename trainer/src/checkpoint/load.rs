@@ -1,4 +1,5 @@
 //! Checking: nothing is taken from a file whose hash is not the manifest's.
+use super::each::each;
 use super::manifest::{FileEntry, Manifest, TensorEntry};
 use super::pass::Wanted;
 use super::second_tier::SecondTier;
@@ -13,10 +14,10 @@ use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use tch::{Device, Tensor};
 
-/// Every file present, whole and unchanged, and every tensor complete.
+/// Every file present, whole and unchanged, and every tensor complete. Every core reads a file.
 pub fn verify(checkpoint: &Path) -> Result<Manifest> {
     let manifest = check_manifest(checkpoint)?;
-    manifest.files.iter().try_for_each(|entry| check_file(checkpoint, entry, &[]))?;
+    each(manifest.files.len(), || Ok(()), |(), index| check_file(checkpoint, &manifest.files[index], &[]))?;
     Ok(manifest)
 }
 
@@ -66,7 +67,7 @@ fn complete(tensor: &TensorEntry) -> Result<()> {
 pub(super) struct Refused {
     pub words: String,
     /// It could not be read, and may be what was written.
-    unread: bool,
+    pub unread: bool,
 }
 
 impl From<anyhow::Error> for Refused {
@@ -109,6 +110,10 @@ pub fn load_newest(
         let Some(path) = restored.as_ref().or(path) else { break };
         match load_whole(world, path, load)? {
             Ok(()) => return Ok((Some((path.clone(), Manifest::read(path)?)), notes)),
+            // Not they, but the disk is to blame.
+            Err(damage) if restored.is_some() => {
+                bail!("{} was whole when it was made of the second tier's copies, which are kept: {damage}", path.display());
+            }
             Err(damage) => notes.push(format!("{} is damaged and was passed over: {damage}", path.display())),
         }
     }

@@ -3,6 +3,7 @@
 //! A checkpoint is written into `.step-N.partial`, every file and the folder synced, and renamed to `step-N`. A
 //! layout never shows in it but in the slices' bounds, so any layout can read what any other wrote.
 mod direct;
+mod each;
 pub mod hf;
 mod load;
 mod manifest;

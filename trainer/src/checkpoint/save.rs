@@ -3,7 +3,8 @@ use super::manifest::{FileEntry, Manifest, SliceEntry, TensorEntry};
 use super::{entries, folder, shard};
 use crate::state::StatePart;
 use anyhow::{Context, Result, anyhow, bail};
-use parallel::comm::{Communicator, broadcast_bytes, gather_bytes_at};
+use parallel::comm::{Communicator, barrier, broadcast_bytes, gather_bytes_at};
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
 use tch::Tensor;
@@ -45,14 +46,22 @@ impl Place {
 }
 
 /// Rank 0's outcome on every rank.
-pub(super) fn share(world: &dyn Communicator, outcome: Result<(), String>) -> Result<Result<(), String>> {
+pub(super) fn share<T: Serialize + DeserializeOwned>(world: &dyn Communicator, outcome: Result<T, String>) -> Result<Result<T, String>> {
     Ok(serde_json::from_slice(&broadcast_bytes(world, &serde_json::to_vec(&outcome)?, 0)?)?)
 }
 
 /// Collective: rank 0 makes the folder to write in, and removes what crashes left.
 pub(super) fn begin(world: &dyn Communicator, place: &Place) -> Result<()> {
     let made = if world.rank() == 0 { make_room(&place.partial) } else { Ok(()) };
-    share(world, made.map_err(|error| format!("{error:#}")))?.map_err(|error| anyhow!(error))
+    share(world, made.map_err(|error| format!("{error:#}")))?.map_err(|error| anyhow!("rank 0: {error}"))
+}
+
+/// Collective: rank 0 removes what was written of a checkpoint that comes to nothing. Best effort: every reader ignores it.
+pub(super) fn discard(world: &dyn Communicator, place: &Place) -> Result<()> {
+    if world.rank() == 0 {
+        let _ = std::fs::remove_dir_all(&place.partial);
+    }
+    Ok(barrier(world)?) // who ends now ends all, and it may take a while
 }
 
 pub(super) fn make_room(partial: &Path) -> Result<()> {

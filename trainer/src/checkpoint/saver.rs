@@ -3,6 +3,9 @@
 //!
 //! Invariant: the thread takes part in no collective. Ranks learn at step boundaries, by a reduced value, that all threads
 //! are done; then the hashes are gathered, and rank 0's thread writes the manifest. At most one save is under way.
+//!
+//! Invariant: what a save made too old goes once its state is known to be sound: by a later step, or to whoever calls
+//! `remove_old`.
 use super::save::{Outline, Place, Written, begin, commit, gather_written, share, write_shard};
 use super::staging::{Copying, Piece, Staging};
 use super::{Manifest, Retention};
@@ -21,7 +24,9 @@ pub struct Saver {
     /// The copy for the save under way, until somebody makes it.
     copy: Option<Copying>,
     running: Option<Running>,
-    /// Removes what the newest save made too old; rank 0's.
+    /// The step of the newest save, until its state is known to be sound; rank 0's.
+    unproven: Option<u64>,
+    /// Removes what it made too old.
     removing: Option<JoinHandle<()>>,
     /// What the next save of this rank's shard comes to, for a test.
     pub injected: Option<std::io::Error>,
@@ -55,14 +60,15 @@ pub struct Saved {
 impl Saver {
     pub fn new(run_dir: &Path, retention: Retention) -> Saver {
         let (run_dir, staging) = (run_dir.to_path_buf(), Staging::default());
-        Saver { run_dir, retention, staging, copy: None, running: None, removing: None, injected: None }
+        Saver { run_dir, retention, staging, copy: None, running: None, unproven: None, removing: None, injected: None }
     }
 
     /// Collective. The state may change again once what `take_copy` gives has run, or after `wait`. Waits for the save before,
     /// whose end it returns; where the folder cannot be made, this one's too: nothing is under way then.
     pub fn begin(&mut self, world: &dyn Communicator, head: Manifest, parts: Vec<StatePart>) -> Result<Vec<Saved>> {
         let mut ended: Vec<Saved> = self.wait(world)?.into_iter().collect();
-        self.removed();
+        self.remove_old();
+        self.removed(); // before more is written
         let (place, began) = (Place::of(&self.run_dir, head.step), Instant::now());
         if let Err(error) = begin(world, &place) {
             ended.push(Saved { step: head.step, path: place.target, seconds: 0.0, outcome: Err(format!("{error:#}")) });
@@ -89,8 +95,8 @@ impl Saver {
         Some(Box::new(move || copying.copy()))
     }
 
-    /// Collective, at a step's boundary: the end of the save under way, once there is one. Costs a sum of one number while
-    /// one is, else nothing.
+    /// Collective, at the end of a step that found the state sound: the end of the save under way, once there is one. Costs a sum
+    /// of one number while one is, else nothing.
     pub fn poll(&mut self, world: &dyn Communicator) -> Result<Option<Saved>> {
         let Some(running) = &self.running else { return Ok(None) };
         assert!(self.copy.is_none(), "the state of step {} changed before its copy was made", running.head.step);
@@ -99,10 +105,12 @@ impl Saver {
             Stage::Committing(thread) => thread.as_ref().is_none_or(JoinHandle::is_finished),
         };
         let all = world.all_reduce(vec![Tensor::from_slice(&[done as i64])], Reduce::Min)?.wait()?;
-        if all[0].int64_value(&[0]) == 1 { self.advance(world) } else { Ok(None) }
+        let ended = if all[0].int64_value(&[0]) == 1 { self.advance(world)? } else { None };
+        self.remove_old();
+        Ok(ended)
     }
 
-    /// Collective: until the save under way has ended.
+    /// Collective: until the save under way has ended. What it made too old stays until `remove_old`.
     pub fn wait(&mut self, world: &dyn Communicator) -> Result<Option<Saved>> {
         while self.running.is_some() {
             if let Some(saved) = self.advance(world)? {
@@ -135,22 +143,25 @@ impl Saver {
                 let (outcome, seconds) = (share(world, mine)?, began.elapsed().as_secs_f64());
                 // While steps are skipped the state stays what it is: its copies must not push out the last ones of a sound one.
                 if outcome.is_ok() && world.rank() == 0 && head.progress.guard.in_a_row == 0 {
-                    self.removing = Some(self.remove_old(step));
+                    self.unproven = Some(step);
                 }
                 Ok(Some(Saved { step, path: place.target, seconds, outcome }))
             }
         }
     }
 
-    /// A large file goes slowly, and nobody has to wait for it but the next save.
-    fn remove_old(&self, step: u64) -> JoinHandle<()> {
+    /// What the newest save, whose state is sound, made too old. A large file goes slowly, and nobody has to wait for it but the
+    /// next save.
+    pub fn remove_old(&mut self) {
+        let Some(step) = self.unproven.take() else { return };
+        self.removed();
         let (run_dir, retention) = (self.run_dir.clone(), self.retention);
-        spawn(move || {
+        self.removing = Some(spawn(move || {
             // The checkpoint is there; what is left too long is no reason to end a run.
             if let Err(error) = retention.apply(&run_dir, step) {
                 tracing::warn!("{error:#}");
             }
-        })
+        }));
     }
 
     fn removed(&mut self) {

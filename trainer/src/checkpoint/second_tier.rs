@@ -6,17 +6,18 @@
 //! On a node: DIR/tiefsee-RUN/node-K/step-N-ATTEMPT/rank-R/{manifest.json, one shard}, a folder for each shard, whole or
 //! absent. A step of which some shard is missing or damaged everywhere counts for nothing.
 //!
-//! Invariant: a step's copies go only after all ranks have said that those of a later one are written.
+//! Invariants: a step's copies go only after all ranks have said that those of a later one are written; and where they can
+//! become no checkpoint for a reason that is not theirs (a full disk), the run ends and they stay.
 use super::Manifest;
-use super::load::{check_file, first_error};
-use super::save::{Outline, Place, Written, at_hand, begin, commit, share, write_shard};
+use super::load::{Refused, check_file, first_error};
+use super::save::{Outline, Place, Written, at_hand, begin, commit, discard, share, write_shard};
 use super::shard::{dtype, kind_named};
 use super::staging::{Copying, Piece, Staging};
 use crate::state::{StatePart, StateReader};
-use anyhow::{Context, Result, anyhow, bail};
+use anyhow::{Context, Result, anyhow, bail, ensure};
 use parallel::comm::{Communicator, TensorSpec, broadcast_bytes, gather_bytes};
 use serde::{Deserialize, Serialize};
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::thread::{JoinHandle, spawn};
 use tch::{Device, Tensor};
@@ -44,9 +45,11 @@ pub struct SecondTier {
     root: PathBuf,
     /// In the run directory: there are whole copies. The launcher resumes such a run, also where it has no checkpoint.
     marker: PathBuf,
-    /// Of every rank.
-    nodes: Vec<usize>,
+    node: usize,
     rank: usize,
+    /// Where the copy of this rank's shard goes, and whose come here.
+    to: Option<usize>,
+    from: Vec<usize>,
     /// Tells this start's copies from those of another, which took other roundings where the run is not deterministic.
     attempt: String,
     staging: Staging,
@@ -64,22 +67,44 @@ struct Seen {
     step: u64,
     label: String,
     rank: usize,
+    /// Of the world that it is of; at least.
     ranks: usize,
     path: PathBuf,
 }
 
-/// Where the copy of a rank's shard goes: the same place on the next node; nowhere if there is but one node.
-fn peer(nodes: &[usize], rank: usize) -> Option<usize> {
-    let all: BTreeSet<usize> = nodes.iter().copied().collect();
-    let of = |node: usize| (0..nodes.len()).filter(move |&other| nodes[other] == node);
-    let next = *all.range(nodes[rank] + 1..).next().or(all.first())?;
-    let index = of(nodes[rank]).position(|other| other == rank)?;
-    let there: Vec<usize> = of(next).collect();
-    (next != nodes[rank]).then(|| there[index % there.len()])
+impl Seen {
+    fn at(path: PathBuf) -> Option<Seen> {
+        let rank = path.file_name()?.to_str()?.strip_prefix("rank-")?.parse().ok()?;
+        let label = path.parent()?.file_name()?.to_str()?.to_string();
+        let (step, ranks) = match Manifest::read(&path).map_err(Refused::from) {
+            Ok(manifest) => (manifest.step, manifest.mesh.world),
+            // It may be whole: who tries to take it says why it cannot.
+            Err(Refused { unread: true, .. }) => (label.strip_prefix("step-")?.split('-').next()?.parse().ok()?, 1),
+            Err(_) => return None,
+        };
+        Some(Seen { step, label, rank, ranks, path })
+    }
+}
+
+/// Where the copy of each rank's shard goes: to the same place on the next node; nowhere if there is but one node.
+fn peers(nodes: &[usize]) -> Vec<Option<usize>> {
+    let mut ranks = BTreeMap::<usize, Vec<usize>>::new();
+    nodes.iter().enumerate().for_each(|(rank, node)| ranks.entry(*node).or_default().push(rank));
+    let mut peers = vec![None; nodes.len()];
+    for (here, there) in ranks.values().zip(ranks.values().cycle().skip(1)).filter(|_| ranks.len() > 1) {
+        here.iter().zip(there.iter().cycle()).for_each(|(&rank, &peer)| peers[rank] = Some(peer));
+    }
+    peers
+}
+
+/// The name of a run's folder on the nodes: the same by whatever name a start calls the run's directory, which is there.
+fn name(run_dir: &Path) -> Result<String> {
+    let path = std::fs::canonicalize(run_dir).with_context(|| format!("cannot find {}", run_dir.display()))?;
+    Ok(format!("tiefsee-{}", &blake3::hash(path.as_os_str().as_encoded_bytes()).to_hex()[..16]))
 }
 
 impl SecondTier {
-    /// Collective. `nodes` are as the layout has them.
+    /// Collective. `nodes` are as the layout has them; rank 0 sees the run's directory.
     pub fn new(section: &SecondTierSection, run_dir: &Path, nodes: &[usize], world: &dyn Communicator) -> Result<SecondTier> {
         let there = section.dir.is_dir();
         let named = || anyhow!("rank {}: checkpoint.second_tier.dir = {}: there is no such folder", world.rank(), section.dir.display());
@@ -88,12 +113,16 @@ impl SecondTier {
         }
         let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH)?.as_nanos() as u64;
         let attempt = String::from_utf8(broadcast_bytes(world, format!("{now:016x}").as_bytes(), 0)?)?;
-        let name = blake3::hash(std::path::absolute(run_dir)?.as_os_str().as_encoded_bytes()).to_hex();
+        let name = if world.rank() == 0 { name(run_dir) } else { Ok(String::new()) };
+        let name = share(world, name.map_err(|error| format!("{error:#}")))?.map_err(|error| anyhow!("rank 0: {error}"))?;
+        let (peers, rank) = (peers(nodes), world.rank());
         Ok(SecondTier {
-            root: section.dir.join(format!("tiefsee-{}", &name[..16])),
+            root: section.dir.join(name),
             marker: run_dir.join(MARKER),
-            nodes: nodes.to_vec(),
-            rank: world.rank(),
+            node: nodes[rank],
+            rank,
+            to: peers[rank],
+            from: (0..nodes.len()).filter(|&other| peers[other] == Some(rank)).collect(),
             attempt,
             staging: Staging::default(),
             copy: None,
@@ -104,7 +133,7 @@ impl SecondTier {
     }
 
     fn node(&self) -> PathBuf {
-        self.root.join(format!("node-{}", self.nodes[self.rank]))
+        self.root.join(format!("node-{}", self.node))
     }
 
     /// Collective. The state may change again once what `take_copy` gives has run, or after `wait`. Waits for the copies
@@ -163,19 +192,18 @@ impl SecondTier {
 
     /// Every rank's parts to its peer; the result is (rank, its parts) for each that has this rank as its peer.
     fn exchange(&self, world: &dyn Communicator, mine: &Copying) -> Result<Vec<(usize, Vec<StatePart>)>> {
-        let Some(to) = peer(&self.nodes, self.rank) else { return Ok(Vec::new()) };
+        let Some(to) = self.to else { return Ok(Vec::new()) };
         type Description = (String, i64, i64, String, Vec<i64>);
         let describe =
             |part: &StatePart| (part.name.clone(), part.start, part.total, format!("{:?}", dtype(part.tensor.kind())), part.tensor.size());
         let described: Vec<Description> = mine.now().map(describe).collect();
         let all = gather_bytes(world, &serde_json::to_vec(&described)?)?;
-        let from: Vec<usize> = (0..self.nodes.len()).filter(|&rank| peer(&self.nodes, rank) == Some(self.rank)).collect();
-        let theirs: Vec<Vec<Description>> = from.iter().map(|&rank| serde_json::from_slice(&all[rank])).collect::<Result<_, _>>()?;
+        let theirs: Vec<Vec<Description>> = self.from.iter().map(|&rank| serde_json::from_slice(&all[rank])).collect::<Result<_, _>>()?;
         let spec = |(rank, (.., kind, shape)): (usize, &Description)| -> Result<(usize, TensorSpec)> {
             let kind = kind_named(kind).with_context(|| format!("rank {rank} sends {kind}"))?;
             Ok((rank, TensorSpec { shape: shape.clone(), kind, device: Device::Cpu }))
         };
-        let each = from.iter().zip(&theirs).flat_map(|(&rank, parts)| parts.iter().map(move |part| (rank, part)));
+        let each = self.from.iter().zip(&theirs).flat_map(|(&rank, parts)| parts.iter().map(move |part| (rank, part)));
         let expected = each.map(spec).collect::<Result<Vec<_>>>()?;
         let sends = mine.now().map(|part| (to, part.tensor.shallow_clone())).collect();
         let mut arrived = world.exchange(sends, expected)?.wait()?.into_iter();
@@ -183,11 +211,11 @@ impl SecondTier {
         let mut parts = |theirs: Vec<Description>| -> Vec<StatePart> {
             theirs.into_iter().map(|one| part(one, arrived.next().expect("one for each"))).collect()
         };
-        Ok(from.into_iter().zip(theirs.into_iter().map(&mut parts).collect::<Vec<_>>()).collect())
+        Ok(self.from.iter().copied().zip(theirs.into_iter().map(&mut parts).collect::<Vec<_>>()).collect())
     }
 
     /// Collective: the newest step above `above` of which every shard is somewhere whole, made a checkpoint of the run;
-    /// `above` None: there is none yet. The lines are for the operator.
+    /// `above` None: there is none yet. The lines are for the operator. The error is of copies that may be whole, and are kept.
     pub fn restore(&self, world: &dyn Communicator, run_dir: &Path, above: Option<u64>) -> Result<(Option<PathBuf>, Vec<String>)> {
         let all = gather_bytes(world, &serde_json::to_vec(&self.seen())?)?;
         let mut by_step: BTreeMap<(u64, String), Vec<(usize, Seen)>> = BTreeMap::new();
@@ -198,7 +226,8 @@ impl SecondTier {
         }
         let mut notes = Vec::new();
         for ((step, _), seen) in by_step.into_iter().rev().filter(|((step, _), _)| above.is_none_or(|above| *step > above)) {
-            match self.restore_step(world, run_dir, step, &seen)? {
+            let restored = self.restore_step(world, run_dir, step, &seen);
+            match restored.map_err(|error| anyhow!("{error:#}; the copies of step {step} in the second tier are kept"))? {
                 Ok(path) => {
                     notes.push(format!("step {step} is restored from the second tier into {}", path.display()));
                     return Ok((Some(path), notes));
@@ -211,59 +240,54 @@ impl SecondTier {
 
     /// The inner error is that some shard has no whole copy.
     fn restore_step(&self, world: &dyn Communicator, run_dir: &Path, step: u64, seen: &[(usize, Seen)]) -> Result<Result<PathBuf, String>> {
-        let ranks = seen[0].1.ranks;
-        let (mut copied, mut refused) = (BTreeMap::<usize, Manifest>::new(), BTreeMap::<(usize, &Path), String>::new());
+        let ranks = seen.iter().map(|(_, one)| one.ranks).max().unwrap_or(0);
+        let (mut copied, mut refused) = (BTreeMap::<usize, Manifest>::new(), Vec::<(usize, &Seen, Refused)>::new());
         let place = Place::of(run_dir, step);
         while copied.len() < ranks {
-            // A rank's own copy before its peer's; one that was no good is not tried again.
-            let mut plan: Vec<&(usize, Seen)> = Vec::new();
-            for rank in (0..ranks).filter(|rank| !copied.contains_key(rank)) {
-                let left = seen.iter().filter(|(holder, one)| one.rank == rank && !refused.contains_key(&(*holder, &one.path)));
-                match left.min_by_key(|(holder, _)| *holder != rank) {
-                    Some(one) => plan.push(one),
-                    None => {
-                        let why = refused.values().next().map(|error| format!("; {error}")).unwrap_or_default();
-                        return Ok(Err(format!("no whole copy of rank {rank}'s shard is left{why}")));
-                    }
+            let plan = match next_copies(seen, (0..ranks).filter(|rank| !copied.contains_key(rank)), &refused) {
+                Ok(plan) => plan,
+                Err(Refused { words, unread }) => {
+                    discard(world, &place)?;
+                    return if unread { Err(anyhow!(words)) } else { Ok(Err(words)) };
                 }
-            }
+            };
             if copied.is_empty() && refused.is_empty() {
                 begin(world, &place)?;
             }
             let mine = plan.iter().filter(|(holder, _)| *holder == self.rank);
-            let mine: Vec<Result<Manifest, String>> =
-                mine.map(|(_, one)| take(&one.path, &place.partial).map_err(|error| format!("{error:#}"))).collect();
-            let all = gather_bytes(world, &serde_json::to_vec(&mine)?)?;
-            let mut all =
-                all.iter().map(|bytes| serde_json::from_slice(bytes)).collect::<Result<Vec<Vec<Result<Manifest, String>>>, _>>()?;
+            let mine: Result<Vec<_>> = mine.map(|(_, one)| take(&one.path, &place.partial)).collect();
+            let all = gather_bytes(world, &serde_json::to_vec(&mine.map_err(|error| format!("{error:#}")))?)?;
+            let mut taken = Vec::new();
+            for (rank, bytes) in all.iter().enumerate() {
+                match serde_json::from_slice::<Result<Vec<Result<Manifest, Refused>>, String>>(bytes)? {
+                    Ok(theirs) => taken.push(theirs.into_iter()),
+                    Err(error) => {
+                        discard(world, &place)?;
+                        bail!("rank {rank}: {error}");
+                    }
+                }
+            }
             for (holder, one) in plan {
-                match all[*holder].remove(0) {
+                match taken[*holder].next().expect("one for each") {
                     Ok(manifest) => drop(copied.insert(one.rank, manifest)),
-                    Err(error) => drop(refused.insert((*holder, &one.path), error)),
+                    Err(error) => refused.push((*holder, one, error)),
                 }
             }
         }
         let head = Manifest { files: Vec::new(), tensors: BTreeMap::new(), ..copied[&0].clone() };
-        let written = |manifest: Manifest| -> Option<Written> {
-            Some(Written { file: manifest.files.into_iter().next()?, tensors: manifest.tensors.into_iter().collect() })
+        let written = |mut manifest: Manifest| {
+            Ok(Written { file: manifest.files.remove(0), tensors: manifest.tensors.into_iter().collect() })
         };
-        let all = copied.into_values().map(|manifest| written(manifest).ok_or_else(|| "a copy without a shard".to_string())).collect();
+        let all = copied.into_values().map(written).collect();
         let outcome = if self.rank == 0 { commit(&place, head, all).map_err(|error| format!("{error:#}")) } else { Ok(()) };
-        Ok(share(world, outcome)?.map(|()| place.target))
+        share(world, outcome)?.map_err(|error| anyhow!("rank 0: {error}"))?;
+        Ok(Ok(place.target))
     }
 
-    /// Every shard that lies whole on this rank's node; what cannot be read is as if it were not there.
+    /// Every shard that lies on this rank's node, unless its manifest is damaged.
     fn seen(&self) -> Vec<Seen> {
-        let mut found = Vec::new();
-        for label in folders(&self.root).iter().flat_map(|node| folders(node)) {
-            for path in folders(&label) {
-                let number = path.file_name().and_then(|name| name.to_str()?.strip_prefix("rank-")?.parse().ok());
-                let (Some(rank), Ok(manifest)) = (number, Manifest::read(&path)) else { continue };
-                let label = label.file_name().and_then(|name| name.to_str()).unwrap_or_default().to_string();
-                found.push(Seen { step: manifest.step, label, rank, ranks: manifest.mesh.world, path });
-            }
-        }
-        found
+        let labels = folders(&self.root).into_iter().flat_map(|node| folders(&node));
+        labels.flat_map(|label| folders(&label)).filter_map(Seen::at).collect()
     }
 
     /// What other starts of the run left on this node: the run goes on from a checkpoint, or is over.
@@ -281,18 +305,53 @@ fn folders(path: &Path) -> Vec<PathBuf> {
     found
 }
 
-/// Removes the shards of these ranks from every step but those `kept`.
+/// The copy of each of these ranks' shards that is tried next, and its holder: a rank's own before its peer's, and none that was
+/// refused. The error is of a shard that has none left: of one that may be whole, if there is any such.
+fn next_copies<'a>(
+    seen: &'a [(usize, Seen)],
+    ranks: impl Iterator<Item = usize>,
+    refused: &[(usize, &Seen, Refused)],
+) -> Result<Vec<&'a (usize, Seen)>, Refused> {
+    let (mut plan, mut unread) = (Vec::new(), None);
+    for rank in ranks {
+        let was_refused = |holder: usize, one: &Seen| refused.iter().any(|(by, other, _)| *by == holder && other.path == one.path);
+        let left = seen.iter().filter(|(holder, one)| one.rank == rank && !was_refused(*holder, one));
+        if let Some(one) = left.min_by_key(|(holder, _)| *holder != rank) {
+            plan.push(one);
+            continue;
+        }
+        let all = || refused.iter().filter(|(_, one, _)| one.rank == rank);
+        match all().find(|(.., why)| why.unread) {
+            Some((holder, _, why)) => {
+                let words = format!("rank {holder}: {}: it may be whole (mend that, or remove it)", why.words);
+                unread = Some(Refused { words, unread: true });
+            }
+            None => {
+                let why = all().next().map(|(.., why)| format!("; {}", why.words)).unwrap_or_default();
+                return Err(Refused { words: format!("no whole copy of rank {rank}'s shard is left{why}"), unread: false });
+            }
+        }
+    }
+    unread.map_or(Ok(plan), Err)
+}
+
+/// Removes the shards of these ranks, half written ones too, from every step but those `kept`.
 fn clear(node: &Path, ranks: &[usize], kept: &[Option<&str>]) -> Result<()> {
     for label in folders(node).iter().filter(|label| !kept.contains(&label.file_name().and_then(|name| name.to_str()))) {
-        for rank in ranks {
-            let path = label.join(format!("rank-{rank}"));
-            if path.exists() {
-                std::fs::remove_dir_all(&path).with_context(|| format!("cannot remove {}", path.display()))?;
-            }
+        for path in ranks.iter().flat_map(|&rank| [whole_copy(label, rank), partial_copy(label, rank)]).filter(|path| path.exists()) {
+            std::fs::remove_dir_all(&path).with_context(|| format!("cannot remove {}", path.display()))?;
         }
         let _ = std::fs::remove_dir(label); // once it is empty
     }
     Ok(())
+}
+
+fn whole_copy(label: &Path, rank: usize) -> PathBuf {
+    label.join(format!("rank-{rank}"))
+}
+
+fn partial_copy(label: &Path, rank: usize) -> PathBuf {
+    label.join(format!(".rank-{rank}.partial"))
 }
 
 fn write_copy(
@@ -302,48 +361,80 @@ fn write_copy(
     outline: Outline,
     tensor: impl FnMut(usize) -> Result<Tensor> + Send,
 ) -> Result<()> {
-    let target = step.join(format!("rank-{rank}"));
-    let partial = step.join(format!(".rank-{rank}.partial"));
-    std::fs::create_dir_all(&partial).with_context(|| format!("cannot make {}", partial.display()))?;
-    let written = write_shard(&partial, (rank, ranks), outline, tensor)?;
-    let mut manifest = head.clone();
-    manifest.add(written.file, written.tensors);
-    manifest.write(&partial)?;
-    std::fs::rename(&partial, &target).with_context(|| format!("cannot rename {} into place", partial.display()))
+    let partial = partial_copy(step, rank);
+    let write = || -> Result<()> {
+        std::fs::create_dir_all(&partial).with_context(|| format!("cannot make {}", partial.display()))?;
+        let written = write_shard(&partial, (rank, ranks), outline, tensor)?;
+        let mut manifest = head.clone();
+        manifest.add(written.file, written.tensors);
+        manifest.write(&partial)?;
+        std::fs::rename(&partial, whole_copy(step, rank)).with_context(|| format!("cannot rename {} into place", partial.display()))
+    };
+    // Half a copy is good for nothing, and mostly it is memory that it takes.
+    write().inspect_err(|_| drop(std::fs::remove_dir_all(&partial)))
 }
 
-/// Copies a shard into the folder of a checkpoint to be, and checks what arrived there.
-fn take(from: &Path, partial: &Path) -> Result<Manifest> {
-    let manifest = Manifest::read(from)?;
-    for file in &manifest.files {
-        let (from, to) = (from.join(&file.name), partial.join(&file.name));
-        std::fs::copy(&from, &to).with_context(|| format!("cannot copy {} to {}", from.display(), to.display()))?;
-        std::fs::File::open(&to)?.sync_all()?;
-        check_file(partial, file, &[]).with_context(|| format!("the copy of {}", from.display()))?;
-    }
+/// Copies a shard into the folder of a checkpoint to be, and checks what arrived there. The inner error is of the shard; the outer
+/// one of the folder: what was to go there is whole.
+fn take(from: &Path, partial: &Path) -> Result<Result<Manifest, Refused>> {
+    let error = match copy(from, partial) {
+        Ok(manifest) => return Ok(Ok(manifest)),
+        Err(error) => error,
+    };
+    let sound = one_shard(from).and_then(|manifest| check_file(from, &manifest.files[0], &[]));
+    sound.map_or_else(|bad| Ok(Err(bad.into())), |()| Err(error))
+}
+
+fn copy(from: &Path, partial: &Path) -> Result<Manifest> {
+    let manifest = one_shard(from)?;
+    let file = &manifest.files[0];
+    let (shard, to) = (from.join(&file.name), partial.join(&file.name));
+    std::fs::copy(&shard, &to).with_context(|| format!("cannot copy {} to {}", shard.display(), to.display()))?;
+    std::fs::File::open(&to).and_then(|copy| copy.sync_all()).with_context(|| format!("cannot write {}", to.display()))?;
+    check_file(partial, file, &[]).with_context(|| format!("the copy of {}", shard.display()))?;
+    Ok(manifest)
+}
+
+/// A copy's manifest.
+fn one_shard(copy: &Path) -> Result<Manifest> {
+    let manifest = Manifest::read(copy)?;
+    ensure!(manifest.files.len() == 1, "{} holds {} shards, a copy is of one", copy.display(), manifest.files.len());
     Ok(manifest)
 }
 
 #[cfg(test)]
 mod tests {
-    use super::{clear, peer};
+    use super::{Manifest, at_hand, clear, peers, write_copy};
+    use crate::state::StatePart;
+    use anyhow::bail;
+    use tch::{Device, Kind, Tensor};
 
     #[test]
     fn a_rank_clears_its_own_shards_and_not_the_folder_that_others_are_about_to_fill() {
         let node = tempfile::tempdir().unwrap();
-        for path in ["step-1/rank-0", "step-1/rank-1", "step-2/rank-0", "step-3"] {
+        for path in ["step-1/rank-0", "step-1/.rank-0.partial", "step-1/rank-1", "step-2/rank-0", "step-3"] {
             std::fs::create_dir_all(node.path().join(path)).unwrap();
         }
         clear(node.path(), &[0], &[Some("step-2"), Some("step-3")]).unwrap();
-        let there = ["step-1/rank-0", "step-1/rank-1", "step-2/rank-0", "step-3"].map(|path| node.path().join(path).exists());
-        assert_eq!(there, [false, true, true, true]);
+        let there = ["step-1/rank-0", "step-1/.rank-0.partial", "step-1/rank-1", "step-2/rank-0", "step-3"];
+        assert_eq!(there.map(|path| node.path().join(path).exists()), [false, false, true, true, true]);
         clear(node.path(), &[1], &[Some("step-2"), None]).unwrap();
         assert!(!node.path().join("step-1").exists() && !node.path().join("step-3").exists(), "empty and nobody's");
     }
 
     #[test]
+    fn a_copy_that_finds_no_room_takes_none() {
+        let node = tempfile::tempdir().unwrap();
+        let part = StatePart { name: "weight/a".into(), tensor: Tensor::zeros([4, 4], (Kind::Float, Device::Cpu)), start: 0, total: 4 };
+        let head = Manifest::imported(toml::from_str(include_str!("../../../configs/model/tiny.toml")).unwrap(), kernels::Precision::F32);
+        let (outline, _) = at_hand(vec![part]);
+        let failed = write_copy(node.path(), (0, 1), &head, outline, |_| bail!("no room"));
+        assert_eq!(failed.unwrap_err().to_string(), "no room");
+        assert_eq!(std::fs::read_dir(node.path()).unwrap().count(), 0);
+    }
+
+    #[test]
     fn a_shard_goes_to_the_same_place_on_the_next_node() {
-        let peers = |nodes: &[usize]| (0..nodes.len()).map(|rank| peer(nodes, rank)).collect::<Vec<_>>();
         assert_eq!(peers(&[0, 0, 1, 1]), [2, 3, 0, 1].map(Some));
         assert_eq!(peers(&[0, 1, 2]), [1, 2, 0].map(Some));
         assert_eq!(peers(&[0, 0, 0, 1]), [3, 3, 3, 0].map(Some));

@@ -63,6 +63,7 @@ impl Run<'_> {
             self.set_aside(&path)?;
             return lost_for_good("so is the copy");
         }
+        self.saver.remove_old();
         let words = format!("step {}: the state of step {step} is restored from {}, and the step is done again", step + 1, path.display());
         self.metrics.event(step, "mended", &words);
         Ok(())

@@ -9,11 +9,12 @@ use model::ModelConfig;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-/// RUN_DIR/log/saving, there as long as the ranks wait for a checkpoint: the launcher then has more patience than with a step.
+/// RUN_DIR/log/saving, there as long as the ranks wait for a checkpoint to be written or read: the launcher then has more patience
+/// than with a step.
 pub(super) struct Waiting(Option<PathBuf>);
 
 impl Waiting {
-    fn of(run_dir: &Path, rank: usize) -> Waiting {
+    pub fn of(run_dir: &Path, rank: usize) -> Waiting {
         // Where the disk is full there is only less patience.
         let path = (rank == 0).then(|| run_dir.join("log/saving")).filter(|path| std::fs::write(path, "").is_ok());
         Waiting(path)
@@ -89,10 +90,11 @@ impl Run<'_> {
             self.save_settled()?;
         }
         ensure!(whole(self), "there is no checkpoint of step {step}: see above");
+        self.saver.remove_old();
         Ok(())
     }
 
-    /// No save is under way when it returns.
+    /// No save is under way when it returns. The state that it wrote may be unsound.
     pub(super) fn save_settled(&mut self) -> Result<()> {
         let _waiting = self.waiting();
         let ended = self.saver.wait(&*self.world)?;

@@ -1,5 +1,6 @@
 //! Before the first step: what is checked, what is restored, and the run directory.
 use super::corpus::Corpus;
+use super::save::Waiting;
 use super::{Run, Start, State};
 use crate::checkpoint;
 use crate::checkpoint::second_tier::SecondTier;
@@ -85,6 +86,7 @@ type Restored = (State, Option<(u64, PathBuf)>, Vec<String>);
 type Begin<'a> = (&'a RunConfig, Start, Option<&'a SecondTier>);
 
 pub(super) fn restore((config, start, tier): Begin, world: &Comm, trainer: &mut Trainer, corpus: &Corpus) -> Result<Restored> {
+    let _waiting = Waiting::of(&config.run.dir, world.rank());
     if start == Start::Fresh {
         if let Some(path) = &config.run.init_from {
             let loaded = checkpoint::load_whole(&**world, path, &mut |reader| trainer.load_weights(reader)).with_context(|| format!("run.init_from = {path:?}"))?;

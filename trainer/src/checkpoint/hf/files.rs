@@ -1,5 +1,6 @@
 //! The files of an export: each on a thread of its own, as many at a time as there are cores.
 use super::{Format, write_json};
+use crate::checkpoint::each::each;
 use crate::checkpoint::load::check_file;
 use crate::checkpoint::manifest::FileEntry;
 use crate::checkpoint::{Manifest, Reader, shard};
@@ -10,8 +11,6 @@ use model::params::ParamSpec;
 use serde_json::json;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::thread::scope;
 use tch::{Kind, Tensor};
 
 /// A released tensor, and how it is made.
@@ -143,29 +142,4 @@ pub(super) fn write_files(folder: &Path, released: &[Released], checkpoint: &Pat
         write_json(&folder.join("model.safetensors.index.json"), &json!({"metadata": {"total_size": total}, "weight_map": map}))?;
     }
     Ok(sources.iter().map(|source| source.reader.tensor_bytes_read()).sum())
-}
-
-/// `work(i)` for every i below `count`, in order of i, by a thread a core that each `open` what they work with. The first error
-/// ends it.
-fn each<S: Send>(
-    count: usize,
-    open: impl Fn() -> Result<S> + Sync,
-    work: impl Fn(&mut S, usize) -> Result<()> + Sync,
-) -> Result<Vec<S>> {
-    let threads = std::thread::available_parallelism().map_or(1, |cores| cores.get()).min(count);
-    let next = AtomicUsize::new(0);
-    let one = || -> Result<S> {
-        let mut state = open()?;
-        loop {
-            let index = next.fetch_add(1, Ordering::Relaxed);
-            if index >= count {
-                return Ok(state);
-            }
-            work(&mut state, index).inspect_err(|_| next.store(count, Ordering::Relaxed))?;
-        }
-    };
-    scope(|scope| {
-        let running: Vec<_> = (0..threads).map(|_| scope.spawn(one)).collect();
-        running.into_iter().map(|thread| thread.join().expect("a file's thread does not panic")).collect()
-    })
 }

@@ -1,5 +1,5 @@
 //! The inverse of an export: a folder in the released layout, FP8 or not, → a checkpoint of weights alone.
-use super::{fresh, table};
+use super::{FILE_BYTES, fresh, table};
 use crate::checkpoint::manifest::FileEntry;
 use crate::checkpoint::read::Opened;
 use crate::checkpoint::save::{Place, described, put_in_place, shard_name};
@@ -8,7 +8,7 @@ use crate::run::resolved;
 use anyhow::{Context, Result, ensure};
 use kernels::Precision;
 use kernels::fp8::Blocks;
-use model::hf::{parse_config, pieces};
+use model::hf::{Piece, parse_config, pieces};
 use model::params::ParamSpec;
 use serde_json::Value;
 use std::collections::HashMap;
@@ -18,6 +18,11 @@ use tch::{Device, Kind, Tensor};
 /// `folder` → RUN_DIR/checkpoints/step-00000000, for `run.init_from`. RUN_DIR must hold neither a run nor an import. Returns
 /// the checkpoint.
 pub fn import(folder: &Path, run_dir: &Path) -> Result<PathBuf> {
+    import_in_files(folder, run_dir, FILE_BYTES)
+}
+
+/// In files of about so many bytes: the ranks of a run share them out when it starts.
+pub fn import_in_files(folder: &Path, run_dir: &Path, file_bytes: usize) -> Result<PathBuf> {
     let used = !list(run_dir)?.is_empty() || resolved(run_dir).exists();
     ensure!(!used, "{} already holds a run or an import: name another folder", run_dir.display());
     let config_path = folder.join("config.json");
@@ -30,18 +35,60 @@ pub fn import(folder: &Path, run_dir: &Path) -> Result<PathBuf> {
     model.validate()?;
     let kind = if released.any_double() { Kind::Double } else { Kind::Float };
     let table = table(&model);
-    let entry = |spec: &ParamSpec| shard::Entry { name: format!("weight/{}", spec.name), kind, shape: spec.shape.clone() };
-    let entries: Vec<shard::Entry> = table.specs().iter().map(entry).collect();
     let place = Place::of(run_dir, 0);
     fresh(&place.partial)?;
-    let name = shard_name(0, 1);
-    let specs = table.specs();
-    let summed = shard::write(&place.partial.join(&name), &entries, |index| released.assemble(&specs[index], kind))?;
-    let described = described(&name, &entries, entries.iter().map(|entry| (0, entry.shape[0])));
     let mut manifest = Manifest::imported(model, if kind == Kind::Double { Precision::F64 } else { Precision::F32 });
-    manifest.add(FileEntry { name, bytes: summed.bytes, blake3: summed.blake3 }, described);
+    let files = share_out(table.specs(), kind, file_bytes);
+    for (number, slices) in files.iter().enumerate() {
+        let name = shard_name(number, files.len());
+        let entries: Vec<shard::Entry> = slices.iter().map(|slice| slice.entry(kind)).collect();
+        let summed = shard::write(&place.partial.join(&name), &entries, |index| released.assemble(&slices[index], kind))?;
+        let described = described(&name, &entries, slices.iter().map(|slice| (slice.start, slice.spec.shape[0])));
+        manifest.add(FileEntry { name, bytes: summed.bytes, blake3: summed.blake3 }, described);
+    }
     put_in_place(&place, &manifest)?;
     Ok(place.target)
+}
+
+/// Rows of a parameter that one file holds.
+struct Slice<'a> {
+    spec: &'a ParamSpec,
+    start: i64,
+    rows: i64,
+}
+
+impl Slice<'_> {
+    fn shape(&self) -> Vec<i64> {
+        [&[self.rows], &self.spec.shape[1..]].concat()
+    }
+
+    fn entry(&self, kind: Kind) -> shard::Entry {
+        shard::Entry { name: format!("weight/{}", self.spec.name), kind, shape: self.shape() }
+    }
+}
+
+/// The slices of each file. A layer's experts, by far the largest tensors, may be in several; what else there is in one.
+fn share_out(specs: &[ParamSpec], kind: Kind, file_bytes: usize) -> Vec<Vec<Slice<'_>>> {
+    let mut files: Vec<Vec<Slice>> = vec![Vec::new()];
+    let mut room = file_bytes;
+    for spec in specs {
+        let all = spec.shape[0];
+        let least = if pieces(spec).iter().all(|piece| piece.expert.is_some()) { 1 } else { all };
+        let bytes = Slice { spec, start: 0, rows: least }.entry(kind).bytes();
+        let mut start = 0;
+        while start < all {
+            let fit = (room / bytes) as i64 * least;
+            if fit == 0 && files.last().is_some_and(|file| !file.is_empty()) {
+                files.push(Vec::new());
+                room = file_bytes;
+                continue;
+            }
+            let rows = fit.clamp(least, all - start);
+            files.last_mut().expect("starts with one").push(Slice { spec, start, rows });
+            (start, room) = (start + rows, room.saturating_sub((rows / least) as usize * bytes));
+        }
+    }
+    files
 }
 
 /// A released folder: its files, and which of them each tensor is in.
@@ -71,18 +118,19 @@ impl Folder {
         self.tensors.iter().any(|(name, &file)| self.files[file].find(name).is_ok_and(|(_, kind)| kind == Kind::Double))
     }
 
-    /// Our tensor from its released pieces.
-    fn assemble(&self, spec: &ParamSpec, kind: Kind) -> Result<Tensor> {
-        let whole = Tensor::zeros(&spec.shape, (kind, Device::Cpu));
-        for piece in pieces(spec) {
-            let part = piece.expert.map_or_else(|| whole.shallow_clone(), |expert| whole.select(0, expert));
+    /// Rows of our tensor from their released pieces.
+    fn assemble(&self, slice: &Slice, kind: Kind) -> Result<Tensor> {
+        let all = Tensor::zeros(slice.shape(), (kind, Device::Cpu));
+        let wanted = |piece: &Piece| piece.expert.is_none_or(|expert| (slice.start..slice.start + slice.rows).contains(&expert));
+        for piece in pieces(slice.spec).into_iter().filter(wanted) {
+            let part = piece.expert.map_or_else(|| all.shallow_clone(), |expert| all.select(0, expert - slice.start));
             let mut part = piece.rows.map_or_else(|| part.shallow_clone(), |(start, rows)| part.narrow(0, start, rows));
             let tensor = self.tensor(&piece.name)?;
             let (is, expected) = (tensor.size(), part.size());
             ensure!(is == expected, "{}: {} is {is:?}, config.json makes it {expected:?}", self.path.display(), piece.name);
             part.copy_(&tensor);
         }
-        Ok(whole)
+        Ok(all)
     }
 
     /// FP8 comes as what it stands for, in FP32: exported again, it is the same FP8.

@@ -1,9 +1,9 @@
-//! To and from the released layout: a folder that Hugging Face transformers loads as it is. Every core has one tensor in
-//! memory at a time, whatever the model's size.
+//! To and from the released layout: a folder that Hugging Face transformers loads as it is. Every core of an export has one tensor
+//! in memory at a time, an import what one file has of one, whatever the model's size.
 mod files;
 mod import;
 
-pub use import::import;
+pub use import::{import, import_in_files};
 
 use super::inspect;
 use super::save::refuse_existing;
@@ -18,7 +18,7 @@ use serde_json::{Value, json};
 use std::path::Path;
 use tch::Kind;
 
-/// One file of an export holds about so much.
+/// One file of an export or an import holds about so much.
 const FILE_BYTES: usize = 4 << 30;
 
 fn table(config: &ModelConfig) -> ParamTable {
