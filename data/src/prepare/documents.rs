@@ -13,7 +13,7 @@ use parquet::file::reader::ChunkReader;
 use serde_json::Value;
 
 use super::inputs::{InputFile, Kind, Packing};
-use super::remote::{RemoteFile, RemoteReader};
+use super::remote::{OpenFile, RemoteFile, RemoteReader};
 use crate::DataError;
 
 /// Documents of a parquet batch.
@@ -47,10 +47,11 @@ type Each<'a> = &'a mut dyn FnMut(u64, &str) -> Result<(), DataError>;
 
 /// Calls `each` for every document.
 pub(super) fn read(file: &InputFile, column: &str, each: Each) -> Result<Met, DataError> {
+    let remote = file.remote.as_ref().map(RemoteFile::open);
     let mut reader = Reader { file, column, each, left: file.limit.unwrap_or(u64::MAX), met: Met::default() };
-    let result = reader.read();
+    let result = reader.read(remote.as_ref());
     // What the store said tells more than what a reader made of it.
-    match file.remote.as_ref().and_then(RemoteFile::failure) {
+    match remote.and_then(|remote| remote.failure()) {
         Some(failure) => Err(failure),
         None => result.map(|()| reader.met),
     }
@@ -65,9 +66,9 @@ struct Reader<'a> {
 }
 
 impl Reader<'_> {
-    fn read(&mut self) -> Result<(), DataError> {
+    fn read(&mut self, remote: Option<&OpenFile>) -> Result<(), DataError> {
         let path = &self.file.path;
-        match (self.file.kind, &self.file.remote) {
+        match (self.file.kind, remote) {
             (Kind::Text, remote) => {
                 self.fits(1, self.file.bytes)?;
                 match remote {
