@@ -171,8 +171,6 @@ impl Spill<'_> {
             self.write_part(&done.name, done.parts, &mut buffers)?;
             done.parts += 1;
         }
-        // Their capacity is a part's size.
-        drop(buffers);
         while done.parts > 1 {
             done.parts = self.join(&done.name, done.parts)?;
         }
@@ -211,11 +209,8 @@ impl Spill<'_> {
         durable::write(&path, |file| {
             let table = table(buffers.iter().map(|buffer| buffer.len() as u64), self.units);
             file.write_all(&table).map_err(DataError::io(&path, "write"))?;
-            for buffer in buffers.iter_mut() {
-                file.write_all(buffer).map_err(DataError::io(&path, "write"))?;
-                buffer.clear();
-            }
-            Ok(())
+            // Memory goes back with each: kept, every unit's would in time be that of the fullest it ever was in a part.
+            buffers.iter_mut().try_for_each(|buffer| file.write_all(&std::mem::take(buffer)).map_err(DataError::io(&path, "write")))
         })
     }
 
@@ -367,6 +362,22 @@ mod tests {
         let mut names: Vec<String> = fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
         names.sort();
         (units, names)
+    }
+
+    #[test]
+    fn buffers_hold_a_part_and_not_the_fullest_of_each_unit() {
+        let folder = tempfile::tempdir().unwrap();
+        let units = Units::new(0.1, 1 << 20, 1 << 10);
+        let spill = Spill { folder: folder.path().to_owned(), units, seed: 0, max_bad: 0.0, part_bytes: 1 << 16, given: None };
+        let mut buffers = vec![Vec::new(); units.count() as usize];
+        let mut done = GroupDone::default();
+        // Each fills a part.
+        for number in 0..200 {
+            spill.gather(&format!("{number} {}", "text ".repeat(1 << 14)), &mut buffers, &mut done);
+            let held: usize = buffers.iter().map(Vec::capacity).sum();
+            assert!(held < 3 * spill.part_bytes, "{held} bytes after {number} parts");
+            spill.write_part("x", number, &mut buffers).unwrap();
+        }
     }
 
     #[test]
