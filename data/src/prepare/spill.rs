@@ -35,7 +35,7 @@ const JOINED_BY_ALL: usize = 512;
 /// Documents of a group that a given tokenizer is tried on.
 const CHECKED: u64 = 64;
 
-/// So many lines, and none of them good, are not worth going on.
+/// So many lines or rows, and none of them good, are not worth going on.
 const HOPELESS: u64 = 1000;
 
 /// A document's place in the shuffled order; equal texts have equal keys.
@@ -91,7 +91,7 @@ pub(super) struct GroupDone {
     pub text_bytes: u64,
     pub left_out: LeftOuts,
     pub empty_documents: u64,
-    /// Of JSONL: all, those that give no text, and the first of them.
+    /// Of JSONL's lines and parquet's rows: all, those that give no text, and the first of them.
     pub lines: u64,
     pub bad_lines: u64,
     pub first_bad: Option<(PathBuf, String)>,
@@ -111,13 +111,13 @@ impl GroupDone {
     }
 }
 
-/// Refuses more than a share of `max_bad` among all groups' lines, and names the first.
+/// Refuses more than a share of `max_bad` among all groups' lines and rows, and names the first.
 pub(super) fn check_bad_lines(groups: &[GroupDone], max_bad: f64) -> Result<(), DataError> {
     let sum = |field: fn(&GroupDone) -> u64| groups.iter().map(field).sum::<u64>();
     let (lines, bad) = (sum(|group| group.lines), sum(|group| group.bad_lines));
     match groups.iter().find_map(|group| group.first_bad.clone()) {
         Some((path, reason)) if bad as f64 > max_bad * lines as f64 => {
-            let reason = format!("{reason}; {bad} of {lines} lines give no text, the limit is --max-bad {max_bad}");
+            let reason = format!("{reason}; {bad} of {lines} lines and rows give no text, the limit is --max-bad {max_bad}");
             Err(DataError::BadInput { path, reason })
         }
         _ => Ok(()),
@@ -129,7 +129,7 @@ pub(super) struct Spill<'a> {
     pub folder: PathBuf,
     pub units: Units,
     pub seed: u64,
-    /// The share of lines that may give no text.
+    /// The share of lines and rows that may give no text.
     pub max_bad: f64,
     pub part_bytes: usize,
     /// The tokenizer that must give each group's first documents back.

@@ -5,8 +5,9 @@ use std::path::{Path, PathBuf};
 
 use data::{DataError, PrepareArgs, prepare};
 
+use crate::columns::parquet_of;
 use crate::corpus;
-use crate::prepare::{folder_bytes, parquet_of};
+use crate::prepare::folder_bytes;
 
 /// A folder of text and the options to prepare it beside itself.
 fn some_text(folder: &Path, count: u64) -> PrepareArgs {
