@@ -134,6 +134,30 @@ fn fill_in_the_middle_and_splitting_happen_at_their_rates() {
 }
 
 #[test]
+fn punctuation_of_any_script_is_split_from_its_line_breaks() {
+    let folder = tempfile::tempdir().unwrap();
+    let input = folder.path().join("in.jsonl");
+    // The last is younger than some tables of Unicode.
+    let marks = [".", "。", "！", "…", "€", " 》", "🥰"];
+    let texts: Vec<String> = (0..300).map(|i| marks.map(|mark| format!("第{i}句{mark}\n")).concat()).collect();
+    fs::write(&input, texts.iter().map(|text| format!("{}\n", serde_json::json!({"text": text}))).collect::<String>()).unwrap();
+    let joined = |split_rate: f64, name: &str| {
+        let mut args = corpus::args(&input, &folder.path().join(name));
+        args.split_rate = split_rate;
+        prepare(&args).unwrap();
+        let tokenizer = open_tokenizer(args.out.join("tokenizer.json")).unwrap();
+        let splits = [Split::Train, Split::HeldOut];
+        let found: HashSet<String> = splits.iter().flat_map(|split| documents(&args.out, *split)).collect();
+        assert_eq!(found, texts.iter().cloned().collect());
+        let words: Vec<String> =
+            splits.iter().flat_map(|split| stream(&args.out, *split).0).map(|id| tokenizer.decode(&[id]).unwrap()).collect();
+        marks.map(|mark| words.iter().filter(|word| **word == format!("{mark}\n")).count())
+    };
+    assert_eq!(joined(0.0, "plain"), [300; 7], "each of them is a token");
+    assert_eq!(joined(1.0, "split"), [0; 7]);
+}
+
+#[test]
 fn a_tiny_corpus_still_has_a_held_out_document() {
     let folder = tempfile::tempdir().unwrap();
     let input = folder.path().join("in");
