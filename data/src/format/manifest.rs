@@ -54,7 +54,7 @@ pub struct Recipe {
     pub duplicates: u64,
     #[serde(default)]
     pub empty_documents: u64,
-    /// Of JSONL, those that gave no text.
+    /// Of JSONL's lines and parquet's rows, those that gave no text.
     #[serde(default)]
     pub bad_lines: u64,
     /// Files that were not read, by reason.

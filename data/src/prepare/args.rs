@@ -61,16 +61,18 @@ pub struct PrepareArgs {
     #[arg(long, value_delimiter = ',', value_name = "LIST", default_values_t = DEFAULT_EXTENSIONS.map(String::from))]
     pub extensions: Vec<String>,
 
-    /// JSONL key and parquet column that hold the text.
+    /// JSONL key and parquet column that hold the text; the column may be of strings or of bytes.
     #[arg(long, default_value = "text")]
     pub text_column: String,
 
-    /// Share of JSONL lines that may give no text (not UTF-8, no JSON, no such key) and are left out.
+    /// Share of JSONL lines (not UTF-8, no JSON, no such key) and parquet rows (not UTF-8) that may give no text and are
+    /// left out.
     #[arg(long, value_name = "SHARE", default_value_t = 0.001)]
     #[serde(skip)]
     pub max_bad: f64,
 
-    /// Share of the documents turned into fill-in-the-middle (prefix, suffix, middle).
+    /// Share of the documents turned into fill-in-the-middle (prefix, suffix, middle). DeepSeek-V3's is 0.1: PSM at the
+    /// level of documents, as here.
     #[arg(long, value_name = "RATE", default_value_t = 0.0)]
     pub fim_rate: f64,
 

@@ -5,15 +5,16 @@ use std::fs::{self, File};
 use std::io::{BufRead, BufReader, Read};
 use std::path::Path;
 
-use arrow::array::{ArrayRef, AsArray};
-use arrow::datatypes::DataType;
-use parquet::arrow::ProjectionMask;
-use parquet::arrow::arrow_reader::ParquetRecordBatchReaderBuilder;
-use parquet::file::reader::ChunkReader;
+use parquet::basic::{ConvertedType, LogicalType, Type as PhysicalType};
+use parquet::column::reader::ColumnReaderImpl;
+use parquet::data_type::{ByteArray, ByteArrayType};
+use parquet::errors::ParquetError;
+use parquet::file::reader::{ChunkReader, FileReader, SerializedFileReader};
+use parquet::schema::types::SchemaDescriptor;
 use serde_json::Value;
 
 use super::inputs::{InputFile, Kind, Packing};
-use super::remote::{RemoteFile, RemoteReader};
+use super::remote::{OpenFile, RemoteFile, RemoteReader};
 use crate::DataError;
 
 /// Documents of a parquet batch.
@@ -33,7 +34,7 @@ const BYTE_ORDER_MARK: &[u8] = b"\xef\xbb\xbf";
 pub(super) struct Met {
     /// The file is not text and was passed over.
     pub not_text: bool,
-    /// Lines of JSONL that are not blank.
+    /// Lines of JSONL that are not blank, and rows of parquet.
     pub lines: u64,
     /// Those that give no text, and what is wrong with the first.
     pub bad_lines: u64,
@@ -47,10 +48,11 @@ type Each<'a> = &'a mut dyn FnMut(u64, &str) -> Result<(), DataError>;
 
 /// Calls `each` for every document.
 pub(super) fn read(file: &InputFile, column: &str, each: Each) -> Result<Met, DataError> {
+    let remote = file.remote.as_ref().map(RemoteFile::open);
     let mut reader = Reader { file, column, each, left: file.limit.unwrap_or(u64::MAX), met: Met::default() };
-    let result = reader.read();
+    let result = reader.read(remote.as_ref());
     // What the store said tells more than what a reader made of it.
-    match file.remote.as_ref().and_then(RemoteFile::failure) {
+    match remote.and_then(|remote| remote.failure()) {
         Some(failure) => Err(failure),
         None => result.map(|()| reader.met),
     }
@@ -65,9 +67,9 @@ struct Reader<'a> {
 }
 
 impl Reader<'_> {
-    fn read(&mut self) -> Result<(), DataError> {
+    fn read(&mut self, remote: Option<&OpenFile>) -> Result<(), DataError> {
         let path = &self.file.path;
-        match (self.file.kind, &self.file.remote) {
+        match (self.file.kind, remote) {
             (Kind::Text, remote) => {
                 self.fits(1, self.file.bytes)?;
                 match remote {
@@ -89,6 +91,19 @@ impl Reader<'_> {
                     Packing::Zstd => Box::new(zstd::Decoder::with_buffer(raw).map_err(DataError::io(path, "unpack"))?),
                 };
                 self.read_jsonl(BufReader::with_capacity(1 << 20, lines))
+            }
+        }
+    }
+
+    /// One line or row, or what is wrong with it; false once the limit is reached.
+    fn meet(&mut self, number: u64, text: Result<impl AsRef<str>, String>) -> Result<bool, DataError> {
+        self.met.lines += 1;
+        match text {
+            Ok(text) => self.take(number, text.as_ref()),
+            Err(reason) => {
+                self.met.bad_lines += 1;
+                self.met.first_bad.get_or_insert_with(|| format!("{}{reason}", self.file.place(number)));
+                Ok(true)
             }
         }
     }
@@ -140,41 +155,43 @@ impl Reader<'_> {
             if json.iter().all(u8::is_ascii_whitespace) {
                 continue;
             }
-            self.met.lines += 1;
-            match text_of(json, self.column) {
-                Ok(text) => {
-                    if !self.take(number, &text)? {
-                        break;
-                    }
-                }
-                Err(reason) => {
-                    self.met.bad_lines += 1;
-                    self.met.first_bad.get_or_insert_with(|| format!("line {number}: {reason}"));
-                }
+            if !self.meet(number, text_of(json, self.column))? {
+                break;
             }
         }
         Ok(())
     }
 
+    /// Values are read as bytes and not through arrow, which makes another type of a pandas category and of a column of
+    /// bytes, and ends at the first value that is not UTF-8.
     fn read_parquet(&mut self, file: impl ChunkReader + 'static) -> Result<(), DataError> {
-        let column = self.column;
-        let builder = ParquetRecordBatchReaderBuilder::try_new(file).map_err(|e| self.bad(e.to_string()))?;
-        let names: Vec<&str> = builder.schema().fields().iter().map(|field| field.name().as_str()).collect();
-        let found = names.iter().position(|name| *name == column);
-        let found = found.ok_or_else(|| self.bad(format!("has no column {column:?}; it has {}", names.join(", "))))?;
-        // Only this column's pages are read.
-        let mask = ProjectionMask::roots(builder.parquet_schema(), [found]);
-        let reader = builder.with_projection(mask).with_batch_size(BATCH).build().map_err(|e| self.bad(e.to_string()))?;
-        let mut number = 0;
-        for batch in reader {
-            let batch = batch.map_err(|e| self.bad(e.to_string()))?;
-            let texts = texts(batch.column(0))
-                .ok_or_else(|| self.bad(format!("column {column:?} holds no text but {}", batch.column(0).data_type())))?;
-            for text in texts {
-                number += 1;
-                if !self.take(number, text.unwrap_or_default())? {
-                    return Ok(());
+        let input = self.file;
+        let bad = |e: ParquetError| DataError::BadInput { path: input.path.clone(), reason: e.to_string() };
+        let file = SerializedFileReader::new(file).map_err(bad)?;
+        let schema = file.metadata().file_metadata().schema_descr();
+        let leaf = text_leaf(schema, self.column).map_err(|reason| self.bad(reason))?;
+        let (mut number, mut levels, mut values) = (0, Vec::new(), Vec::new());
+        for group in 0..file.num_row_groups() {
+            // Only this column's pages are read.
+            let pages = file.get_row_group(group).and_then(|group| group.get_column_page_reader(leaf)).map_err(bad)?;
+            let mut column = ColumnReaderImpl::<ByteArrayType>::new(schema.column(leaf), pages);
+            loop {
+                let (rows, ..) = column.read_records(BATCH, Some(&mut levels), None, &mut values).map_err(bad)?;
+                if rows == 0 {
+                    break;
                 }
+                let mut filled = values.drain(..);
+                for row in 0..rows {
+                    number += 1;
+                    // Of a column that may hold nulls there are levels; 0 is a null.
+                    let value = if levels.get(row) == Some(&0) { None } else { filled.next() };
+                    let text = std::str::from_utf8(value.as_ref().map_or(&[], ByteArray::data));
+                    if !self.meet(number, text.map_err(|e| e.to_string()))? {
+                        return Ok(());
+                    }
+                }
+                drop(filled);
+                levels.clear();
             }
         }
         Ok(())
@@ -196,12 +213,21 @@ fn text_of(json: &[u8], key: &str) -> Result<String, String> {
     }
 }
 
-/// The rows of a text column in any of arrow's layouts; None in place of a null.
-fn texts(column: &ArrayRef) -> Option<Vec<Option<&str>>> {
-    match column.data_type() {
-        DataType::Utf8 => Some(column.as_string::<i32>().iter().collect()),
-        DataType::LargeUtf8 => Some(column.as_string::<i64>().iter().collect()),
-        DataType::Utf8View => Some(column.as_string_view().iter().collect()),
-        _ => None,
+/// The number of the column that holds the text: strings, or bytes of no type, which old writers made of strings.
+fn text_leaf(schema: &SchemaDescriptor, name: &str) -> Result<usize, String> {
+    let Some(leaf) = schema.columns().iter().position(|column| column.path().parts()[0] == name) else {
+        let names: Vec<&str> = schema.root_schema().get_fields().iter().map(|field| field.name()).collect();
+        return Err(format!("has no column {name:?}; it has {}", names.join(", ")));
+    };
+    let column = schema.column(leaf);
+    let text = matches!(
+        (column.logical_type_ref(), column.converted_type()),
+        (Some(LogicalType::String | LogicalType::Json | LogicalType::Enum), _)
+            | (None, ConvertedType::NONE | ConvertedType::UTF8 | ConvertedType::JSON | ConvertedType::ENUM)
+    );
+    match (column.path().parts().len() > 1 || column.max_rep_level() > 0, column.physical_type()) {
+        (true, _) => Err(format!("column {name:?} holds no text but other columns or lists")),
+        (false, PhysicalType::BYTE_ARRAY) if text => Ok(leaf),
+        (false, found) => Err(format!("column {name:?} holds no text but {found} ({})", column.converted_type())),
     }
 }

@@ -45,8 +45,13 @@ pub(super) fn read_json<T: serde::de::DeserializeOwned>(path: &Path) -> Result<O
 /// Renames a file or folder that is already synced, and makes the rename itself last.
 pub(super) fn rename(from: &Path, to: &Path) -> Result<(), DataError> {
     fs::rename(from, to).map_err(DataError::io(to, "rename into place"))?;
-    let parent = to.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let parent = parent(to);
     File::open(parent).and_then(|folder| folder.sync_all()).map_err(DataError::io(parent, "sync"))
+}
+
+/// The folder that holds `path`'s entry.
+pub(super) fn parent(path: &Path) -> &Path {
+    path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."))
 }
 
 pub(super) fn make_folder(path: &Path) -> Result<(), DataError> {

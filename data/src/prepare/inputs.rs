@@ -2,13 +2,14 @@
 //! only, never on the order in which a folder happens to be listed or on where it lies; what is met and not listed is
 //! counted in `left_out`.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::fs::{self, Metadata};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use super::args::PrepareArgs;
+use super::durable;
 use super::left_out::{self, LeftOuts};
 use super::remote::{RemoteFile, RemoteFolder};
 use crate::DataError;
@@ -84,13 +85,32 @@ pub(super) fn list(args: &PrepareArgs) -> Result<(Vec<InputFile>, LeftOuts), Dat
         }
     }
     let Found { mut files, mut left_out, .. } = found;
+    files = distinct(files)?;
     files.sort_by(|a, b| (&a.name, &a.path).cmp(&(&b.name, &b.path)));
-    // Inputs may overlap.
-    files.dedup_by(|a, b| a.path == b.path);
     if let Some(max_bytes) = args.max_bytes {
         take_about(&mut files, max_bytes, args.seed, &mut left_out);
     }
     Ok((files, left_out))
+}
+
+/// Inputs may overlap and be spelled in several ways: of a file that was met again the one of the smallest name stays.
+fn distinct(files: Vec<InputFile>) -> Result<Vec<InputFile>, DataError> {
+    let mut folders: HashMap<PathBuf, PathBuf> = HashMap::new();
+    let mut place = |file: &InputFile| {
+        if file.remote.is_some() {
+            return Ok(file.path.clone());
+        }
+        let folder = durable::parent(&file.path);
+        if !folders.contains_key(folder) {
+            folders.insert(folder.to_owned(), folder.canonicalize().map_err(DataError::io(folder, "look at"))?);
+        }
+        Ok(folders[folder].join(file.path.file_name().expect("a file has a name")))
+    };
+    let placed = files.into_iter().map(|file| Ok((place(&file)?, file)));
+    let mut placed = placed.collect::<Result<Vec<(PathBuf, InputFile)>, DataError>>()?;
+    placed.sort_by(|(place, a), (other, b)| (place, &a.name, &a.path).cmp(&(other, &b.name, &b.path)));
+    placed.dedup_by(|(place, _), (kept, _)| place == kept);
+    Ok(placed.into_iter().map(|(_, file)| file).collect())
 }
 
 struct Found<'a> {

@@ -1,6 +1,6 @@
 //! Input files that lie in an object store, for threads that may wait: blocks of a file are asked for as
-//! they are read. Invariant: a failure of the store is never taken for the end of a file or for bad input;
-//! whoever reads asks `failure` first.
+//! they are read. Invariants: a failure of the store is never taken for the end of a file or for bad input; whoever
+//! reads asks `failure` first. A list of files holds no bytes of them, or a long one would in the end hold all it lists.
 
 use std::io::{self, Read};
 use std::path::Path;
@@ -40,12 +40,30 @@ impl RemoteFolder {
     }
 }
 
-/// One file, of which the block last read is kept.
+/// One file, as its folder lists it.
 #[derive(Clone)]
 pub(super) struct RemoteFile {
     folder: Arc<RemoteFolder>,
     name: Arc<str>,
     length: u64,
+}
+
+impl RemoteFile {
+    /// `name` and `length` as the folder lists them.
+    pub fn new(folder: Arc<RemoteFolder>, name: &str, length: u64) -> RemoteFile {
+        RemoteFile { folder, name: name.into(), length }
+    }
+
+    /// Nothing is asked of the store yet.
+    pub fn open(&self) -> OpenFile {
+        OpenFile { file: self.clone(), state: Arc::default() }
+    }
+}
+
+/// A file while it is read: the block last read is kept as long as any clone of this.
+#[derive(Clone)]
+pub(super) struct OpenFile {
+    file: RemoteFile,
     state: Arc<Mutex<State>>,
 }
 
@@ -56,14 +74,10 @@ struct State {
     failure: Option<DataError>,
 }
 
-impl RemoteFile {
-    /// `name` and `length` as the folder lists them.
-    pub fn new(folder: Arc<RemoteFolder>, name: &str, length: u64) -> RemoteFile {
-        RemoteFile { folder, name: name.into(), length, state: Arc::default() }
-    }
-
+impl OpenFile {
     pub fn read_all(&self) -> Result<Bytes, DataError> {
-        self.folder.runtime.block_on(self.folder.store.read_all(&self.name))
+        let RemoteFile { folder, name, .. } = &self.file;
+        folder.runtime.block_on(folder.store.read_all(name))
     }
 
     /// What the store answered last instead of bytes, if it did.
@@ -73,14 +87,15 @@ impl RemoteFile {
 
     /// Up to `most` bytes at `at`, at least one unless the file ends there.
     fn some(&self, at: u64, most: usize) -> io::Result<Bytes> {
+        let RemoteFile { folder, name, length } = &self.file;
         let mut state = self.state.lock().expect("no holder of this lock panics");
         let (start, block) = &state.block;
         if at < *start || at >= *start + block.len() as u64 {
-            let range = at.min(self.length)..(at + BLOCK_BYTES).min(self.length);
+            let range = at.min(*length)..(at + BLOCK_BYTES).min(*length);
             if range.is_empty() {
                 return Ok(Bytes::new());
             }
-            match self.folder.runtime.block_on(self.folder.store.read(&self.name, range)) {
+            match folder.runtime.block_on(folder.store.read(name, range)) {
                 Ok(bytes) => state.block = (at, bytes),
                 Err(error) => {
                     let text = error.to_string();
@@ -95,13 +110,13 @@ impl RemoteFile {
     }
 }
 
-impl Length for RemoteFile {
+impl Length for OpenFile {
     fn len(&self) -> u64 {
-        self.length
+        self.file.length
     }
 }
 
-impl ChunkReader for RemoteFile {
+impl ChunkReader for OpenFile {
     type T = RemoteReader;
 
     fn get_read(&self, start: u64) -> ParquetResult<RemoteReader> {
@@ -124,12 +139,12 @@ impl ChunkReader for RemoteFile {
 
 /// Reads a file from `at` on.
 pub(super) struct RemoteReader {
-    file: RemoteFile,
+    file: OpenFile,
     at: u64,
 }
 
 impl RemoteReader {
-    pub fn new(file: RemoteFile) -> RemoteReader {
+    pub fn new(file: OpenFile) -> RemoteReader {
         RemoteReader { file, at: 0 }
     }
 }
@@ -140,5 +155,55 @@ impl Read for RemoteReader {
         buffer[..bytes.len()].copy_from_slice(&bytes);
         self.at += bytes.len() as u64;
         Ok(bytes.len())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use object_store::memory::InMemory;
+    use object_store::path::Path as StorePath;
+    use object_store::{ObjectStore, ObjectStoreExt};
+
+    use super::*;
+    use crate::prepare::documents;
+    use crate::prepare::inputs::{InputFile, Kind, Packing};
+
+    /// A file's bytes; how many hold them is counted.
+    struct Counted(Arc<Vec<u8>>);
+
+    impl AsRef<[u8]> for Counted {
+        fn as_ref(&self) -> &[u8] {
+            &self.0
+        }
+    }
+
+    #[test]
+    fn a_list_holds_nothing_of_a_file_that_is_read() {
+        let inner: Arc<dyn ObjectStore> = Arc::new(InMemory::new());
+        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
+        let store = Store::from_parts(inner.clone(), "", "s3://bucket".into(), Retry::default());
+        let folder = Arc::new(RemoteFolder { store, runtime });
+        let content = Arc::new(b"{\"text\": \"one\"}\n{\"text\": \"two\"}\n".to_vec());
+        let (bytes, key) = (content.len() as u64, StorePath::from("a.jsonl"));
+        folder.runtime.block_on(inner.put(&key, Bytes::from_owner(Counted(content.clone())).into())).unwrap();
+        let file = InputFile {
+            path: "s3://bucket/a.jsonl".into(),
+            remote: Some(RemoteFile::new(folder.clone(), "a.jsonl", bytes)),
+            name: "a.jsonl".into(),
+            bytes,
+            version: String::new(),
+            kind: Kind::Jsonl(Packing::Plain),
+            limit: None,
+        };
+        let mut texts = Vec::new();
+        let mut each = |_: u64, text: &str| {
+            texts.push(text.to_owned());
+            Ok(())
+        };
+        documents::read(&file, "text", &mut each).unwrap();
+        assert_eq!(texts, ["one", "two"]);
+        assert_eq!(Arc::strong_count(&content), 2, "the store has it");
+        folder.runtime.block_on(inner.delete(&key)).unwrap();
+        assert_eq!(Arc::strong_count(&content), 1, "nobody else");
     }
 }

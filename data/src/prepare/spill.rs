@@ -35,7 +35,7 @@ const JOINED_BY_ALL: usize = 512;
 /// Documents of a group that a given tokenizer is tried on.
 const CHECKED: u64 = 64;
 
-/// So many lines, and none of them good, are not worth going on.
+/// So many lines or rows, and none of them good, are not worth going on.
 const HOPELESS: u64 = 1000;
 
 /// A document's place in the shuffled order; equal texts have equal keys.
@@ -91,7 +91,7 @@ pub(super) struct GroupDone {
     pub text_bytes: u64,
     pub left_out: LeftOuts,
     pub empty_documents: u64,
-    /// Of JSONL: all, those that give no text, and the first of them.
+    /// Of JSONL's lines and parquet's rows: all, those that give no text, and the first of them.
     pub lines: u64,
     pub bad_lines: u64,
     pub first_bad: Option<(PathBuf, String)>,
@@ -111,13 +111,13 @@ impl GroupDone {
     }
 }
 
-/// Refuses more than a share of `max_bad` among all groups' lines, and names the first.
+/// Refuses more than a share of `max_bad` among all groups' lines and rows, and names the first.
 pub(super) fn check_bad_lines(groups: &[GroupDone], max_bad: f64) -> Result<(), DataError> {
     let sum = |field: fn(&GroupDone) -> u64| groups.iter().map(field).sum::<u64>();
     let (lines, bad) = (sum(|group| group.lines), sum(|group| group.bad_lines));
     match groups.iter().find_map(|group| group.first_bad.clone()) {
         Some((path, reason)) if bad as f64 > max_bad * lines as f64 => {
-            let reason = format!("{reason}; {bad} of {lines} lines give no text, the limit is --max-bad {max_bad}");
+            let reason = format!("{reason}; {bad} of {lines} lines and rows give no text, the limit is --max-bad {max_bad}");
             Err(DataError::BadInput { path, reason })
         }
         _ => Ok(()),
@@ -129,7 +129,7 @@ pub(super) struct Spill<'a> {
     pub folder: PathBuf,
     pub units: Units,
     pub seed: u64,
-    /// The share of lines that may give no text.
+    /// The share of lines and rows that may give no text.
     pub max_bad: f64,
     pub part_bytes: usize,
     /// The tokenizer that must give each group's first documents back.
@@ -171,8 +171,6 @@ impl Spill<'_> {
             self.write_part(&done.name, done.parts, &mut buffers)?;
             done.parts += 1;
         }
-        // Their capacity is a part's size.
-        drop(buffers);
         while done.parts > 1 {
             done.parts = self.join(&done.name, done.parts)?;
         }
@@ -211,11 +209,8 @@ impl Spill<'_> {
         durable::write(&path, |file| {
             let table = table(buffers.iter().map(|buffer| buffer.len() as u64), self.units);
             file.write_all(&table).map_err(DataError::io(&path, "write"))?;
-            for buffer in buffers.iter_mut() {
-                file.write_all(buffer).map_err(DataError::io(&path, "write"))?;
-                buffer.clear();
-            }
-            Ok(())
+            // Memory goes back with each: kept, every unit's would in time be that of the fullest it ever was in a part.
+            buffers.iter_mut().try_for_each(|buffer| file.write_all(&std::mem::take(buffer)).map_err(DataError::io(&path, "write")))
         })
     }
 
@@ -367,6 +362,22 @@ mod tests {
         let mut names: Vec<String> = fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
         names.sort();
         (units, names)
+    }
+
+    #[test]
+    fn buffers_hold_a_part_and_not_the_fullest_of_each_unit() {
+        let folder = tempfile::tempdir().unwrap();
+        let units = Units::new(0.1, 1 << 20, 1 << 10);
+        let spill = Spill { folder: folder.path().to_owned(), units, seed: 0, max_bad: 0.0, part_bytes: 1 << 16, given: None };
+        let mut buffers = vec![Vec::new(); units.count() as usize];
+        let mut done = GroupDone::default();
+        // Each fills a part.
+        for number in 0..200 {
+            spill.gather(&format!("{number} {}", "text ".repeat(1 << 14)), &mut buffers, &mut done);
+            let held: usize = buffers.iter().map(Vec::capacity).sum();
+            assert!(held < 3 * spill.part_bytes, "{held} bytes after {number} parts");
+            spill.write_part("x", number, &mut buffers).unwrap();
+        }
     }
 
     #[test]

@@ -13,7 +13,7 @@ pub struct PrepareSummary {
     pub files: u64,
     /// Files of a wanted extension that are not UTF-8 text.
     pub skipped_files: u64,
-    /// Documents without text, and lines of JSONL that gave none.
+    /// Documents without text, and lines of JSONL and rows of parquet that gave none.
     pub empty_documents: u64,
     pub bad_lines: u64,
     /// Files that were not read, by reason; the skipped ones among them.
@@ -63,7 +63,7 @@ impl fmt::Display for PrepareSummary {
         )?;
         write!(f, "{}", LeftOuts(self.left_out.clone()))?;
         if self.empty_documents + self.bad_lines > 0 {
-            writeln!(f, "left out: {} documents without text, {} lines that give none", self.empty_documents, self.bad_lines)?;
+            writeln!(f, "left out: {} documents without text, {} lines and rows that give none", self.empty_documents, self.bad_lines)?;
         }
         writeln!(
             f,

@@ -3,8 +3,12 @@
 //! What happens to a document is drawn from its key, so it is the same wherever and whenever it is
 //! encoded. Invariant: `undo` gives the text back byte for byte.
 
-use bytes::Bytes;
+use std::collections::HashMap;
 
+use bytes::Bytes;
+use regex::Regex;
+
+use super::bpe;
 use super::spill::Key;
 use crate::tokenizer::{FimTokens, Tokenizer};
 use crate::DataError;
@@ -100,20 +104,21 @@ pub fn undo(tokenizer: &Tokenizer, ids: &[u32], end_token: u32) -> Result<String
     tokenizer.decode(ids)
 }
 
+/// Punctuation and the line breaks that the pre-tokenizer lets into one word with it.
+const PUNCTUATION_AND_BREAKS: &str = r"^([ \p{P}\p{S}]*[\p{P}\p{S}] *)([\r\n]+)$";
+
 /// Tokens of the byte-level vocabulary that hold punctuation followed by line breaks.
 fn split_table(tokenizer: &Tokenizer) -> Result<Vec<Option<Box<[u32]>>>, DataError> {
-    // A line feed and a carriage return in the byte-level alphabet.
-    let breaks = [super::bpe::byte_letter(b'\n'), super::bpe::byte_letter(b'\r')];
-    let space = super::bpe::byte_letter(b' ');
+    let joined = Regex::new(PUNCTUATION_AND_BREAKS).expect("a constant");
+    let bytes: HashMap<char, u8> = (0..=255).map(|byte| (bpe::byte_letter(byte), byte)).collect();
     let mut table = vec![None; tokenizer.vocab_size() as usize];
     for (id, token) in tokenizer.model_vocab() {
-        let Some(at) = token.find(breaks) else { continue };
-        let (front, back) = token.split_at(at);
-        let punctuation = front.chars().any(|c| c != space) && front.chars().all(|c| c == space || c.is_ascii_punctuation());
-        if punctuation && back.chars().all(|c| breaks.contains(&c)) {
-            let plain = |part: &str| part.replace(breaks[0], "\n").replace(breaks[1], "\r").replace(space, " ");
-            let mut parts = tokenizer.encode_document(&plain(front))?;
-            parts.extend(tokenizer.encode_document(&plain(back))?);
+        // A token may hold a part of a character, and a vocabulary letters that stand for no byte.
+        let spelled: Option<Vec<u8>> = token.chars().map(|letter| bytes.get(&letter).copied()).collect();
+        let Some(text) = spelled.and_then(|bytes| String::from_utf8(bytes).ok()) else { continue };
+        if let Some(found) = joined.captures(&text) {
+            let mut parts = tokenizer.encode_document(&found[1])?;
+            parts.extend(tokenizer.encode_document(&found[2])?);
             table[id as usize] = Some(parts.into_boxed_slice());
         }
     }

@@ -6,6 +6,7 @@
 
 use std::fs::{self, TryLockError};
 use std::io::ErrorKind;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
@@ -46,12 +47,31 @@ pub(super) fn check(out: &Path) -> Result<(), DataError> {
         return Err(DataError::BadInput { path: work, reason });
     }
     match names(out)?.is_empty() {
-        true => Ok(()),
+        true => {}
         // The run before came as far as the last renames.
-        false if begun && out.join(MANIFEST_FILE).exists() => Ok(()),
-        false if out.join(MANIFEST_FILE).exists() => Err(DataError::OutputExists { path: out.to_owned() }),
-        false => refused("is a folder with other files in it; choose another --out"),
+        false if begun && out.join(MANIFEST_FILE).exists() => {}
+        false if out.join(MANIFEST_FILE).exists() => return Err(DataError::OutputExists { path: out.to_owned() }),
+        false => return refused("is a folder with other files in it; choose another --out"),
     }
+    match (immovable(&work)?, immovable(out)?) {
+        (None, None) => Ok(()),
+        (None, Some(reason)) => refused(reason),
+        (Some(reason), _) => Err(DataError::BadInput { path: work, reason: format!("is needed for the work, but {reason}") }),
+    }
+}
+
+/// Why the rename at the very end would fail on this folder, if it is there.
+fn immovable(folder: &Path) -> Result<Option<&'static str>, DataError> {
+    let meta = match fs::symlink_metadata(folder) {
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
+        meta => meta.map_err(DataError::io(folder, "look at"))?,
+    };
+    if meta.is_symlink() {
+        return Ok(Some("is a link, which no rename follows; choose another --out, such as where it leads"));
+    }
+    let parent = durable::parent(folder);
+    let around = fs::metadata(parent).map_err(DataError::io(parent, "look at"))?;
+    Ok((meta.dev() != around.dev()).then_some("is a mount point, which no rename replaces; choose another --out, such as a folder in it"))
 }
 
 impl Work {

@@ -76,6 +76,25 @@ fn links_are_followed_and_circles_end() {
 }
 
 #[test]
+fn inputs_that_overlap_list_each_file_once() {
+    let folder = tempfile::tempdir().unwrap();
+    let input = folder.path().join("in");
+    let texts = corpus::write_corpus(&input, 55, 30);
+    symlink(&input, folder.path().join("link")).unwrap();
+    let ways = ["in/part-1", "in", "in/part-2/../part-2", "link/part-3", "in/part-4/4.txt"].map(|way| folder.path().join(way));
+    let bytes: u64 = texts.iter().map(|text| text.len() as u64).sum();
+    let mut made = Vec::new();
+    for (name, inputs) in [("there", ways.to_vec()), ("back", ways.iter().rev().cloned().collect())] {
+        let mut args = corpus::args(&input, &folder.path().join(name));
+        args.inputs = inputs;
+        let summary = prepare(&args).unwrap();
+        assert_eq!((summary.files, summary.text_bytes), (30, bytes));
+        made.push(folder_bytes(&summary.out));
+    }
+    assert!(made[0] == made[1], "in whatever order they are named");
+}
+
+#[test]
 fn a_corpus_is_no_input_of_another_nor_of_itself() {
     let folder = tempfile::tempdir().unwrap();
     let texts = corpus::write_corpus(folder.path(), 52, 30);

@@ -1,5 +1,6 @@
 //! The crate's tests through its public face. One binary: it links once.
 
+mod columns;
 mod corpus;
 mod faults;
 mod inputs;

@@ -7,13 +7,11 @@ use std::path::Path;
 
 use data::{DataError, Loader, Split, decode_document, open_tokenizer, prepare};
 
+use crate::columns::parquet_of;
 use crate::corpus::{self, options, spec};
 
-/// All documents of a corpus as text, decoded from samples, with the ids in between checked.
-pub fn documents(path: &Path, split: Split) -> Vec<String> {
-    let tokenizer = open_tokenizer(path.join("tokenizer.json")).unwrap();
-    let loader = Loader::open(spec(&[(path, 1.0)], 1, Split::HeldOut), options());
-    let end = loader.unwrap().end_token();
+/// All ids of a split, put together from samples, and the end token.
+fn stream(path: &Path, split: Split) -> (Vec<u32>, u32) {
     let mut spec = spec(&[(path, 1.0)], 1, split);
     spec.sequence_length = 1;
     let loader = Loader::open(spec, options()).unwrap();
@@ -24,7 +22,14 @@ pub fn documents(path: &Path, split: Split) -> Vec<String> {
         let at = loader.locate(sample.index).unwrap().sample as usize;
         stream[at..at + 2].copy_from_slice(&sample.tokens);
     }
-    assert_eq!(stream.last(), Some(&end), "a stream ends with an end token");
+    assert_eq!(stream.last(), Some(&loader.end_token()), "a stream ends with an end token");
+    (stream, loader.end_token())
+}
+
+/// All documents of a split as text.
+pub fn documents(path: &Path, split: Split) -> Vec<String> {
+    let tokenizer = open_tokenizer(path.join("tokenizer.json")).unwrap();
+    let (stream, end) = stream(path, split);
     let parts = stream.split_inclusive(|id| *id == end);
     parts.map(|ids| decode_document(&tokenizer, ids, end).unwrap()).collect()
 }
@@ -107,30 +112,6 @@ fn text_jsonl_and_parquet_of_the_same_documents_give_the_same_shards() {
     assert!(made.iter().all(|files| *files == made[0]));
 }
 
-/// FineWeb's layout: a nullable string column `text` among others, several row groups.
-pub fn parquet_of(texts: &[String]) -> Vec<u8> {
-    use parquet::data_type::{ByteArray, ByteArrayType, Int64Type};
-    use parquet::file::properties::WriterProperties;
-    use parquet::file::writer::SerializedFileWriter;
-    let schema = "message schema { optional binary text (STRING); required int64 dump; }";
-    let schema = std::sync::Arc::new(parquet::schema::parser::parse_message_type(schema).unwrap());
-    let mut writer = SerializedFileWriter::new(Vec::new(), schema, WriterProperties::builder().build().into()).unwrap();
-    for some in texts.chunks(25) {
-        let mut group = writer.next_row_group().unwrap();
-        let values: Vec<ByteArray> = some.iter().map(|text| text.as_str().into()).collect();
-        // A null at the end of each group.
-        let levels: Vec<i16> = std::iter::repeat_n(1, some.len()).chain([0]).collect();
-        let mut column = group.next_column().unwrap().unwrap();
-        column.typed::<ByteArrayType>().write_batch(&values, Some(&levels), None).unwrap();
-        column.close().unwrap();
-        let mut column = group.next_column().unwrap().unwrap();
-        column.typed::<Int64Type>().write_batch(&vec![7; some.len() + 1], None, None).unwrap();
-        column.close().unwrap();
-        group.close().unwrap();
-    }
-    writer.into_inner().unwrap()
-}
-
 #[test]
 fn fill_in_the_middle_and_splitting_happen_at_their_rates() {
     let folder = tempfile::tempdir().unwrap();
@@ -150,6 +131,30 @@ fn fill_in_the_middle_and_splitting_happen_at_their_rates() {
     let (half, whole) = (tokens(&split) - tokens(&plain), tokens(&all) - tokens(&plain));
     assert!(whole > 100, "the corpus has tokens to split: {whole}");
     assert!((half as f64 / whole as f64 - 0.5).abs() < 0.1, "{half} of {whole} split");
+}
+
+#[test]
+fn punctuation_of_any_script_is_split_from_its_line_breaks() {
+    let folder = tempfile::tempdir().unwrap();
+    let input = folder.path().join("in.jsonl");
+    // The last is younger than some tables of Unicode.
+    let marks = [".", "。", "！", "…", "€", " 》", "🥰"];
+    let texts: Vec<String> = (0..300).map(|i| marks.map(|mark| format!("第{i}句{mark}\n")).concat()).collect();
+    fs::write(&input, texts.iter().map(|text| format!("{}\n", serde_json::json!({"text": text}))).collect::<String>()).unwrap();
+    let joined = |split_rate: f64, name: &str| {
+        let mut args = corpus::args(&input, &folder.path().join(name));
+        args.split_rate = split_rate;
+        prepare(&args).unwrap();
+        let tokenizer = open_tokenizer(args.out.join("tokenizer.json")).unwrap();
+        let splits = [Split::Train, Split::HeldOut];
+        let found: HashSet<String> = splits.iter().flat_map(|split| documents(&args.out, *split)).collect();
+        assert_eq!(found, texts.iter().cloned().collect());
+        let words: Vec<String> =
+            splits.iter().flat_map(|split| stream(&args.out, *split).0).map(|id| tokenizer.decode(&[id]).unwrap()).collect();
+        marks.map(|mark| words.iter().filter(|word| **word == format!("{mark}\n")).count())
+    };
+    assert_eq!(joined(0.0, "plain"), [300; 7], "each of them is a token");
+    assert_eq!(joined(1.0, "split"), [0; 7]);
 }
 
 #[test]

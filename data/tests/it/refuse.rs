@@ -5,8 +5,9 @@ use std::path::{Path, PathBuf};
 
 use data::{DataError, PrepareArgs, prepare};
 
+use crate::columns::parquet_of;
 use crate::corpus;
-use crate::prepare::{folder_bytes, parquet_of};
+use crate::prepare::folder_bytes;
 
 /// A folder of text and the options to prepare it beside itself.
 fn some_text(folder: &Path, count: u64) -> PrepareArgs {
@@ -86,6 +87,25 @@ fn an_out_without_a_name_or_with_files_in_it_is_refused_and_untouched() {
     let error = prepare(&args).unwrap_err();
     assert!(error.to_string().contains("out.partial") && error.to_string().contains("is not prepare's"), "{error}");
     assert!(before == all(&work(&args)));
+}
+
+#[test]
+fn a_link_in_place_of_out_or_of_the_work_folder_is_refused_at_the_start() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut args = some_text(folder.path(), 20);
+    let real = folder.path().join("real");
+    fs::create_dir(&real).unwrap();
+    std::os::unix::fs::symlink(&real, &args.out).unwrap();
+    let error = prepare(&args).unwrap_err();
+    assert!(matches!(&error, DataError::BadOption { option: "--out", .. }) && error.to_string().contains("is a link"), "{error}");
+    assert!(!work(&args).exists());
+    args.out = folder.path().join("other");
+    std::os::unix::fs::symlink(&real, work(&args)).unwrap();
+    let said = prepare(&args).unwrap_err().to_string();
+    assert!(said.contains("other.partial: is needed for the work, but is a link"), "{said}");
+    assert_eq!(fs::read_dir(&real).unwrap().count(), 0);
+    args.out = real;
+    prepare(&args).unwrap();
 }
 
 #[test]

@@ -2,7 +2,7 @@
 
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::{Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
 use data::{DataError, PrepareArgs, prepare};
@@ -99,29 +99,58 @@ mount -o remount,size=200m "$1/small"
 cp -r "$1/small/killed" "$1/made"
 "#;
 
+/// A script in a namespace with mounts of its own, run with the folder, `word` and this binary; None where that is not allowed.
+fn in_namespace(folder: &Path, script: &str, word: &str) -> Option<Output> {
+    let run = |script: &str| {
+        let mut command = Command::new("unshare");
+        command.args(["--user", "--map-root-user", "--mount", "sh", "-c", script, "sh"]).arg(folder).arg(word);
+        command.arg(std::env::current_exe().unwrap()).env(FOLDER, folder).output()
+    };
+    std::fs::create_dir_all(folder.join("small")).unwrap();
+    if !run("mount -t tmpfs -o size=1m none \"$1/small\"").is_ok_and(|output| output.status.success()) {
+        println!("skipped: a disk of its own needs a mount namespace, which is not allowed here");
+        return None;
+    }
+    Some(run(script).unwrap())
+}
+
 #[test]
 fn a_full_disk_is_a_clear_error_and_the_work_goes_on_once_there_is_room() {
     let folder = tempfile::tempdir().unwrap();
     let folder = folder.path();
-    let in_namespace = |script: &str, size: &str| {
-        let mut command = Command::new("unshare");
-        command.args(["--user", "--map-root-user", "--mount", "sh", "-c", script, "sh"]).arg(folder).arg(size);
-        command.arg(std::env::current_exe().unwrap()).env(FOLDER, folder).output()
-    };
-    std::fs::create_dir(folder.join("small")).unwrap();
-    let possible = in_namespace("mount -t tmpfs -o size=1m none \"$1/small\"", "");
-    if !possible.is_ok_and(|output| output.status.success()) {
-        println!("skipped: a disk of a few megabytes needs a mount namespace, which is not allowed here");
-        return;
-    }
     let undisturbed = undisturbed(folder);
     // Too small for what is read, for the shards beside it, and for the last of them.
     for size in ["1", "5", "8"] {
-        let output = in_namespace(SMALL_DISK, size).unwrap();
+        let Some(output) = in_namespace(folder, SMALL_DISK, size) else { return };
         let said = std::fs::read_to_string(folder.join("said")).unwrap();
         assert!(output.status.success(), "{size} MiB: {}\n{said}", output.status);
         assert!(said.contains("small/killed.partial") && said.contains("No space left on device"), "{size} MiB: {said}");
         assert!(undisturbed == folder_bytes(&folder.join("made")), "{size} MiB");
         std::fs::remove_dir_all(folder.join("made")).unwrap();
+    }
+}
+
+/// The victim with a mount point in place of its folder $2.
+const MOUNTED: &str = r#"
+set -e
+mkdir "$1/small/$2"
+mount -t tmpfs none "$1/small/$2"
+if "$3" --exact restart::victim >"$1/said" 2>&1; then exit 3; fi
+umount "$1/small/$2"
+rmdir "$1/small/$2"
+rmdir "$1/small"
+"#;
+
+#[test]
+fn a_mount_point_in_place_of_out_or_of_the_work_folder_is_refused_at_the_start() {
+    let folder = tempfile::tempdir().unwrap();
+    let folder = folder.path();
+    corpus::write_corpus(&folder.join("in"), 11, 20);
+    for (name, reason) in [("killed", "is a mount point"), ("killed.partial", "is needed for the work, but is a mount point")] {
+        let Some(output) = in_namespace(folder, MOUNTED, name) else { return };
+        let said = std::fs::read_to_string(folder.join("said")).unwrap();
+        // Nothing was left beside it.
+        assert!(output.status.success(), "{}\n{said}{}", output.status, String::from_utf8_lossy(&output.stderr));
+        assert!(said.contains(reason), "{said}");
     }
 }
