@@ -63,7 +63,7 @@ pub struct Args {
     /// … and at least for so many seconds (a validation is no hang). 0: never.
     #[arg(long, default_value_t = 300.0, value_parser = seconds)]
     pub hang_floor: f64,
-    /// Seconds that the ranks may wait for a checkpoint to be written. 0: no limit.
+    /// Seconds that the ranks may wait for a checkpoint to be written or read. 0: no limit.
     #[arg(long, default_value_t = 3600.0, value_parser = seconds)]
     pub save_limit: f64,
     /// Seconds until the first step of a start. 0: no limit.
