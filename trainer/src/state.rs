@@ -83,7 +83,7 @@ impl Trainer {
             let ModelConfig { rope_scaling, max_position_embeddings, num_nextn_predict_layers, initializer_range, .. } = self.config.clone();
             ModelConfig { rope_scaling, max_position_embeddings, num_nextn_predict_layers, initializer_range, ..config.clone() }
         };
-        let [theirs, ours] = [alike(&from.manifest().model), alike(&self.config)].map(|config| serde_json::to_value(config));
+        let [theirs, ours] = [alike(&from.manifest().model), alike(&self.config)].map(serde_json::to_value);
         let (theirs, ours) = (theirs?, ours?);
         for (key, own) in ours.as_object().expect("a config is an object") {
             let other = theirs.get(key).unwrap_or(&serde_json::Value::Null);
