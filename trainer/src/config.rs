@@ -10,7 +10,6 @@ use crate::sentinel::SentinelSection;
 use anyhow::{Context, Result, bail, ensure};
 use data::Source;
 use kernels::Precision;
-use kernels::ops::rope::RopeScaling;
 use model::{ModelConfig, Recompute};
 use parallel::mesh::{Mesh, ParallelConfig};
 use serde::{Deserialize, Serialize};
@@ -186,11 +185,6 @@ impl RunConfig {
         let config: RunConfig = parse(value, path)?;
         config.validate().with_context(|| path.display().to_string())?;
         Ok(config)
-    }
-
-    /// A phase's own, or the model's.
-    pub fn rope_scaling_of(&self, phase: &Phase) -> Option<RopeScaling> {
-        phase.rope_scaling.clone().or_else(|| self.model.rope_scaling.clone())
     }
 
     /// What needs no world to be checked.

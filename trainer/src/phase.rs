@@ -162,6 +162,11 @@ const MOST_SEQUENCES: u64 = 1 << 30;
 const MOST_TOKENS: u64 = 1 << 53;
 
 impl Phase {
+    /// Its own, or the model's.
+    pub fn rope_scaling_of(&self, model: &ModelConfig) -> Option<RopeScaling> {
+        self.rope_scaling.clone().or_else(|| model.rope_scaling.clone())
+    }
+
     pub fn validate(&self, model: &ModelConfig) -> Result<()> {
         let longest = model.max_position_embeddings as u64;
         ensure!(self.mixture.as_ref().is_none_or(|mixture| !mixture.is_empty()), "mixture = []: must name a source");

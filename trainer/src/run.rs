@@ -122,7 +122,7 @@ pub fn train(config: &RunConfig, world: Comm, start: Start, stop: &StopSignal) -
     let saver = Saver::new(&config.run.dir, retention);
     // Of the phase of the last token read: a checkpoint on an edge, or at the end, belongs to the one before it.
     let last = config.phase.last().expect("a run has a phase");
-    let rope_scaling = config.rope_scaling_of(plan.at(state.tokens.saturating_sub(1)).map_or(last, |moment| moment.phase));
+    let rope_scaling = plan.at(state.tokens.saturating_sub(1)).map_or(last, |moment| moment.phase).rope_scaling_of(&config.model);
     let mut run = Run {
         config,
         plan,
@@ -175,7 +175,7 @@ impl Run<'_> {
                 continue;
             }
             self.again = 0;
-            self.rope_scaling = self.config.rope_scaling_of(moment.phase);
+            self.rope_scaling = moment.phase.rope_scaling_of(&self.config.model);
             let tokens = moment.batch * moment.phase.sequence_length;
             self.state.step += 1;
             self.state.tokens += tokens;

@@ -153,7 +153,7 @@ impl Trainer {
     /// Counts of the global batch, and the phase's constants.
     pub fn context(&mut self, moment: &Moment, batch: u64) -> StepContext {
         let length = moment.phase.sequence_length;
-        let key = (length, moment.phase.rope_scaling.clone().or_else(|| self.config.rope_scaling.clone()));
+        let key = (length, moment.phase.rope_scaling_of(&self.config));
         let positions = match self.positions.take() {
             Some((cached, positions)) if cached == key => positions,
             _ => Positions::new(&self.config, key.1.as_ref(), length as i64, (self.weights.precision.master(), self.weights.device())),
