@@ -2,8 +2,7 @@
 
     tensorboard_read.py RUN_DIR
 
-Prints JSON, {tag: [[step, value], …]}, in step order; where a step was written twice (a resume does the steps after its
-checkpoint again) the later value counts. Tag `train/X` is key X of log/rank-0.jsonl, any other `a/b` is key a_b. Exits 1,
+Prints JSON, {tag: [[step, value], …]}, as TensorBoard draws them. Tag `train/X` is key X of log/rank-0.jsonl, any other `a/b` is key a_b. Exits 1,
 saying what differs on stderr, unless every tag has a point at exactly the steps whose JSONL line has its key, with the same
 value (TensorBoard's are f32).
 """
@@ -18,13 +17,14 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 
 def read_events(folder):
-    """{tag: {step: value}} over all event files, in the order they were written."""
-    points = {}
-    for file in sorted(folder.glob("events.out.tfevents.*"), key=lambda file: (file.stat().st_mtime_ns, file.name)):
-        events = EventAccumulator(str(file), size_guidance={"scalars": 0}, purge_orphaned_data=False).Reload()
-        for tag in events.Tags()["scalars"]:
-            points.setdefault(tag, {}).update({event.step: event.value for event in events.Scalars(tag)})
-    return {tag: dict(sorted(steps.items())) for tag, steps in sorted(points.items())}
+    """{tag: {step: value}} over all event files. A point that a resume has made again must be there once, and no line go back."""
+    points, events = {}, EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
+    for tag in sorted(events.Tags()["scalars"]):
+        steps = [event.step for event in events.Scalars(tag)]
+        if any(a >= b for a, b in zip(steps, steps[1:])):
+            sys.exit(f"{tag}: the steps go back: {steps}")
+        points[tag] = {event.step: event.value for event in events.Scalars(tag)}
+    return points
 
 
 def read_jsonl(path):

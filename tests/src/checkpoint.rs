@@ -6,7 +6,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use tch::Tensor;
-use trainer::checkpoint::{self, Manifest, Reader, Retention, Saver};
+use trainer::checkpoint::{self, Found, Manifest, Reader, Retention, Saver};
 use trainer::state::StatePart;
 use trainer::step::run_beside;
 
@@ -227,6 +227,27 @@ fn the_newest_and_every_so_many_stay_and_each_save_says_its_stall() {
     assert_eq!(steps(), [8, 9, 10]);
 }
 
+#[test]
+fn a_damaged_checkpoint_does_not_count_among_the_newest() {
+    let set = ["checkpoint.every=2", "checkpoint.keep_last=2", "checkpoint.keep_every=0", "validation.every=0", "run.stop_after=5"];
+    let run = Run::new("kept-damaged", &set);
+    let resume = |last: u64| tiefsee(&["resume".into(), run.dir().display().to_string(), "--stop-after".into(), last.to_string()]).status();
+    assert_eq!(tiefsee(&run.train_args()).status().expect("it runs").code(), Some(75));
+    // Twice the same step: neither damaged one is lost, and none is one of the two.
+    for (last, kept) in [(5, [4, 5]), (6, [4, 6])] {
+        let shard = run.newest_checkpoint().join("shard-00000-of-00001.safetensors");
+        let mut bytes = fs::read(&shard).expect("a shard");
+        *bytes.last_mut().expect("not empty") ^= 1;
+        fs::write(&shard, bytes).expect("the shard");
+        assert_eq!(resume(last).expect("it runs").code(), Some(75));
+        let steps: Vec<u64> = checkpoint::list(run.dir()).expect("a list").into_iter().map(|(step, _)| step).collect();
+        assert_eq!(steps, kept);
+    }
+    for aside in ["damaged-step-00000005", "damaged-step-00000005-2"] {
+        assert!(run.dir().join("checkpoints").join(aside).join("manifest.json").exists(), "{aside}");
+    }
+}
+
 /// One checkpoint by `ranks` ranks: rows of two tensors, the second too small for all of them to have some.
 pub fn sharded(run_dir: &Path, ranks: usize) -> PathBuf {
     run_local(ranks, |world| {
@@ -275,8 +296,8 @@ fn load_rows(run_dir: &Path, ranks: usize) -> Vec<(Tensor, u64, Vec<String>)> {
             bytes = reader.tensor_bytes_read();
             Ok(())
         };
-        let (found, notes) = checkpoint::load_newest(&*world, run_dir, None, &mut load).expect("an answer");
-        assert!(found.is_some(), "{notes:?}");
+        let Found { newest, notes, .. } = checkpoint::load_newest(&*world, run_dir, None, &mut load).expect("an answer");
+        assert!(newest.is_some(), "{notes:?}");
         (target, bytes, notes)
     })
 }

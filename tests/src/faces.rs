@@ -119,8 +119,8 @@ fn a_damaged_corpus_is_named() {
         .find(|path| path.file_name().is_some_and(|name| name.to_string_lossy().starts_with("train")))
         .expect("a training shard");
     let mut bytes = fs::read(&shard).expect("a shard");
-    let middle = bytes.len() / 2;
-    bytes[middle] ^= 0x55;
+    let end = bytes.len() * 3 / 4; // before the footer
+    bytes[..end].iter_mut().skip(100).step_by(1000).for_each(|byte| *byte ^= 0x55); // whichever samples come first
     fs::write(&shard, bytes).expect("a write");
     let path = format!("data.mixture.0.path={}", copy.display());
     let run = Run::new("damaged-corpus-run", &[&path, "run.stop_after=3"]);
@@ -169,7 +169,17 @@ fn a_full_disk_leaves_no_half_checkpoint() {
 #[test]
 fn tensorboard_reads_every_scalar_of_every_step() {
     let run = Run::new("tensorboard", &["checkpoint.every=10"]);
-    mpirun(2, &run.train_args(), 0);
+    // Stopped and resumed from further back: steps 11 to 15 are done twice.
+    let mut first = run.train_args();
+    first.extend(words(&["--set", "run.stop_after=15"]));
+    mpirun(2, &first, 75);
+    fs::remove_dir_all(run.newest_checkpoint()).expect("it goes");
+    let resume = words(&["resume", &run.dir().display().to_string()]);
+    mpirun(2, &resume, 0);
+    let log = || fs::read_to_string(run.dir().join("log/rank-0.jsonl")).expect("a log");
+    let done = log();
+    mpirun(2, &resume, 0);
+    assert!(log() == done, "a finished run is resumed without a word");
     let python = root().join(".deps/venv/bin/python");
     assert!(python.exists(), "the test venv is not there; scripts/test.sh makes it");
     let output = Command::new(python).arg(root().join("tests/oracle/tensorboard_read.py")).arg(run.dir()).output().expect("python starts");
@@ -180,8 +190,7 @@ fn tensorboard_reads_every_scalar_of_every_step() {
         let expected: Vec<(u64, f64)> = run.lines().iter().map(|line| (line["step"].as_u64().expect("a step"), line[scalar].as_f64().expect("a number") as f32 as f64)).collect();
         assert_eq!(read[&format!("train/{scalar}")], expected, "{scalar}");
     }
-    let log = fs::read_to_string(run.dir().join("log/rank-0.jsonl")).expect("a log");
-    let validations = log.lines().map(|line| serde_json::from_str::<Value>(line).expect("JSON")).filter(|line| line.get("validation_loss").is_some());
+    let validations = done.lines().map(|line| serde_json::from_str::<Value>(line).expect("JSON")).filter(|line| line.get("validation_loss").is_some());
     let expected: Vec<(u64, f64)> = validations.map(|line| (line["step"].as_u64().expect("a step"), line["validation_loss"].as_f64().expect("a number") as f32 as f64)).collect();
     assert_eq!(expected.iter().map(|(step, _)| *step).collect::<Vec<_>>(), (0..=30).step_by(5).collect::<Vec<u64>>());
     assert_eq!(read["validation/loss"], expected);

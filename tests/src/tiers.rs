@@ -1,7 +1,7 @@
 //! The second tier: a node's own folder, and a copy on the next node. With a node and the newest checkpoints gone the run
 //! goes on from it, and is the undisturbed run.
 use crate::checkpoint::with_room;
-use crate::support::{Run, scratch};
+use crate::support::{Run, scratch, tiefsee};
 use parallel::comm::local::{run_local, solo};
 use std::fs;
 use std::os::unix::fs::symlink;
@@ -88,6 +88,25 @@ fn with_a_node_wiped_a_run_goes_on_from_the_copies_on_the_other() {
 }
 
 #[test]
+fn checkpoints_made_of_copies_after_crashes_are_kept_no_longer_than_saved_ones() {
+    let dir = scratch().join("tier-crashes");
+    fs::create_dir_all(&dir).expect("a folder");
+    let tier = format!("checkpoint.second_tier={{every=1,dir=\"{}\"}}", dir.display());
+    let kills = [5, 8, 11, 14].map(|step| format!("{{kind=\"kill\",rank=0,step={step}}}")).join(",");
+    let set = [&tier[..], "checkpoint.every=100", "checkpoint.keep_last=2", "checkpoint.keep_every=0", &format!("faults.inject=[{kills}]")];
+    let run = Run::new("tier-crashes", &set);
+    let steps = || checkpoint::list(run.dir()).expect("a list").into_iter().map(|(step, _)| step).collect::<Vec<u64>>();
+    let resume = ["resume".into(), run.dir().display().to_string()];
+    let mut seen = Vec::new();
+    for args in [&run.train_args()[..], &resume, &resume, &resume] {
+        let output = tiefsee(args).output().expect("tiefsee starts");
+        assert_eq!(output.status.code(), None, "killed: {}", String::from_utf8_lossy(&output.stderr));
+        seen.push(steps().len());
+    }
+    assert_eq!(seen, [0, 1, 2, 2]);
+}
+
+#[test]
 fn a_damaged_copy_is_not_taken_and_without_a_whole_one_the_step_before_is() {
     let (run, dir) = crashed("damaged");
     let shard = |node, rank| newest_shard(&dir, node, rank);
@@ -99,8 +118,8 @@ fn a_damaged_copy_is_not_taken_and_without_a_whole_one_the_step_before_is() {
             let nodes = [0, 0, 1, 1];
             let tier =
                 checkpoint::second_tier::SecondTier::new(&config.checkpoint.second_tier, run.dir(), &nodes, &*world).expect("a tier");
-            let (found, notes) = checkpoint::load_newest(&*world, run.dir(), Some(&tier), &mut |_| Ok(())).expect("an answer");
-            (found.map(|(path, _)| path), notes)
+            let found = checkpoint::load_newest(&*world, run.dir(), Some(&tier), &mut |_| Ok(())).expect("an answer");
+            (found.newest.map(|(path, _)| path), found.notes)
         })
         .remove(0)
     };

@@ -168,7 +168,7 @@ fn load(dir: &Path, target: &[Tensor]) -> Result<()> {
         target.iter().enumerate().try_for_each(|(index, tensor)| reader.fill(&format!("weight/{index}"), &SHAPE, 0, tensor))?;
         reader.read()
     };
-    let (found, notes) = load_newest(&*solo(), dir, None, &mut fill)?;
-    ensure!(found.is_some(), "no whole checkpoint: {notes:?}");
+    let found = load_newest(&*solo(), dir, None, &mut fill)?;
+    ensure!(found.newest.is_some(), "no whole checkpoint: {:?}", found.notes);
     Ok(())
 }

@@ -11,7 +11,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use log::{Log, truncate_after};
 use serde::Serialize;
 use std::io::{IsTerminal, Write};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use tensorboard::Events;
 
 /// One step; the scalars' names are TensorBoard's tags below `train/`.
@@ -71,18 +71,21 @@ struct Front {
 }
 
 impl Metrics {
-    /// A resumed run drops the lines of steps it will do again.
-    pub fn open(run_dir: &Path, rank: usize, done_steps: u64, total_steps: u64) -> Result<Self> {
+    /// A resumed run drops the lines of steps it will do again, also those of ranks that a larger world had.
+    pub fn open(run_dir: &Path, (rank, ranks): (usize, usize), done_steps: u64, total_steps: u64) -> Result<Self> {
         let log = run_dir.join("log");
         std::fs::create_dir_all(&log).with_context(|| format!("cannot make {}", log.display()))?;
         let path = log.join(format!("rank-{rank}.jsonl"));
         truncate_after(&path, done_steps)?;
+        if rank == 0 {
+            absent(&log, ranks)?.iter().try_for_each(|path| truncate_after(path, done_steps))?;
+        }
         let jsonl = Log::open(&path)?;
         let front = |run_dir: &Path| -> Result<Front> {
             let bar = if std::io::stderr().is_terminal() { ProgressBar::new(total_steps) } else { ProgressBar::hidden() };
             bar.set_style(ProgressStyle::with_template("{wide_bar} {pos}/{len} [{elapsed} < {eta}]").expect("a valid template"));
             bar.set_position(done_steps);
-            Ok(Front { tensorboard: Events::create(&run_dir.join("tensorboard"), &host())?, bar, total_steps })
+            Ok(Front { tensorboard: Events::create(&run_dir.join("tensorboard"), &host(), done_steps)?, bar, total_steps })
         };
         Ok(Metrics { jsonl, front: (rank == 0).then(|| front(run_dir)).transpose()? })
     }
@@ -183,6 +186,13 @@ impl Front {
     }
 }
 
+/// The logs of ranks that a world of `ranks` has not.
+fn absent(log: &Path, ranks: usize) -> Result<Vec<PathBuf>> {
+    let rank = |path: &PathBuf| path.file_name()?.to_str()?.strip_prefix("rank-")?.strip_suffix(".jsonl")?.parse::<usize>().ok();
+    let entries = std::fs::read_dir(log).with_context(|| format!("cannot list {}", log.display()))?;
+    Ok(entries.filter_map(|entry| Some(entry.ok()?.path())).filter(|path| rank(path).is_some_and(|rank| rank >= ranks)).collect())
+}
+
 fn write_line(log: &mut Log, line: &impl Serialize) {
     let mut text = serde_json::to_vec(line).expect("plain values");
     text.push(b'\n');
@@ -195,5 +205,23 @@ fn short(value: f64) -> String {
         v if v >= 1e6 => format!("{:.1}M", v / 1e6),
         v if v >= 1e4 => format!("{:.1}K", v / 1e3),
         v => format!("{v:.0}"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_smaller_world_drops_the_lines_of_ranks_it_has_not() {
+        let run = tempfile::tempdir().expect("a folder");
+        let log = run.path().join("log");
+        std::fs::create_dir(&log).expect("a folder");
+        for rank in 0..4 {
+            std::fs::write(log.join(format!("rank-{rank}.jsonl")), "{\"step\":3}\n{\"step\":4}\n").expect("written");
+        }
+        Metrics::open(run.path(), (0, 2), 3, 9).expect("open");
+        let lines = [0, 1, 2, 3].map(|rank| std::fs::read_to_string(log.join(format!("rank-{rank}.jsonl"))).expect("text").lines().count());
+        assert_eq!(lines, [1, 2, 1, 1], "rank 1 cuts its own");
     }
 }

@@ -16,7 +16,7 @@ pub use record::GaveUp;
 pub use start::{prove_schedules, resolved};
 
 use crate::checkpoint::second_tier::SecondTier;
-use crate::checkpoint::{Cursor, Progress, Retention, Saver};
+use crate::checkpoint::{Cursor, Progress, Retention, Saver, set_aside};
 use crate::config::RunConfig;
 use crate::coordinator::{StopSignal, agree, all_or_none, nodes};
 use crate::device;
@@ -30,7 +30,7 @@ use corpus::Corpus;
 use kernels::ops::rope::RopeScaling;
 use parallel::comm::watched::{Watch, watched};
 use parallel::comm::{Comm, barrier};
-use start::{binary, check_free, prepare_dir, restore};
+use start::{Restored, binary, check_free, prepare_dir, restore};
 use std::path::PathBuf;
 use std::time::Instant;
 
@@ -63,7 +63,6 @@ struct Run<'a> {
     last_checkpoint: Option<(u64, PathBuf)>,
     /// What the newest save held the run up, until a step's line has said it.
     stall_ms: Option<f64>,
-    validated: Option<u64>,
     /// How often the step under way was done again.
     again: u32,
     /// Of the newest step's phase: what an export must say.
@@ -110,16 +109,21 @@ pub fn train(config: &RunConfig, world: Comm, start: Start, stop: &StopSignal) -
     let mut trainer = Trainer::new(config, &layout, world.clone())?;
     let second = &config.checkpoint.second_tier;
     let tier = (second.every > 0).then(|| SecondTier::new(second, &config.run.dir, &layout.nodes, &*world)).transpose()?;
-    let (state, last_checkpoint, notes) = restore((config, start, tier.as_ref()), &world, &mut trainer, &corpus)?;
+    let Restored { state, newest: last_checkpoint, damaged, notes } = restore((config, start, tier.as_ref()), &world, &mut trainer, &corpus)?;
     let schedules = prove_schedules(config, &layout, state.tokens)?;
     tier.iter().for_each(SecondTier::clear); // the run goes on from a checkpoint, or begins again
     // Only now, with everything checked, is anything written.
-    let ready = if world.rank() == 0 && start == Start::Fresh { prepare_dir(config) } else { Ok(()) };
+    let ready = match start {
+        Start::Fresh if world.rank() == 0 => prepare_dir(config),
+        Start::Resume if world.rank() == 0 => damaged.iter().try_for_each(|path| set_aside(path).map(drop)),
+        _ => Ok(()),
+    };
     all_or_none(&*world, ready)?;
     trainer.seal()?;
-    let metrics = all_or_none(&*world, Metrics::open(&config.run.dir, world.rank(), state.step, plan.num_steps()))?;
+    let metrics = all_or_none(&*world, Metrics::open(&config.run.dir, (world.rank(), world.size()), state.step, plan.num_steps()))?;
     let retention = Retention { last: config.checkpoint.keep_last, every: config.checkpoint.keep_every };
-    let saver = Saver::new(&config.run.dir, retention);
+    let mut saver = Saver::new(&config.run.dir, retention);
+    last_checkpoint.iter().for_each(|(step, _)| saver.adopt(&*world, *step, &state.progress.guard));
     // Of the phase of the last token read: a checkpoint on an edge, or at the end, belongs to the one before it.
     let last = config.phase.last().expect("a run has a phase");
     let rope_scaling = plan.at(state.tokens.saturating_sub(1)).map_or(last, |moment| moment.phase).rope_scaling_of(&config.model);
@@ -137,7 +141,6 @@ pub fn train(config: &RunConfig, world: Comm, start: Start, stop: &StopSignal) -
         tier,
         last_checkpoint,
         stall_ms: None,
-        validated: None,
         again: 0,
         rope_scaling,
         memory_said: false,
@@ -220,7 +223,7 @@ impl Run<'_> {
     }
 
     fn finish(mut self, finished: bool) -> Result<Outcome> {
-        if finished && self.validated != Some(self.state.step) {
+        if finished && self.state.progress.validated != Some(self.state.step) {
             self.validate(&mut Instant::now())?;
         }
         self.save_whole()?;

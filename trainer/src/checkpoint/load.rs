@@ -87,12 +87,18 @@ pub(super) fn check_file(checkpoint: &Path, entry: &FileEntry, wanted: &[Wanted]
 /// The newest checkpoint whose every byte is right, and a line for each newer one that was passed over. Collective: the
 /// ranks share out the files, and all get the same answer.
 pub fn newest_whole(world: &dyn Communicator, run_dir: &Path) -> Result<(Option<PathBuf>, Vec<String>)> {
-    let (found, notes) = load_newest(world, run_dir, None, &mut |_| Ok(()))?;
-    Ok((found.map(|(path, _)| path), notes))
+    let found = load_newest(world, run_dir, None, &mut |_| Ok(()))?;
+    Ok((found.newest.map(|(path, _)| path), found.notes))
 }
 
-/// What was loaded, and the lines for the operator.
-pub type Found = (Option<(PathBuf, Manifest)>, Vec<String>);
+pub struct Found {
+    /// What was loaded.
+    pub newest: Option<(PathBuf, Manifest)>,
+    /// Newer ones, passed over: they are not what was written.
+    pub damaged: Vec<PathBuf>,
+    /// For the operator.
+    pub notes: Vec<String>,
+}
 
 /// `newest_whole` of both tiers, with `load` reading it as `load_whole` has it.
 pub fn load_newest(
@@ -102,6 +108,7 @@ pub fn load_newest(
     load: &mut dyn FnMut(&mut Reader) -> Result<()>,
 ) -> Result<Found> {
     let (all, mut notes) = listed(world, run_dir)?;
+    let mut damaged = Vec::new();
     // Below each checkpoint's step, then below all: what the second tier has that is newer comes first.
     for path in all.iter().rev().map(Some).chain([None]) {
         let above = path.and_then(|path| step_of(path));
@@ -109,15 +116,21 @@ pub fn load_newest(
         notes.extend(said.into_iter().filter(|line| !notes.contains(line)).collect::<Vec<_>>());
         let Some(path) = restored.as_ref().or(path) else { break };
         match load_whole(world, path, load)? {
-            Ok(()) => return Ok((Some((path.clone(), Manifest::read(path)?)), notes)),
+            Ok(()) => {
+                damaged.retain(|other| other != path); // what the second tier had of that step took its place
+                return Ok(Found { newest: Some((path.clone(), Manifest::read(path)?)), damaged, notes });
+            }
             // Not they, but the disk is to blame.
             Err(damage) if restored.is_some() => {
                 bail!("{} was whole when it was made of the second tier's copies, which are kept: {damage}", path.display());
             }
-            Err(damage) => notes.push(format!("{} is damaged and was passed over: {damage}", path.display())),
+            Err(damage) => {
+                notes.push(format!("{} is damaged and was passed over: {damage}", path.display()));
+                damaged.push(path.clone());
+            }
         }
     }
-    Ok((None, notes))
+    Ok(Found { newest: None, damaged, notes })
 }
 
 /// Collective: the ranks share out the files of a checkpoint and check each in the pass in which `load` reads it. What `load`

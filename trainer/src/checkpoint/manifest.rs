@@ -57,6 +57,9 @@ pub struct Mesh {
 pub struct Progress {
     pub val_loss_start: Option<f64>,
     pub val_loss: Option<f64>,
+    /// Of which step it is.
+    #[serde(default)]
+    pub validated: Option<u64>,
     /// Spent in steps and validation so far.
     pub seconds: f64,
     pub skipped_steps: u64,

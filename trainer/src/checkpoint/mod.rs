@@ -17,7 +17,7 @@ pub mod second_tier;
 mod shard;
 mod staging;
 
-pub use load::{inspect, load, load_newest, load_whole, newest_whole, verify};
+pub use load::{Found, inspect, load, load_newest, load_whole, newest_whole, verify};
 pub use manifest::{Cursor, Manifest, Mesh, Progress};
 pub use read::Reader;
 pub use reshard::{Resharded, reshard};
@@ -41,6 +41,16 @@ pub fn list(run_dir: &Path) -> Result<Vec<(u64, PathBuf)>> {
         .collect();
     found.sort();
     Ok(found)
+}
+
+/// Renames a damaged checkpoint to `damaged-step-N`, where nobody resumes from it or counts it among the newest.
+pub fn set_aside(path: &Path) -> Result<PathBuf> {
+    let name = format!("damaged-{}", path.file_name().and_then(|name| name.to_str()).unwrap_or_default());
+    let numbered = (2..).map(|number| format!("{name}-{number}"));
+    let names = std::iter::once(name.clone()).chain(numbered).map(|name| path.with_file_name(name));
+    let aside = names.into_iter().find(|aside| !aside.exists()).expect("some number is free");
+    std::fs::rename(path, &aside).with_context(|| format!("cannot rename {} to {}", path.display(), aside.display()))?;
+    Ok(aside)
 }
 
 /// Folders that a crash in mid-write left behind.

@@ -19,7 +19,7 @@ impl Retention {
         old.iter().copied().filter(|step| self.every == 0 || !step.is_multiple_of(self.every)).collect()
     }
 
-    /// Those up to `step` alone: a later one was passed over as damaged and counts for nothing.
+    /// Those up to `step` alone: the state goes on from there.
     pub(super) fn apply(&self, run_dir: &Path, step: u64) -> Result<()> {
         let all: Vec<(u64, PathBuf)> = list(run_dir)?.into_iter().filter(|(at, _)| *at <= step).collect();
         remove(&self.select(&all))

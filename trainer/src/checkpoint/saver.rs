@@ -9,6 +9,7 @@
 use super::save::{Outline, Place, Written, begin, commit, gather_written, share, write_shard};
 use super::staging::{Copying, Piece, Staging};
 use super::{Manifest, Retention};
+use crate::guard::GuardState;
 use crate::state::{StatePart, StateReader};
 use anyhow::Result;
 use parallel::comm::{Communicator, Reduce};
@@ -24,7 +25,7 @@ pub struct Saver {
     /// The copy for the save under way, until somebody makes it.
     copy: Option<Copying>,
     running: Option<Running>,
-    /// The step of the newest save, until its state is known to be sound; rank 0's.
+    /// The step of the newest whole checkpoint, until its state is known to be sound and what it made too old is gone; rank 0's.
     unproven: Option<u64>,
     /// Removes what it made too old.
     removing: Option<JoinHandle<()>>,
@@ -89,6 +90,14 @@ impl Saver {
         Ok(ended)
     }
 
+    /// A whole checkpoint of `step` that no save of this run made: what it makes too old goes as with one of its own.
+    pub fn adopt(&mut self, world: &dyn Communicator, step: u64, guard: &GuardState) {
+        // While steps are skipped the state stays what it is: its copies must not push out the last ones of a sound one.
+        if world.rank() == 0 && guard.in_a_row == 0 {
+            self.unproven = Some(step);
+        }
+    }
+
     /// The copy of the state that the save under way waits for: whoever takes it runs it before the state changes.
     pub fn take_copy(&mut self) -> Option<StateReader> {
         let copying = self.copy.take()?;
@@ -98,7 +107,10 @@ impl Saver {
     /// Collective, at the end of a step that found the state sound: the end of the save under way, once there is one. Costs a sum
     /// of one number while one is, else nothing.
     pub fn poll(&mut self, world: &dyn Communicator) -> Result<Option<Saved>> {
-        let Some(running) = &self.running else { return Ok(None) };
+        let Some(running) = &self.running else {
+            self.remove_old();
+            return Ok(None);
+        };
         assert!(self.copy.is_none(), "the state of step {} changed before its copy was made", running.head.step);
         let done = match &running.stage {
             Stage::Writing(thread) => thread.is_finished(),
@@ -141,9 +153,8 @@ impl Saver {
             Stage::Committing(thread) => {
                 let mine = thread.map_or(Ok(()), |thread| thread.join().expect("a writer returns its errors"));
                 let (outcome, seconds) = (share(world, mine)?, began.elapsed().as_secs_f64());
-                // While steps are skipped the state stays what it is: its copies must not push out the last ones of a sound one.
-                if outcome.is_ok() && world.rank() == 0 && head.progress.guard.in_a_row == 0 {
-                    self.unproven = Some(step);
+                if outcome.is_ok() {
+                    self.adopt(world, step, &head.progress.guard);
                 }
                 Ok(Some(Saved { step, path: place.target, seconds, outcome }))
             }

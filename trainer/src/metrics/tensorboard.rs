@@ -5,20 +5,25 @@ use anyhow::{Context, Result};
 use protobuf::Message;
 use std::path::Path;
 use std::time::{SystemTime, UNIX_EPOCH};
-use tensorboard_proto::event::Event;
+use tensorboard_proto::event::{Event, SessionLog_SessionStatus};
 use tensorboard_rs::record_writer::RecordWriter;
 use tensorboard_rs::summary::scalar;
 
 pub struct Events(Log);
 
 impl Events {
-    pub fn create(folder: &Path, host: &str) -> Result<Events> {
+    /// `done_steps`: what earlier files say of later steps was of an attempt that did not last, and is not shown.
+    pub fn create(folder: &Path, host: &str, done_steps: u64) -> Result<Events> {
         std::fs::create_dir_all(folder).with_context(|| format!("cannot make {}", folder.display()))?;
         let name = format!("events.out.tfevents.{:010}.{host}.{}.0", now() as u64, std::process::id());
         let mut events = Events(Log::open(&folder.join(name))?);
         let mut version = Event::new();
         version.set_file_version("brain.Event:2".to_string());
         events.add(version);
+        let mut start = Event::new();
+        start.set_step(done_steps as i64 + 1);
+        start.mut_session_log().set_status(SessionLog_SessionStatus::START);
+        events.add(start);
         Ok(events)
     }
 

@@ -1,11 +1,11 @@
 //! What a run does about corruption that a check has found: nothing was changed by the step, so once what it rests on is
 //! whole again the step is done again, on the same samples, and comes to what it would have come to.
 use super::Run;
-use crate::checkpoint::load_whole;
+use crate::checkpoint::{load_whole, set_aside};
 use crate::checkpoint::second_tier::SecondTier;
 use crate::checks::{Finding, Place};
 use crate::coordinator::all_or_none;
-use anyhow::{Context, Result, bail};
+use anyhow::{Result, bail};
 use std::path::{Path, PathBuf};
 
 /// What only a checkpoint can give back: the world must start again from one.
@@ -72,9 +72,7 @@ impl Run<'_> {
     /// Its hashes are right, but of a state that was damaged before they were taken: nobody shall resume from it.
     fn set_aside(&mut self, path: &Path) -> Result<()> {
         self.tier.iter().for_each(SecondTier::clear);
-        let aside = path.with_file_name(format!("damaged-step-{:08}", self.state.step));
-        let rename = || std::fs::rename(path, &aside).with_context(|| format!("cannot rename {}", path.display()));
-        all_or_none(&*self.world, if self.world.rank() == 0 { rename() } else { Ok(()) })
+        all_or_none(&*self.world, if self.world.rank() == 0 { set_aside(path).map(drop) } else { Ok(()) })
     }
 
     /// The same on every rank: how a save ended is.

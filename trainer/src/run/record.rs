@@ -92,7 +92,7 @@ impl Run<'_> {
         let loss = held_out_loss(&mut self.trainer, held_out, &moment, self.config.validation.sequences)?;
         self.state.progress.val_loss_start.get_or_insert(loss);
         self.state.progress.val_loss = Some(loss);
-        self.validated = Some(self.state.step);
+        self.state.progress.validated = Some(self.state.step);
         self.take_time(mark);
         self.metrics.validation(&ValidationLine { step: self.state.step, validation_loss: loss });
         Ok(())

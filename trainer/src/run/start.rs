@@ -2,7 +2,7 @@
 use super::corpus::Corpus;
 use super::save::Waiting;
 use super::{Run, Start, State};
-use crate::checkpoint;
+use crate::checkpoint::{self, Found};
 use crate::checkpoint::second_tier::SecondTier;
 use crate::config::RunConfig;
 use crate::coordinator::gather_layout;
@@ -81,7 +81,14 @@ pub fn prove_schedules(config: &RunConfig, mesh: &Mesh, tokens: u64) -> Result<V
     Ok(proven.into_iter().filter(|(_, schedule)| *schedule != mesh.schedule).map(note).collect())
 }
 
-type Restored = (State, Option<(u64, PathBuf)>, Vec<String>);
+#[derive(Default)]
+pub(super) struct Restored {
+    pub state: State,
+    pub newest: Option<(u64, PathBuf)>,
+    /// Newer ones that were passed over.
+    pub damaged: Vec<PathBuf>,
+    pub notes: Vec<String>,
+}
 
 type Begin<'a> = (&'a RunConfig, Start, Option<&'a SecondTier>);
 
@@ -92,11 +99,11 @@ pub(super) fn restore((config, start, tier): Begin, world: &Comm, trainer: &mut 
             let loaded = checkpoint::load_whole(&**world, path, &mut |reader| trainer.load_weights(reader)).with_context(|| format!("run.init_from = {path:?}"))?;
             loaded.map_err(|damage| anyhow!("run.init_from: {damage}"))?;
         }
-        return Ok((State::default(), None, Vec::new()));
+        return Ok(Restored::default());
     }
     let dir = &config.run.dir;
-    let (found, mut notes) = checkpoint::load_newest(&**world, dir, tier, &mut |reader| trainer.load_all(reader))?;
-    let Some((path, manifest)) = found else {
+    let Found { newest, damaged, mut notes } = checkpoint::load_newest(&**world, dir, tier, &mut |reader| trainer.load_all(reader))?;
+    let Some((path, manifest)) = newest else {
         tier.iter().for_each(|tier| tier.clear()); // the launcher is not to try again
         bail!(
             "{} holds no whole checkpoint to resume from{}",
@@ -117,7 +124,7 @@ pub(super) fn restore((config, start, tier): Begin, world: &Comm, trainer: &mut 
     trainer.sentinel.state = manifest.progress.sentinel.clone();
     notes.push(format!("resuming from {} (step {}, {} tokens)", path.display(), manifest.step, manifest.tokens));
     let state = State { step: manifest.step, tokens: manifest.tokens, cursor: manifest.cursor, progress: manifest.progress };
-    Ok((state, Some((manifest.step, path)), notes))
+    Ok(Restored { state, newest: Some((manifest.step, path)), damaged, notes })
 }
 
 impl Run<'_> {

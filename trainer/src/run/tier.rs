@@ -31,6 +31,7 @@ impl Run<'_> {
         notes.iter().for_each(|note| self.metrics.say(note));
         if let Some(path) = &path {
             self.last_checkpoint = Some((self.state.step, path.clone()));
+            self.saver.adopt(&*self.world, self.state.step, &self.state.progress.guard);
         }
         Ok(path)
     }
