@@ -6,12 +6,11 @@
 #![allow(unsafe_code)]
 use crate::sass;
 use libloading::os::unix::{Library, RTLD_GLOBAL, RTLD_NOW, Symbol};
-use std::ffi::{CStr, CString, c_char, c_int, c_void};
+use std::ffi::{CString, c_char, c_int, c_void};
 use std::fs::{self, File};
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::ptr;
-use std::sync::atomic::{AtomicU64, Ordering};
 
 const OPTIONS: [&str; 3] = ["--gpu-architecture=sm_90a", "--std=c++17", "-lineinfo"];
 const HASH_BYTES: usize = 32;
@@ -24,8 +23,6 @@ pub enum JitError {
     Compile { name: String, log: String },
     #[error("NVRTC error {code} in {call}")]
     Nvrtc { call: &'static str, code: c_int },
-    #[error("kernel cache {path}: {source}")]
-    Cache { path: PathBuf, source: io::Error },
 }
 
 /// One compilation: a text and its `-D` definitions.
@@ -95,7 +92,9 @@ impl Jit {
         if let Some((_, turn)) = source.defines.iter().find(|(name, _)| *name == sass::KEEP_FACTORS) {
             sass::keep_factors(&mut cubin, turn.parse().expect("a number of instructions"));
         }
-        write_aside(&path, &cubin).map_err(|source| JitError::Cache { path, source })?;
+        if let Err(error) = write_aside(&path, &cubin) {
+            tracing::warn!("{} is not kept, and is compiled anew by the next run: {error}", path.display());
+        }
         Ok(cubin)
     }
 
@@ -208,29 +207,34 @@ pub(crate) fn folder_of_loaded(name: &str) -> Option<PathBuf> {
     path.parent().map(Path::to_path_buf)
 }
 
-/// None where the file is absent or its last bytes do not match the rest.
+/// None where the file is absent, or its last bytes are not the hash of its name and the rest.
 fn read_whole(path: &Path) -> Option<Vec<u8>> {
     let mut bytes = fs::read(path).ok()?;
     let hash = bytes.split_off(bytes.len().checked_sub(HASH_BYTES)?);
-    (blake3::hash(&bytes).as_bytes()[..] == hash[..]).then_some(bytes)
+    (hash_of(path, &bytes)[..] == hash[..]).then_some(bytes)
+}
+
+fn hash_of(path: &Path, bytes: &[u8]) -> [u8; HASH_BYTES] {
+    let name = path.file_name().expect("a cache file has a name").as_encoded_bytes();
+    *blake3::Hasher::new().update(name).update(bytes).finalize().as_bytes()
 }
 
 fn write_aside(path: &Path, bytes: &[u8]) -> io::Result<()> {
-    // Ranks of several hosts may share the folder, so a process id alone is not a name; threads share a process id.
-    static NEXT: AtomicU64 = AtomicU64::new(0);
     let folder = path.parent().expect("a cache file lies in a folder");
     fs::create_dir_all(folder)?;
-    let mut host = [0 as c_char; 256];
-    // SAFETY: the buffer is as long as we say, and its last byte stays zero.
-    let host = unsafe {
-        libc::gethostname(host.as_mut_ptr(), host.len() - 1);
-        CStr::from_ptr(host.as_ptr()).to_string_lossy().into_owned()
+    // Containers of several hosts may share the folder, and have equal host names and process ids.
+    let unique = fs::read_to_string("/proc/sys/kernel/random/uuid")?;
+    let aside = folder.join(format!(".{}", unique.trim()));
+    let write = || {
+        let mut file = File::create_new(&aside)?;
+        file.write_all(bytes)?;
+        file.write_all(&hash_of(path, bytes))?;
+        file.sync_all()?;
+        fs::rename(&aside, path)
     };
-    let aside = folder.join(format!(".{host}-{}-{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed)));
-    let mut file = File::create(&aside)?;
-    file.write_all(bytes)?;
-    file.write_all(blake3::hash(bytes).as_bytes())?;
-    file.sync_all()?;
-    fs::rename(&aside, path)?;
+    if let Err(error) = write() {
+        let _ = fs::remove_file(&aside);
+        return Err(error);
+    }
     File::open(folder)?.sync_all()
 }

@@ -103,8 +103,18 @@ fn the_cache_is_whole_or_absent() {
     std::fs::write(&file, &whole[..whole.len() / 2]).unwrap();
     assert_eq!(load(), first);
     assert_eq!(std::fs::read(&file).unwrap(), whole);
-    // Another definition is another file; an error names the kernel and the line.
+    // Another kernel's file is none of this one's.
+    let other = source("3");
     let jit = Jit::load(Some(&folder), &cache).expect("NVRTC is there");
+    jit.cubin(&other).expect("it compiles");
+    let theirs = files().into_iter().find(|path| *path != file).expect("two files");
+    std::fs::copy(&theirs, &file).unwrap();
+    assert_eq!(load(), first);
+    std::fs::remove_file(theirs).unwrap();
+    // Where nothing can be kept, what was compiled serves all the same.
+    let below_a_file = Jit::load(Some(&folder), &file.join("cache")).expect("NVRTC is there");
+    assert_eq!(below_a_file.cubin(&source("1")).expect("it compiles"), first);
+    // Another definition is another file; an error names the kernel and the line.
     assert_ne!(jit.cubin(&source("2")).unwrap(), first);
     assert_eq!(files().len(), 2);
     let Err(JitError::Compile { name, log }) = jit.cubin(&source("nonsense")) else { panic!("nonsense compiled") };

@@ -132,7 +132,7 @@ fn every_tile_agrees() {
     }
 }
 
-const COUNTS: [&[i64]; 4] = [&[0, 300, 1, 128, 0, 515, 0], &[0, 0], &[7], &[129, 0, 0, 1000]];
+const COUNTS: [&[i64]; 5] = [&[0, 300, 1, 128, 0, 515, 0], &[0, 0], &[0], &[7], &[129, 0, 0, 1000]];
 
 #[test]
 fn grouped_forward_takes_any_counts() {
@@ -140,8 +140,9 @@ fn grouped_forward_takes_any_counts() {
         return;
     };
     let k = 720;
-    for (counts, n) in COUNTS.into_iter().flat_map(|counts| [(counts, 400), (counts, 416)]) {
-        let rows: i64 = counts.iter().sum::<i64>() + 50; // 50 rows that belong to nobody
+    // Also where 50 rows belong to nobody.
+    for (counts, n, more) in COUNTS.into_iter().flat_map(|counts| [(counts, 400, 50), (counts, 416, 50), (counts, 416, 0)]) {
+        let rows: i64 = counts.iter().sum::<i64>() + more;
         let a = quantise::rows(&random(gpu, &[rows, k], 0.2), ScaleRule::Amax);
         let (b, _) = quantise::weights(&random(gpu, &[counts.len() as i64, n, k], 0.2), ScaleRule::Amax);
         let forward = |out_fp32| {
@@ -174,7 +175,7 @@ fn wgrad_accumulates_and_assigns() {
     for counts in COUNTS {
         let both = |plan| [Write::Accumulate, Write::Assign].map(|write| (write, plan));
         for (write, plan) in WGRAD_PLANS.into_iter().flat_map(both) {
-            let rows = counts.iter().sum::<i64>().max(1);
+            let rows = counts.iter().sum::<i64>();
             let tensor = counts_tensor(gpu, counts);
             let q = |size, mean| quantise::columns(&random(gpu, &[rows, size], mean), Some(&tensor), ScaleRule::Amax);
             let (dy, x) = (q(m, 0.5), q(n, 0.5));

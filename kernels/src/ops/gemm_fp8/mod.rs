@@ -83,6 +83,9 @@ pub(crate) fn forward_into(a: &Rows, b: &Blocks, counts: Option<&Tensor>, out: &
     assert_eq!(size.iter().product::<i64>(), groups.num() * n * k, "b {size:?} for {} experts", groups.num());
     assert!(n % 8 == 0 && k % 16 == 0, "N {n} is not a multiple of 8, or K {k} of 16");
     let Device::Cuda(_) = a.values.device() else { return cpu::forward(a, b, counts, out) };
+    if m == 0 {
+        return; // the copy engine takes no empty tensor
+    }
     let gpu = device::gpu(a.values.device());
     let num_sms = options.num_sms.unwrap_or(gpu.num_sms());
     let plan = options.plan.unwrap_or_else(|| Plan::forward([m, n, k], groups.num(), num_sms));
@@ -121,6 +124,12 @@ pub(crate) fn wgrad_into(
     assert!(n % 8 == 0 && groups.rows <= p, "N {n} is not a multiple of 8, or {} rows in {p}", groups.rows);
     let Device::Cuda(_) = gradient.device() else { return cpu::wgrad(dy, x, groups, gradient, write) };
     assert_eq!(gradient.kind(), Kind::Float, "weight gradients are FP32");
+    if p == 0 {
+        if write == Write::Assign {
+            let _ = gradient.zero_();
+        }
+        return;
+    }
     let gpu = device::gpu(gradient.device());
     let num_sms = options.num_sms.unwrap_or(gpu.num_sms());
     let plan = options.plan.unwrap_or_else(|| Plan::wgrad([m, n, groups.rows], groups.num(), num_sms));
