@@ -87,23 +87,38 @@ fn with_a_node_wiped_a_run_goes_on_from_the_copies_on_the_other() {
     }
 }
 
-#[test]
-fn checkpoints_made_of_copies_after_crashes_are_kept_no_longer_than_saved_ones() {
-    let dir = scratch().join("tier-crashes");
+/// One rank with copies of every step; `faults` as a list, the last of them a kill.
+fn dying(name: &str, set: &[&str], faults: &[&str]) -> Run {
+    let dir = scratch().join(format!("tier-{name}"));
     fs::create_dir_all(&dir).expect("a folder");
     let tier = format!("checkpoint.second_tier={{every=1,dir=\"{}\"}}", dir.display());
-    let kills = [5, 8, 11, 14].map(|step| format!("{{kind=\"kill\",rank=0,step={step}}}")).join(",");
-    let set = [&tier[..], "checkpoint.every=100", "checkpoint.keep_last=2", "checkpoint.keep_every=0", &format!("faults.inject=[{kills}]")];
-    let run = Run::new("tier-crashes", &set);
-    let steps = || checkpoint::list(run.dir()).expect("a list").into_iter().map(|(step, _)| step).collect::<Vec<u64>>();
+    let faults = format!("faults.inject=[{}]", faults.iter().map(|fault| format!("{{rank=0,{fault}}}")).collect::<Vec<_>>().join(","));
+    Run::new(&format!("tier-{name}"), &[&[&tier[..], &faults, "checkpoint.keep_every=0"], set].concat())
+}
+
+/// Until the run kills itself: the steps of its checkpoints then.
+fn until_killed(run: &Run, args: &[String]) -> Vec<u64> {
+    let output = tiefsee(args).output().expect("tiefsee starts");
+    assert_eq!(output.status.code(), None, "killed: {}", String::from_utf8_lossy(&output.stderr));
+    checkpoint::list(run.dir()).expect("a list").into_iter().map(|(step, _)| step).collect()
+}
+
+#[test]
+fn checkpoints_made_of_copies_after_crashes_are_kept_no_longer_than_saved_ones() {
+    let kills = [5, 8, 11, 14].map(|step| format!("kind=\"kill\",step={step}"));
+    let run = dying("crashes", &["checkpoint.every=100", "checkpoint.keep_last=2"], &kills.each_ref().map(String::as_str));
     let resume = ["resume".into(), run.dir().display().to_string()];
-    let mut seen = Vec::new();
-    for args in [&run.train_args()[..], &resume, &resume, &resume] {
-        let output = tiefsee(args).output().expect("tiefsee starts");
-        assert_eq!(output.status.code(), None, "killed: {}", String::from_utf8_lossy(&output.stderr));
-        seen.push(steps().len());
-    }
+    let seen = [&run.train_args()[..], &resume, &resume, &resume].map(|args| until_killed(&run, args).len());
     assert_eq!(seen, [0, 1, 2, 2]);
+}
+
+#[test]
+fn a_checkpoint_made_of_copies_while_steps_are_skipped_pushes_out_none() {
+    let faults = ["kind=\"nan\",step=6", "kind=\"flip-master\",step=7", "kind=\"kill\",step=8"];
+    let run = dying("skipping", &["checkpoint.every=5", "checkpoint.keep_last=1"], &faults);
+    assert_eq!(until_killed(&run, &run.train_args()), [5, 6]);
+    let log = fs::read_to_string(run.dir().join("log/rank-0.jsonl")).expect("a log");
+    assert!(log.contains("the state of step 6 is restored from "), "{log}");
 }
 
 #[test]

@@ -31,7 +31,7 @@ impl Run<'_> {
         notes.iter().for_each(|note| self.metrics.say(note));
         if let Some(path) = &path {
             self.last_checkpoint = Some((self.state.step, path.clone()));
-            self.saver.adopt(&*self.world, self.state.step, &self.state.progress.guard);
+            self.saver.adopt(&*self.world, self.state.step, &self.trainer.guard.state);
         }
         Ok(path)
     }
