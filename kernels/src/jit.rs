@@ -108,6 +108,9 @@ impl Jit {
         part(&format!("{:?}", self.version));
         options(source).iter().for_each(|option| part(option));
         part(&source.text);
+        if source.defines.iter().any(|(name, _)| *name == sass::KEEP_FACTORS) {
+            part(include_str!("sass.rs")); // what it does to the code goes in too
+        }
         hasher.finalize().to_hex().to_string()
     }
 

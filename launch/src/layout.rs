@@ -21,8 +21,13 @@ pub enum Starter {
 
 /// Hosts named on the command line, in order, or else SLURM's, where srun starts the ranks: mpirun knows these by itself.
 pub fn listed(args: &Args, environment: &Environment) -> Result<Vec<String>> {
+    ensure!(args.hosts.iter().all(|host| !host.trim().is_empty()), "--hosts {}: a name is empty", args.hosts.join(","));
     match (&args.hostfile, &environment.slurm) {
-        (Some(path), _) => Ok(hosts_of(&std::fs::read_to_string(path).with_context(|| path.display().to_string())?)),
+        (Some(path), _) => {
+            let hosts = hosts_of(&std::fs::read_to_string(path).with_context(|| format!("cannot read --hostfile {}", path.display()))?);
+            ensure!(!hosts.is_empty(), "--hostfile {}: names no host", path.display());
+            Ok(hosts)
+        }
         (None, Some(slurm)) if args.hosts.is_empty() && starter(args, environment) == Starter::Srun => Ok(slurm.hosts.clone()),
         (None, _) => Ok(args.hosts.clone()),
     }
@@ -107,6 +112,20 @@ mod tests {
         assert_eq!((spare.ranks(), spare.host_of(3)), (4, Some("b")));
         assert_eq!(layout("--nnodes 1:4", &["a", "b"]).expect("enough").nodes, 2);
         assert!(layout("--nnodes 3:4", &["a", "b"]).is_err());
+    }
+
+    #[test]
+    fn a_host_without_a_name_is_refused() {
+        let said = |options: &str| {
+            let args = Args::parse_from(["tiefsee-launch"].into_iter().chain(options.split(' ')).chain(["--", "resume", "a"]));
+            listed(&args, &Environment::default()).map_err(|error| error.to_string())
+        };
+        assert_eq!(said("--hosts a,,b").expect_err("a hole"), "--hosts a,,b: a name is empty");
+        assert_eq!(said("--hosts a,b").expect("two"), ["a", "b"]);
+        let file = tempfile::NamedTempFile::new().expect("a file");
+        std::fs::write(&file, "# none yet\n").expect("written");
+        let error = said(&format!("--hostfile {}", file.path().display())).expect_err("no host");
+        assert!(error.ends_with(": names no host"), "{error}");
     }
 
     #[test]

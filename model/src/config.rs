@@ -1,6 +1,7 @@
 //! The shape of a model. Keys are DeepSeek's own, so a released config.json reads like ours.
 use kernels::ops::rope::RopeScaling;
 use serde::{Deserialize, Serialize};
+use std::fmt::Display;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -85,9 +86,13 @@ fn std() -> f64 {
 #[derive(Debug, thiserror::Error, PartialEq)]
 #[error("model.{key} = {value}: {limit}")]
 pub struct ConfigError {
-    pub key: &'static str,
-    pub value: i64,
+    pub key: String,
+    pub value: String,
     pub limit: String,
+}
+
+fn check(ok: bool, key: &str, value: impl Display, limit: &str) -> Result<(), ConfigError> {
+    if ok { Ok(()) } else { Err(ConfigError { key: key.into(), value: value.to_string(), limit: limit.into() }) }
 }
 
 /// Parameters counted from the fields alone.
@@ -117,7 +122,7 @@ impl ModelConfig {
 
     /// Errors name the key, its value and the limit it broke.
     pub fn validate(&self) -> Result<(), ConfigError> {
-        let check = |ok: bool, key, value, limit: &str| if ok { Ok(()) } else { Err(ConfigError { key, value, limit: limit.to_string() }) };
+        self.validate_reals()?;
         for (key, value) in [
             ("vocab_size", self.vocab_size),
             ("hidden_size", self.hidden_size),
@@ -155,6 +160,16 @@ impl ModelConfig {
         check(self.scoring_func == Scoring::Softmax || group_size >= 2 || self.n_group == 1, "n_group", self.n_group, "sigmoid scoring sums a group's two best experts, so a group needs two")
     }
 
+    fn validate_reals(&self) -> Result<(), ConfigError> {
+        for (key, value) in [("rms_norm_eps", self.rms_norm_eps), ("routed_scaling_factor", self.routed_scaling_factor), ("initializer_range", self.initializer_range)] {
+            check(value > 0.0 && value.is_finite(), key, value, "must be positive")?;
+        }
+        // YaRN divides by its logarithm.
+        check(self.rope_theta > 1.0 && self.rope_theta.is_finite(), "rope_theta", self.rope_theta, "must be above 1")?;
+        let Some(scaling) = &self.rope_scaling else { return Ok(()) };
+        scaling.validate().map_err(|(key, value, limit)| ConfigError { key: format!("rope_scaling.{key}"), value: value.to_string(), limit })
+    }
+
     /// A row of FP8 is a multiple of 16 bytes, and a weight is read along both its sides.
     pub fn validate_fp8(&self) -> Result<(), ConfigError> {
         for (key, value) in [
@@ -167,9 +182,7 @@ impl ModelConfig {
             ("qk_rope_head_dim", self.qk_rope_head_dim),
             ("v_head_dim", self.v_head_dim),
         ] {
-            if value % 16 != 0 {
-                return Err(ConfigError { key, value, limit: "must be a multiple of 16 where run.precision = \"fp8\"".into() });
-            }
+            check(value % 16 == 0, key, value, "must be a multiple of 16 where run.precision = \"fp8\"")?;
         }
         Ok(())
     }

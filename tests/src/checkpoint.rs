@@ -276,6 +276,8 @@ fn a_reshard_reads_every_byte_once_and_changes_none() {
         let (a, b) = (checkpoint::load(&checkpoint, |_| true).expect("the old").1, checkpoint::load(&out, |_| true).expect("the new").1);
         assert!(a.len() == 2 && a.iter().all(|(name, tensor)| tensor.equal(&b[name])));
         assert!(checkpoint::reshard(&checkpoint, &out, to).err().is_some_and(|error| error.to_string().contains("exists already")));
+        let too_many = checkpoint::reshard(&checkpoint, &out.with_extension("many"), 41).err().expect("a file would be empty");
+        assert!(too_many.to_string().starts_with("--files 41: no tensor has more than 40 rows"), "{too_many:#}");
         // A reader of another layout takes its rows and no other byte.
         let mut reader = Reader::open(&out).expect("a reader");
         let rows = reader.rows("weight/a", &[40, 3, 5], 13, 14).expect("rows");

@@ -121,6 +121,26 @@ fn a_number_that_is_none_is_refused_by_name() {
 }
 
 #[test]
+fn a_number_out_of_its_range_is_refused_by_name() {
+    let yarn = "factor=2.0,original_max_position_embeddings=64";
+    for (key, value, expected) in [
+        ("model.rms_norm_eps", "0.0".into(), "model.rms_norm_eps = 0: must be positive"),
+        ("model.routed_scaling_factor", "-1.0".into(), "model.routed_scaling_factor = -1: must be positive"),
+        ("model.initializer_range", "0.0".into(), "model.initializer_range = 0: must be positive"),
+        ("model.rope_theta", "1.0".into(), "model.rope_theta = 1: must be above 1"),
+        ("model.rope_scaling", "{factor=0.0,original_max_position_embeddings=64}".into(), "model.rope_scaling.factor = 0: must be at least 1"),
+        ("phase.1.rope_scaling", "{factor=2.0,original_max_position_embeddings=0}".into(), "rope_scaling.original_max_position_embeddings = 0: must be at least 1"),
+        ("phase.1.rope_scaling", format!("{{{yarn},beta_slow=0.0}}"), "rope_scaling.beta_slow = 0: must be positive"),
+        ("phase.1.rope_scaling", format!("{{{yarn},beta_slow=40.0}}"), "rope_scaling.beta_fast = 32: must be at least beta_slow = 40"),
+        ("phase.1.rope_scaling", format!("{{{yarn},mscale=-1.0}}"), "rope_scaling.mscale = -1: must not be negative"),
+        ("run.dir", "\"\"".into(), "run.dir = \"\": must name a folder"),
+    ] {
+        let error = RunConfig::load(&root().join("configs/run/tiny.toml"), &[format!("{key}={value}")]).expect_err(key);
+        assert!(format!("{error:#}").ends_with(expected), "{error:#}, not {expected}");
+    }
+}
+
+#[test]
 fn what_transformers_5_writes_of_rope_is_read() {
     let yarn: RopeScaling = serde_json::from_value(json!({"factor": 4.0, "original_max_position_embeddings": 128})).expect("YaRN");
     let config = ModelConfig { rope_theta: 5e4, rope_scaling: Some(yarn), ..tiny() };

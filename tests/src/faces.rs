@@ -167,6 +167,36 @@ fn a_full_disk_leaves_no_half_checkpoint() {
 }
 
 #[test]
+fn a_full_output_is_an_error_of_one_line() {
+    let (text, out) = (scratch().join("full-output.txt"), scratch().join("full-output"));
+    fs::write(&text, "one document of some words ".repeat(40)).expect("a file");
+    let (text, corpus) = (text.display().to_string(), out.display().to_string());
+    let prepare = words(&["prepare", &text, "--out", &corpus, "--vocab", "270", "--held-out", "0"]);
+    for args in [prepare, words(&["plan", &root().join("configs/model/tiny.toml").display().to_string()])] {
+        let full = fs::File::options().write(true).open("/dev/full").expect("a device");
+        let output = tiefsee(&args).stdout(full).output().expect("it runs");
+        let said = String::from_utf8_lossy(&output.stderr);
+        let last = said.lines().last().unwrap_or_default();
+        assert_eq!((output.status.code(), last), (Some(1), "error: cannot write to stdout: No space left on device (os error 28)"), "{said}");
+    }
+    assert!(out.join("manifest.json").exists(), "the corpus was whole before the words about it");
+}
+
+#[test]
+fn a_folder_without_checkpoints_is_not_pruned() {
+    let folder = scratch().join("no-run");
+    fs::create_dir_all(&folder).expect("a folder");
+    refused(&words(&["checkpoint", "prune", &folder.display().to_string(), "--keep-last", "1"]), &["no-run is not a run directory: it has no checkpoints/"]);
+}
+
+#[test]
+fn a_run_that_skipped_every_step_is_no_success() {
+    let run = Run::new("learnt-nothing", &["model.initializer_range=1e300", "guard.max_skipped=1000", "validation.every=0"]);
+    refused_with(77, &run.train_args(), &["each of its 30 steps was skipped: it has learnt nothing"]);
+    assert_eq!(serde_json::from_slice::<Value>(&fs::read(run.dir().join("summary.json")).expect("a summary")).expect("JSON")["skipped_steps"], 30);
+}
+
+#[test]
 fn tensorboard_reads_every_scalar_of_every_step() {
     let run = Run::new("tensorboard", &["checkpoint.every=10"]);
     // Stopped and resumed from further back: steps 11 to 15 are done twice.

@@ -198,6 +198,7 @@ impl RunConfig {
         ensure!(!self.data.mixture.is_empty(), "data.mixture: a run needs at least one source");
         let patience = self.data.patience;
         ensure!((1..=MOST_PATIENCE).contains(&patience), "data.patience = {patience}: must be from 1 to {MOST_PATIENCE} s");
+        ensure!(!self.run.dir.as_os_str().is_empty(), "run.dir = \"\": must name a folder");
         for (key, path) in [("dir", Some(&self.run.dir)), ("init_from", self.run.init_from.as_ref())] {
             if let Some(url) = path.filter(|path| data::is_url(path)) {
                 bail!("run.{key} = {url:?}: is a URL, and checkpoints are written to and read from file systems only");

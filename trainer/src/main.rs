@@ -147,20 +147,17 @@ fn main() -> ExitCode {
 }
 
 fn run(command: Command) -> Result<ExitCode> {
+    if !matches!(command, Command::Train { .. } | Command::Resume { .. }) {
+        end_with_the_reader();
+    }
     match command {
         Command::Prepare(args) => {
             data::prepare(&args)?;
         }
         Command::Train { config, set } => return in_world(|| RunConfig::load(&config, &set), Start::Fresh),
         Command::Resume { run_dir, stop_after } => return in_world(|| load_resolved(&run_dir, stop_after), Start::Resume),
-        Command::Checkpoint(command) => {
-            end_with_the_reader();
-            checkpoint_command(command)?
-        }
-        Command::Plan(args) => {
-            end_with_the_reader();
-            plan::run(args)?
-        }
+        Command::Checkpoint(command) => checkpoint_command(command)?,
+        Command::Plan(args) => plan::run(args)?,
         Command::Bench(args) => bench::run(&args)?,
     }
     Ok(ExitCode::SUCCESS)
@@ -180,6 +177,7 @@ struct BadConfig(String);
 
 /// One rank of a run. Every failure ends the whole world: a peer that waits for this rank would wait for ever.
 fn in_world(config: impl FnOnce() -> Result<RunConfig>, start: Start) -> Result<ExitCode> {
+    let stop = StopSignal::listen()?; // MPI's start takes its time, and a signal before it would end the process
     let mpi = if environment::launched_by_mpi() { Some(MpiWorld::init()?) } else { None };
     let world: Comm = mpi.as_ref().map_or_else(solo, MpiWorld::comm);
     let rank = world.rank();
@@ -188,7 +186,7 @@ fn in_world(config: impl FnOnce() -> Result<RunConfig>, start: Start) -> Result<
     let config = all_or_none(&*world, config()).map_err(|error| BadConfig(format!("{error:#}")).into());
     let outcome = config.and_then(|config| {
         tch::set_num_threads(threads(&config));
-        train(&config, world.clone(), start, &StopSignal::listen()?)
+        train(&config, world.clone(), start, &stop)
     });
     match outcome {
         Ok(outcome) if outcome.summary.finished => Ok(ExitCode::SUCCESS),
@@ -236,13 +234,18 @@ fn abort_on_panic(rank: usize) {
     }));
 }
 
-/// Whoever reads what is printed may have seen enough (`… | head`): the command ends as others do then, without a word.
+/// Whoever reads what is printed may have seen enough (`… | head`): the command ends as others do then, without a word. On a
+/// full disk it says so.
 fn end_with_the_reader() {
     const PIPE: i32 = 128 + 13;
     let print = std::panic::take_hook();
-    std::panic::set_hook(Box::new(move |info| match info.payload_as_str() {
-        Some(text) if text.starts_with("failed printing to stdout") && text.contains("Broken pipe") => std::process::exit(PIPE),
-        _ => print(info),
+    std::panic::set_hook(Box::new(move |info| match info.payload_as_str().and_then(|text| text.strip_prefix("failed printing to stdout: ")) {
+        Some(reason) if reason.contains("Broken pipe") => std::process::exit(PIPE),
+        Some(reason) => {
+            say(&format!("error: cannot write to stdout: {reason}"));
+            std::process::exit(1)
+        }
+        None => print(info),
     }));
 }
 

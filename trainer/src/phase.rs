@@ -1,6 +1,6 @@
 //! What changes over a run, by tokens seen: mixture, sequence length, batch, learning rate, rope scaling, and the
 //! weights of the extra losses. Pure functions of the config, so a resume on either side of an edge is the same run.
-use anyhow::{Result, ensure};
+use anyhow::{Result, bail, ensure};
 use data::Source;
 use kernels::ops::rope::RopeScaling;
 use model::ModelConfig;
@@ -169,6 +169,9 @@ impl Phase {
 
     pub fn validate(&self, model: &ModelConfig) -> Result<()> {
         let longest = model.max_position_embeddings as u64;
+        if let Some(Err((key, value, limit))) = self.rope_scaling.as_ref().map(RopeScaling::validate) {
+            bail!("rope_scaling.{key} = {value}: {limit}");
+        }
         ensure!(self.mixture.as_ref().is_none_or(|mixture| !mixture.is_empty()), "mixture = []: must name a source");
         for lr in [self.lr.at(0.0), self.lr.at(1.0)] {
             ensure!(lr >= 0.0 && lr.is_finite(), "lr = {lr}: must not be negative");
@@ -244,6 +247,11 @@ impl Plan {
 
     pub fn total_tokens(&self) -> u64 {
         self.phases.iter().map(|phase| phase.tokens).sum()
+    }
+
+    /// That its steps read: more than its phases' where the last step goes beyond the end.
+    pub fn trained_tokens(&self) -> u64 {
+        self.stretches(0).map(|(moment, steps)| moment.batch * moment.phase.sequence_length * steps).sum()
     }
 
     /// None once every phase is over.
@@ -323,7 +331,7 @@ mod tests {
         assert!((at(1500).expect("inside").1 - 0.55).abs() < 1e-12);
         assert_eq!(at(2000), None);
         // 13 steps of 40 reach 520, 6 of 80 reach 1000, 9 of 120 end at 2080.
-        assert_eq!(plan.num_steps(), 13 + 6 + 9);
+        assert_eq!((plan.num_steps(), plan.trained_tokens()), (13 + 6 + 9, 2080));
     }
 
     #[test]

@@ -125,7 +125,7 @@ fn a_run(config: &RunConfig, mesh: &Mesh, (load, room): (f64, Option<f64>)) -> R
     let plan = Plan::new(&config.phase, &config.data.mixture);
     let nodes = mesh.nodes.last().map_or(0, |last| last + 1);
     println!("{} ranks on {nodes} node(s): pp {}, dp {}, ep {}, {}", mesh.world_size(), mesh.pp, mesh.dp, mesh.ep, mesh.schedule);
-    println!("{} steps, {} tokens", plan.num_steps(), plan.total_tokens());
+    println!("{} steps, {} tokens", plan.num_steps(), plan.trained_tokens());
     println!("\n{:>6} {:>9} {:>18} {:>8} {:>7} {:>20}", "phase", "steps", "tokens", "length", "batch", "micro-batches a pipe");
     for (number, phase) in config.phase.iter().enumerate() {
         let of_phase = |(moment, steps): (trainer::phase::Moment, u64)| std::ptr::eq(moment.phase, plan.phase(number)).then_some((moment.batch, steps));
@@ -178,6 +178,7 @@ fn model(path: &Path) -> Result<()> {
     println!("main parameters      {:>16}", count.main);
     println!("active without embed {:>16}", count.active);
     println!("MTP's own            {:>16}", count.mtp);
-    println!("full state (8 B each){:>13.2} GB", (count.main + count.mtp) as f64 * 8.0 / 1e9);
+    let gb = |bytes: f64| (count.main + count.mtp) as f64 * bytes / 1e9;
+    println!("masters and moments  {:>13.2} GB with moments = \"bf16\", {:.2} GB with \"f32\"", gb(8.0), gb(12.0));
     Ok(())
 }

@@ -245,6 +245,9 @@ impl Run<'_> {
         all_or_none(&*self.world, written)?;
         self.metrics.say(&format!("{} at step {}", if finished { "finished" } else { "stopped" }, self.state.step));
         barrier(&*self.world)?;
+        if finished {
+            self.check_learnt()?;
+        }
         Ok(Outcome { summary })
     }
 }

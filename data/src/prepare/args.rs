@@ -165,6 +165,9 @@ impl PrepareArgs {
             let limit = format!("must be at least {smallest}: 256 bytes and the special tokens");
             return Err(DataError::bad_option("--vocab", vocab, limit));
         }
+        if !(1..=1 << 20).contains(&self.bpe_mib) {
+            return Err(DataError::bad_option("--bpe-mib", self.bpe_mib, "must lie in 1 to 2^20"));
+        }
         // A row group and the longest document after it must fit a page.
         if !(1..=1 << 27).contains(&self.row_group_tokens) {
             return Err(DataError::bad_option("--row-group-tokens", self.row_group_tokens, "must lie in 1 to 2^27"));

@@ -78,6 +78,9 @@ pub(super) fn train(out: &Path, spilled: &[std::path::PathBuf], units: Units, vo
     }
     let documents = sample.iter().flat_map(|unit| (0..unit.len()).map(|i| unit.document(i).1));
     let bpe = bpe::train(&first_text(documents, bytes), vocab)?;
+    if bpe.tokens.len() < vocab as usize {
+        tracing::warn!("the text gives {} tokens of the {vocab} of --vocab: no other pair occurs twice in it", bpe.tokens.len());
+    }
     durable::write_json(&out.join(CONFIG_FILE), &bpe::config_json())?;
     let path = out.join(TOKENIZER_FILE);
     durable::write_json(&path, &bpe.to_json())?;

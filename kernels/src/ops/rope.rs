@@ -32,6 +32,24 @@ fn one() -> f64 {
 }
 
 impl RopeScaling {
+    /// Err: the key, its value and the limit it broke.
+    pub fn validate(&self) -> Result<(), (&'static str, f64, String)> {
+        let original = self.original_max_position_embeddings as f64;
+        let slow = format!("must be at least beta_slow = {}", self.beta_slow);
+        for (key, value, ok, limit) in [
+            ("factor", self.factor, self.factor >= 1.0, "must be at least 1"),
+            ("original_max_position_embeddings", original, original >= 1.0, "must be at least 1"),
+            ("beta_slow", self.beta_slow, self.beta_slow > 0.0, "must be positive"),
+            ("beta_fast", self.beta_fast, self.beta_fast >= self.beta_slow, &*slow),
+            ("mscale", self.mscale, self.mscale >= 0.0, "must not be negative"),
+            ("mscale_all_dim", self.mscale_all_dim, self.mscale_all_dim >= 0.0, "must not be negative"),
+        ] {
+            if !(ok && value.is_finite()) {
+                return Err((key, value, limit.into()));
+            }
+        }
+        Ok(())
+    }
     fn temperature(&self, mscale: f64) -> f64 {
         if self.factor <= 1.0 { 1.0 } else { 0.1 * mscale * self.factor.ln() + 1.0 }
     }

@@ -2,7 +2,7 @@
 //! and readers that want more, or fewer, files than there were writers.
 use super::manifest::FileEntry;
 use super::save::{Place, described, put_in_place, refuse_existing, shard_name};
-use super::{Manifest, Reader, shard, verify};
+use super::{Manifest, Reader, inspect, shard, verify};
 use anyhow::{Context, Result, ensure};
 use std::path::{Path, PathBuf};
 
@@ -17,6 +17,8 @@ pub struct Resharded {
 pub fn reshard(checkpoint: &Path, out: &Path, files: usize) -> Result<Resharded> {
     ensure!(files >= 1, "--files 0: a checkpoint has at least one");
     refuse_existing(out)?;
+    let rows = inspect(checkpoint)?.tensors.values().map(|tensor| tensor.shape[0]).max().unwrap_or(1);
+    ensure!(files as u64 <= rows as u64, "--files {files}: no tensor has more than {rows} rows, and a file would be empty");
     let mut manifest = verify(checkpoint)?;
     let mut reader = Reader::open(checkpoint)?;
     let out = &std::path::absolute(out)?;

@@ -1,6 +1,6 @@
 //! Which checkpoints of a run are kept.
 use super::{inspect, list};
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 
@@ -42,6 +42,7 @@ pub struct Pruned {
 /// Looks at every checkpoint that would be kept, so that no whole one goes for the sake of one that lacks a file or a part of
 /// one. Reads no tensor.
 pub fn prune(run_dir: &Path, retention: Retention, dry_run: bool) -> Result<Pruned> {
+    ensure!(run_dir.join("checkpoints").is_dir(), "{} is not a run directory: it has no checkpoints/", run_dir.display());
     let mut all = list(run_dir)?;
     let (mut damaged, mut whole) = (Vec::new(), HashSet::new());
     loop {

@@ -82,6 +82,15 @@ impl Run<'_> {
         Err(GaveUp(format!("gave up: {skipped} steps in a row were skipped, the last because {reason}; newest checkpoint: {newest}")).into())
     }
 
+    /// At the end of the phases: steps were skipped one and all, and nothing was learnt.
+    pub(super) fn check_learnt(&self) -> Result<()> {
+        let steps = self.state.step;
+        if steps > 0 && self.state.progress.skipped_steps == steps {
+            return Err(GaveUp(format!("the run is over, and each of its {steps} steps was skipped: it has learnt nothing")).into());
+        }
+        Ok(())
+    }
+
     pub(super) fn validate(&mut self, mark: &mut Instant) -> Result<()> {
         let (Some(held_out), true) = (&self.corpus.held_out, self.config.validation.every > 0) else { return Ok(()) };
         // Always the first phase's sequence length, so that the numbers of one run compare.

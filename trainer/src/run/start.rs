@@ -149,7 +149,7 @@ impl Run<'_> {
             places[0].device,
             self.config.run.precision,
             self.plan.num_steps(),
-            self.plan.total_tokens(),
+            self.plan.trained_tokens(),
         ));
         if let (on @ tch::Device::Cuda(_), 0) = (self.trainer.weights.device(), self.world.rank()) {
             let most = needs(self.config, &self.trainer.mesh, 1.0)?.iter().map(Need::most).max().unwrap_or(0);
