@@ -7,8 +7,9 @@ use std::time::Duration;
 /// An error of preparing or of reading a corpus.
 #[derive(Debug, thiserror::Error)]
 pub enum DataError {
-    #[error("{}: cannot {doing}: {source}", path.display())]
-    Io { path: PathBuf, doing: &'static str, source: std::io::Error },
+    /// `error` is told here, and is no source: who prints the chain would print it twice.
+    #[error("{}: cannot {doing}: {error}", path.display())]
+    Io { path: PathBuf, doing: &'static str, error: std::io::Error },
 
     #[error("no text found under {inputs}: {files} files looked at, none of the extensions {extensions} held a document\n{left_out}")]
     NoText { inputs: String, files: u64, extensions: String, left_out: String },
@@ -69,7 +70,7 @@ impl DataError {
     /// For `map_err` on standard library calls.
     pub(crate) fn io(path: impl Into<PathBuf>, doing: &'static str) -> impl FnOnce(std::io::Error) -> DataError {
         let path = path.into();
-        move |source| DataError::Io { path, doing, source }
+        move |error| DataError::Io { path, doing, error }
     }
 
     pub(crate) fn bad_option(option: &'static str, value: impl ToString, limit: impl Into<String>) -> DataError {

@@ -135,7 +135,10 @@ fn a_folder_without_text_makes_no_corpus() {
     let (empty, out) = (scratch().join("empty"), scratch().join("empty-out"));
     fs::create_dir_all(&empty).expect("a folder");
     fs::write(empty.join("picture.rs"), [0u8, 159, 146, 150]).expect("a file");
-    refused(&words(&["prepare", &empty.display().to_string(), "--out", &out.display().to_string(), "--vocab", "512"]), &[&empty.display().to_string()]);
+    let prepare = |input: &Path| words(&["prepare", &input.display().to_string(), "--out", &out.display().to_string(), "--vocab", "512"]);
+    refused(&prepare(&empty), &[&empty.display().to_string()]);
+    let gone = empty.join("gone");
+    refused(&prepare(&gone), &[&format!("error: {}: cannot ", gone.display()), ": No such file or directory (os error 2)\n"]);
     assert!(!out.exists());
 }
 

@@ -285,7 +285,7 @@ pub fn fetch(location: &Path, file: &str) -> Result<Option<Bytes>, DataError> {
     match runtime.block_on(async { Store::open(location, Retry::default())?.read_all(file).await }) {
         Ok(bytes) => Ok(Some(bytes)),
         Err(DataError::MissingFile { .. }) => Ok(None),
-        Err(DataError::Io { source, .. }) if source.kind() == std::io::ErrorKind::NotFound => Ok(None),
+        Err(DataError::Io { error, .. }) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
         Err(error) => Err(error),
     }
 }
