@@ -133,6 +133,8 @@ fn a_number_out_of_its_range_is_refused_by_name() {
         ("phase.1.rope_scaling", format!("{{{yarn},beta_slow=0.0}}"), "rope_scaling.beta_slow = 0: must be positive"),
         ("phase.1.rope_scaling", format!("{{{yarn},beta_slow=40.0}}"), "rope_scaling.beta_fast = 32: must be at least beta_slow = 40"),
         ("phase.1.rope_scaling", format!("{{{yarn},mscale=-1.0}}"), "rope_scaling.mscale = -1: must not be negative"),
+        ("data.mixture", "[{path=\"a\",weight=0.0}]".into(), "data.mixture.0.weight = 0: must be positive; leave out a source that has no share"),
+        ("phase.1.mixture", "[{path=\"a\"},{path=\"b\",weight=-1.0}]".into(), "[[phase]] 2: mixture.1.weight = -1: must be positive; leave out a source that has no share"),
         ("run.dir", "\"\"".into(), "run.dir = \"\": must name a folder"),
     ] {
         let error = RunConfig::load(&root().join("configs/run/tiny.toml"), &[format!("{key}={value}")]).expect_err(key);

@@ -170,6 +170,16 @@ fn a_full_disk_leaves_no_half_checkpoint() {
 }
 
 #[test]
+fn what_every_rank_finds_one_of_them_says() {
+    let run = Run::new("three-ranks", &[]);
+    assert_eq!(mpirun(3, &run.train_args(), 1).matches("is not a multiple of micro_batch 1 × dp 3").count(), 1);
+    let stopped = finished("no-checkpoint-left");
+    fs::remove_dir_all(stopped.dir().join("checkpoints")).expect("removed");
+    let resume = words(&["resume", &stopped.dir().display().to_string()]);
+    assert_eq!(mpirun(2, &resume, 1).matches("holds no whole checkpoint to resume from").count(), 1);
+}
+
+#[test]
 fn a_full_output_is_an_error_of_one_line() {
     let (text, out) = (scratch().join("full-output.txt"), scratch().join("full-output"));
     fs::write(&text, "one document of some words ".repeat(40)).expect("a file");

@@ -196,6 +196,7 @@ impl RunConfig {
         }
         ensure!(!self.phase.is_empty(), "[[phase]]: a run needs at least one");
         ensure!(!self.data.mixture.is_empty(), "data.mixture: a run needs at least one source");
+        check_weights(&self.data.mixture, "data.mixture")?;
         let patience = self.data.patience;
         ensure!((1..=MOST_PATIENCE).contains(&patience), "data.patience = {patience}: must be from 1 to {MOST_PATIENCE} s");
         ensure!(!self.run.dir.as_os_str().is_empty(), "run.dir = \"\": must name a folder");
@@ -266,6 +267,15 @@ impl RunConfig {
     pub fn to_toml(&self) -> Result<String> {
         Ok(toml::to_string(self)?)
     }
+}
+
+/// Shares of a mixture.
+pub(crate) fn check_weights(mixture: &[Source], key: &str) -> Result<()> {
+    mixture.iter().enumerate().try_for_each(|(index, source)| {
+        let weight = source.weight;
+        ensure!(weight > 0.0, "{key}.{index}.weight = {weight}: must be positive; leave out a source that has no share");
+        Ok(())
+    })
 }
 
 /// TOML has `inf` and `nan`; no key means anything by them.

@@ -1,5 +1,6 @@
 //! What changes over a run, by tokens seen: mixture, sequence length, batch, learning rate, rope scaling, and the
 //! weights of the extra losses. Pure functions of the config, so a resume on either side of an edge is the same run.
+use crate::config::check_weights;
 use anyhow::{Result, bail, ensure};
 use data::Source;
 use kernels::ops::rope::RopeScaling;
@@ -173,6 +174,7 @@ impl Phase {
             bail!("rope_scaling.{key} = {value}: {limit}");
         }
         ensure!(self.mixture.as_ref().is_none_or(|mixture| !mixture.is_empty()), "mixture = []: must name a source");
+        check_weights(self.mixture.as_deref().unwrap_or_default(), "mixture")?;
         for lr in [self.lr.at(0.0), self.lr.at(1.0)] {
             ensure!(lr >= 0.0 && lr.is_finite(), "lr = {lr}: must not be negative");
         }

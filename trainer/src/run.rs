@@ -25,12 +25,12 @@ use crate::phase::Plan;
 use crate::step::Trainer;
 use crate::summary::Summary;
 use crate::waiting::Reporter;
-use anyhow::{Result, ensure};
+use anyhow::Result;
 use corpus::Corpus;
 use kernels::ops::rope::RopeScaling;
 use parallel::comm::watched::{Watch, watched};
 use parallel::comm::{Comm, barrier};
-use start::{Restored, binary, check_free, prepare_dir, restore};
+use start::{Restored, binary, check_free, check_validation, prepare_dir, restore};
 use std::path::PathBuf;
 use std::time::Instant;
 
@@ -82,24 +82,18 @@ struct State {
 /// Runs to the end of the phases, a stop signal or `run.stop_after`. Collective over `world`.
 pub fn train(config: &RunConfig, world: Comm, start: Start, stop: &StopSignal) -> Result<Outcome> {
     device::open(config, &*world)?; // before the long part: a machine without what it needs says so at once
-    let layout = config.layout(&nodes(&*world)?)?;
-    if start == Start::Fresh {
-        prove_schedules(config, &layout, 0)?; // a resume's once it is known where it stands
-    }
+    // What every rank finds alike, one of them says.
+    let layout = config.layout(&nodes(&*world)?).and_then(|layout| match start {
+        Start::Fresh => prove_schedules(config, &layout, 0).map(|_| layout),
+        Start::Resume => Ok(layout), // proven once it is known where it stands
+    });
+    let layout = all_or_none(&*world, layout)?;
     let (world, watch) = watched(device::connect(config, &layout, world)?);
     let plan = Plan::new(&config.phase, &config.data.mixture);
     let free = if world.rank() == 0 && start == Start::Fresh { check_free(&config.run.dir) } else { Ok(()) };
     all_or_none(&*world, free)?;
     let corpus = all_or_none(&*world, Corpus::open(config, &plan, world.rank() == 0))?;
-    if let (Some(held_out), true) = (&corpus.held_out, layout.ep > 1) {
-        let sequences = config.validation.sequences.min(held_out.num_samples());
-        let dp = layout.dp as u64;
-        ensure!(
-            sequences % dp == 0,
-            "validation over {sequences} sequences on dp {dp} with experts shared by ep {} ranks: must be a multiple of dp",
-            layout.ep
-        );
-    }
+    all_or_none(&*world, check_validation(config, &corpus, &layout))?;
     let facts = [("binary", binary()?), ("config", config.to_toml()?), ("corpus", corpus.fingerprint())];
     agree(&*world, &facts)?;
 
@@ -110,7 +104,7 @@ pub fn train(config: &RunConfig, world: Comm, start: Start, stop: &StopSignal) -
     let second = &config.checkpoint.second_tier;
     let tier = (second.every > 0).then(|| SecondTier::new(second, &config.run.dir, &layout.nodes, &*world)).transpose()?;
     let Restored { state, newest: last_checkpoint, damaged, notes } = restore((config, start, tier.as_ref()), &world, &mut trainer, &corpus)?;
-    let schedules = prove_schedules(config, &layout, state.tokens)?;
+    let schedules = all_or_none(&*world, prove_schedules(config, &layout, state.tokens))?;
     tier.iter().for_each(SecondTier::clear); // the run goes on from a checkpoint, or begins again
     // Only now, with everything checked, is anything written.
     let ready = match start {

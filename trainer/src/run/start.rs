@@ -5,12 +5,12 @@ use super::{Run, Start, State};
 use crate::checkpoint::{self, Found};
 use crate::checkpoint::second_tier::SecondTier;
 use crate::config::RunConfig;
-use crate::coordinator::gather_layout;
+use crate::coordinator::{all_or_none, gather_layout};
 use crate::device;
 use crate::estimate::{Need, needs};
 use crate::phase::Plan;
 use crate::step::Trainer;
-use anyhow::{Context, Result, anyhow, bail, ensure};
+use anyhow::{Context, Result, anyhow, ensure};
 use data::Source;
 use parallel::comm::Comm;
 use parallel::mesh::Mesh;
@@ -81,6 +81,14 @@ pub fn prove_schedules(config: &RunConfig, mesh: &Mesh, tokens: u64) -> Result<V
     Ok(proven.into_iter().filter(|(_, schedule)| *schedule != mesh.schedule).map(note).collect())
 }
 
+/// Ranks that share experts validate in step.
+pub(super) fn check_validation(config: &RunConfig, corpus: &Corpus, mesh: &Mesh) -> Result<()> {
+    let (Some(held_out), true) = (&corpus.held_out, mesh.ep > 1) else { return Ok(()) };
+    let (sequences, dp, ep) = (config.validation.sequences.min(held_out.num_samples()), mesh.dp as u64, mesh.ep);
+    ensure!(sequences % dp == 0, "validation over {sequences} sequences on dp {dp} with experts shared by ep {ep} ranks: must be a multiple of dp");
+    Ok(())
+}
+
 #[derive(Default)]
 pub(super) struct Restored {
     pub state: State,
@@ -103,23 +111,18 @@ pub(super) fn restore((config, start, tier): Begin, world: &Comm, trainer: &mut 
     }
     let dir = &config.run.dir;
     let Found { newest, damaged, mut notes } = checkpoint::load_newest(&**world, dir, tier, &mut |reader| trainer.load_all(reader))?;
-    let Some((path, manifest)) = newest else {
+    if newest.is_none() {
         tier.iter().for_each(|tier| tier.clear()); // the launcher is not to try again
-        bail!(
-            "{} holds no whole checkpoint to resume from{}",
-            dir.display(),
-            notes.iter().map(|note| format!("\n  {note}")).collect::<String>()
-        );
-    };
-    ensure!(
-        manifest.seed == config.run.seed,
-        "{} was written with seed {}, the run's is {}",
-        path.display(),
-        manifest.seed,
-        config.run.seed
-    );
-    let read = corpus.check_read(&manifest.corpus, manifest.cursor.order);
-    read.with_context(|| format!("{} does not go on with these corpora", path.display()))?;
+    }
+    let none = || anyhow!("{} holds no whole checkpoint to resume from{}", dir.display(), notes.iter().map(|note| format!("\n  {note}")).collect::<String>());
+    let fits = newest.ok_or_else(none).and_then(|(path, manifest)| {
+        let (written, seed) = (manifest.seed, config.run.seed);
+        ensure!(written == seed, "{} was written with seed {written}, the run's is {seed}", path.display());
+        let read = corpus.check_read(&manifest.corpus, manifest.cursor.order);
+        read.with_context(|| format!("{} does not go on with these corpora", path.display()))?;
+        Ok((path, manifest))
+    });
+    let (path, manifest) = all_or_none(&**world, fits)?;
     trainer.guard.state = manifest.progress.guard.clone();
     trainer.sentinel.state = manifest.progress.sentinel.clone();
     notes.push(format!("resuming from {} (step {}, {} tokens)", path.display(), manifest.step, manifest.tokens));
