@@ -49,7 +49,13 @@ impl Tokenizer {
     /// `path` is only for messages.
     pub fn from_bytes(path: &Path, bytes: &[u8]) -> Result<Tokenizer, DataError> {
         let bad = |reason: String| DataError::Tokenizer { path: path.to_owned(), reason };
-        let json: serde_json::Value = serde_json::from_slice(bytes).map_err(|e| bad(e.to_string()))?;
+        let mut json: serde_json::Value = serde_json::from_slice(bytes).map_err(|e| bad(e.to_string()))?;
+        // They fit texts to a model's inputs: a document would be cut, lengthened, or another one each time.
+        for key in ["/truncation", "/padding", "/model/dropout"] {
+            if let Some(value) = json.pointer_mut(key) {
+                value.take();
+            }
+        }
         let vocab_size = vocab_size(&json).ok_or_else(|| bad("has no model.vocab".into()))?;
         let fast = match fastokens::Tokenizer::from_json(json.clone()) {
             Ok(fast) => Some(fast),
