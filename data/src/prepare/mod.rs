@@ -14,6 +14,7 @@ mod durable;
 mod encode;
 mod inputs;
 mod left_out;
+mod line;
 mod remote;
 mod spill;
 mod summary;
