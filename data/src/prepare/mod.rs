@@ -23,6 +23,7 @@ mod transform;
 mod work;
 
 use std::fs;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
@@ -122,14 +123,19 @@ impl<'a> Prepare<'a> {
         if documents == 0 {
             return Err(no_text(self.args, &left_out));
         }
-        let tokenizer = self.tokenizer(out, &parts, units)?;
+        let held_out: u64 = groups.iter().map(|group| group.held_out_documents).sum();
+        let lender = match held_out {
+            0 if self.args.held_out > 0.0 => first_filled(&parts, units.held_out..units.count(), 2)?,
+            all if all == documents => first_filled(&parts, 0..units.held_out, 1)?,
+            _ => None,
+        };
+        let jobs = encode::jobs(units, lender);
+        let tokenizer = self.tokenizer(out, &parts, &jobs)?;
         let end_token = tokenizer.end_token(self.args.end_token.as_deref())?;
         let transform = transform::Transform::new(&tokenizer, end_token, self.args.fim_rate, self.args.split_rate)?;
-        let lacks_held_out = self.args.held_out > 0.0 && groups.iter().all(|group| group.held_out_documents == 0);
-        let lender = if lacks_held_out { first_filled(&parts, units)? } else { None };
         let row_group_tokens = self.args.row_group_tokens;
         let encoder = Encoder { transform, parts: &parts, out, done: &done, row_group_tokens };
-        let shards = self.encode(&encoder, &encode::jobs(units, lender))?;
+        let shards = self.encode(&encoder, &jobs)?;
         let (held_out, train): (Vec<_>, Vec<_>) = shards.into_iter().partition(|(split, _)| *split == Split::HeldOut);
         let stream = |split, shards: &[(Split, ShardDone)]| {
             let shards: Vec<ShardDone> = shards.iter().map(|(_, done)| done.clone()).collect();
@@ -176,7 +182,7 @@ impl<'a> Prepare<'a> {
     }
 
     /// The tokenizer that lies in the output folder: copied, trained, or left there by an earlier run.
-    fn tokenizer(&mut self, out: &Path, parts: &[PathBuf], units: Units) -> Result<Tokenizer, DataError> {
+    fn tokenizer(&mut self, out: &Path, parts: &[PathBuf], jobs: &[encode::Job]) -> Result<Tokenizer, DataError> {
         let path = out.join(TOKENIZER_FILE);
         if let Some(given) = self.given.take() {
             given.write(out)?;
@@ -186,7 +192,7 @@ impl<'a> Prepare<'a> {
             return open_tokenizer(&path);
         }
         let vocab = self.args.vocab.expect("validated: a vocabulary or a tokenizer");
-        tokens::train(out, parts, units, vocab, self.args.bpe_mib << 20)
+        tokens::train(out, parts, jobs, vocab, self.args.bpe_mib << 20)
     }
 
     /// As many shards at once as there are threads, and documents side by side inside each.
@@ -223,13 +229,14 @@ impl<'a> Prepare<'a> {
     }
 }
 
-/// The first train unit with a document, if it has another one to keep.
-fn first_filled(parts: &[PathBuf], units: Units) -> Result<Option<u32>, DataError> {
-    for unit in units.held_out..units.count() {
-        match Unit::load(parts, unit)?.len() {
-            0 => {}
-            1 if unit + 1 == units.count() => return Ok(None),
-            _ => return Ok(Some(unit)),
+/// The first of some units with a document, if they have `least`.
+fn first_filled(parts: &[PathBuf], units: Range<u32>, least: usize) -> Result<Option<u32>, DataError> {
+    let (mut first, mut documents) = (None, 0);
+    for unit in units {
+        documents += Unit::load(parts, unit)?.len();
+        first = first.or((documents > 0).then_some(unit));
+        if documents >= least {
+            return Ok(first);
         }
     }
     Ok(None)

@@ -2,15 +2,17 @@
 //! said before the inputs are read, what it loses of their text with the first of them.
 
 use std::fs;
-use std::path::Path;
+use std::ops::Range;
+use std::path::{Path, PathBuf};
 
+use super::encode::Job;
 use super::inputs::InputFile;
-use super::spill::{Unit, Units};
+use super::spill::Unit;
 use super::transform::Transform;
 use super::{PrepareArgs, bpe, durable};
 use crate::format::manifest::TOKENIZER_FILE;
 use crate::tokenizer::{Tokenizer, open_tokenizer};
-use crate::DataError;
+use crate::{DataError, Split};
 
 const CONFIG_FILE: &str = "tokenizer_config.json";
 
@@ -65,18 +67,19 @@ impl Given {
 }
 
 /// Trains one of `vocab` tokens on the first `bytes` of training text.
-pub(super) fn train(out: &Path, spilled: &[std::path::PathBuf], units: Units, vocab: u32, bytes: u64) -> Result<Tokenizer, DataError> {
-    let mut sample: Vec<Unit> = Vec::new();
+pub(super) fn train(out: &Path, spilled: &[PathBuf], jobs: &[Job], vocab: u32, bytes: u64) -> Result<Tokenizer, DataError> {
+    let mut sample: Vec<(Unit, Range<usize>)> = Vec::new();
     let mut text = 0;
-    for unit in units.held_out..units.count() {
-        let unit = Unit::load(spilled, unit)?;
-        text += (0..unit.len()).map(|i| unit.document(i).1.len() as u64).sum::<u64>();
-        sample.push(unit);
+    for job in jobs.iter().filter(|job| job.split == Split::Train) {
+        let unit = Unit::load(spilled, job.unit)?;
+        let documents = job.part.of(unit.len());
+        text += documents.clone().map(|i| unit.document(i).1.len() as u64).sum::<u64>();
+        sample.push((unit, documents));
         if text >= bytes {
             break;
         }
     }
-    let documents = sample.iter().flat_map(|unit| (0..unit.len()).map(|i| unit.document(i).1));
+    let documents = sample.iter().flat_map(|(unit, documents)| documents.clone().map(|i| unit.document(i).1));
     let bpe = bpe::train(&first_text(documents, bytes), vocab)?;
     durable::write_json(&out.join(CONFIG_FILE), &bpe::config_json())?;
     let path = out.join(TOKENIZER_FILE);
