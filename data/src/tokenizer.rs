@@ -56,7 +56,10 @@ impl Tokenizer {
                 value.take();
             }
         }
-        let vocab_size = vocab_size(&json).ok_or_else(|| bad("has no model.vocab".into()))?;
+        let vocab_size = vocab_size(&json).ok_or_else(|| {
+            let found = json["model"]["type"].as_str().unwrap_or("missing");
+            bad(format!("model.vocab names no tokens with their ids, and model.type is {found}; BPE, WordPiece and WordLevel are read"))
+        })?;
         let fast = match fastokens::Tokenizer::from_json(json.clone()) {
             Ok(fast) => Some(fast),
             Err(error) => {

@@ -56,7 +56,7 @@ pub struct PrepareArgs {
     #[arg(long, value_name = "BYTES")]
     pub max_file_bytes: Option<u64>,
 
-    /// Extensions to read, separated by commas. jsonl, json.gz, jsonl.zst and parquet are taken
+    /// Extensions to read, separated by commas, in capitals or not. jsonl, json.gz, jsonl.zst and parquet are taken
     /// apart into documents; a file of any other extension is one document.
     #[arg(long, value_delimiter = ',', value_name = "LIST", default_values_t = DEFAULT_EXTENSIONS.map(String::from))]
     pub extensions: Vec<String>,

@@ -72,7 +72,7 @@ impl<'a> Prepare<'a> {
         let given = tokens::open_given(args)?;
         let (files, left_out) = inputs::list(args)?;
         if files.is_empty() {
-            return Err(no_text(args, &left_out));
+            return Err(no_text(args, left_out.files(), &left_out, &[]));
         }
         let hash = |value: serde_json::Value| blake3::hash(value.to_string().as_bytes()).to_hex().to_string();
         let (options, inputs) = (hash(serde_json::json!(args)), hash(serde_json::json!([files, given.as_ref().map(|given| &given.blake3)])));
@@ -121,7 +121,7 @@ impl<'a> Prepare<'a> {
         let mut left_out = self.left_out.clone();
         groups.iter().for_each(|group| left_out.merge(&group.left_out));
         if documents == 0 {
-            return Err(no_text(self.args, &left_out));
+            return Err(no_text(self.args, self.files.len() as u64 + self.left_out.files(), &left_out, &groups));
         }
         let held_out: u64 = groups.iter().map(|group| group.held_out_documents).sum();
         let lender = match held_out {
@@ -242,9 +242,11 @@ fn first_filled(parts: &[PathBuf], units: Range<u32>, least: usize) -> Result<Op
     Ok(None)
 }
 
-fn no_text(args: &PrepareArgs, left_out: &LeftOuts) -> DataError {
+fn no_text(args: &PrepareArgs, files: u64, left_out: &LeftOuts, groups: &[GroupDone]) -> DataError {
     let inputs: Vec<String> = args.inputs.iter().map(|input| input.display().to_string()).collect();
-    DataError::NoText { inputs: inputs.join(", "), extensions: args.extensions.join(", "), files: left_out.files(), left_out: left_out.to_string() }
+    let sum = |field: fn(&GroupDone) -> u64| groups.iter().map(field).sum();
+    let left_out = format!("{left_out}{}", summary::without_text(sum(|group| group.empty_documents), sum(|group| group.bad_lines)));
+    DataError::NoText { inputs: inputs.join(", "), extensions: args.extensions.join(", "), files, left_out }
 }
 
 fn hash_file(path: &Path) -> Result<String, DataError> {

@@ -62,9 +62,7 @@ impl fmt::Display for PrepareSummary {
             self.files, self.documents, self.duplicates, self.text_bytes as f64 / 1e6
         )?;
         write!(f, "{}", LeftOuts(self.left_out.clone()))?;
-        if self.empty_documents + self.bad_lines > 0 {
-            writeln!(f, "left out: {} documents without text, {} lines and rows that give none", self.empty_documents, self.bad_lines)?;
-        }
+        write!(f, "{}", without_text(self.empty_documents, self.bad_lines))?;
         writeln!(
             f,
             "{} train and {} held-out tokens of a vocabulary of {}, in {:.1} s",
@@ -72,6 +70,14 @@ impl fmt::Display for PrepareSummary {
         )?;
         writeln!(f, "held-out unigram entropy: {:.4} nats per token", self.unigram_entropy)?;
         write!(f, "corpus: {}", self.out.display())
+    }
+}
+
+/// A line, none for nothing.
+pub(super) fn without_text(documents: u64, lines: u64) -> String {
+    match documents + lines {
+        0 => String::new(),
+        _ => format!("left out: {documents} documents without text, {lines} lines and rows that give none\n"),
     }
 }
 

@@ -54,6 +54,19 @@ fn what_is_not_read_is_counted_by_reason() {
     assert_eq!(left_out(&summary), [few[0], large, few[1], few[2], few[3]]);
 }
 
+#[test]
+fn extensions_are_the_same_in_capitals() {
+    let folder = tempfile::tempdir().unwrap();
+    let input = folder.path().join("in");
+    fs::create_dir(&input).unwrap();
+    for (name, text) in [("A.JSONL", "{\"text\": \"one\"}\n{\"text\": \"two\"}\n"), ("b.TXT", "three"), ("c.txt", "four"), ("D.md", "five")] {
+        fs::write(input.join(name), text).unwrap();
+    }
+    let mut args = corpus::args(&input, &folder.path().join("out"));
+    args.extensions = [".JSONL", "TXT"].map(String::from).to_vec();
+    assert_eq!(text(&prepare(&args).unwrap()), ["one", "two", "three", "four"].map(String::from).into());
+}
+
 /// What Python's json.loads takes, and json.dumps writes, of fields besides.
 #[test]
 fn a_field_that_nobody_reads_costs_no_text() {

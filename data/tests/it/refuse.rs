@@ -39,6 +39,9 @@ fn options_and_inputs_without_text_are_clear_errors_and_leave_nothing() {
     fs::write(input.join("b.txt"), b"\xff\xfe").unwrap();
     let error = refused(&|_| {});
     assert!(matches!(error, DataError::NoText { files: 2, .. }) && error.to_string().contains("in"), "{error}");
+    fs::write(input.join("c.jsonl"), "{\"text\": \"\"}\n{\"text\": null}\n").unwrap();
+    let error = refused(&|_| {});
+    assert!(matches!(error, DataError::NoText { files: 3, .. }) && error.to_string().contains("left out: 2 documents without text"), "{error}");
     for (name, change) in [
         ("--held-out", (|args| args.held_out = 1.5) as fn(&mut PrepareArgs)),
         ("--vocab", |args| args.vocab = Some(100)),
@@ -228,6 +231,8 @@ fn what_a_tokenizer_lacks_is_said_before_anything_is_read() {
     let use_it = |args: &mut PrepareArgs| (args.vocab, args.tokenizer) = (None, Some(given.clone()));
     let error = refused(&use_it, "t.json");
     assert!(matches!(error, DataError::Tokenizer { .. }), "{error}");
+    fs::write(&given, r#"{"model": {"type": "Unigram", "vocab": [["<unk>", 0.0], ["</s>", 0.0]]}}"#).unwrap();
+    refused(&use_it, "Unigram; BPE, WordPiece and WordLevel are read");
     bare["added_tokens"] = serde_json::json!([]);
     let vocab = bare["model"]["vocab"].as_object_mut().unwrap();
     vocab.retain(|token, _| !token.starts_with("<｜"));
