@@ -112,9 +112,9 @@ impl Tokenizer {
         }
     }
 
-    /// Where the ids of `text` do not give it back, and what they give; always between characters of both.
-    pub fn first_change(&self, text: &str) -> Result<Option<(usize, String)>, DataError> {
-        let found = self.decode(&self.encode_document(text)?)?;
+    /// Where `ids` do not give `text` back, and what they give; always between characters of both.
+    pub fn first_change(&self, text: &str, ids: &[u32]) -> Result<Option<(usize, String)>, DataError> {
+        let found = self.decode(ids)?;
         if found == text {
             return Ok(None);
         }
@@ -166,7 +166,6 @@ impl Tokenizer {
         let vocab = self.json["model"]["vocab"].as_object().into_iter().flatten();
         vocab.filter_map(|(token, id)| Some((u32::try_from(id.as_u64()?).ok()?, token.as_str())))
     }
-
 
     fn encode_slow(&self, text: &str, pick: fn(&Slow) -> &tokenizers::Tokenizer) -> Result<Vec<u32>, DataError> {
         let slow = self.slow.get().expect("a tokenizer without a fast side has loaded the slow one");

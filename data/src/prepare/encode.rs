@@ -53,6 +53,9 @@ impl Part {
 pub(super) struct ShardDone {
     pub file_bytes: u64,
     pub documents: u64,
+    /// Those of which a lossy tokenizer left nothing.
+    #[serde(default)]
+    pub empty: u64,
     pub duplicates: u64,
     pub tokens: u64,
     #[serde(skip)]
@@ -97,7 +100,6 @@ impl Encoder<'_> {
         let duplicates = if job.part == Part::First { 0 } else { unit.duplicates };
         let mut done = ShardDone { duplicates, ..ShardDone::default() };
         if !documents.is_empty() {
-            done.documents = documents.len() as u64;
             self.write_shard(job, &unit, documents, &mut done)?;
         }
         durable::write_json(&done_file, &done)?;
@@ -119,6 +121,11 @@ impl Encoder<'_> {
                     self.transform.encode(key, text)
                 });
                 for document in encoded.collect::<Result<Vec<_>, _>>()? {
+                    let Some(document) = document else {
+                        done.empty += 1;
+                        continue;
+                    };
+                    done.documents += 1;
                     if job.split == Split::HeldOut {
                         count(&document, &mut counts);
                     }

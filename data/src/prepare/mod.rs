@@ -131,12 +131,17 @@ impl<'a> Prepare<'a> {
         };
         let jobs = encode::jobs(units, lender);
         let tokenizer = self.tokenizer(out, &parts, &jobs)?;
-        let end_token = tokenizer.end_token(self.args.end_token.as_deref())?;
-        let transform = transform::Transform::new(&tokenizer, end_token, self.args.fim_rate, self.args.split_rate)?;
+        let transform = transform::Transform::new(&tokenizer, self.args)?;
+        let end_token = transform.end_token;
         let row_group_tokens = self.args.row_group_tokens;
         let encoder = Encoder { transform, parts: &parts, out, done: &done, row_group_tokens };
         let shards = self.encode(&encoder, &jobs)?;
         let (held_out, train): (Vec<_>, Vec<_>) = shards.into_iter().partition(|(split, _)| *split == Split::HeldOut);
+        if train.iter().all(|(_, done)| done.documents == 0) {
+            let lost: u64 = train.iter().map(|(_, done)| done.empty).sum();
+            let reason = format!("has no token for any of the {lost} documents to train on");
+            return Err(DataError::Tokenizer { path: tokenizer.path().to_owned(), reason });
+        }
         let stream = |split, shards: &[(Split, ShardDone)]| {
             let shards: Vec<ShardDone> = shards.iter().map(|(_, done)| done.clone()).collect();
             encoder.write_index(split, &shards)
@@ -147,7 +152,7 @@ impl<'a> Prepare<'a> {
             end_token,
             tokenizer_blake3: hash_file(&out.join(TOKENIZER_FILE))?,
             unigram_entropy: summary::unigram_entropy(held_out.iter().map(|(_, done)| done.counts.as_slice())),
-            prepare: self.recipe(&groups, left_out, train.iter().chain(&held_out).map(|(_, done)| done.duplicates).sum()),
+            prepare: self.recipe(&groups, left_out, train.iter().chain(&held_out).map(|(_, done)| done)),
             train: stream(Split::Train, &train)?,
             held_out: stream(Split::HeldOut, &held_out)?,
         };
@@ -211,8 +216,9 @@ impl<'a> Prepare<'a> {
         Ok(shards)
     }
 
-    fn recipe(&self, groups: &[GroupDone], left_out: LeftOuts, duplicates: u64) -> Recipe {
+    fn recipe<'d>(&self, groups: &[GroupDone], left_out: LeftOuts, shards: impl Iterator<Item = &'d ShardDone>) -> Recipe {
         let sum = |field: fn(&GroupDone) -> u64| groups.iter().map(field).sum::<u64>();
+        let (duplicates, empty) = shards.fold((0, 0), |(duplicates, empty), done| (duplicates + done.duplicates, empty + done.empty));
         Recipe {
             seed: self.args.seed,
             held_out: self.args.held_out,
@@ -222,7 +228,7 @@ impl<'a> Prepare<'a> {
             skipped_files: left_out.0.get(left_out::NOT_TEXT).map_or(0, |some| some.files),
             text_bytes: sum(|group| group.text_bytes),
             duplicates,
-            empty_documents: sum(|group| group.empty_documents),
+            empty_documents: sum(|group| group.empty_documents) + empty,
             bad_lines: sum(|group| group.bad_lines),
             left_out: left_out.0,
         }

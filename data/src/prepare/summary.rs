@@ -13,7 +13,8 @@ pub struct PrepareSummary {
     pub files: u64,
     /// Files of a wanted extension that are not UTF-8 text.
     pub skipped_files: u64,
-    /// Documents without text, and lines of JSONL and rows of parquet that gave none.
+    /// Documents without text, or of which a lossy tokenizer left nothing, and lines of JSONL and rows of parquet that
+    /// gave none.
     pub empty_documents: u64,
     pub bad_lines: u64,
     /// Files that were not read, by reason; the skipped ones among them.

@@ -1,5 +1,5 @@
 //! The corpus's tokenizer: given, or trained on the first of the shuffled training documents. What a given one lacks is
-//! said before the inputs are read, what it loses of their text with the first of them.
+//! said before the inputs are read, what it loses of their text with the first of them, or else when they are encoded.
 
 use std::fs;
 use std::ops::Range;
@@ -39,8 +39,7 @@ pub(super) fn open_given(args: &PrepareArgs) -> Result<Option<Given>, DataError>
     let read = |path: &Path| fs::read(path).map_err(DataError::io(path, "read"));
     let bytes = read(path)?;
     let tokenizer = Tokenizer::from_bytes(path, &bytes)?;
-    let end_token = tokenizer.end_token(args.end_token.as_deref())?;
-    Transform::new(&tokenizer, end_token, args.fim_rate, args.split_rate)?;
+    Transform::new(&tokenizer, args)?;
     let config = bpe::config_beside(path).map(|beside| read(&beside)).transpose()?;
     Ok(Some(Given { tokenizer, blake3: blake3::hash(&bytes).to_hex().to_string(), bytes, config }))
 }
@@ -49,13 +48,8 @@ impl Given {
     /// Refuses a tokenizer that does not give a document back as it was.
     pub fn check(&self, file: &InputFile, number: u64, text: &str) -> Result<(), DataError> {
         let text = &text[..text.floor_char_boundary(text.len().min(CHECKED_BYTES))];
-        let Some((at, found)) = self.tokenizer.first_change(text)? else { return Ok(()) };
-        let shown = |text: &str| text[at..].chars().take(20).collect::<String>();
-        let reason = format!(
-            "does not give text back: {}: {}{:?} at byte {at} becomes {:?}; --lossy-tokenizer accepts that",
-            file.path.display(), file.place(number), shown(text), shown(&found)
-        );
-        Err(DataError::Tokenizer { path: self.tokenizer.path().to_owned(), reason })
+        let ids = self.tokenizer.encode_document(text)?;
+        check(&self.tokenizer, text, &ids, || format!("{}: {}", file.path.display(), file.place(number)))
     }
 
     pub fn write(&self, out: &Path) -> Result<(), DataError> {
@@ -64,6 +58,17 @@ impl Given {
         }
         durable::write_bytes(&out.join(TOKENIZER_FILE), &self.bytes)
     }
+}
+
+/// Refuses ids that do not give `text` back; `place` says where it lies.
+pub(super) fn check(tokenizer: &Tokenizer, text: &str, ids: &[u32], place: impl FnOnce() -> String) -> Result<(), DataError> {
+    let Some((at, found)) = tokenizer.first_change(text, ids)? else { return Ok(()) };
+    let shown = |text: &str| text[at..].chars().take(20).collect::<String>();
+    let reason = format!(
+        "does not give text back: {}{:?} at byte {at} becomes {:?}; --lossy-tokenizer accepts that",
+        place(), shown(text), shown(&found)
+    );
+    Err(DataError::Tokenizer { path: tokenizer.path().to_owned(), reason })
 }
 
 /// Trains one of `vocab` tokens on the first `bytes` of training text.
