@@ -49,8 +49,17 @@ impl Tokenizer {
     /// `path` is only for messages.
     pub fn from_bytes(path: &Path, bytes: &[u8]) -> Result<Tokenizer, DataError> {
         let bad = |reason: String| DataError::Tokenizer { path: path.to_owned(), reason };
-        let json: serde_json::Value = serde_json::from_slice(bytes).map_err(|e| bad(e.to_string()))?;
-        let vocab_size = vocab_size(&json).ok_or_else(|| bad("has no model.vocab".into()))?;
+        let mut json: serde_json::Value = serde_json::from_slice(bytes).map_err(|e| bad(e.to_string()))?;
+        // They fit texts to a model's inputs: a document would be cut, lengthened, or another one each time.
+        for key in ["/truncation", "/padding", "/model/dropout"] {
+            if let Some(value) = json.pointer_mut(key) {
+                value.take();
+            }
+        }
+        let vocab_size = vocab_size(&json).ok_or_else(|| {
+            let found = json["model"]["type"].as_str().unwrap_or("missing");
+            bad(format!("model.vocab names no tokens with their ids, and model.type is {found}; BPE, WordPiece and WordLevel are read"))
+        })?;
         let fast = match fastokens::Tokenizer::from_json(json.clone()) {
             Ok(fast) => Some(fast),
             Err(error) => {
@@ -103,9 +112,9 @@ impl Tokenizer {
         }
     }
 
-    /// Where the ids of `text` do not give it back, and what they give; always between characters of both.
-    pub fn first_change(&self, text: &str) -> Result<Option<(usize, String)>, DataError> {
-        let found = self.decode(&self.encode_document(text)?)?;
+    /// Where `ids` do not give `text` back, and what they give; always between characters of both.
+    pub fn first_change(&self, text: &str, ids: &[u32]) -> Result<Option<(usize, String)>, DataError> {
+        let found = self.decode(ids)?;
         if found == text {
             return Ok(None);
         }
@@ -157,7 +166,6 @@ impl Tokenizer {
         let vocab = self.json["model"]["vocab"].as_object().into_iter().flatten();
         vocab.filter_map(|(token, id)| Some((u32::try_from(id.as_u64()?).ok()?, token.as_str())))
     }
-
 
     fn encode_slow(&self, text: &str, pick: fn(&Slow) -> &tokenizers::Tokenizer) -> Result<Vec<u32>, DataError> {
         let slow = self.slow.get().expect("a tokenizer without a fast side has loaded the slow one");

@@ -52,6 +52,7 @@ pub struct Recipe {
     pub skipped_files: u64,
     pub text_bytes: u64,
     pub duplicates: u64,
+    /// Without text, or of which a lossy tokenizer left nothing.
     #[serde(default)]
     pub empty_documents: u64,
     /// Of JSONL's lines and parquet's rows, those that gave no text.

@@ -25,7 +25,8 @@ pub struct PrepareArgs {
     #[arg(long, value_name = "FILE")]
     pub tokenizer: Option<PathBuf>,
 
-    /// Use it even if it changes text (normalizes it, or lacks tokens for some).
+    /// Use it even if it changes text (normalizes it, or lacks tokens for some); a document of which nothing is left is
+    /// left out.
     #[arg(long, requires = "tokenizer")]
     #[serde(skip)]
     pub lossy_tokenizer: bool,
@@ -56,7 +57,7 @@ pub struct PrepareArgs {
     #[arg(long, value_name = "BYTES")]
     pub max_file_bytes: Option<u64>,
 
-    /// Extensions to read, separated by commas. jsonl, json.gz, jsonl.zst and parquet are taken
+    /// Extensions to read, separated by commas, in capitals or not. jsonl, json.gz, jsonl.zst and parquet are taken
     /// apart into documents; a file of any other extension is one document.
     #[arg(long, value_delimiter = ',', value_name = "LIST", default_values_t = DEFAULT_EXTENSIONS.map(String::from))]
     pub extensions: Vec<String>,
@@ -76,7 +77,8 @@ pub struct PrepareArgs {
     #[arg(long, value_name = "RATE", default_value_t = 0.0)]
     pub fim_rate: f64,
 
-    /// Share of the tokens joining punctuation and line breaks that are split into the two.
+    /// Share of the tokens joining punctuation and line breaks that are split into the two; needs a byte-level tokenizer
+    /// that has some.
     #[arg(long, value_name = "RATE", default_value_t = 0.0)]
     pub split_rate: f64,
 

@@ -11,9 +11,9 @@ use parquet::data_type::{ByteArray, ByteArrayType};
 use parquet::errors::ParquetError;
 use parquet::file::reader::{ChunkReader, FileReader, SerializedFileReader};
 use parquet::schema::types::SchemaDescriptor;
-use serde_json::Value;
 
 use super::inputs::{InputFile, Kind, Packing};
+use super::line;
 use super::remote::{OpenFile, RemoteFile, RemoteReader};
 use crate::DataError;
 
@@ -151,11 +151,12 @@ impl Reader<'_> {
                 LONGEST_LINE => return Err(self.bad(format!("line {number}: longer than {LONGEST_LINE} bytes"))),
                 _ => {}
             }
-            let json = if number == 1 { line.strip_prefix(BYTE_ORDER_MARK).unwrap_or(&line) } else { &line };
+            let mark = if number == 1 && line.starts_with(BYTE_ORDER_MARK) { BYTE_ORDER_MARK.len() } else { 0 };
+            let json = &mut line[mark..];
             if json.iter().all(u8::is_ascii_whitespace) {
                 continue;
             }
-            if !self.meet(number, text_of(json, self.column))? {
+            if !self.meet(number, line::text_of(json, self.column))? {
                 break;
             }
         }
@@ -200,17 +201,6 @@ impl Reader<'_> {
 
 fn open(path: &Path) -> Result<File, DataError> {
     File::open(path).map_err(DataError::io(path, "open"))
-}
-
-/// The text of a line; of a null, as of a null in parquet, none.
-fn text_of(json: &[u8], key: &str) -> Result<String, String> {
-    let mut value: Value = serde_json::from_slice(json).map_err(|e| e.to_string())?;
-    match value.get_mut(key).map(Value::take) {
-        Some(Value::String(text)) => Ok(text),
-        Some(Value::Null) => Ok(String::new()),
-        Some(_) => Err(format!("{key:?} is no string")),
-        None => Err(format!("has no {key:?}")),
-    }
 }
 
 /// The number of the column that holds the text: strings, or bytes of no type, which old writers made of strings.

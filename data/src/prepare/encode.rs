@@ -2,6 +2,7 @@
 //! statistics are written whole, and a restart repeats only units without statistics.
 
 use std::io::Write;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use rayon::prelude::*;
@@ -27,8 +28,8 @@ pub(super) struct Job {
     pub part: Part,
 }
 
-/// Which documents of the unit. `First` and `ButFirst` serve a corpus so small that no key fell
-/// below the held-out threshold: its first document is held out.
+/// Which documents of the unit. `First` and `ButFirst` serve a corpus so small that all keys fell to one side of the
+/// held-out threshold: the first document goes to the other split.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Part {
     All,
@@ -36,11 +37,25 @@ pub(super) enum Part {
     ButFirst,
 }
 
+impl Part {
+    /// Out of a unit of so many documents.
+    pub fn of(self, documents: usize) -> Range<usize> {
+        match self {
+            Part::All => 0..documents,
+            Part::First => 0..1,
+            Part::ButFirst => 1..documents,
+        }
+    }
+}
+
 /// What a finished shard reports.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub(super) struct ShardDone {
     pub file_bytes: u64,
     pub documents: u64,
+    /// Those of which a lossy tokenizer left nothing.
+    #[serde(default)]
+    pub empty: u64,
     pub duplicates: u64,
     pub tokens: u64,
     #[serde(skip)]
@@ -81,15 +96,10 @@ impl Encoder<'_> {
             return Ok(done);
         }
         let unit = Unit::load(self.parts, job.unit)?;
-        let documents = match job.part {
-            Part::All => 0..unit.len(),
-            Part::First => 0..1,
-            Part::ButFirst => 1..unit.len(),
-        };
+        let documents = job.part.of(unit.len());
         let duplicates = if job.part == Part::First { 0 } else { unit.duplicates };
         let mut done = ShardDone { duplicates, ..ShardDone::default() };
         if !documents.is_empty() {
-            done.documents = documents.len() as u64;
             self.write_shard(job, &unit, documents, &mut done)?;
         }
         durable::write_json(&done_file, &done)?;
@@ -97,7 +107,7 @@ impl Encoder<'_> {
     }
 
     fn write_shard(
-        &self, job: Job, unit: &Unit, documents: std::ops::Range<usize>, done: &mut ShardDone,
+        &self, job: Job, unit: &Unit, documents: Range<usize>, done: &mut ShardDone,
     ) -> Result<(), DataError> {
         let path = self.out.join(job.split.shard_file(job.shard));
         let mut counts: Vec<u64> = Vec::new();
@@ -111,6 +121,11 @@ impl Encoder<'_> {
                     self.transform.encode(key, text)
                 });
                 for document in encoded.collect::<Result<Vec<_>, _>>()? {
+                    let Some(document) = document else {
+                        done.empty += 1;
+                        continue;
+                    };
+                    done.documents += 1;
                     if job.split == Split::HeldOut {
                         count(&document, &mut counts);
                     }
@@ -176,15 +191,20 @@ fn count(document: &[u8], counts: &mut Vec<u64>) {
     }
 }
 
-/// The shards that a partition needs: one a unit, and one more where the first document of
-/// `lender` has to be held out.
+/// The shards that a partition needs: one a unit, and one more where the first document of `lender` has to serve the
+/// other split.
 pub(super) fn jobs(units: Units, lender: Option<u32>) -> Vec<Job> {
     let of_unit = |unit: u32| {
         let (split, shard) = units.place(unit);
         let part = if Some(unit) == lender { Part::ButFirst } else { Part::All };
         Job { split, shard, unit, part }
     };
-    let lent = |unit| Job { split: Split::HeldOut, shard: units.held_out, unit, part: Part::First };
-    let held_out = (0..units.held_out).map(of_unit).chain(lender.map(lent));
-    held_out.chain((units.held_out..units.count()).map(of_unit)).collect()
+    let lent = |unit| {
+        let (split, shard) = match units.place(unit).0 {
+            Split::Train => (Split::HeldOut, units.held_out),
+            Split::HeldOut => (Split::Train, units.train),
+        };
+        Job { split, shard, unit, part: Part::First }
+    };
+    (0..units.count()).map(of_unit).chain(lender.map(lent)).collect()
 }

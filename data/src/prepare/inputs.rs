@@ -236,7 +236,7 @@ fn prepared(folder: &Path) -> bool {
 fn kind_of(name: &Path, wanted: Option<&[String]>) -> Option<Kind> {
     let name = name.file_name()?.to_string_lossy().to_ascii_lowercase();
     let ends = |extension: &str| name.strip_suffix(extension).is_some_and(|stem| stem.len() > 1 && stem.ends_with('.'));
-    if wanted.is_some_and(|wanted| !wanted.iter().any(|extension| ends(extension.trim_start_matches('.')))) {
+    if wanted.is_some_and(|wanted| !wanted.iter().any(|extension| ends(&extension.trim_start_matches('.').to_ascii_lowercase()))) {
         return None;
     }
     let packed = |kinds: [&str; 2]| kinds.iter().any(|kind| ends(kind));

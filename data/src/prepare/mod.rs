@@ -14,6 +14,7 @@ mod durable;
 mod encode;
 mod inputs;
 mod left_out;
+mod line;
 mod remote;
 mod spill;
 mod summary;
@@ -22,6 +23,7 @@ mod transform;
 mod work;
 
 use std::fs;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
@@ -70,7 +72,7 @@ impl<'a> Prepare<'a> {
         let given = tokens::open_given(args)?;
         let (files, left_out) = inputs::list(args)?;
         if files.is_empty() {
-            return Err(no_text(args, &left_out));
+            return Err(no_text(args, left_out.files(), &left_out, &[]));
         }
         let hash = |value: serde_json::Value| blake3::hash(value.to_string().as_bytes()).to_hex().to_string();
         let (options, inputs) = (hash(serde_json::json!(args)), hash(serde_json::json!([files, given.as_ref().map(|given| &given.blake3)])));
@@ -119,17 +121,27 @@ impl<'a> Prepare<'a> {
         let mut left_out = self.left_out.clone();
         groups.iter().for_each(|group| left_out.merge(&group.left_out));
         if documents == 0 {
-            return Err(no_text(self.args, &left_out));
+            return Err(no_text(self.args, self.files.len() as u64 + self.left_out.files(), &left_out, &groups));
         }
-        let tokenizer = self.tokenizer(out, &parts, units)?;
-        let end_token = tokenizer.end_token(self.args.end_token.as_deref())?;
-        let transform = transform::Transform::new(&tokenizer, end_token, self.args.fim_rate, self.args.split_rate)?;
-        let lacks_held_out = self.args.held_out > 0.0 && groups.iter().all(|group| group.held_out_documents == 0);
-        let lender = if lacks_held_out { first_filled(&parts, units)? } else { None };
+        let held_out: u64 = groups.iter().map(|group| group.held_out_documents).sum();
+        let lender = match held_out {
+            0 if self.args.held_out > 0.0 => first_filled(&parts, units.held_out..units.count(), 2)?,
+            all if all == documents => first_filled(&parts, 0..units.held_out, 1)?,
+            _ => None,
+        };
+        let jobs = encode::jobs(units, lender);
+        let tokenizer = self.tokenizer(out, &parts, &jobs)?;
+        let transform = transform::Transform::new(&tokenizer, self.args)?;
+        let end_token = transform.end_token;
         let row_group_tokens = self.args.row_group_tokens;
         let encoder = Encoder { transform, parts: &parts, out, done: &done, row_group_tokens };
-        let shards = self.encode(&encoder, &encode::jobs(units, lender))?;
+        let shards = self.encode(&encoder, &jobs)?;
         let (held_out, train): (Vec<_>, Vec<_>) = shards.into_iter().partition(|(split, _)| *split == Split::HeldOut);
+        if train.iter().all(|(_, done)| done.documents == 0) {
+            let lost: u64 = train.iter().map(|(_, done)| done.empty).sum();
+            let reason = format!("has no token for any of the {lost} documents to train on");
+            return Err(DataError::Tokenizer { path: tokenizer.path().to_owned(), reason });
+        }
         let stream = |split, shards: &[(Split, ShardDone)]| {
             let shards: Vec<ShardDone> = shards.iter().map(|(_, done)| done.clone()).collect();
             encoder.write_index(split, &shards)
@@ -140,7 +152,7 @@ impl<'a> Prepare<'a> {
             end_token,
             tokenizer_blake3: hash_file(&out.join(TOKENIZER_FILE))?,
             unigram_entropy: summary::unigram_entropy(held_out.iter().map(|(_, done)| done.counts.as_slice())),
-            prepare: self.recipe(&groups, left_out, train.iter().chain(&held_out).map(|(_, done)| done.duplicates).sum()),
+            prepare: self.recipe(&groups, left_out, train.iter().chain(&held_out).map(|(_, done)| done)),
             train: stream(Split::Train, &train)?,
             held_out: stream(Split::HeldOut, &held_out)?,
         };
@@ -175,7 +187,7 @@ impl<'a> Prepare<'a> {
     }
 
     /// The tokenizer that lies in the output folder: copied, trained, or left there by an earlier run.
-    fn tokenizer(&mut self, out: &Path, parts: &[PathBuf], units: Units) -> Result<Tokenizer, DataError> {
+    fn tokenizer(&mut self, out: &Path, parts: &[PathBuf], jobs: &[encode::Job]) -> Result<Tokenizer, DataError> {
         let path = out.join(TOKENIZER_FILE);
         if let Some(given) = self.given.take() {
             given.write(out)?;
@@ -185,7 +197,7 @@ impl<'a> Prepare<'a> {
             return open_tokenizer(&path);
         }
         let vocab = self.args.vocab.expect("validated: a vocabulary or a tokenizer");
-        tokens::train(out, parts, units, vocab, self.args.bpe_mib << 20)
+        tokens::train(out, parts, jobs, vocab, self.args.bpe_mib << 20)
     }
 
     /// As many shards at once as there are threads, and documents side by side inside each.
@@ -204,8 +216,9 @@ impl<'a> Prepare<'a> {
         Ok(shards)
     }
 
-    fn recipe(&self, groups: &[GroupDone], left_out: LeftOuts, duplicates: u64) -> Recipe {
+    fn recipe<'d>(&self, groups: &[GroupDone], left_out: LeftOuts, shards: impl Iterator<Item = &'d ShardDone>) -> Recipe {
         let sum = |field: fn(&GroupDone) -> u64| groups.iter().map(field).sum::<u64>();
+        let (duplicates, empty) = shards.fold((0, 0), |(duplicates, empty), done| (duplicates + done.duplicates, empty + done.empty));
         Recipe {
             seed: self.args.seed,
             held_out: self.args.held_out,
@@ -215,28 +228,31 @@ impl<'a> Prepare<'a> {
             skipped_files: left_out.0.get(left_out::NOT_TEXT).map_or(0, |some| some.files),
             text_bytes: sum(|group| group.text_bytes),
             duplicates,
-            empty_documents: sum(|group| group.empty_documents),
+            empty_documents: sum(|group| group.empty_documents) + empty,
             bad_lines: sum(|group| group.bad_lines),
             left_out: left_out.0,
         }
     }
 }
 
-/// The first train unit with a document, if it has another one to keep.
-fn first_filled(parts: &[PathBuf], units: Units) -> Result<Option<u32>, DataError> {
-    for unit in units.held_out..units.count() {
-        match Unit::load(parts, unit)?.len() {
-            0 => {}
-            1 if unit + 1 == units.count() => return Ok(None),
-            _ => return Ok(Some(unit)),
+/// The first of some units with a document, if they have `least`.
+fn first_filled(parts: &[PathBuf], units: Range<u32>, least: usize) -> Result<Option<u32>, DataError> {
+    let (mut first, mut documents) = (None, 0);
+    for unit in units {
+        documents += Unit::load(parts, unit)?.len();
+        first = first.or((documents > 0).then_some(unit));
+        if documents >= least {
+            return Ok(first);
         }
     }
     Ok(None)
 }
 
-fn no_text(args: &PrepareArgs, left_out: &LeftOuts) -> DataError {
+fn no_text(args: &PrepareArgs, files: u64, left_out: &LeftOuts, groups: &[GroupDone]) -> DataError {
     let inputs: Vec<String> = args.inputs.iter().map(|input| input.display().to_string()).collect();
-    DataError::NoText { inputs: inputs.join(", "), extensions: args.extensions.join(", "), files: left_out.files(), left_out: left_out.to_string() }
+    let sum = |field: fn(&GroupDone) -> u64| groups.iter().map(field).sum();
+    let left_out = format!("{left_out}{}", summary::without_text(sum(|group| group.empty_documents), sum(|group| group.bad_lines)));
+    DataError::NoText { inputs: inputs.join(", "), extensions: args.extensions.join(", "), files, left_out }
 }
 
 fn hash_file(path: &Path) -> Result<String, DataError> {

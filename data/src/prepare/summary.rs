@@ -13,7 +13,8 @@ pub struct PrepareSummary {
     pub files: u64,
     /// Files of a wanted extension that are not UTF-8 text.
     pub skipped_files: u64,
-    /// Documents without text, and lines of JSONL and rows of parquet that gave none.
+    /// Documents without text, or of which a lossy tokenizer left nothing, and lines of JSONL and rows of parquet that
+    /// gave none.
     pub empty_documents: u64,
     pub bad_lines: u64,
     /// Files that were not read, by reason; the skipped ones among them.
@@ -62,9 +63,7 @@ impl fmt::Display for PrepareSummary {
             self.files, self.documents, self.duplicates, self.text_bytes as f64 / 1e6
         )?;
         write!(f, "{}", LeftOuts(self.left_out.clone()))?;
-        if self.empty_documents + self.bad_lines > 0 {
-            writeln!(f, "left out: {} documents without text, {} lines and rows that give none", self.empty_documents, self.bad_lines)?;
-        }
+        write!(f, "{}", without_text(self.empty_documents, self.bad_lines))?;
         writeln!(
             f,
             "{} train and {} held-out tokens of a vocabulary of {}, in {:.1} s",
@@ -74,6 +73,14 @@ impl fmt::Display for PrepareSummary {
             writeln!(f, "held-out unigram entropy: {:.4} nats per token", self.unigram_entropy)?;
         }
         write!(f, "corpus: {}", self.out.display())
+    }
+}
+
+/// A line, none for nothing.
+pub(super) fn without_text(documents: u64, lines: u64) -> String {
+    match documents + lines {
+        0 => String::new(),
+        _ => format!("left out: {documents} documents without text, {lines} lines and rows that give none\n"),
     }
 }
 

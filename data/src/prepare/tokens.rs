@@ -1,16 +1,18 @@
 //! The corpus's tokenizer: given, or trained on the first of the shuffled training documents. What a given one lacks is
-//! said before the inputs are read, what it loses of their text with the first of them.
+//! said before the inputs are read, what it loses of their text with the first of them, or else when they are encoded.
 
 use std::fs;
-use std::path::Path;
+use std::ops::Range;
+use std::path::{Path, PathBuf};
 
+use super::encode::Job;
 use super::inputs::InputFile;
-use super::spill::{Unit, Units};
+use super::spill::Unit;
 use super::transform::Transform;
 use super::{PrepareArgs, bpe, durable};
 use crate::format::manifest::TOKENIZER_FILE;
 use crate::tokenizer::{Tokenizer, open_tokenizer};
-use crate::DataError;
+use crate::{DataError, Split};
 
 const CONFIG_FILE: &str = "tokenizer_config.json";
 
@@ -37,8 +39,7 @@ pub(super) fn open_given(args: &PrepareArgs) -> Result<Option<Given>, DataError>
     let read = |path: &Path| fs::read(path).map_err(DataError::io(path, "read"));
     let bytes = read(path)?;
     let tokenizer = Tokenizer::from_bytes(path, &bytes)?;
-    let end_token = tokenizer.end_token(args.end_token.as_deref())?;
-    Transform::new(&tokenizer, end_token, args.fim_rate, args.split_rate)?;
+    Transform::new(&tokenizer, args)?;
     let config = bpe::config_beside(path).map(|beside| read(&beside)).transpose()?;
     Ok(Some(Given { tokenizer, blake3: blake3::hash(&bytes).to_hex().to_string(), bytes, config }))
 }
@@ -47,13 +48,8 @@ impl Given {
     /// Refuses a tokenizer that does not give a document back as it was.
     pub fn check(&self, file: &InputFile, number: u64, text: &str) -> Result<(), DataError> {
         let text = &text[..text.floor_char_boundary(text.len().min(CHECKED_BYTES))];
-        let Some((at, found)) = self.tokenizer.first_change(text)? else { return Ok(()) };
-        let shown = |text: &str| text[at..].chars().take(20).collect::<String>();
-        let reason = format!(
-            "does not give text back: {}: {}{:?} at byte {at} becomes {:?}; --lossy-tokenizer accepts that",
-            file.path.display(), file.place(number), shown(text), shown(&found)
-        );
-        Err(DataError::Tokenizer { path: self.tokenizer.path().to_owned(), reason })
+        let ids = self.tokenizer.encode_document(text)?;
+        check(&self.tokenizer, text, &ids, || format!("{}: {}", file.path.display(), file.place(number)))
     }
 
     pub fn write(&self, out: &Path) -> Result<(), DataError> {
@@ -64,19 +60,31 @@ impl Given {
     }
 }
 
+/// Refuses ids that do not give `text` back; `place` says where it lies.
+pub(super) fn check(tokenizer: &Tokenizer, text: &str, ids: &[u32], place: impl FnOnce() -> String) -> Result<(), DataError> {
+    let Some((at, found)) = tokenizer.first_change(text, ids)? else { return Ok(()) };
+    let shown = |text: &str| text[at..].chars().take(20).collect::<String>();
+    let reason = format!(
+        "does not give text back: {}{:?} at byte {at} becomes {:?}; --lossy-tokenizer accepts that",
+        place(), shown(text), shown(&found)
+    );
+    Err(DataError::Tokenizer { path: tokenizer.path().to_owned(), reason })
+}
+
 /// Trains one of `vocab` tokens on the first `bytes` of training text.
-pub(super) fn train(out: &Path, spilled: &[std::path::PathBuf], units: Units, vocab: u32, bytes: u64) -> Result<Tokenizer, DataError> {
-    let mut sample: Vec<Unit> = Vec::new();
+pub(super) fn train(out: &Path, spilled: &[PathBuf], jobs: &[Job], vocab: u32, bytes: u64) -> Result<Tokenizer, DataError> {
+    let mut sample: Vec<(Unit, Range<usize>)> = Vec::new();
     let mut text = 0;
-    for unit in units.held_out..units.count() {
-        let unit = Unit::load(spilled, unit)?;
-        text += (0..unit.len()).map(|i| unit.document(i).1.len() as u64).sum::<u64>();
-        sample.push(unit);
+    for job in jobs.iter().filter(|job| job.split == Split::Train) {
+        let unit = Unit::load(spilled, job.unit)?;
+        let documents = job.part.of(unit.len());
+        text += documents.clone().map(|i| unit.document(i).1.len() as u64).sum::<u64>();
+        sample.push((unit, documents));
         if text >= bytes {
             break;
         }
     }
-    let documents = sample.iter().flat_map(|unit| (0..unit.len()).map(|i| unit.document(i).1));
+    let documents = sample.iter().flat_map(|(unit, documents)| documents.clone().map(|i| unit.document(i).1));
     let bpe = bpe::train(&first_text(documents, bytes), vocab)?;
     if bpe.tokens.len() < vocab as usize {
         tracing::warn!("the text gives {} tokens of the {vocab} of --vocab: no other pair occurs twice in it", bpe.tokens.len());

@@ -1,22 +1,25 @@
 //! One document's text to its ids: encode, fill-in-the-middle, token splitting, end token.
 //!
 //! What happens to a document is drawn from its key, so it is the same wherever and whenever it is
-//! encoded. Invariant: `undo` gives the text back byte for byte.
+//! encoded. Invariant: `undo` gives the text back byte for byte, unless a lossy tokenizer was asked for.
 
 use std::collections::HashMap;
 
 use bytes::Bytes;
 use regex::Regex;
 
-use super::bpe;
 use super::spill::Key;
+use super::{PrepareArgs, bpe, tokens};
 use crate::tokenizer::{FimTokens, Tokenizer};
 use crate::DataError;
 
 /// See the module head.
 pub(super) struct Transform<'a> {
     tokenizer: &'a Tokenizer,
-    end_token: u32,
+    pub end_token: u32,
+    /// Whether every document's ids must give it back.
+    strict: bool,
+    spelled: Vec<Option<Box<[u8]>>>,
     fim: Option<(f64, FimTokens)>,
     split_rate: f64,
     /// For a token that joins punctuation and line breaks: the ids of its two parts.
@@ -24,7 +27,9 @@ pub(super) struct Transform<'a> {
 }
 
 impl<'a> Transform<'a> {
-    pub fn new(tokenizer: &'a Tokenizer, end_token: u32, fim_rate: f64, split_rate: f64) -> Result<Transform<'a>, DataError> {
+    pub fn new(tokenizer: &'a Tokenizer, args: &PrepareArgs) -> Result<Transform<'a>, DataError> {
+        let end_token = tokenizer.end_token(args.end_token.as_deref())?;
+        let PrepareArgs { fim_rate, split_rate, .. } = *args;
         let fim = match tokenizer.fim_tokens() {
             _ if fim_rate == 0.0 => None,
             Some(tokens) => Some((fim_rate, tokens)),
@@ -33,12 +38,23 @@ impl<'a> Transform<'a> {
                 return Err(DataError::bad_option("--fim-rate", fim_rate, limit));
             }
         };
-        let splits = if split_rate > 0.0 { split_table(tokenizer)? } else { Vec::new() };
-        Ok(Transform { tokenizer, end_token, fim, split_rate, splits })
+        let spelled = spelled(tokenizer);
+        let splits = if split_rate > 0.0 { split_table(tokenizer, &spelled)? } else { Vec::new() };
+        if split_rate > 0.0 && splits.iter().all(Option::is_none) {
+            let path = tokenizer.path().display();
+            let limit = format!("{path} has no token of punctuation and line breaks in the byte-level alphabet, so none would be split");
+            match args.tokenizer {
+                Some(_) => return Err(DataError::bad_option("--split-rate", split_rate, limit)),
+                // It was trained on what was read, which need not be read again.
+                None => tracing::warn!("--split-rate = {split_rate}: {limit}"),
+            }
+        }
+        let strict = args.tokenizer.is_some() && !args.lossy_tokenizer;
+        Ok(Transform { tokenizer, end_token, strict, spelled, fim, split_rate, splits })
     }
 
-    /// The ids as little-endian u32, end token included.
-    pub fn encode(&self, key: &Key, text: &str) -> Result<Bytes, DataError> {
+    /// The ids as little-endian u32, end token included; none of a document of which a lossy tokenizer leaves nothing.
+    pub fn encode(&self, key: &Key, text: &str) -> Result<Option<Bytes>, DataError> {
         let mut draw = Draw::new(key);
         let mut ids = Vec::with_capacity(text.len() / 3 + 8);
         let mut marks = 0;
@@ -53,20 +69,21 @@ impl<'a> Transform<'a> {
             }
             _ => self.push_text(text, &mut draw, &mut ids)?,
         }
-        // Nothing but marks: the document would be gone.
-        if ids.len() == marks && !text.is_empty() {
-            let shown: String = text.chars().take(40).collect();
-            let reason = format!("has no token for any part of a document of {} bytes, {shown:?}", text.len());
-            return Err(DataError::Tokenizer { path: self.tokenizer.path().to_owned(), reason });
+        if ids.len() == marks {
+            return Ok(None);
         }
         ids.push(self.end_token);
         let mut bytes = Vec::with_capacity(ids.len() * 4);
         ids.iter().for_each(|id| bytes.extend_from_slice(&id.to_le_bytes()));
-        Ok(bytes.into())
+        Ok(Some(bytes.into()))
     }
 
     fn push_text(&self, text: &str, draw: &mut Draw, ids: &mut Vec<u32>) -> Result<(), DataError> {
         let encoded = self.tokenizer.encode_document(text)?;
+        if self.strict && !self.spells(text, &encoded) {
+            let begins: String = text.chars().take(40).collect();
+            tokens::check(self.tokenizer, text, &encoded, || format!("in a text of {} bytes, {begins:?}…, ", text.len()))?;
+        }
         if self.split_rate == 0.0 {
             ids.extend(encoded);
             return Ok(());
@@ -78,6 +95,13 @@ impl<'a> Transform<'a> {
             }
         }
         Ok(())
+    }
+
+    /// Whether the tokens' bytes are the text's: a twentieth of what it costs to decode and compare.
+    fn spells(&self, text: &str, ids: &[u32]) -> bool {
+        let bytes = |id: &u32| self.spelled.get(*id as usize)?.as_deref();
+        let rest = ids.iter().try_fold(text.as_bytes(), |rest, id| rest.strip_prefix(bytes(id)?));
+        rest.is_some_and(<[u8]>::is_empty)
     }
 }
 
@@ -107,19 +131,27 @@ pub fn undo(tokenizer: &Tokenizer, ids: &[u32], end_token: u32) -> Result<String
 /// Punctuation and the line breaks that the pre-tokenizer lets into one word with it.
 const PUNCTUATION_AND_BREAKS: &str = r"^([ \p{P}\p{S}]*[\p{P}\p{S}] *)([\r\n]+)$";
 
-/// Tokens of the byte-level vocabulary that hold punctuation followed by line breaks.
-fn split_table(tokenizer: &Tokenizer) -> Result<Vec<Option<Box<[u32]>>>, DataError> {
-    let joined = Regex::new(PUNCTUATION_AND_BREAKS).expect("a constant");
+/// The bytes of each token whose letters are all of the byte-level alphabet.
+fn spelled(tokenizer: &Tokenizer) -> Vec<Option<Box<[u8]>>> {
     let bytes: HashMap<char, u8> = (0..=255).map(|byte| (bpe::byte_letter(byte), byte)).collect();
     let mut table = vec![None; tokenizer.vocab_size() as usize];
     for (id, token) in tokenizer.model_vocab() {
-        // A token may hold a part of a character, and a vocabulary letters that stand for no byte.
-        let spelled: Option<Vec<u8>> = token.chars().map(|letter| bytes.get(&letter).copied()).collect();
-        let Some(text) = spelled.and_then(|bytes| String::from_utf8(bytes).ok()) else { continue };
-        if let Some(found) = joined.captures(&text) {
-            let mut parts = tokenizer.encode_document(&found[1])?;
-            parts.extend(tokenizer.encode_document(&found[2])?);
-            table[id as usize] = Some(parts.into_boxed_slice());
+        table[id as usize] = token.chars().map(|letter| bytes.get(&letter).copied()).collect();
+    }
+    table
+}
+
+/// Tokens of the byte-level vocabulary that hold punctuation followed by line breaks.
+fn split_table(tokenizer: &Tokenizer, spelled: &[Option<Box<[u8]>>]) -> Result<Vec<Option<Box<[u32]>>>, DataError> {
+    let joined = Regex::new(PUNCTUATION_AND_BREAKS).expect("a constant");
+    let mut table = vec![None; spelled.len()];
+    for (parts, bytes) in table.iter_mut().zip(spelled) {
+        // A token may hold a part of a character.
+        let Some(Ok(text)) = bytes.as_deref().map(std::str::from_utf8) else { continue };
+        if let Some(found) = joined.captures(text) {
+            let mut ids = tokenizer.encode_document(&found[1])?;
+            ids.extend(tokenizer.encode_document(&found[2])?);
+            *parts = Some(ids.into_boxed_slice());
         }
     }
     Ok(table)

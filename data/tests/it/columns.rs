@@ -101,6 +101,28 @@ fn a_value_that_is_not_utf8_counts_as_a_bad_line_does() {
     }
 }
 
+/// Two documents as pyarrow 26 writes them with `write_page_checksum=True`, which the crate's writer does not.
+const WITH_CHECKSUMS: &[u8] = b"PAR1\x15\x00\x15B\x15B\x15\xb9\x9d\xed\xbb\t\x1c\x15\x04\x15\x00\x15\x06\x15\x06\x1c\x00\x00\x00\
+    \x02\x00\x00\x00\x04\x01\x0c\x00\x00\x00one document\x07\x00\x00\x00another\x15\x04\x19,5\x00\x18\x06schema\x15\x02\x00\x15\x0c%\
+    \x02\x18\x04text%\x00L\x1c\x00\x00\x00\x16\x04\x19\x1c\x19\x1c&\x00\x1c\x15\x0c\x19%\x06\x00\x19\x18\x04text\x15\x00\x16\x04\x16t\x16t&\
+    \x08I\x1c\x15\x00\x15\x00\x15\x02\x00<\x16&\x19\x06\x19&\x00\x04\x00\x00\x00\x16t\x16\x04&\x08\x16t\x00( parquet-cpp-arrow version\
+    \x2026.0.1\x19\x1c\x1c\x00\x00\x00\x88\x00\x00\x00PAR1";
+
+#[test]
+fn a_page_that_is_not_what_its_checksum_says_is_an_error() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut args = args(folder.path(), "x", WITH_CHECKSUMS);
+    assert_eq!(prepare(&args).unwrap().documents, 2);
+    let mut bytes = WITH_CHECKSUMS.to_vec();
+    let at = bytes.windows(7).position(|word| word == b"another").unwrap();
+    bytes[at] ^= 1;
+    fs::write(&args.inputs[0], bytes).unwrap();
+    args.out = folder.path().join("damaged");
+    let error = prepare(&args).unwrap_err();
+    assert!(matches!(&error, DataError::BadInput { path, .. } if path.ends_with("x.parquet")), "{error}");
+    assert!(error.to_string().contains("CRC"), "{error}");
+}
+
 #[test]
 fn a_column_that_holds_no_text_is_named_with_what_it_holds() {
     let folder = tempfile::tempdir().unwrap();

@@ -54,6 +54,37 @@ fn what_is_not_read_is_counted_by_reason() {
     assert_eq!(left_out(&summary), [few[0], large, few[1], few[2], few[3]]);
 }
 
+#[test]
+fn extensions_are_the_same_in_capitals() {
+    let folder = tempfile::tempdir().unwrap();
+    let input = folder.path().join("in");
+    fs::create_dir(&input).unwrap();
+    for (name, text) in [("A.JSONL", "{\"text\": \"one\"}\n{\"text\": \"two\"}\n"), ("b.TXT", "three"), ("c.txt", "four"), ("D.md", "five")] {
+        fs::write(input.join(name), text).unwrap();
+    }
+    let mut args = corpus::args(&input, &folder.path().join("out"));
+    args.extensions = [".JSONL", "TXT"].map(String::from).to_vec();
+    assert_eq!(text(&prepare(&args).unwrap()), ["one", "two", "three", "four"].map(String::from).into());
+}
+
+/// What Python's json.loads takes, and json.dumps writes, of fields besides.
+#[test]
+fn a_field_that_nobody_reads_costs_no_text() {
+    let folder = tempfile::tempdir().unwrap();
+    let deep = format!("{}1{}", "[".repeat(900), "]".repeat(900));
+    let others = ["NaN", "[-Infinity, Infinity]", "1e999", "-1e999", r#""\ud800""#, r#"{"\udc00": 1}"#, &deep, r#""\\\"NaN""#];
+    let mut lines: Vec<String> = others.iter().enumerate().flat_map(|(i, other)| {
+        let text = format!(r#""text": "NaN, \"Infinity\" \\ {i}""#);
+        [format!(r#"{{"score": {other}, {text}}}"#), format!(r#"{{{text}, "score": {other}}}"#)]
+    }).collect();
+    lines.push(r#"{"\ud800": 1, "text": "first", "text": "last"}"#.into());
+    let input = folder.path().join("in.jsonl");
+    fs::write(&input, lines.join("\n")).unwrap();
+    let summary = prepare(&corpus::args(&input, &folder.path().join("out"))).unwrap();
+    let texts = (0..others.len()).map(|i| format!(r#"NaN, "Infinity" \ {i}"#)).chain(["last".to_string()]);
+    assert_eq!((summary.bad_lines, text(&summary)), (0, texts.collect()));
+}
+
 /// A snapshot of a hub: the files are links into a folder of blobs.
 #[test]
 fn links_are_followed_and_circles_end() {

@@ -171,6 +171,31 @@ fn a_tiny_corpus_still_has_a_held_out_document() {
 }
 
 #[test]
+fn whatever_their_hashes_a_few_documents_train_and_are_held_out() {
+    let folder = tempfile::tempdir().unwrap();
+    // The last is longer than a shard.
+    for (name, count, words) in [("one", 1, 300), ("two", 2, 300), ("three", 3, 300), ("long", 1, 150_000)] {
+        let (input, mut random) = (folder.path().join(format!("{name}.jsonl")), corpus::Random(7));
+        let texts: HashSet<String> = (0..count).map(|_| corpus::text(&mut random, words)).collect();
+        // Each of them twice: what counts is the distinct ones.
+        let lines: String = texts.iter().chain(&texts).map(|text| format!("{}\n", serde_json::json!({"text": text}))).collect();
+        fs::write(&input, lines).unwrap();
+        for seed in 0..8 {
+            let mut args = corpus::args(&input, &folder.path().join(format!("{name}-{seed}")));
+            (args.seed, args.held_out, args.shard_mib) = (seed, 0.5, 1);
+            let summary = prepare(&args).unwrap();
+            let tokens = (summary.train_tokens, summary.held_out_tokens);
+            assert!(tokens.0 > 0 && (tokens.1 > 0) == (count > 1), "{name} {seed}: {tokens:?} train and held-out tokens");
+            let splits = if count > 1 { &[Split::Train, Split::HeldOut][..] } else { &[Split::Train] };
+            let found = splits.iter().flat_map(|split| documents(&args.out, *split)).collect::<HashSet<_>>();
+            assert!(found == texts, "{name} {seed}");
+            assert!(summary.vocab_size > 300, "{name} {seed}: a vocabulary of {}", summary.vocab_size);
+            assert_eq!((summary.documents, summary.duplicates), (count, count));
+        }
+    }
+}
+
+#[test]
 fn a_finished_corpus_is_not_overwritten() {
     let folder = tempfile::tempdir().unwrap();
     let out = corpus::prepared(folder.path(), 8, 20);

@@ -39,6 +39,9 @@ fn options_and_inputs_without_text_are_clear_errors_and_leave_nothing() {
     fs::write(input.join("b.txt"), b"\xff\xfe").unwrap();
     let error = refused(&|_| {});
     assert!(matches!(error, DataError::NoText { files: 2, .. }) && error.to_string().contains("in"), "{error}");
+    fs::write(input.join("c.jsonl"), "{\"text\": \"\"}\n{\"text\": null}\n").unwrap();
+    let error = refused(&|_| {});
+    assert!(matches!(error, DataError::NoText { files: 3, .. }) && error.to_string().contains("left out: 2 documents without text"), "{error}");
     for (name, change) in [
         ("--held-out", (|args| args.held_out = 1.5) as fn(&mut PrepareArgs)),
         ("--vocab", |args| args.vocab = Some(100)),
@@ -228,6 +231,8 @@ fn what_a_tokenizer_lacks_is_said_before_anything_is_read() {
     let use_it = |args: &mut PrepareArgs| (args.vocab, args.tokenizer) = (None, Some(given.clone()));
     let error = refused(&use_it, "t.json");
     assert!(matches!(error, DataError::Tokenizer { .. }), "{error}");
+    fs::write(&given, r#"{"model": {"type": "Unigram", "vocab": [["<unk>", 0.0], ["</s>", 0.0]]}}"#).unwrap();
+    refused(&use_it, "Unigram; BPE, WordPiece and WordLevel are read");
     bare["added_tokens"] = serde_json::json!([]);
     let vocab = bare["model"]["vocab"].as_object_mut().unwrap();
     vocab.retain(|token, _| !token.starts_with("<｜"));
@@ -236,6 +241,13 @@ fn what_a_tokenizer_lacks_is_said_before_anything_is_read() {
     refused(&|args| (use_it(args), args.end_token = Some("<eos>".into())).1, "\"<eos>\"");
     let error = refused(&|args| (use_it(args), args.fim_rate = 0.5).1, "fim▁begin");
     assert!(matches!(error, DataError::BadOption { option: "--fim-rate", .. }), "{error}");
+    let mut apart = whole.clone();
+    apart["model"]["vocab"].as_object_mut().unwrap().retain(|token, _| token.starts_with("<｜") || !token.contains(['Ċ', 'č']));
+    apart["model"]["merges"] = serde_json::json!([]);
+    fs::write(&given, apart.to_string()).unwrap();
+    let error = refused(&|args| (use_it(args), args.split_rate = 0.5).1, "t.json");
+    assert!(matches!(error, DataError::BadOption { option: "--split-rate", .. }), "{error}");
+    fs::write(&given, bare.to_string()).unwrap();
     let mut none = bare.clone();
     none["model"]["vocab"].as_object_mut().unwrap().remove("</s>");
     fs::write(&given, none.to_string()).unwrap();
@@ -270,12 +282,16 @@ fn a_tokenizer_that_changes_text_is_refused_unless_that_is_wanted() {
     // The same command with the option, or with another tokenizer, goes on.
     args.lossy_tokenizer = true;
     assert_eq!(prepare(&args).unwrap().documents, 2);
-    // A document that would be gone is refused all the same.
-    fs::write(&args.inputs[0], "{\"text\": \"abc\"}\n{\"text\": \"漢字かな\"}\n").unwrap();
+    // A document of which nothing is left is as one without text, and so is the only one to train on.
+    fs::write(&args.inputs[0], "{\"text\": \"abc\"}\n{\"text\": \"漢字かな\"}\n{\"text\": \"cab\"}\n").unwrap();
     args.out = folder.path().join("gone");
     args.tokenizer = Some(tokenizer(().into(), fused.clone(), &["漢"]));
+    let summary = prepare(&args).unwrap();
+    assert_eq!((summary.documents, summary.empty_documents), (2, 1));
+    fs::write(&args.inputs[0], "{\"text\": \"漢字かな\"}\n").unwrap();
+    args.out = folder.path().join("all-gone");
     let said = prepare(&args).unwrap_err().to_string();
-    assert!(said.contains("t.json") && said.contains("no token for any part of a document of 12 bytes, \"漢字かな\""), "{said}");
+    assert!(said.contains("t.json") && said.contains("no token for any of the 1 documents to train on"), "{said}");
     // A normalizer changes text on purpose.
     fs::write(&args.inputs[0], "{\"text\": \"abcABC\"}\n").unwrap();
     args.out = folder.path().join("lower");
@@ -285,6 +301,42 @@ fn a_tokenizer_that_changes_text_is_refused_unless_that_is_wanted() {
     assert!(said.contains("line 1: \"ABC\" at byte 3 becomes \"abc\""), "{said}");
     args.lossy_tokenizer = true;
     prepare(&args).unwrap();
+}
+
+#[test]
+fn a_tokenizer_that_changes_a_late_document_is_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let made = corpus::prepared(folder.path(), 43, 60).join("tokenizer.json");
+    let whole: serde_json::Value = serde_json::from_slice(&fs::read(made).unwrap()).unwrap();
+    let refused = |name: &str, json: &serde_json::Value, late: &dyn Fn(usize) -> &'static str| {
+        let (given, input) = (folder.path().join(format!("{name}.json")), folder.path().join(format!("{name}.jsonl")));
+        fs::write(&given, json.to_string()).unwrap();
+        fs::write(&input, (0..1000).map(|i| format!("{{\"text\": \"document {i} {}\"}}\n", late(i))).collect::<String>()).unwrap();
+        let mut args = corpus::args(&input, &folder.path().join(format!("out-{name}")));
+        (args.vocab, args.tokenizer) = (None, Some(given));
+        let error = prepare(&args).unwrap_err();
+        assert!(matches!(&error, DataError::Tokenizer { path, .. } if path.ends_with(format!("{name}.json"))), "{error}");
+        args.lossy_tokenizer = true;
+        assert_eq!(prepare(&args).unwrap().documents, 1000);
+        error.to_string()
+    };
+    // Of one that normalizes every document is looked at.
+    let mut lower = whole.clone();
+    lower["normalizer"] = serde_json::json!({"type": "Lowercase"});
+    let said = refused("lower", &lower, &|i| if i == 700 { "LATE" } else { "early" });
+    assert!(said.contains("document 700 ") && said.contains("\"LATE\"") && said.contains("becomes \"late\"; --lossy-tokenizer"), "{said}");
+    // Of one that knows no line break, too.
+    let mut lacking = whole.clone();
+    lacking["model"]["vocab"].as_object_mut().unwrap().retain(|token, _| !token.contains('Ċ'));
+    lacking["model"]["merges"] = serde_json::json!([]);
+    let said = refused("lacking", &lacking, &|i| if i == 900 { "x\\ny" } else { "early" });
+    assert!(said.contains("\"\\ny\"") && said.contains("becomes \"y\""), "{said}");
+    // Of others, which should change nothing, some.
+    let mut cut = whole.clone();
+    let removed = serde_json::json!({"type": "Split", "pattern": {"String": "Z"}, "behavior": "Removed", "invert": false});
+    cut["pre_tokenizer"]["pretokenizers"].as_array_mut().unwrap().insert(0, removed);
+    let said = refused("cut", &cut, &|i| if i >= 64 { "xZy" } else { "early" });
+    assert!(said.contains("becomes \"y\""), "{said}");
 }
 
 #[test]
@@ -301,16 +353,16 @@ fn shards_made_before_an_input_was_mended_are_made_again() {
         (0..=count).map(|i| format!("{{\"text\": \"{}\"}}\n", text(i))).collect()
     };
     let mut args = corpus::args(&input, &folder.path().join("out"));
-    (args.vocab, args.tokenizer, args.lossy_tokenizer) = (None, Some(tokenizer), true);
-    // The held-out shards come first; the document without a token lies behind them.
+    (args.vocab, args.tokenizer) = (None, Some(tokenizer));
+    // The held-out shards come first; the document without a token lies behind them, and behind those tried first.
     (args.threads, args.held_out) = (1, 0.5);
-    fs::write(&input, lines(40, "漢")).unwrap();
+    fs::write(&input, lines(80, "漢")).unwrap();
     let said = prepare(&args).unwrap_err().to_string();
     assert!(said.contains("\"漢\""), "{said}");
     assert!(fs::read_dir(work(&args).join("done")).unwrap().count() > 0, "a shard was made");
-    fs::write(&input, lines(80, "c")).unwrap();
+    fs::write(&input, lines(120, "c")).unwrap();
     let summary = prepare(&args).unwrap();
-    assert_eq!(summary.documents, 81);
+    assert_eq!(summary.documents, 121);
     let mut fresh = args.clone();
     fresh.out = folder.path().join("fresh");
     prepare(&fresh).unwrap();
