@@ -13,7 +13,7 @@ pub const TILE: i64 = 128;
 pub const E4M3_MAX: f64 = 448.0;
 /// Largest finite E5M6 value, 2¹⁵ · (2 − 2⁻⁶).
 pub const E5M6_MAX: f64 = 65024.0;
-/// 2⁻⁶⁰: a tile below this counts as zero, so that neither a scale nor its inverse leaves FP32.
+/// 2⁻⁶⁰: a tile whose largest value is smaller is scaled as if this were it, so that neither a scale nor its inverse leaves FP32.
 pub const AMAX_FLOOR: f64 = 8.673617379884035e-19;
 
 /// How amax becomes a scale.

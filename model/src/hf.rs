@@ -2,6 +2,7 @@
 //! experts of a layer, in one tensor; the MTP module repeats the embedding and the head.
 use crate::config::{ModelConfig, Scoring};
 use crate::params::ParamSpec;
+use kernels::ops::rope::RopeScaling;
 use serde::de::Error;
 use serde_json::{Value, json};
 
@@ -78,6 +79,10 @@ pub fn config_json(config: &ModelConfig, torch_dtype: &str) -> Value {
             let longest = config.max_position_embeddings.max(scaled.round() as i64);
             scaling["type"] = json!("yarn");
             scaling["rope_type"] = json!("yarn");
+            // transformers divides the two itself, but takes a 0 for absent.
+            if let Some(yarn) = config.rope_scaling.as_ref().filter(|yarn| yarn.mscale == 0.0 || yarn.mscale_all_dim == 0.0) {
+                scaling["attention_factor"] = json!(yarn.table_scale());
+            }
             keys.insert("max_position_embeddings".into(), json!(longest));
         }
         None => {
@@ -107,6 +112,11 @@ pub fn parse_config(value: &Value) -> Result<ModelConfig, serde_json::Error> {
         }
     }
     let mut ours = pick(value, &KEYS);
+    if value["model_type"] == "deepseek_v2" {
+        // transformers 5 does not write what all of that class have.
+        ours.entry("scoring_func").or_insert(json!("softmax"));
+        ours.entry("norm_topk_prob").or_insert(json!(false));
+    }
     let rope = ["rope_parameters", "rope_scaling"].iter().find_map(|&key| value.get(key).filter(|rope| rope.is_object()));
     if let Some(theta) = rope.and_then(|rope| rope.get("rope_theta")) {
         ours.insert("rope_theta".into(), theta.clone());
@@ -119,7 +129,20 @@ pub fn parse_config(value: &Value) -> Result<ModelConfig, serde_json::Error> {
         let mut yarn = pick(scaling, &YARN);
         // Released code takes an absent mscale_all_dim as 0; our own configs default to the report's 1.
         yarn.entry("mscale_all_dim").or_insert(json!(0.0));
+        let own: RopeScaling = serde_json::from_value(Value::Object(yarn.clone()))?;
+        check_rope(scaling, own.table_scale())?;
         ours.insert("rope_scaling".into(), Value::Object(yarn));
     }
     serde_json::from_value(Value::Object(ours))
+}
+
+/// What transformers' YaRN knows besides, where it is not what ours does.
+fn check_rope(scaling: &Value, table_scale: f64) -> Result<(), serde_json::Error> {
+    if let Some(factor) = scaling.get("attention_factor").and_then(Value::as_f64).filter(|factor| (factor / table_scale - 1.0).abs() > 1e-6) {
+        return Err(serde_json::Error::custom(format!("attention_factor = {factor}: only {table_scale}, by mscale and mscale_all_dim, is implemented")));
+    }
+    match scaling.get("truncate") {
+        Some(Value::Bool(false)) => Err(serde_json::Error::custom("truncate = false: only true is implemented")),
+        _ => Ok(()),
+    }
 }

@@ -6,7 +6,7 @@ use model::config::Scoring;
 use model::hf::{config_json, parse_config};
 use parallel::comm::local::run_local;
 use parallel::schedule::Schedule;
-use serde_json::json;
+use serde_json::{Value, json};
 use trainer::RunConfig;
 use trainer::coordinator::StopSignal;
 use trainer::estimate::{Need, needs};
@@ -161,12 +161,42 @@ fn what_transformers_5_writes_of_rope_is_read() {
 
 #[test]
 fn what_would_be_another_model_is_refused() {
-    for (key, other) in [("attention_bias", json!(true)), ("rope_interleave", json!(false)), ("moe_layer_freq", json!(2)), ("rope_scaling", json!({"rope_type": "linear", "factor": 2.0}))] {
+    let yarn = |key: &str, other: Value| json!({"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 64, key: other});
+    for (key, other) in [
+        ("attention_bias", json!(true)),
+        ("rope_interleave", json!(false)),
+        ("moe_layer_freq", json!(2)),
+        ("rope_scaling", json!({"rope_type": "linear", "factor": 2.0})),
+        ("rope_scaling", yarn("attention_factor", json!(1.3))),
+        ("rope_scaling", yarn("truncate", json!(false))),
+    ] {
         let mut value = config_json(&tiny(), "float32");
         value[key] = other;
         let error = parse_config(&value).expect_err(key).to_string();
-        assert!(error.contains(key) || error.contains("linear"), "{error}");
+        assert!(error.contains(" is implemented") && (key == "rope_scaling" || error.contains(key)) || error.contains("linear"), "{error}");
     }
+}
+
+#[test]
+fn an_export_names_the_factor_that_transformers_would_not_find() {
+    let yarn = RopeScaling { factor: 8.0, original_max_position_embeddings: 32, beta_fast: 32.0, beta_slow: 1.0, mscale: 0.5, mscale_all_dim: 0.0 };
+    let exported = |mscale_all_dim: f64| {
+        let config = ModelConfig { rope_scaling: Some(RopeScaling { mscale_all_dim, ..yarn.clone() }), ..tiny() };
+        let value = config_json(&config, "float32");
+        assert_eq!(parse_config(&value).expect("a config").rope_scaling, config.rope_scaling);
+        value["rope_scaling"]["attention_factor"].as_f64()
+    };
+    // transformers would take 0.1 ln 8 + 1.
+    assert_eq!(exported(0.0), Some(0.05 * 8f64.ln() + 1.0));
+    assert_eq!(exported(0.5), None, "it divides the two itself");
+}
+
+#[test]
+fn deepseek_v2_scores_by_softmax_where_its_config_does_not_say() {
+    let softmax = ModelConfig { scoring_func: Scoring::Softmax, norm_topk_prob: false, ..tiny() };
+    let mut value = config_json(&softmax, "float32");
+    value.as_object_mut().expect("an object").retain(|key, _| !["scoring_func", "norm_topk_prob"].contains(&key.as_str()));
+    assert_eq!(parse_config(&value).expect("a config"), softmax);
 }
 
 #[test]

@@ -14,7 +14,7 @@ pub enum Wire {
     #[default]
     Own,
     /// E4M3 with one FP32 scale for each 1×128 tile. Scales are powers of two: quantising once more at the expert, in
-    /// whatever tiles, loses nothing of a tile that it did not lose here.
+    /// whatever tiles, rounds no value again but those that are tiny beside the largest of their new tile.
     Fp8,
 }
 
@@ -47,7 +47,7 @@ impl Packed {
     }
 
     /// The same by columns for each of the experts, which have `counts` [E] i32 rows: in one pass over what is kept. Scales are
-    /// powers of two and so are the new ones: nothing is rounded twice.
+    /// powers of two and so are the new ones: none is rounded twice but what is tiny beside the largest of its new tile.
     pub fn columns(&self, counts: &Tensor) -> fp8::Columns {
         let source = self.row.to_kind(Kind::Int);
         quantise::columns_of(&rows(&self.values, &self.scales), Some(&source), Some(counts), ScaleRule::PowerOfTwo)

@@ -10,7 +10,7 @@ using u32 = unsigned int;
 using u64 = unsigned long long;
 
 constexpr int TILE = 128, THREADS = 256;
-// 2^-60: a tile below counts as zero, and neither the scale nor its inverse leaves FP32.
+// 2^-60: a tile below is scaled as if it reached this, and neither the scale nor its inverse leaves FP32.
 constexpr float FLOOR = 8.673617379884035e-19f;
 
 struct Tile {
