@@ -22,7 +22,7 @@ missing_packages() {
     command -v pkg-config >/dev/null || echo pkg-config
     { command -v mpicc && mpicc --showme:version; } >/dev/null 2>&1 || echo libopenmpi-dev
     command -v mpirun >/dev/null || echo openmpi-bin
-    compgen -G '/usr/lib/llvm-*/lib/libclang.so*' >/dev/null || echo libclang-dev
+    [ -n "${LIBCLANG_PATH:-}" ] || compgen -G '/usr/lib/llvm-*/lib/libclang.so*' >/dev/null || compgen -G '/usr/lib64/libclang.so*' >/dev/null || echo libclang-dev
     "$python" -c 'import ensurepip, venv' 2>/dev/null || echo python3-venv
     "$python" -m pip --version >/dev/null 2>&1 || echo python3-pip
 }
@@ -107,7 +107,7 @@ download_torch() {
     say "downloading with pip (543 MB): ${wheels[*]}"
     rm -rf .deps/site .deps/site.new
     mkdir -p .deps
-    "$python" -m pip install --quiet --no-input --root-user-action=ignore --no-deps --disable-pip-version-check --target .deps/site.new "${wheels[@]}" </dev/null ||
+    PIP_ROOT_USER_ACTION=ignore "$python" -m pip install --quiet --no-input --no-deps --disable-pip-version-check --target .deps/site.new "${wheels[@]}" </dev/null ||
         fail "pip could not install ${wheels[*]} for $("$python" --version)"
     check_torch .deps/site.new/torch "the downloaded torch"
     mv .deps/site.new .deps/site # whole or absent: an interrupted download is not taken for a finished one

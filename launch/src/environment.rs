@@ -7,6 +7,8 @@ use std::process::{Command, Stdio};
 #[derive(Clone, Debug, Default)]
 pub struct Environment {
     pub root: bool,
+    /// This machine's own name.
+    pub host: String,
     pub cores: usize,
     pub gpus: usize,
     pub numa_nodes: usize,
@@ -34,11 +36,15 @@ pub struct Slurm {
 
 const EXPORTED: [&str; 5] = ["LD_LIBRARY_PATH", "OMP_NUM_THREADS", "RUST_BACKTRACE", "RUST_LOG", "CUDA_DEVICE_MAX_CONNECTIONS"];
 
+/// The way to the stores that corpora may be in; proxies in small letters too.
+const WEB: [&str; 6] = ["HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY", "SSL_CERT_FILE", "SSL_CERT_DIR"];
+
 /// Settings of the network between GPUs, and of the stores that corpora may be in.
 const EXPORTED_BY_PREFIX: [&str; 3] = ["NCCL_", "AWS_", "GOOGLE_"];
 
 fn exported(set: impl Iterator<Item = String>) -> Vec<String> {
-    let wanted = |name: &String| EXPORTED.contains(&name.as_str()) || EXPORTED_BY_PREFIX.iter().any(|prefix| name.starts_with(prefix));
+    let web = |name: &str| WEB.contains(&name) || name.ends_with("_proxy") && WEB.contains(&name.to_ascii_uppercase().as_str());
+    let wanted = |name: &String| EXPORTED.contains(&name.as_str()) || web(name) || EXPORTED_BY_PREFIX.iter().any(|prefix| name.starts_with(prefix));
     let mut names: Vec<String> = set.filter(wanted).collect();
     names.sort();
     names
@@ -48,6 +54,7 @@ impl Environment {
     pub fn read() -> Self {
         Environment {
             root: nix::unistd::Uid::effective().is_root(),
+            host: host_name(),
             cores: std::thread::available_parallelism().map_or(1, |cores| cores.get()),
             gpus: gpus(),
             numa_nodes: numbered("/sys/devices/system/node", "node").max(1),
@@ -102,7 +109,9 @@ pub fn host_name() -> String {
 }
 
 fn slurm() -> Option<Slurm> {
-    let job = var("SLURM_JOB_ID").ok()?;
+    // The last task of an array has the number of the array itself: alone it would mean all tasks.
+    let task = var("SLURM_ARRAY_JOB_ID").ok().zip(var("SLURM_ARRAY_TASK_ID").ok()).map(|(array, task)| format!("{array}_{task}"));
+    let job = task.or(var("SLURM_JOB_ID").ok())?;
     let number = |name: &str| var(name).ok().and_then(|text| text.parse().ok());
     Some(Slurm {
         job,
@@ -142,9 +151,19 @@ fn numbered(folder: &str, prefix: &str) -> usize {
     std::fs::read_dir(folder).map_or(0, |entries| entries.flatten().filter(|entry| is_one(&entry.file_name().to_string_lossy())).count())
 }
 
+/// This very executable, also where a build has put another in its place.
+pub const OWN: &str = "/proc/self/exe";
+
+/// Where this executable lies; after a build, the one that has taken its place.
+pub fn own_path() -> std::io::Result<PathBuf> {
+    let path = std::env::current_exe()?;
+    let replaced = path.to_str().and_then(|path| path.strip_suffix(" (deleted)")).map(PathBuf::from);
+    Ok(replaced.unwrap_or(path))
+}
+
 /// The `tiefsee` beside this executable.
 pub fn sibling(name: &str) -> std::io::Result<PathBuf> {
-    Ok(std::env::current_exe()?.with_file_name(name))
+    Ok(own_path()?.with_file_name(name))
 }
 
 /// How often the kernel has killed a process of our control group for its memory; 0 where that is not told.
@@ -164,8 +183,8 @@ mod tests {
 
     #[test]
     fn what_ranks_on_other_hosts_need_is_passed_on() {
-        let set = ["HOME", "NCCL_IB_HCA", "RUST_LOG", "AWS_REGION", "MY_AWS_KEY", SECRET].map(str::to_string);
-        assert_eq!(exported(set.into_iter()), ["AWS_REGION", "NCCL_IB_HCA", "RUST_LOG"]);
+        let set = ["HOME", "NCCL_IB_HCA", "RUST_LOG", "AWS_REGION", "MY_AWS_KEY", "HTTPS_PROXY", "no_proxy", "ftp_proxy", SECRET].map(str::to_string);
+        assert_eq!(exported(set.into_iter()), ["AWS_REGION", "HTTPS_PROXY", "NCCL_IB_HCA", "RUST_LOG", "no_proxy"]);
     }
 
     #[test]

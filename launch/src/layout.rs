@@ -3,6 +3,7 @@
 use crate::args::{Args, Launcher, Ranks};
 use crate::environment::Environment;
 use anyhow::{Context, Result, bail, ensure};
+use std::net::{IpAddr, UdpSocket};
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Layout {
@@ -71,7 +72,12 @@ impl Layout {
         };
         let starter = starter(args, environment);
         ensure!(starter == Starter::Mpirun || environment.slurm.is_some(), "--launcher srun works only inside a SLURM allocation");
-        Ok(Layout { hosts: hosts.iter().take(nodes).cloned().collect(), nodes, ranks_per_node, starter })
+        let mut hosts: Vec<String> = hosts.iter().take(nodes).cloned().collect();
+        // mpirun numbers the ranks of its own host first, wherever that is named.
+        if let (Starter::Mpirun, Some(own)) = (starter, hosts.iter().position(|host| is_own(host, &environment.host))) {
+            hosts[..=own].rotate_right(1);
+        }
+        Ok(Layout { hosts, nodes, ranks_per_node, starter })
     }
 
     pub fn ranks(&self) -> usize {
@@ -85,10 +91,21 @@ impl Layout {
 
     /// The name that we have for a host which calls itself `name`: with or without its domain.
     pub fn known(&self, name: &str) -> String {
-        let short = |name: &str| name.split('.').next().unwrap_or_default().to_string();
-        let same = |host: &&String| *host == name || short(host) == short(name);
-        self.hosts.iter().find(same).map_or_else(|| name.to_string(), String::clone)
+        let exact = self.hosts.iter().find(|host| *host == name);
+        exact.or_else(|| self.hosts.iter().find(|host| same_host(host, name))).map_or_else(|| name.to_string(), String::clone)
     }
+}
+
+/// By name, one of the two perhaps without its domain.
+fn same_host(a: &str, b: &str) -> bool {
+    let name = |text: &str| text.parse::<IpAddr>().is_err();
+    let short = |long: &str, name: &str| long.split_once('.').is_some_and(|(first, _)| first == name);
+    a == b || name(a) && name(b) && (short(a, b) || short(b, a))
+}
+
+/// This host: by its name, or by an address that it has.
+fn is_own(host: &str, own: &str) -> bool {
+    same_host(host, own) || host.parse::<IpAddr>().is_ok_and(|address| UdpSocket::bind((address, 0)).is_ok())
 }
 
 #[cfg(test)]
@@ -132,5 +149,23 @@ mod tests {
     fn a_host_is_known_by_its_short_name() {
         let layout = layout("", &["a.site", "b"]).expect("a layout");
         assert_eq!([layout.known("a"), layout.known("b.site"), layout.known("c")], ["a.site", "b", "c"]);
+    }
+
+    #[test]
+    fn addresses_and_domains_are_no_short_names() {
+        let layout = layout("", &["10.9.0.1", "10.9.0.2", "n.left", "n.right"]).expect("a layout");
+        assert_eq!(["10.9.0.2", "n.right", "10.9.0.3"].map(|name| layout.known(name)), ["10.9.0.2", "n.right", "10.9.0.3"]);
+    }
+
+    #[test]
+    fn the_host_of_mpirun_has_the_first_ranks() {
+        let environment = Environment { cores: 8, numa_nodes: 1, host: "n2.site".into(), ..Environment::default() };
+        let hosts = |hosts: &[&str]| {
+            let args = Args::parse_from(["tiefsee-launch", "--", "resume", "a"]);
+            Layout::new(&args, &environment, &hosts.iter().map(|host| host.to_string()).collect::<Vec<_>>()).expect("a layout").hosts
+        };
+        assert_eq!(hosts(&["n3", "n1", "n2", "n4"]), ["n2", "n3", "n1", "n4"]);
+        assert_eq!(hosts(&["192.0.2.7", "127.0.0.1"]), ["127.0.0.1", "192.0.2.7"]);
+        assert_eq!(hosts(&["n3", "n1"]), ["n3", "n1"]);
     }
 }

@@ -85,7 +85,7 @@ impl Outcome {
             Class::GaveUp => Some("it would skip the same steps again"),
             // A missing corpus, a GPU that is too small.
             Class::Error | Class::Abort if !has_worked => Some("it failed before its first step and would fail so again"),
-            Class::CannotStart | Class::Usage => Some("it would fail to start again"),
+            Class::CannotStart | Class::Usage if !has_worked => Some("it would fail to start again"),
             _ => None,
         }
     }
@@ -125,6 +125,13 @@ impl Evidence {
         if self.exited_rank.is_none() {
             self.exited_rank = behind("Process name: [[").and_then(|rest| number(rest.split_once("],")?.1));
         }
+        let of_srun = line.strip_prefix("srun: error: ").and_then(|rest| rest.split_once(": task")).and_then(|(host, rest)| Some((host, rest.split_once(": ")?)));
+        // The first: srun then ends the others, of which it says "Terminated" or "Killed".
+        if let (None, Some((host, (tasks, words)))) = (&self.signalled, of_srun)
+            && ["Killed", "Out Of Memory", "Segmentation fault", "Bus error", "Aborted", "Illegal instruction"].iter().any(|signal| words.starts_with(signal))
+        {
+            self.signalled = number(tasks.trim_start_matches(['s', ' '])).map(|rank| (rank, host.to_string()));
+        }
         if let (None, Some((tasks, code))) = (self.exit_code, line.strip_prefix("srun: error: ").and_then(|rest| rest.split_once(": Exited with exit code "))) {
             self.exit_code = code.trim().parse().ok();
             self.exited_rank = tasks.split_once(": task").and_then(|(_, rest)| number(rest.trim_start_matches(['s', ' '])));
@@ -136,7 +143,7 @@ impl Evidence {
         if self.aborted_rank.is_none() {
             self.aborted_rank = behind("MPI_ABORT was invoked on rank ").and_then(number);
         }
-        self.out_of_memory |= holds(&["memory allocation of ", "out of memory", "Out of memory", "OutOfMemory", "oom-kill", "OOM Killed"]);
+        self.out_of_memory |= holds(&["memory allocation of ", "out of memory", "Out of memory", "OutOfMemory", "Out Of Memory", "oom-kill", "OOM Killed"]);
         self.daemon_lost |= holds(&["ORTE has lost communication with", "lost connection to a remote daemon", "Node failure on", "NODE FAILURE", " launch failed: "]);
         if self.cannot_start.is_none()
             && holds(&[
@@ -146,6 +153,7 @@ impl Evidence {
                 "was unable to start the specified",
                 "Unable to create step",
                 "Unable to allocate resources",
+                "slurmstepd: error: execve(): ",
                 "tiefsee-launch: cannot start",
             ])
         {
@@ -205,9 +213,9 @@ pub fn classify(code: i32, evidence: &Evidence, (asked, oom_kills): (bool, bool)
             Outcome::new(Class::Killed, format!("{who} was killed by signal {signal} ({}){hint}{because}", signal_name(signal))).at(host)
         }
         _ if evidence.out_of_memory => Outcome::new(Class::OutOfMemory, format!("{who} ran out of memory{because}")).at(host),
-        _ if evidence.cannot_start.is_some() => Outcome::new(Class::CannotStart, evidence.cannot_start.clone().unwrap_or_default()),
+        _ if evidence.cannot_start.is_some() => Outcome::new(Class::CannotStart, evidence.cannot_start.clone().unwrap_or_default()).at(host),
         (126 | 127, _) => Outcome::new(Class::CannotStart, "the ranks could not be started"),
-        (2, _) => Outcome::new(Class::Usage, format!("{who} does not take this command or its config{because}")),
+        (2, _) => Outcome::new(Class::Usage, format!("{who} does not take this command or its config{because}")).at(host),
         _ if evidence.aborted_rank.is_some() => Outcome::new(Class::Abort, format!("{who} aborted with code {code}{because}")).at(host),
         _ => Outcome::new(Class::Error, format!("{who} ended with code {code}{because}")).at(host),
     }
@@ -245,6 +253,7 @@ mod tests {
             (1, &["ORTE has lost communication with a remote daemon."], Class::LinkLost),
             (1, &["There are not enough slots available in the system to satisfy the 4"], Class::CannotStart),
             (127, &[], Class::CannotStart),
+            (2, &["slurmstepd: error: execve(): /nix/tiefsee: No such file or directory", "srun: error: n2: task 1: Exited with exit code 2"], Class::CannotStart),
             (2, &["MPI_ABORT was invoked on rank 0 in communicator MPI_COMM_WORLD"], Class::Usage),
             (138, &[], Class::Killed),
             (143, &["srun: error: n1: task 0: Exited with exit code 75", "srun: error: n2: task 1: Exited with exit code 1"], Class::Stopped),
@@ -271,6 +280,12 @@ mod tests {
             (76, "error (rank 0): state lost: rank 1: the master of x changed", "error (rank 0): state lost: rank 1: the master of x changed", "c"),
             (1, "error (rank 0): rank 7: cannot open GPU 7", "rank 7 on host h7 ended with code 1: error (rank 0): rank 7: cannot open GPU 7", "h7"),
             (143, "srun: error: n[1-2]: tasks 2,4: Exited with exit code 5", "rank 2 on host c ended with code 5", "c"),
+            (
+                137,
+                "srun: error: n1: task 5: Killed",
+                "rank 5 on host n1 was killed by signal 9 (SIGKILL); where nobody did that, the host was short of memory",
+                "n1",
+            ),
             (5, "  Process name: [[45229,1],2]", "rank 2 on host c ended with code 5", "c"),
         ] {
             let mut evidence = Evidence::default();

@@ -63,18 +63,13 @@ fn train(args: &[String]) -> Result<Kind> {
     // The trainer would take it, and we would watch another folder.
     ensure!(!sets.iter().any(|pair| pair.split('=').next() == Some("run")), "--set run=…: name its keys one by one (--set run.dir=DIR)");
     let set = |key: &str| sets.iter().filter_map(|pair| pair.split_once('=')).filter(|(name, _)| *name == key).map(|(_, new)| value(new)).next_back();
-    let run_dir = match set("run.dir") {
-        Some(run_dir) => Some(run_dir),
-        None => {
-            let text = std::fs::read_to_string(&config).with_context(|| format!("cannot read {config}"))?;
-            let table: Table = text.parse().with_context(|| config.clone())?;
-            table.get("run").and_then(|run| run.get("dir").cloned())
-        }
-    };
-    let run_dir = run_dir.with_context(|| format!("{config} has no run.dir"))?;
+    let text = std::fs::read_to_string(&config).with_context(|| format!("cannot read {config}"))?;
+    let table: Table = text.parse().with_context(|| config.clone())?;
+    let given = |key: &str| set(&format!("run.{key}")).or_else(|| table.get("run")?.get(key).cloned());
+    let run_dir = given("dir").with_context(|| format!("{config} has no run.dir"))?;
     let run_dir = run_dir.as_str().with_context(|| format!("run.dir = {run_dir}: must be a path"))?;
     local(run_dir)?;
-    let stop_after = set("run.stop_after").map(|step| step.to_string());
+    let stop_after = given("stop_after").map(|step| step.to_string());
     Ok(Kind::Train { run_dir: PathBuf::from(run_dir), stop_after })
 }
 
@@ -121,18 +116,26 @@ mod tests {
 
     #[test]
     fn a_trained_run_is_resumed_where_it_is() {
-        let program = parse("train --config none.toml --set run.dir=a --set=run.dir=b --set run.stop_after=7");
+        let program = parse("train --config ../configs/run/tiny.toml --set run.dir=a --set=run.dir=b --set run.stop_after=7");
         assert_eq!(program.run_dir(), Some(Path::new("b")));
         assert_eq!(program.resume_command().join(" "), "resume b --stop-after 7");
     }
 
     #[test]
+    fn a_stop_that_the_config_names_outlives_a_restart() {
+        let config = tempfile::NamedTempFile::new().expect("a file");
+        std::fs::write(config.path(), "[run]\ndir = \"c\"\nstop_after = 4\n").expect("written");
+        let program = parse(&format!("train --config {}", config.path().display()));
+        assert_eq!(program.resume_command().join(" "), "resume c --stop-after 4");
+    }
+
+    #[test]
     fn values_are_read_as_the_trainer_reads_them() {
         for given in ["runs/q", "'runs/q'", r#""runs/q""#, r#""runs/\u0071""#, "'''runs/q'''"] {
-            assert_eq!(parse(&format!("train --config none.toml --set run.dir={given}")).run_dir(), Some(Path::new("runs/q")), "{given}");
+            assert_eq!(parse(&format!("train --config ../configs/run/tiny.toml --set run.dir={given}")).run_dir(), Some(Path::new("runs/q")), "{given}");
         }
         for refused in ["run={dir='runs/q'}", "run.dir=5", "run.dir=s3://bucket/q"] {
-            let command: Vec<String> = format!("train --config none.toml --set run.dir=a --set {refused}").split(' ').map(str::to_string).collect();
+            let command: Vec<String> = format!("train --config ../configs/run/tiny.toml --set run.dir=a --set {refused}").split(' ').map(str::to_string).collect();
             assert!(Program::parse(&command).is_err(), "{refused}");
         }
     }

@@ -1,6 +1,6 @@
 //! What a rank's process does before it becomes `tiefsee`: `tiefsee-launch @rank WORDS PROGRAM…`, with words by comma.
 use crate::binding::{bind_near, visible_devices};
-use crate::environment::{Environment, RankPlace, raise_file_limit};
+use crate::environment::{Environment, OWN, RankPlace, raise_file_limit};
 use crate::guard::{CANNOT_START, become_program, tie};
 use crate::heartbeat::{BEAT, VARIABLE};
 use nix::sys::signal::Signal;
@@ -64,13 +64,10 @@ fn start_beat(rank: usize) {
     let Ok(told) = std::env::var(VARIABLE) else {
         return;
     };
-    let started = std::env::current_exe().and_then(|own| {
-        let mut command = Command::new(own);
-        command.arg(BEAT).env(VARIABLE, format!("{told} {rank}")).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
-        // Not to be taken for a rank.
-        command.env_remove("OMPI_COMM_WORLD_RANK").env_remove("PMIX_RANK").spawn()
-    });
-    if let Err(error) = started {
+    let mut command = Command::new(OWN);
+    command.arg(BEAT).env(VARIABLE, format!("{told} {rank}")).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+    // Not to be taken for a rank.
+    if let Err(error) = command.env_remove("OMPI_COMM_WORLD_RANK").env_remove("PMIX_RANK").spawn() {
         eprintln!("tiefsee-launch: no heartbeat: {error}");
     }
 }

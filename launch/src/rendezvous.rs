@@ -16,7 +16,7 @@ use anyhow::{Context, Result, ensure};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader, Read, Write};
-use std::net::{TcpListener, ToSocketAddrs};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, ToSocketAddrs};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -102,10 +102,22 @@ struct Member {
     waiting: BTreeMap<u64, Answers<i32>>,
 }
 
+/// Where node 0 listens. Debian gives a host's own name a loopback address, where no other node comes to.
+fn reachable(address: &str, candidates: Vec<SocketAddr>) -> Vec<SocketAddr> {
+    let (host, _) = address.rsplit_once(':').unwrap_or((address, ""));
+    let meant = host == "localhost" || host.trim_matches(['[', ']']).parse::<IpAddr>().is_ok();
+    match candidates.first() {
+        Some(first) if !meant && candidates.iter().all(|candidate| candidate.ip().is_loopback()) => {
+            [IpAddr::from(Ipv6Addr::UNSPECIFIED), Ipv4Addr::UNSPECIFIED.into()].map(|every| SocketAddr::new(every, first.port())).to_vec()
+        }
+        _ => candidates,
+    }
+}
+
 impl Rendezvous {
     /// `own`: this host's name. `nodes`: at most so many, this one included.
     pub fn listen(address: &str, secret: Secret, own: &str, nodes: usize, limit: Duration) -> Result<Self> {
-        let candidates: Vec<_> = address.to_socket_addrs().with_context(|| format!("--rdzv {address}"))?.collect();
+        let candidates = reachable(address, address.to_socket_addrs().with_context(|| format!("--rdzv {address}"))?.collect());
         let listener = TcpListener::bind(&candidates[..]).with_context(|| format!("node 0 cannot listen at --rdzv {address}"))?;
         let shared = Arc::new(Shared { nodes, limit, state: Mutex::default(), next: AtomicU64::new(0) });
         let folder = tempfile::Builder::new().prefix("tiefsee-launch-").tempdir().context("cannot make a folder for the agents' socket")?;
@@ -283,5 +295,19 @@ fn wait(mut stream: &UnixStream, answer: &Receiver<i32>) -> Result<Option<i32>> 
             Err(error) if matches!(error.kind(), std::io::ErrorKind::WouldBlock | std::io::ErrorKind::TimedOut) => {}
             Err(_) => return Ok(None),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::reachable;
+
+    #[test]
+    fn a_name_for_the_loopback_is_listened_for_everywhere() {
+        let listens = |address: &str, found: &str| reachable(address, vec![found.parse().expect("an address")]).iter().map(ToString::to_string).collect::<Vec<_>>();
+        assert_eq!(listens("n1:29400", "127.0.1.1:29400"), ["[::]:29400", "0.0.0.0:29400"]);
+        assert_eq!(listens("n1:29400", "10.0.0.1:29400"), ["10.0.0.1:29400"]);
+        assert_eq!(listens("localhost:29400", "127.0.0.1:29400"), ["127.0.0.1:29400"]);
+        assert_eq!(listens("127.0.0.1:29400", "127.0.0.1:29400"), ["127.0.0.1:29400"]);
     }
 }

@@ -1,5 +1,6 @@
 //! What a run directory holds, who works in it, and how a run that never reached a checkpoint is put aside.
 use crate::incidents::say;
+use anyhow::{Context, Result};
 use std::fs::{self, File, TryLockError};
 use std::io;
 use std::path::{Path, PathBuf};
@@ -18,15 +19,32 @@ pub enum Holds {
     Checkpoint,
 }
 
-pub fn holds(run_dir: &Path) -> Holds {
-    let written = |entry: fs::DirEntry| entry.file_name().to_string_lossy().starts_with("step-") && entry.path().join("manifest.json").exists();
-    if !run_dir.join("resolved.toml").exists() {
-        Holds::Nothing
-    } else if run_dir.join("second-tier").exists() || fs::read_dir(run_dir.join("checkpoints")).is_ok_and(|entries| entries.flatten().any(written)) {
-        Holds::Checkpoint
-    } else {
-        Holds::HalfRun
+/// An error is none of the three: what cannot be looked at now may hold a checkpoint.
+pub fn holds(run_dir: &Path) -> Result<Holds> {
+    let told = |name: &str| {
+        let path = run_dir.join(name);
+        path.try_exists().with_context(|| format!("cannot look for {}", path.display()))
+    };
+    if !told("resolved.toml")? {
+        return Ok(Holds::Nothing);
     }
+    Ok(if told("second-tier")? || has_checkpoint(&run_dir.join("checkpoints"))? { Holds::Checkpoint } else { Holds::HalfRun })
+}
+
+fn has_checkpoint(folder: &Path) -> Result<bool> {
+    let cannot = || format!("cannot list {}", folder.display());
+    let entries = match fs::read_dir(folder) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
+        entries => entries.with_context(cannot)?,
+    };
+    for entry in entries {
+        let entry = entry.with_context(cannot)?;
+        let manifest = entry.path().join("manifest.json");
+        if entry.file_name().to_string_lossy().starts_with("step-") && manifest.try_exists().with_context(|| format!("cannot look for {}", manifest.display()))? {
+            return Ok(true);
+        }
+    }
+    Ok(false)
 }
 
 pub fn log(run_dir: &Path) -> PathBuf {
@@ -109,15 +127,15 @@ mod tests {
     fn a_half_run_is_moved_whole() {
         let folder = tempfile::tempdir().expect("a folder");
         let run = folder.path();
-        assert_eq!(holds(run), Holds::Nothing);
+        assert_eq!(holds(run).expect("looked"), Holds::Nothing);
         fs::create_dir_all(run.join("checkpoints/.step-1.partial")).expect("a folder");
         fs::create_dir_all(log(run)).expect("a folder");
         for name in ["resolved.toml", "log/rank-0.jsonl", "log/incidents.jsonl"] {
             fs::write(run.join(name), name).expect("a file");
         }
-        assert_eq!(holds(run), Holds::HalfRun);
+        assert_eq!(holds(run).expect("looked"), Holds::HalfRun);
         let aside = put_aside(run).expect("moved");
-        assert_eq!(holds(run), Holds::Nothing);
+        assert_eq!(holds(run).expect("looked"), Holds::Nothing);
         assert!(aside.join("log/rank-0.jsonl").exists() && aside.join("checkpoints/.step-1.partial").exists());
         assert!(run.join("log/incidents.jsonl").exists(), "the timeline stays");
     }
@@ -127,9 +145,18 @@ mod tests {
         let folder = tempfile::tempdir().expect("a folder");
         fs::write(folder.path().join("resolved.toml"), "").expect("a file");
         fs::create_dir_all(folder.path().join("checkpoints/step-00000004")).expect("a folder");
-        assert_eq!(holds(folder.path()), Holds::HalfRun);
+        assert_eq!(holds(folder.path()).expect("looked"), Holds::HalfRun);
         fs::write(folder.path().join("checkpoints/step-00000004/manifest.json"), "{}").expect("a file");
-        assert_eq!(holds(folder.path()), Holds::Checkpoint);
+        assert_eq!(holds(folder.path()).expect("looked"), Holds::Checkpoint);
+    }
+
+    #[test]
+    fn what_cannot_be_looked_at_is_no_half_run() {
+        let folder = tempfile::tempdir().expect("a folder");
+        fs::write(folder.path().join("resolved.toml"), "").expect("a file");
+        fs::write(folder.path().join("checkpoints"), "").expect("a file where a folder belongs");
+        let error = format!("{:#}", holds(folder.path()).expect_err("cannot be listed"));
+        assert!(error.starts_with("cannot list ") && error.contains("checkpoints"), "{error}");
     }
 
     #[test]
@@ -137,7 +164,7 @@ mod tests {
         let folder = tempfile::tempdir().expect("a folder");
         fs::write(folder.path().join("resolved.toml"), "").expect("a file");
         fs::write(folder.path().join("second-tier"), "step-00000003-1 in /dev/shm/tiefsee-1").expect("a file");
-        assert_eq!(holds(folder.path()), Holds::Checkpoint);
+        assert_eq!(holds(folder.path()).expect("looked"), Holds::Checkpoint);
     }
 
     #[test]

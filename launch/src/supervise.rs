@@ -2,7 +2,7 @@
 use crate::args::Args;
 use crate::command::{Ranked, command_line, places, quoted, variables};
 use crate::ending::Ending;
-use crate::environment::{Environment, Slurm, host_name, oom_kills, raise_file_limit, sibling};
+use crate::environment::{Environment, Slurm, host_name, oom_kills, own_path, raise_file_limit, sibling};
 use crate::guard::Guarded;
 use crate::hosts::{Hosts, shared_secret, silence};
 use crate::incidents::{Incidents, say};
@@ -54,6 +54,12 @@ struct Ended {
     step: Option<u64>,
 }
 
+impl Ended {
+    fn before_a_rank(class: Class, error: &anyhow::Error) -> Ended {
+        Ended { outcome: Outcome::new(class, format!("{error:#}")), made_a_step: false, step: None }
+    }
+}
+
 /// The launcher's exit code.
 pub fn run(args: Args) -> Result<u8> {
     let environment = Environment::read();
@@ -74,12 +80,13 @@ pub fn run(args: Args) -> Result<u8> {
     }
     let mut lock = None;
     if let Some(run_dir) = program.run_dir() {
-        if matches!(program.kind, Kind::Train { .. }) && !args.auto_resume && run_dir::holds(run_dir) != Holds::Nothing {
+        let holds = run_dir::holds(run_dir)?;
+        if matches!(program.kind, Kind::Train { .. }) && !args.auto_resume && holds != Holds::Nothing {
             let shown = run_dir.display();
             say(&format!("{shown} already holds a run: resume it (resume {shown}), add --auto-resume, or name another run.dir"));
             return Ok(USAGE);
         }
-        if matches!(program.kind, Kind::Resume { .. }) && run_dir::holds(run_dir) == Holds::Nothing {
+        if matches!(program.kind, Kind::Resume { .. }) && holds == Holds::Nothing {
             say(&format!("{} is not a run directory: it has no resolved.toml", run_dir.display()));
             return Ok(USAGE);
         }
@@ -119,7 +126,7 @@ fn dry_run(args: &Args, environment: &Environment) -> Result<u8> {
 }
 
 fn line(args: &Args, environment: &Environment, layout: &Layout, command: &[String], socket: Option<&Path>) -> Result<Vec<String>> {
-    let (own, beside) = (std::env::current_exe()?, sibling("tiefsee")?);
+    let (own, beside) = (own_path()?, sibling("tiefsee")?);
     let program = args.program.as_deref().unwrap_or(&beside);
     Ok(command_line(args, environment, layout, &Ranked { own: &own, program, command, socket }))
 }
@@ -135,16 +142,12 @@ impl Supervisor {
     fn attempts(&mut self) -> Result<u8> {
         loop {
             self.incidents.attempt += 1;
-            let next = match self.next_command()? {
-                Some(command) => self.layout()?.map(|layout| (command, layout)),
-                None => None,
-            };
-            let Some((command, layout)) = next else {
+            // A file system or a host that fails now may be back at the next start.
+            let ended = self.start().unwrap_or_else(|error| Some(Ended::before_a_rank(Class::Error, &error)));
+            let Some(ended) = ended else {
                 self.incidents.add("stop_requested", None, "asked to stop while no rank was running");
                 return Ok(STOPPED);
             };
-            self.has_worked |= self.has_checkpoint();
-            let ended = self.attempt(&command, &layout)?;
             self.has_worked |= ended.made_a_step;
             let event = if ended.outcome.failed() { "failed" } else { "ended" };
             self.incidents.add(event, ended.step, ended.outcome.words.clone());
@@ -157,17 +160,24 @@ impl Supervisor {
         }
     }
 
-    fn has_checkpoint(&self) -> bool {
-        self.program.run_dir().is_some_and(|run_dir| run_dir::holds(run_dir) == Holds::Checkpoint)
+    /// None: asked to stop before any rank was there.
+    fn start(&mut self) -> Result<Option<Ended>> {
+        self.has_worked |= self.has_checkpoint();
+        let Some(command) = self.next_command()? else { return Ok(None) };
+        let signals = &mut self.signals;
+        let hosts = match self.hosts.gather(&self.args, || signals.pending().count() > 0) {
+            Ok(Some(hosts)) => hosts,
+            Ok(None) => return Ok(None),
+            Err(error) => return Ok(Some(Ended::before_a_rank(Class::LinkLost, &error))),
+        };
+        match Layout::new(&self.args, &self.environment, &hosts) {
+            Ok(layout) => self.attempt(&command, &layout).map(Some),
+            Err(error) => Ok(Some(Ended::before_a_rank(Class::Usage, &error))),
+        }
     }
 
-    /// None: asked to stop while nodes were waited for.
-    fn layout(&mut self) -> Result<Option<Layout>> {
-        let signals = &mut self.signals;
-        let Some(hosts) = self.hosts.gather(&self.args, || signals.pending().count() > 0)? else {
-            return Ok(None);
-        };
-        Layout::new(&self.args, &self.environment, &hosts).map(Some)
+    fn has_checkpoint(&self) -> bool {
+        self.program.run_dir().is_some_and(|run_dir| run_dir::holds(run_dir).is_ok_and(|holds| holds == Holds::Checkpoint))
     }
 
     /// The first start is as asked for; a later one, or any with --auto-resume, goes on with what is there. None: asked to stop
@@ -178,10 +188,10 @@ impl Supervisor {
         };
         let signals = &mut self.signals;
         let stop = || signals.pending().count() > 0;
-        if run_dir::holds(run_dir) == Holds::HalfRun && !run_dir::wait_for(&run_dir::world_lock(run_dir), "another world in this run directory", stop)? {
+        if run_dir::holds(run_dir)? == Holds::HalfRun && !run_dir::wait_for(&run_dir::world_lock(run_dir), "another world in this run directory", stop)? {
             return Ok(None);
         }
-        match run_dir::holds(run_dir) {
+        match run_dir::holds(run_dir)? {
             Holds::Nothing => Ok(Some(self.program.command.clone())),
             Holds::Checkpoint => {
                 if self.incidents.attempt == 1 {
@@ -336,8 +346,8 @@ impl Supervisor {
             _ if self.preempted => STOPPED_LATE,
             // A rank that died while the others checkpointed: an older checkpoint may be there.
             Class::Killed | Class::OutOfMemory | Class::LinkLost | Class::Hung if self.requests > 0 => STOPPED_LATE,
-            // The last checkpoint could not be written.
-            Class::Error | Class::Abort if self.requests > 0 && self.has_checkpoint() => STOPPED_LATE,
+            // The last checkpoint could not be written, or what it was to hold was damaged.
+            Class::Error | Class::Abort | Class::StateLost if self.requests > 0 && self.has_checkpoint() => STOPPED_LATE,
             _ => outcome.exit_code(),
         }
     }

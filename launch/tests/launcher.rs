@@ -39,7 +39,7 @@ impl Run {
         let stand_in = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/stand_in.sh");
         let mut command = Command::new(env!("CARGO_BIN_EXE_tiefsee-launch"));
         command.args("--standalone --nproc-per-node 2 --back-off 0 --kill-after 2".split(' ')).args(options.split_whitespace());
-        command.arg("--program").arg(stand_in).args(["--", "train", "--config", "none.toml", "--set"]).arg(format!("run.dir={}", self.dir().display()));
+        command.arg("--program").arg(stand_in).args(["--", "train", "--config", "../configs/run/tiny.toml", "--set"]).arg(format!("run.dir={}", self.dir().display()));
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
         command
     }
@@ -112,6 +112,19 @@ fn a_clean_run_is_0_with_prefixed_and_kept_output() {
     assert!(text(&output).contains("[1] train from 0"), "{}", text(&output));
     assert_eq!(run.read("log/rank-1.log"), "train from 0\n");
     assert_eq!(run.events(), ["started", "ended"]);
+}
+
+#[test]
+fn a_launcher_that_is_built_anew_meanwhile_still_restarts() {
+    let run = Run::new(7, "1 6 kill");
+    let (built, own) = (env!("CARGO_BIN_EXE_tiefsee-launch"), run.dir().join("tiefsee-launch"));
+    fs::copy(built, &own).expect("a copy");
+    let child = Started(Some(Command::new(&own).args(run.command("").get_args()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("a launcher")));
+    wait("the first start", || run.events().contains(&"started".to_string()));
+    fs::remove_file(&own).and_then(|()| fs::copy(built, &own)).expect("another in its place");
+    let output = child.output();
+    assert_eq!(output.status.code(), Some(0), "{}", text(&output));
+    assert_eq!(run.events(), ["started", "failed", "restarting", "started", "ended"]);
 }
 
 #[test]

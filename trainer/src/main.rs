@@ -183,7 +183,11 @@ fn in_world(config: impl FnOnce() -> Result<RunConfig>, start: Start) -> Result<
     let rank = world.rank();
     abort_on_panic(rank);
     // Every rank reads the same config, and one of them says what is wrong with it.
-    let config = all_or_none(&*world, config()).map_err(|error| BadConfig(format!("{error:#}")).into());
+    let config = all_or_none(&*world, config()).map_err(|error| match start {
+        // One host may lack the file system of the run.
+        Start::Resume if error.root_cause().is::<std::io::Error>() || error.to_string().starts_with("rank ") => error,
+        _ => BadConfig(format!("{error:#}")).into(),
+    });
     let outcome = config.and_then(|config| {
         tch::set_num_threads(threads(&config));
         train(&config, world.clone(), start, &stop)

@@ -60,9 +60,11 @@ pub fn unfinished(run_dir: &Path) -> Result<Vec<PathBuf>> {
 }
 
 fn entries(folder: &Path) -> Result<Vec<PathBuf>> {
-    if !folder.exists() {
-        return Ok(Vec::new());
-    }
-    let read = std::fs::read_dir(folder).with_context(|| format!("cannot list {}", folder.display()))?;
-    read.map(|entry| Ok(entry?.path())).collect()
+    let cannot = || format!("cannot list {}", folder.display());
+    let read = match std::fs::read_dir(folder) {
+        // Any other error may hide some.
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
+        read => read.with_context(cannot)?,
+    };
+    read.map(|entry| Ok(entry.with_context(cannot)?.path())).collect()
 }
