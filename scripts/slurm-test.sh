@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # train.sbatch under a real slurmctld and slurmd, training for real: scripts/slurm-test.sh [--long]
 #   short: a job on 2 nodes, over mpirun, is signalled as at its time limit, checkpoints, is requeued, resumes and finishes;
-#          one over srun and PMIx (where that is) is cancelled and leaves no process; one over each is pre-empted and requeued
+#          of an array one task is requeued, and that alone; one over srun and PMIx (where that is) is cancelled and leaves no process; one over each is pre-empted and requeued
 #   --long: the signal is the time limit's own, as often as it takes
 # Needs root. Installs slurm-wlm and munge with apt where they are missing. Ends with 0 and SKIPPED where it cannot run.
 set -euo pipefail
@@ -79,6 +79,18 @@ times=$(grep -c "exit code 75, requeued" "$state/requeued.out")
 echo "ok: stopped, checkpointed, requeued and resumed ($times time(s)), $steps steps, finished (mpirun, 2 nodes)"
 
 steps=1000000
+# The last task of an array has the array's own number: what is done to it must not be done to all.
+job=$(RUN_ROOT=$state submit array mpirun --array=0-1 --nodes=1 --output="$state/array-%a.out")
+until_true "the array's steps" 60 eval 'stepped1() { [ -s "$state/tiefsee-$job-$1/log/rank-0.jsonl" ]; }; stepped1 0 && stepped1 1'
+scancel --batch --signal=USR1 "${job}_1"
+until_true "the requeue" 120 shows "${job}_1" Restarts=1
+sleep 2
+shows "${job}_0" Restarts=0 || fail "its neighbour was requeued with it"
+shows "${job}_0" JobState=RUNNING || fail "its neighbour was ended with it"
+scancel "$job"
+until_true "the array's processes' end" 30 no_process "tiefsee-$job"
+echo "ok: of an array one task is requeued alone (mpirun, 2 tasks)"
+
 if srun --mpi=list 2>&1 | grep -q pmix; then launcher=srun; else launcher=mpirun; fi
 job=$(submit cancelled "$launcher")
 until_true "the job's steps" 60 stepped cancelled
