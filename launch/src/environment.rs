@@ -153,6 +153,8 @@ fn numbered(folder: &str, prefix: &str) -> usize {
 
 /// This very executable, also where a build has put another in its place.
 pub const OWN: &str = "/proc/self/exe";
+/// What lists of processes call it.
+pub const NAME: &str = "tiefsee-launch";
 
 /// Where this executable lies; after a build, the one that has taken its place.
 pub fn own_path() -> std::io::Result<PathBuf> {

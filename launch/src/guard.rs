@@ -3,7 +3,7 @@
 //! It stands in its own session (a terminal's Ctrl-C and a killed process group do not reach it) and takes orders over
 //! its standard input; the end of that pipe means that the launcher is dead. Descendants that lose their parent come to
 //! it (subreaper), so it can end every one, whatever process group mpirun gave it.
-use crate::environment::{OWN, SECRET};
+use crate::environment::{NAME, OWN, SECRET};
 use crate::processes::descendants;
 use nix::sys::prctl::{set_child_subreaper, set_pdeathsig};
 use nix::sys::signal::{Signal, kill};
@@ -46,6 +46,7 @@ impl Guarded {
     /// `lock` is held as long as any rank may live.
     pub fn spawn(lock: Option<&Path>, command: &[String], set: &[(String, String)]) -> std::io::Result<(Self, std::process::ChildStdout, std::process::ChildStderr)> {
         let mut child = Command::new(OWN)
+            .arg0(NAME)
             .arg(GUARD)
             .arg(lock.unwrap_or(Path::new("")))
             .args(command)
@@ -95,7 +96,7 @@ pub fn guard(args: &[String]) -> u8 {
             return CANNOT_START;
         }
     };
-    let started = Command::new(OWN).arg(TIED).args(command).stdin(Stdio::null()).spawn();
+    let started = Command::new(OWN).arg0(NAME).arg(TIED).args(command).stdin(Stdio::null()).spawn();
     let child = match started {
         Ok(child) => child,
         Err(error) => {

@@ -1,9 +1,10 @@
 //! What a rank's process does before it becomes `tiefsee`: `tiefsee-launch @rank WORDS PROGRAM…`, with words by comma.
 use crate::binding::{bind_near, visible_devices};
-use crate::environment::{Environment, OWN, RankPlace, raise_file_limit};
+use crate::environment::{Environment, NAME, OWN, RankPlace, raise_file_limit};
 use crate::guard::{CANNOT_START, become_program, tie};
 use crate::heartbeat::{BEAT, VARIABLE};
 use nix::sys::signal::Signal;
+use std::os::unix::process::CommandExt;
 use std::process::{Command, Stdio};
 
 /// First argument that makes this executable a rank.
@@ -65,7 +66,7 @@ fn start_beat(rank: usize) {
         return;
     };
     let mut command = Command::new(OWN);
-    command.arg(BEAT).env(VARIABLE, format!("{told} {rank}")).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+    command.arg0(NAME).arg(BEAT).env(VARIABLE, format!("{told} {rank}")).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
     // Not to be taken for a rank.
     if let Err(error) = command.env_remove("OMPI_COMM_WORLD_RANK").env_remove("PMIX_RANK").spawn() {
         eprintln!("tiefsee-launch: no heartbeat: {error}");

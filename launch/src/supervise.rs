@@ -168,7 +168,7 @@ impl Supervisor {
         let hosts = match self.hosts.gather(&self.args, || signals.pending().count() > 0) {
             Ok(Some(hosts)) => hosts,
             Ok(None) => return Ok(None),
-            Err(error) => return Ok(Some(Ended::before_a_rank(Class::LinkLost, &error))),
+            Err(error) => return Ok(Some(Ended::before_a_rank(Class::CannotStart, &error))),
         };
         match Layout::new(&self.args, &self.environment, &hosts) {
             Ok(layout) => self.attempt(&command, &layout).map(Some),
