@@ -18,7 +18,7 @@ for argument in "$@"; do
         max_bytes=8000000
         least=0.2
         stop_after=20
-        settings+=(--set phase.0.tokens=20480 --set phase.1.tokens=163840 --set validation.every=20)
+        settings+=(--set phase.0.tokens=20480 --set phase.1.tokens=204800 --set validation.every=20)
         ;;
     -*) sed -n '2,5p' "$0" | sed 's/^# //' >&2 && exit 2 ;;
     *) [ -e "$argument" ] && folders+=("$argument") || { echo "quickstart: no such folder: $argument" >&2 && exit 1; } ;;
