@@ -196,6 +196,25 @@ fn a_full_output_is_an_error_of_one_line() {
 }
 
 #[test]
+fn no_export_takes_a_tokenizer_that_was_replaced() {
+    let own = scratch().join("corpus-retokenized");
+    fs::create_dir_all(&own).expect("a folder");
+    for entry in fs::read_dir(corpus()).expect("a corpus").flatten() {
+        fs::copy(entry.path(), own.join(entry.file_name())).expect("a copy");
+    }
+    let run = Run::new("retokenized", &["run.stop_after=1", &format!("data.mixture.0.path={}", own.display())]);
+    assert_eq!(tiefsee(&run.train_args()).output().expect("it runs").status.code(), Some(75));
+    let out = scratch().join("retokenized-export");
+    let export = words(&["checkpoint", "export-hf", &run.newest_checkpoint().display().to_string(), &out.display().to_string()]);
+    let tokenizer = fs::read(own.join("tokenizer.json")).expect("a tokenizer");
+    fs::write(own.join("tokenizer.json"), [&tokenizer[..], b"\n"].concat()).expect("written");
+    refused(&export, &["corpus-retokenized/tokenizer.json: its BLAKE3 is ", "where the manifest says "]);
+    assert!(!out.exists(), "half an export");
+    fs::write(own.join("tokenizer.json"), tokenizer).expect("written");
+    assert!(tiefsee(&export).output().expect("it runs").status.success());
+}
+
+#[test]
 fn a_folder_without_checkpoints_is_not_pruned() {
     let folder = scratch().join("no-run");
     fs::create_dir_all(&folder).expect("a folder");

@@ -111,9 +111,10 @@ pub fn export_in_files(checkpoint: &Path, out: &Path, format: Format, values: Va
     // Beside it, also where its name ends in a slash.
     let partial = out.with_added_extension("partial");
     fresh(&partial)?;
+    let end = copy_tokenizer(checkpoint, &partial)?; // before the long part: it may be the wrong one
     let bytes_read = write_files(&partial, &released, checkpoint, file_bytes)?;
     let mut config = config(&manifest.model, format);
-    if let Some(end) = copy_tokenizer(checkpoint, &partial)? {
+    if let Some(end) = end {
         // Else transformers takes its own default of the model's kind.
         config["eos_token_id"] = json!(end);
     }
@@ -149,13 +150,15 @@ fn copy_tokenizer(checkpoint: &Path, out: &Path) -> Result<Option<u32>> {
     let config: crate::RunConfig = toml::from_str(&text).with_context(|| format!("{}", resolved(run_dir).display()))?;
     let corpus = &config.data.mixture[0].path;
     let Some(tokenizer) = data::fetch(corpus, "tokenizer.json")? else { return Ok(None) };
+    let Some(manifest) = data::fetch(corpus, "manifest.json")? else { return Ok(None) };
+    let manifest: data::format::manifest::Manifest = serde_json::from_slice(&manifest).with_context(|| format!("{}/manifest.json", corpus.display()))?;
+    let (found, expected) = (blake3::hash(&tokenizer).to_hex(), &manifest.tokenizer_blake3);
+    ensure!(found.as_str() == expected, "{}/tokenizer.json: its BLAKE3 is {found} where the manifest says {expected}: the model knows another one's tokens", corpus.display());
     let write = |name: &str, bytes: &[u8]| std::fs::write(out.join(name), bytes).with_context(|| format!("cannot write {}", out.join(name).display()));
     write("tokenizer.json", &tokenizer)?;
     match data::fetch(corpus, "tokenizer_config.json")? {
         Some(about) => write("tokenizer_config.json", &about)?,
         None => write_json(&out.join("tokenizer_config.json"), &json!({"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": false}))?,
     }
-    let Some(manifest) = data::fetch(corpus, "manifest.json")? else { return Ok(None) };
-    let manifest: data::format::manifest::Manifest = serde_json::from_slice(&manifest).with_context(|| format!("{}/manifest.json", corpus.display()))?;
     Ok(Some(manifest.end_token))
 }
