@@ -136,10 +136,20 @@ fn a_number_out_of_its_range_is_refused_by_name() {
         ("data.mixture", "[{path=\"a\",weight=0.0}]".into(), "data.mixture.0.weight = 0: must be positive; leave out a source that has no share"),
         ("phase.1.mixture", "[{path=\"a\"},{path=\"b\",weight=-1.0}]".into(), "[[phase]] 2: mixture.1.weight = -1: must be positive; leave out a source that has no share"),
         ("run.dir", "\"\"".into(), "run.dir = \"\": must name a folder"),
+        ("run.threads", "1025".into(), "run.threads = 1025: must be from 0 to 1024"),
     ] {
         let error = RunConfig::load(&root().join("configs/run/tiny.toml"), &[format!("{key}={value}")]).expect_err(key);
         assert!(format!("{error:#}").ends_with(expected), "{error:#}, not {expected}");
     }
+}
+
+#[test]
+fn another_model_is_set_from_where_the_command_is_given() {
+    let set = ["model.num_hidden_layers=4", "model=../configs/model/v3-slice.toml"].map(String::from);
+    let config = RunConfig::load(&root().join("configs/run/tiny.toml"), &set).expect("a config");
+    assert_eq!((config.model.hidden_size, config.model.num_hidden_layers), (7168, 4));
+    let error = RunConfig::load(&root().join("configs/run/tiny.toml"), &["model=nowhere.toml".into()]).expect_err("no such file");
+    assert!(format!("{error:#}").contains("cannot read the config nowhere.toml"), "{error:#}");
 }
 
 #[test]

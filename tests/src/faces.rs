@@ -80,6 +80,13 @@ fn values_that_do_not_fit_together_are_refused_with_their_numbers() {
     misconfigured(&Run::new("fp8", &["run.precision=fp8"]), &["model.kv_lora_rank = 12", "multiple of 16 where run.precision = \"fp8\""]);
     misconfigured(&Run::new("patience", &["data.patience=0"]), &["data.patience = 0: must be from 1 to 86400 s"]);
     refused(&Run::new("ep", &["parallel.ep=2"]).train_args(), &["dp 1 does not divide by ep 2"]);
+    let text = mpirun(2, &Run::new("odd-validation", &["parallel.ep=2", "validation.sequences=7"]).train_args(), 1);
+    assert!(text.contains("validation.sequences = 7, of which") && text.contains("; validation.sequences = 6 would do"), "{text}");
+    let moved = finished("moved-corpus");
+    let kept = fs::read_to_string(moved.dir().join("resolved.toml")).expect("a config");
+    fs::write(moved.dir().join("resolved.toml"), kept.replace(&corpus().display().to_string(), "/nonexistent")).expect("written");
+    let resume = words(&["resume", &moved.dir().display().to_string()]);
+    refused(&resume, &["the corpora that ", "moved-corpus/resolved.toml names: /nonexistent"]);
 }
 
 #[test]
@@ -146,6 +153,36 @@ fn a_folder_without_text_makes_no_corpus() {
 fn a_run_directory_is_not_overwritten() {
     let run = finished("twice");
     refused(&run.train_args(), &["already holds a run", "tiefsee resume"]);
+    let (show, newest) = (words(&["checkpoint", "show", &run.dir().display().to_string()]), run.newest_checkpoint());
+    refused(&show, &[&format!("{} is a run directory, not a checkpoint; its newest is {}", run.dir().display(), newest.display())]);
+    fs::remove_dir_all(run.dir().join("checkpoints")).expect("removed");
+    refused(&run.train_args(), &["already held a run, whose checkpoints are gone", "twice/summary.json"]);
+    assert_eq!(run.lines().len(), 2, "its log stays");
+}
+
+#[test]
+fn a_relative_folder_of_the_second_tier_is_the_same_one_on_resume() {
+    let run = Run::new("relative-tier", &["run.stop_after=1", "checkpoint.second_tier.dir=some/where"]);
+    assert_eq!(tiefsee(&run.train_args()).current_dir(scratch()).output().expect("it runs").status.code(), Some(75));
+    let kept = trainer::RunConfig::load(&trainer::run::resolved(run.dir()), &[]).expect("a config");
+    assert_eq!(kept.checkpoint.second_tier.dir, scratch().join("some/where"));
+}
+
+#[test]
+fn an_export_has_the_tokenizer_or_says_why_not() {
+    let run = finished("whose-tokenizer");
+    let (inside, elsewhere) = (scratch().join("whose-tokenizer-inside"), scratch().join("whose-tokenizer-elsewhere"));
+    let export = words(&["checkpoint", "export-hf", ".", &inside.display().to_string()]);
+    let output = tiefsee(&export).current_dir(run.newest_checkpoint()).output().expect("it runs");
+    assert!(output.status.success() && inside.join("tokenizer.json").exists(), "{}", String::from_utf8_lossy(&output.stdout));
+    assert!(!String::from_utf8_lossy(&output.stdout).contains("no tokenizer"));
+    let alone = elsewhere.with_file_name("alone/step-00000002");
+    fs::create_dir_all(alone.parent().expect("a folder")).expect("made");
+    fs::rename(run.newest_checkpoint(), &alone).expect("moved");
+    let export = words(&["checkpoint", "export-hf", &alone.display().to_string(), &elsewhere.display().to_string()]);
+    let output = tiefsee(&export).output().expect("it runs");
+    let said = String::from_utf8_lossy(&output.stdout);
+    assert!(output.status.success() && said.contains("no tokenizer: ") && said.contains("resolved.toml is not there"), "{said}");
 }
 
 #[test]

@@ -60,9 +60,13 @@ fn what_cannot_be_read_is_not_taken_for_damage() {
 fn a_run_does_not_begin_with_the_weights_of_another_model() {
     let checkpoint = sharded(&scratch().join("another-model"), 2);
     let run = Run::new("from-another", &[&format!("run.init_from={}", checkpoint.display()), "model.routed_scaling_factor=1.25", "model.max_position_embeddings=300"]);
-    let error = train(&run.config(), solo(), Start::Fresh, &StopSignal::default()).map(|_| ()).expect_err("another model");
-    let text = format!("{error:#}");
+    let go = |run: &Run| train(&run.config(), solo(), Start::Fresh, &StopSignal::default()).map(|_| ()).map_err(|error| format!("{error:#}"));
+    let text = go(&run).expect_err("another model");
     assert!(text.contains("run.init_from") && text.contains("its model has routed_scaling_factor = ") && text.contains("the run's model.routed_scaling_factor is 1.25"), "{text}");
+    let without = Run::new("without-mtp", &["model.num_nextn_predict_layers=0", "run.stop_after=1"]);
+    go(&without).expect("a step");
+    let text = go(&Run::new("with-mtp", &[&format!("run.init_from={}", without.newest_checkpoint().display())])).expect_err("no module");
+    assert!(text.ends_with("has no MTP module: model.num_nextn_predict_layers must be 0, it is 1"), "{text}");
 }
 
 #[test]

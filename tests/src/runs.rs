@@ -213,6 +213,18 @@ fn phases_to_come_may_change_and_those_begun_may_not() {
     changed.phase[1].sequence_length = 45;
     let error = resume_error(&changed);
     assert!(error.contains("sample order 1") && error.contains("sequence length"), "{error}");
+    let mut changed = config.clone();
+    changed.phase[0].tokens += 1 << 20;
+    let error = resume_error(&changed);
+    assert!(error.contains("it has reached sample order 2") && error.contains("one that is over was made longer"), "{error}");
+    let mut changed = config.clone();
+    changed.model.rope_theta = 5000.0;
+    let error = resume_error(&changed);
+    assert!(error.contains("its model has rope_theta = 10000.0, the run's model.rope_theta is 5000.0"), "{error}");
+    let mut changed = config.clone();
+    changed.model.num_nextn_predict_layers = 0;
+    let error = resume_error(&changed);
+    assert!(error.contains("its model has num_nextn_predict_layers = 1"), "{error}");
 }
 
 #[test]

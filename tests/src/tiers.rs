@@ -74,6 +74,8 @@ fn with_a_node_wiped_a_run_goes_on_from_the_copies_on_the_other() {
         assert!(marker(&run).exists());
         if disk_too {
             fs::remove_dir_all(run.dir().join("checkpoints")).expect("they go");
+            let error = go(&run, Start::Fresh, Some(9)).expect_err("its copies are a run");
+            assert!(error.contains("already holds a run: resume it"), "{error}");
         }
         go(&run, Start::Resume, Some(9)).expect("nothing to do");
         checkpoint::verify(&run.newest_checkpoint()).expect("an ordinary checkpoint");
@@ -264,6 +266,20 @@ fn a_folder_that_is_not_there_is_an_error() {
     let run = Run::new("tier-nowhere", &["checkpoint.second_tier={every=1,dir=\"/dev/null/none\"}"]);
     let error = go(&run, Start::Fresh, Some(1)).expect_err("no folder");
     assert!(error.contains("checkpoint.second_tier.dir = /dev/null/none: there is no such folder"), "{error}");
+}
+
+#[test]
+fn a_run_that_was_moved_says_where_its_copies_are_and_takes_none_of_its_original_s() {
+    let (run, dir) = crashed("moved");
+    let (away, copies) = (run.dir().with_file_name("tier-moved-away"), fs::read_dir(&dir).expect("a folder").next().expect("the run's").expect("an entry").path());
+    fs::rename(run.dir(), &away).expect("moved");
+    let error = go_in(&away, &run, Start::Resume, Some(9)).expect_err("its copies have another name");
+    let named = error.split_once("rename that folder to ").and_then(|(_, rest)| rest.split_once(" on every node")).expect(&error).0;
+    assert!(error.contains(&format!("has its newest copies in {}, where", copies.display())), "{error}");
+    assert!(copies.exists());
+    fs::rename(&copies, named).expect("renamed");
+    go_in(&away, &run, Start::Resume, Some(9)).expect("nothing to do");
+    assert!(away.join("checkpoints/step-00000010").exists(), "restored, not done again");
 }
 
 #[test]

@@ -167,13 +167,19 @@ fn patience() -> u64 {
 
 /// More would be a slip: a run that waits is a run that nobody looks after.
 const MOST_PATIENCE: u64 = 24 * 3600;
+/// No machine has more cores.
+const MOST_THREADS: usize = 1024;
 
 impl RunConfig {
     /// Reads `path`, applies `section.key=value` overrides (TOML values; bare words are strings) and checks it.
     pub fn load(path: &Path, overrides: &[String]) -> Result<RunConfig> {
         let mut value = read_toml(path)?;
+        // `--set model=FILE` is another file, named from where the command is given; other overrides are of what it holds.
+        let (files, overrides): (Vec<&String>, Vec<&String>) = overrides.iter().partition(|text| text.starts_with("model="));
+        files.iter().try_for_each(|text| set(&mut value, text))?;
+        let beside = if files.is_empty() { path.parent().unwrap_or(Path::new("")) } else { Path::new("") };
         if let Some(Value::String(name)) = value.get("model") {
-            let model_path = path.parent().unwrap_or(Path::new("")).join(name);
+            let model_path = beside.join(name);
             let model = read_toml(&model_path).with_context(|| format!("model = \"{name}\" of {}", path.display()))?;
             // Its own errors should name its own file.
             parse::<ModelConfig>(model.clone(), &model_path)?;
@@ -200,6 +206,8 @@ impl RunConfig {
         let patience = self.data.patience;
         ensure!((1..=MOST_PATIENCE).contains(&patience), "data.patience = {patience}: must be from 1 to {MOST_PATIENCE} s");
         ensure!(!self.run.dir.as_os_str().is_empty(), "run.dir = \"\": must name a folder");
+        let threads = self.run.threads;
+        ensure!(threads <= MOST_THREADS, "run.threads = {threads}: must be from 0 to {MOST_THREADS}");
         for (key, path) in [("dir", Some(&self.run.dir)), ("init_from", self.run.init_from.as_ref())] {
             if let Some(url) = path.filter(|path| data::is_url(path)) {
                 bail!("run.{key} = {url:?}: is a URL, and checkpoints are written to and read from file systems only");

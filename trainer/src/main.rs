@@ -127,6 +127,7 @@ enum Dtype {
     Fp8,
     Bf16,
     F32,
+    /// Of transformers, load it with experts_implementation="eager".
     F64,
 }
 
@@ -297,6 +298,7 @@ fn checkpoint_command(command: CheckpointCommand) -> Result<()> {
             let values = if ema { Values::Averaged } else { Values::Newest };
             let exported = checkpoint::hf::export(&checkpoint, &out, format, values)?;
             println!("{}", out.display());
+            exported.no_tokenizer.iter().for_each(|why| println!("no tokenizer: {why}"));
             if exported.uneven > 0 {
                 println!("{} matrices have a side above 128 that is no multiple of it: transformers 5.24 dequantises those wrongly", exported.uneven);
             }

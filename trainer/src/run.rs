@@ -25,7 +25,7 @@ use crate::phase::Plan;
 use crate::step::Trainer;
 use crate::summary::Summary;
 use crate::waiting::Reporter;
-use anyhow::Result;
+use anyhow::{Context, Result};
 use corpus::Corpus;
 use kernels::ops::rope::RopeScaling;
 use parallel::comm::watched::{Watch, watched};
@@ -92,7 +92,11 @@ pub fn train(config: &RunConfig, world: Comm, start: Start, stop: &StopSignal) -
     let plan = Plan::new(&config.phase, &config.data.mixture);
     let free = if world.rank() == 0 && start == Start::Fresh { check_free(&config.run.dir) } else { Ok(()) };
     all_or_none(&*world, free)?;
-    let corpus = all_or_none(&*world, Corpus::open(config, &plan, world.rank() == 0))?;
+    let corpus = Corpus::open(config, &plan, world.rank() == 0).with_context(|| match start {
+        Start::Fresh => "the run's corpora".into(),
+        Start::Resume => format!("the corpora that {} names", resolved(&config.run.dir).display()),
+    });
+    let corpus = all_or_none(&*world, corpus)?;
     all_or_none(&*world, check_validation(config, &corpus, &layout))?;
     let facts = [("binary", binary()?), ("config", config.to_toml()?), ("corpus", corpus.fingerprint())];
     agree(&*world, &facts)?;

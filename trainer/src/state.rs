@@ -5,9 +5,12 @@ use crate::optimizer::Slot;
 use crate::step::Trainer;
 use crate::zero::holders;
 use anyhow::{Result, ensure};
-use model::ModelConfig;
 use model::params::ParamSpec;
+use serde_json::Value;
 use tch::{Device, Tensor};
+
+/// A model's keys in which a checkpoint may differ: the length and its RoPE are a phase's matter, and nothing is drawn any more.
+const PHASES: [&str; 3] = ["rope_scaling", "max_position_embeddings", "initializer_range"];
 
 /// One tensor of a rank's state: rows of a logical tensor that no other rank writes.
 pub struct StatePart {
@@ -51,6 +54,7 @@ impl Trainer {
     /// Masters, moments, averages and the update count; where the checkpoint has no averages they start here. The weights of
     /// this rank's rows are made from the masters; the others' rows come with `gather`.
     pub fn load_all(&mut self, from: &mut Reader) -> Result<()> {
+        self.check_model(from, &PHASES)?;
         self.want_masters(from)?;
         let table = self.weights.table.clone();
         let spec = |slot: &Slot| slot.shard.spec(table.spec(slot.shard.id));
@@ -78,21 +82,25 @@ impl Trainer {
     /// As `load_all`, but of weights alone: of a run of another kind or an imported model. That must be this one in all that
     /// its weights mean.
     pub fn load_weights(&mut self, from: &mut Reader) -> Result<()> {
-        // The length and its RoPE are a phase's matter, MTP's module may be left out, and nothing is drawn any more.
-        let alike = |config: &ModelConfig| {
-            let ModelConfig { rope_scaling, max_position_embeddings, num_nextn_predict_layers, initializer_range, .. } = self.config.clone();
-            ModelConfig { rope_scaling, max_position_embeddings, num_nextn_predict_layers, initializer_range, ..config.clone() }
-        };
-        let [theirs, ours] = [alike(&from.manifest().model), alike(&self.config)].map(serde_json::to_value);
-        let (theirs, ours) = (theirs?, ours?);
-        for (key, own) in ours.as_object().expect("a config is an object") {
-            let other = theirs.get(key).unwrap_or(&serde_json::Value::Null);
-            ensure!(own == other, "its model has {key} = {other}, the run's model.{key} is {own}");
-        }
+        // MTP's module may be left out, and not made up.
+        let [theirs, ours] = [&from.manifest().model, &self.config].map(|model| model.num_nextn_predict_layers);
+        ensure!(theirs >= ours, "{} has no MTP module: model.num_nextn_predict_layers must be 0, it is {ours}", from.path().display());
+        self.check_model(from, &[&PHASES[..], &["num_nextn_predict_layers"]].concat())?;
         self.want_masters(from)?;
         from.read()?;
         self.optimizer.rewrite(&mut self.weights);
         self.ema.iter_mut().for_each(|ema| ema.restart(&self.optimizer.slots));
+        Ok(())
+    }
+
+    /// That a checkpoint's model is this one but for these keys.
+    fn check_model(&self, from: &Reader, but: &[&str]) -> Result<()> {
+        let [theirs, ours] = [&from.manifest().model, &self.config].map(serde_json::to_value);
+        let (theirs, ours) = (theirs?, ours?);
+        for (key, own) in ours.as_object().expect("a config is an object").iter().filter(|(key, _)| !but.contains(&key.as_str())) {
+            let other = theirs.get(key).unwrap_or(&Value::Null);
+            ensure!(own == other, "{}: its model has {key} = {other}, the run's model.{key} is {own}", from.path().display());
+        }
         Ok(())
     }
 

@@ -145,7 +145,10 @@ impl Manifest {
     /// CHECKPOINT/manifest.json, if every byte of it is what was written.
     pub fn read(checkpoint: &Path) -> Result<Manifest> {
         let path = checkpoint.join("manifest.json");
-        let text = std::fs::read(&path).with_context(|| format!("cannot read {}", path.display()))?;
+        let text = std::fs::read(&path).with_context(|| match super::list(checkpoint).unwrap_or_default().last() {
+            Some((_, newest)) => format!("{} is a run directory, not a checkpoint; its newest is {}", checkpoint.display(), newest.display()),
+            None => format!("cannot read {}", path.display()),
+        })?;
         let text = String::from_utf8(text).with_context(|| format!("{} is not text", path.display()))?;
         let manifest: Manifest = serde_json::from_str(&text).with_context(|| format!("{} is not a checkpoint manifest", path.display()))?;
         ensure!(manifest.format == FORMAT, "{}: format `{}`, expected `{FORMAT}`", path.display(), manifest.format);

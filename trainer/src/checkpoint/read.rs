@@ -88,6 +88,10 @@ impl Reader {
         Ok(())
     }
 
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
     pub fn manifest(&self) -> &Manifest {
         &self.manifest
     }

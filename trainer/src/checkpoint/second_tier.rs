@@ -103,6 +103,24 @@ fn name(run_dir: &Path) -> Result<String> {
     Ok(format!("tiefsee-{}", &blake3::hash(path.as_os_str().as_encoded_bytes()).to_hex()[..16]))
 }
 
+/// What the run's marker says of its copies; None: there are none.
+pub fn copies(run_dir: &Path) -> Option<String> {
+    std::fs::read_to_string(run_dir.join(MARKER)).ok()
+}
+
+/// The copies of a run that has another name since stay, and are not taken for another's: the original of a run directory that was
+/// copied may be at work with them.
+fn check_place(run_dir: &Path, root: &Path) -> Result<()> {
+    let named = copies(run_dir).and_then(|text| Some(PathBuf::from(text.trim_end().split_once(" in ")?.1)));
+    if let Some(other) = named.filter(|other| other.parent() == root.parent() && other != root && other.exists()) {
+        bail!(
+            "{} has its newest copies in {}, where it was when it had another place or name: rename that folder to {} on every node to go on from them, or remove {} to go on from a checkpoint",
+            run_dir.display(), other.display(), root.display(), run_dir.join(MARKER).display()
+        );
+    }
+    Ok(())
+}
+
 impl SecondTier {
     /// Collective. `nodes` are as the layout has them; rank 0 sees the run's directory.
     pub fn new(section: &SecondTierSection, run_dir: &Path, nodes: &[usize], world: &dyn Communicator) -> Result<SecondTier> {
@@ -113,7 +131,8 @@ impl SecondTier {
         }
         let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH)?.as_nanos() as u64;
         let attempt = String::from_utf8(broadcast_bytes(world, format!("{now:016x}").as_bytes(), 0)?)?;
-        let name = if world.rank() == 0 { name(run_dir) } else { Ok(String::new()) };
+        let named = || name(run_dir).and_then(|name| check_place(run_dir, &section.dir.join(&name)).map(|()| name));
+        let name = if world.rank() == 0 { named() } else { Ok(String::new()) };
         let name = share(world, name.map_err(|error| format!("{error:#}")))?.map_err(|error| anyhow!("rank 0: {error}"))?;
         let (peers, rank) = (peers(nodes), world.rank());
         Ok(SecondTier {

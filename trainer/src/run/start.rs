@@ -2,8 +2,8 @@
 use super::corpus::Corpus;
 use super::save::Waiting;
 use super::{Run, Start, State};
-use crate::checkpoint::{self, Found};
-use crate::checkpoint::second_tier::SecondTier;
+use crate::checkpoint::second_tier::{SecondTier, copies};
+use crate::checkpoint::{self, Found, Manifest};
 use crate::config::RunConfig;
 use crate::coordinator::{all_or_none, gather_layout};
 use crate::device;
@@ -24,10 +24,13 @@ pub(super) fn binary() -> Result<String> {
     Ok(blake3::Hasher::new().update_reader(file)?.finalize().to_hex().to_string())
 }
 
-/// A directory with a checkpoint holds a run; one that a crash left before its first checkpoint may be used again.
+/// A directory with a checkpoint, or with copies in the second tier, holds a run, and one with a summary did; one that a crash left
+/// before all of them may be used again.
 pub(super) fn check_free(dir: &Path) -> Result<()> {
-    let used = !checkpoint::list(dir)?.is_empty();
+    let used = !checkpoint::list(dir)?.is_empty() || copies(dir).is_some();
     ensure!(!used, "{} already holds a run: resume it (tiefsee resume {}) or name another run.dir", dir.display(), dir.display());
+    let summary = dir.join("summary.json");
+    ensure!(!summary.exists(), "{} already held a run, whose checkpoints are gone ({} is there, and logs): name another run.dir", dir.display(), summary.display());
     Ok(())
 }
 
@@ -46,6 +49,7 @@ pub(super) fn prepare_dir(config: &RunConfig) -> Result<()> {
     absolute(&mut kept.data.mixture)?;
     kept.phase.iter_mut().filter_map(|phase| phase.mixture.as_mut()).try_for_each(absolute)?;
     kept.run.init_from = kept.run.init_from.map(std::path::absolute).transpose()?;
+    kept.checkpoint.second_tier.dir = std::path::absolute(kept.checkpoint.second_tier.dir)?;
     let resolved = resolved(dir);
     std::fs::write(&resolved, kept.to_toml()?).with_context(|| format!("cannot write {}", resolved.display()))
 }
@@ -84,8 +88,13 @@ pub fn prove_schedules(config: &RunConfig, mesh: &Mesh, tokens: u64) -> Result<V
 /// Ranks that share experts validate in step.
 pub(super) fn check_validation(config: &RunConfig, corpus: &Corpus, mesh: &Mesh) -> Result<()> {
     let (Some(held_out), true) = (&corpus.held_out, mesh.ep > 1) else { return Ok(()) };
-    let (sequences, dp, ep) = (config.validation.sequences.min(held_out.num_samples()), mesh.dp as u64, mesh.ep);
-    ensure!(sequences % dp == 0, "validation over {sequences} sequences on dp {dp} with experts shared by ep {ep} ranks: must be a multiple of dp");
+    let (wanted, there) = (config.validation.sequences, held_out.num_samples());
+    let (sequences, dp, ep) = (wanted.min(there), mesh.dp as u64, mesh.ep);
+    let instead = if sequences > dp { format!("validation.sequences = {}", sequences - sequences % dp) } else { "validation.every = 0".into() };
+    ensure!(
+        sequences % dp == 0,
+        "validation.sequences = {wanted}, of which the held-out split has {there}: {sequences} are no multiple of dp {dp}, as they must be where ep {ep} ranks share experts; {instead} would do"
+    );
     Ok(())
 }
 
@@ -120,14 +129,28 @@ pub(super) fn restore((config, start, tier): Begin, world: &Comm, trainer: &mut 
         ensure!(written == seed, "{} was written with seed {written}, the run's is {seed}", path.display());
         let read = corpus.check_read(&manifest.corpus, manifest.cursor.order);
         read.with_context(|| format!("{} does not go on with these corpora", path.display()))?;
+        check_order(config, &manifest).with_context(|| format!("{} does not go on with these phases", path.display()))?;
         Ok((path, manifest))
     });
     let (path, manifest) = all_or_none(&**world, fits)?;
     trainer.guard.state = manifest.progress.guard.clone();
     trainer.sentinel.state = manifest.progress.sentinel.clone();
     notes.push(format!("resuming from {} (step {}, {} tokens)", path.display(), manifest.step, manifest.tokens));
+    if manifest.precision != config.run.precision {
+        notes.push(format!("run.precision is {:?} from here on, it was {:?}", config.run.precision, manifest.precision));
+    }
     let state = State { step: manifest.step, tokens: manifest.tokens, cursor: manifest.cursor, progress: manifest.progress };
     Ok(Restored { state, newest: Some((manifest.step, path)), damaged, notes })
+}
+
+/// A phase that is over may not become longer: its samples would be read from the first on again.
+fn check_order(config: &RunConfig, manifest: &Manifest) -> Result<()> {
+    let (plan, reached) = (Plan::new(&config.phase, &config.data.mixture), manifest.cursor.order);
+    if let Some(moment) = plan.at(manifest.tokens) {
+        let (order, tokens) = (moment.order, manifest.tokens);
+        ensure!(order >= reached, "it has reached sample order {reached}, and after its {tokens} tokens the phases are still in order {order}: one that is over was made longer");
+    }
+    Ok(())
 }
 
 impl Run<'_> {

@@ -77,6 +77,8 @@ pub struct Exported {
     pub uneven: usize,
     /// Of tensors, beside the pass that checks the files they are in.
     pub bytes_read: u64,
+    /// Why the run's tokenizer is not with them.
+    pub no_tokenizer: Option<String>,
 }
 
 /// Writes `out`, which must not exist: safetensors, config.json, and the run's tokenizer where it is found.
@@ -111,10 +113,10 @@ pub fn export_in_files(checkpoint: &Path, out: &Path, format: Format, values: Va
     // Beside it, also where its name ends in a slash.
     let partial = out.with_added_extension("partial");
     fresh(&partial)?;
-    let end = copy_tokenizer(checkpoint, &partial)?; // before the long part: it may be the wrong one
+    let tokenizer = copy_tokenizer(checkpoint, &partial)?; // before the long part: it may be the wrong one
     let bytes_read = write_files(&partial, &released, checkpoint, file_bytes)?;
     let mut config = config(&manifest.model, format);
-    if let Some(end) = end {
+    if let Ok(end) = tokenizer {
         // Else transformers takes its own default of the model's kind.
         config["eos_token_id"] = json!(end);
     }
@@ -122,7 +124,7 @@ pub fn export_in_files(checkpoint: &Path, out: &Path, format: Format, values: Va
     std::fs::rename(&partial, out).with_context(|| format!("cannot rename {} into place", partial.display()))?;
     let uneven =
         |released: &&Released| released.part == Part::Blocks && released.entry.shape.iter().any(|&side| side > TILE && side % TILE != 0);
-    Ok(Exported { uneven: released.iter().filter(uneven).count(), bytes_read })
+    Ok(Exported { uneven: released.iter().filter(uneven).count(), bytes_read, no_tokenizer: tokenizer.err() })
 }
 
 fn config(model: &ModelConfig, format: Format) -> Value {
@@ -143,14 +145,19 @@ fn write_json(path: &Path, value: &Value) -> Result<()> {
     std::fs::write(path, serde_json::to_vec_pretty(value)?).with_context(|| format!("cannot write {}", path.display()))
 }
 
-/// The run's config says where its corpus is; the tokenizer lies there, mostly with a config. The token that ends a document.
-fn copy_tokenizer(checkpoint: &Path, out: &Path) -> Result<Option<u32>> {
-    let Some(run_dir) = checkpoint.parent().and_then(Path::parent) else { return Ok(None) };
-    let Ok(text) = std::fs::read_to_string(resolved(run_dir)) else { return Ok(None) };
-    let config: crate::RunConfig = toml::from_str(&text).with_context(|| format!("{}", resolved(run_dir).display()))?;
+/// The run's config says where its corpus is; the tokenizer lies there, mostly with a config. The token that ends a document; the
+/// inner error is why there is none.
+fn copy_tokenizer(checkpoint: &Path, out: &Path) -> Result<Result<u32, String>> {
+    let checkpoint = std::path::absolute(checkpoint)?; // "." has no parent
+    let config = resolved(checkpoint.ancestors().nth(2).unwrap_or(Path::new("/")));
+    let Ok(text) = std::fs::read_to_string(&config) else { return Ok(Err(format!("{} is not there, which would say where the corpus is", config.display()))) };
+    let config: crate::RunConfig = toml::from_str(&text).with_context(|| format!("{}", config.display()))?;
     let corpus = &config.data.mixture[0].path;
-    let Some(tokenizer) = data::fetch(corpus, "tokenizer.json")? else { return Ok(None) };
-    let Some(manifest) = data::fetch(corpus, "manifest.json")? else { return Ok(None) };
+    let there = |name: &str| data::fetch(corpus, name).map(|file| file.ok_or_else(|| format!("{}/{name} is not there", corpus.display())));
+    let (tokenizer, manifest) = match (there("tokenizer.json")?, there("manifest.json")?) {
+        (Ok(tokenizer), Ok(manifest)) => (tokenizer, manifest),
+        (Err(none), _) | (_, Err(none)) => return Ok(Err(none)),
+    };
     let manifest: data::format::manifest::Manifest = serde_json::from_slice(&manifest).with_context(|| format!("{}/manifest.json", corpus.display()))?;
     let (found, expected) = (blake3::hash(&tokenizer).to_hex(), &manifest.tokenizer_blake3);
     ensure!(found.as_str() == expected, "{}/tokenizer.json: its BLAKE3 is {found} where the manifest says {expected}: the model knows another one's tokens", corpus.display());
@@ -160,5 +167,5 @@ fn copy_tokenizer(checkpoint: &Path, out: &Path) -> Result<Option<u32>> {
         Some(about) => write("tokenizer_config.json", &about)?,
         None => write_json(&out.join("tokenizer_config.json"), &json!({"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": false}))?,
     }
-    Ok(Some(manifest.end_token))
+    Ok(Ok(manifest.end_token))
 }
