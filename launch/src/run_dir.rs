@@ -14,8 +14,8 @@ pub enum Holds {
     Nothing,
     /// Begun, but ended before its first checkpoint.
     HalfRun,
-    /// With a checkpoint that names all its files, or copies in a second tier. Whether they are whole is for
-    /// `tiefsee resume` to find.
+    /// With a checkpoint that names all its files, or copies in a second tier, or a summary, which says that it had one: whether
+    /// they are there and whole is for `tiefsee resume` to find.
     Checkpoint,
 }
 
@@ -28,7 +28,7 @@ pub fn holds(run_dir: &Path) -> Result<Holds> {
     if !told("resolved.toml")? {
         return Ok(Holds::Nothing);
     }
-    Ok(if told("second-tier")? || has_checkpoint(&run_dir.join("checkpoints"))? { Holds::Checkpoint } else { Holds::HalfRun })
+    Ok(if told("second-tier")? || told("summary.json")? || has_checkpoint(&run_dir.join("checkpoints"))? { Holds::Checkpoint } else { Holds::HalfRun })
 }
 
 fn has_checkpoint(folder: &Path) -> Result<bool> {
@@ -160,11 +160,13 @@ mod tests {
     }
 
     #[test]
-    fn a_second_tier_counts() {
-        let folder = tempfile::tempdir().expect("a folder");
-        fs::write(folder.path().join("resolved.toml"), "").expect("a file");
-        fs::write(folder.path().join("second-tier"), "step-00000003-1 in /dev/shm/tiefsee-1").expect("a file");
-        assert_eq!(holds(folder.path()).expect("looked"), Holds::Checkpoint);
+    fn a_second_tier_and_a_summary_count() {
+        for name in ["second-tier", "summary.json"] {
+            let folder = tempfile::tempdir().expect("a folder");
+            fs::write(folder.path().join("resolved.toml"), "").expect("a file");
+            fs::write(folder.path().join(name), "").expect("a file");
+            assert_eq!(holds(folder.path()).expect("looked"), Holds::Checkpoint, "{name}");
+        }
     }
 
     #[test]
