@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Every figure that the README quotes: scripts/bench.sh NAME [--json FILE] [--rounds N] [--threads N]
+# Every figure that the README speaks of: scripts/bench.sh NAME [OPTION…]; `scripts/bench.sh NAME --help` lists a name's options.
+# Where there is no cargo, TIEFSEE_PROGRAM names a `tiefsee` that was built elsewhere, TIEFSEE_BENCH_GPU kernels' bench_gpu.
 #   gpu [forward] [wgrad] [grouped] [passes] [sweep]   on one H100: our kernels, cuBLASLt beside each in the same run,
 #                and then what a PyTorch user has (benches/rivals/gemm.py, passes_gpu.py); card and clocks are printed
 #   gpu-step     a training step of V3's widths on one H100, ours in BF16 and FP8 beside torchtitan's, compiled, in one run:
@@ -63,7 +64,7 @@ gpu | gpu-step | gpu-loss | multi-gpu)
     clocks
     # A machine with a GPU may have no Rust: a program built elsewhere can be named.
     if [ "$name" = gpu-step ]; then
-        tiefsee=${TIEFSEE:-"cargo run --release --quiet -p trainer --"}
+        tiefsee=${TIEFSEE_PROGRAM:-"cargo run --release --quiet -p trainer --"}
         "$python" benches/gpu_step.py --ours "$tiefsee bench --gpu --config configs/run/bench-gpu.toml" \
             --rival "$python benches/rivals/step_gpu.py" "$@"
         clocks
@@ -72,13 +73,13 @@ gpu | gpu-step | gpu-loss | multi-gpu)
     if [ "$name" = multi-gpu ]; then
         . scripts/env.sh
         ranks=$("$python" -c 'import torch; print(torch.cuda.device_count())')
-        "$python" benches/multi_gpu.py --ranks "$ranks" --ours "${TIEFSEE:-target/release/tiefsee} bench" \
+        "$python" benches/multi_gpu.py --ranks "$ranks" --ours "${TIEFSEE_PROGRAM:-target/release/tiefsee} bench" \
             --rival "$python -m torch.distributed.run --standalone --nproc-per-node {ranks} benches/rivals/step_multi.py" "$@"
         clocks
         exit
     fi
     if [ "$name" = gpu-loss ]; then
-        "$python" benches/loss_gpu.py --tiefsee "${TIEFSEE:-"cargo run --release --quiet -p trainer --"}" --out runs/gpu-loss "$@"
+        "$python" benches/loss_gpu.py --tiefsee "${TIEFSEE_PROGRAM:-"cargo run --release --quiet -p trainer --"}" --out runs/gpu-loss "$@"
         exit
     fi
     ours=${TIEFSEE_BENCH_GPU:-"cargo run --release --quiet -p kernels --example bench_gpu --"}

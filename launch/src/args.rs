@@ -123,10 +123,10 @@ Exit codes:
   0   the run is finished
   75  stopped on request, with a checkpoint: start the same command again (please requeue)
   2   the command line or its config is wrong, or the run directory does not fit it
-  10  a rank ended with an error of its own
+  10  a rank ended with a code that is none of these
   11  a rank was killed by a signal
   12  a rank ran out of memory
-  13  a rank called MPI_Abort (tiefsee does after an error, which is printed)
+  13  tiefsee ended with an error, which is printed
   14  a host or the link to it was lost
   15  hung: no rank made a step
   16  the ranks could not be started

@@ -217,6 +217,8 @@ pub fn classify(code: i32, evidence: &Evidence, (asked, oom_kills): (bool, bool)
         (126 | 127, _) => Outcome::new(Class::CannotStart, "the ranks could not be started"),
         (2, _) => Outcome::new(Class::Usage, format!("{who} does not take this command or its config{because}")).at(host),
         _ if evidence.aborted_rank.is_some() => Outcome::new(Class::Abort, format!("{who} aborted with code {code}{because}")).at(host),
+        // Open MPI's own words of it may be missing.
+        (1, _) if because.starts_with(": error (rank ") => Outcome::new(Class::Abort, format!("{who} ended with code {code}{because}")).at(host),
         _ => Outcome::new(Class::Error, format!("{who} ended with code {code}{because}")).at(host),
     }
 }
@@ -241,6 +243,7 @@ mod tests {
             (0, &[][..], Class::Finished),
             (75, &[], Class::Stopped),
             (5, &[], Class::Error),
+            (1, &["error (rank 0): phase.0: batch 4 is not a multiple of 3"], Class::Abort),
             (76, &["MPI_ABORT was invoked on rank 0 in communicator MPI_COMM_WORLD"], Class::StateLost),
             (77, &["MPI_ABORT was invoked on rank 0 in communicator MPI_COMM_WORLD"], Class::GaveUp),
             (137, &[], Class::Killed),

@@ -14,9 +14,11 @@ pub enum Holds {
     Nothing,
     /// Begun, but ended before its first checkpoint.
     HalfRun,
-    /// With a checkpoint that names all its files, or copies in a second tier, or a summary, which says that it had one: whether
-    /// they are there and whole is for `tiefsee resume` to find.
+    /// With a checkpoint that names all its files, or copies in a second tier. Whether they are whole is for
+    /// `tiefsee resume` to find.
     Checkpoint,
+    /// It had checkpoints, as its summary says, and has none.
+    Gone,
 }
 
 /// An error is none of the three: what cannot be looked at now may hold a checkpoint.
@@ -28,7 +30,10 @@ pub fn holds(run_dir: &Path) -> Result<Holds> {
     if !told("resolved.toml")? {
         return Ok(Holds::Nothing);
     }
-    Ok(if told("second-tier")? || told("summary.json")? || has_checkpoint(&run_dir.join("checkpoints"))? { Holds::Checkpoint } else { Holds::HalfRun })
+    if told("second-tier")? || has_checkpoint(&run_dir.join("checkpoints"))? {
+        return Ok(Holds::Checkpoint);
+    }
+    Ok(if told("summary.json")? { Holds::Gone } else { Holds::HalfRun })
 }
 
 fn has_checkpoint(folder: &Path) -> Result<bool> {
@@ -161,11 +166,11 @@ mod tests {
 
     #[test]
     fn a_second_tier_and_a_summary_count() {
-        for name in ["second-tier", "summary.json"] {
+        for (name, expected) in [("second-tier", Holds::Checkpoint), ("summary.json", Holds::Gone)] {
             let folder = tempfile::tempdir().expect("a folder");
             fs::write(folder.path().join("resolved.toml"), "").expect("a file");
             fs::write(folder.path().join(name), "").expect("a file");
-            assert_eq!(holds(folder.path()).expect("looked"), Holds::Checkpoint, "{name}");
+            assert_eq!(holds(folder.path()).expect("looked"), expected, "{name}");
         }
     }
 

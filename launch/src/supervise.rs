@@ -15,7 +15,7 @@ use crate::progress::{Limits, Progress, Slow};
 use crate::run_dir::{self, Holds};
 use crate::serve::{Node, serve};
 use crate::work::Worked;
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGUSR1};
 use signal_hook::iterator::Signals;
 use std::collections::VecDeque;
@@ -74,8 +74,10 @@ pub fn run(args: Args) -> Result<u8> {
         return serve(&Node { number, host: host_name(), rdzv, secret: shared_secret(&args)?, silence: silence(&args), search }, signals);
     }
     let program = Program::parse(&args.command)?;
-    if args.rdzv.is_none() {
-        // A wrong command line is said before anything is made.
+    // A wrong command line is said before anything is made.
+    if args.rdzv.is_some() {
+        shared_secret(&args)?;
+    } else {
         Layout::new(&args, &environment, &listed(&args, &environment)?)?;
     }
     let mut lock = None;
@@ -199,6 +201,7 @@ impl Supervisor {
                 }
                 Ok(Some(self.program.resume_command()))
             }
+            Holds::Gone => bail!("{} holds a run whose checkpoints are gone: its summary.json says that it had some; bring them back, or name another run.dir", run_dir.display()),
             Holds::HalfRun => {
                 let aside = run_dir::put_aside(run_dir).with_context(|| format!("cannot put the half run in {} aside", run_dir.display()))?;
                 self.incidents.add("put_aside", None, format!("the run had no checkpoint yet: it begins again, what it wrote is in {}", aside.display()));

@@ -187,12 +187,14 @@ fn a_run_that_has_worked_is_started_again_also_where_it_fails_before_a_step() {
 
 #[test]
 fn a_last_checkpoint_that_fails_leaves_a_run_that_can_go_on() {
-    let run = Run::new(1000, "0 6 unsaved");
-    let child = run.started("");
-    wait("the fault", || run.dir().join("fault.taken").exists());
-    child.signal("USR1");
-    let output = child.output();
-    assert_eq!(output.status.code(), Some(18), "{}", text(&output));
+    for fault in ["unsaved", "lost"] {
+        let run = Run::new(1000, &format!("0 6 {fault}"));
+        let child = run.started("");
+        wait("the fault", || run.dir().join("fault.taken").exists());
+        child.signal("USR1");
+        let output = child.output();
+        assert_eq!(output.status.code(), Some(18), "{fault}: {}", text(&output));
+    }
 }
 
 #[test]

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Behaves like a rank of `tiefsee` as far as a launcher can see: steps logged, checkpoints, exit 75 when asked to stop.
 #   stand_in.sh train --config FILE --set run.dir=DIR | resume DIR
-# DIR/fault holds "RANK STEP KIND", taken once: kill | exit5 | hang | freeze | deaf | unsaved. DIR/fault.next is the one after it.
-stop=0 unsaved=0
+# DIR/fault holds "RANK STEP KIND", taken once: kill | exit5 | hang | freeze | deaf | unsaved | lost. DIR/fault.next is the one after it.
+stop=0 unsaved=0 lost=0
 trap 'stop=1' USR1
 # mpirun's names, or those of a rank that srun started.
 rank=${OMPI_COMM_WORLD_RANK:-${SLURM_PROCID:-0}}
@@ -28,6 +28,7 @@ unfinished() {
 while unfinished; do
     if [ "$stop" = 1 ]; then
         if [ "$unsaved" = 1 ]; then echo "error (rank $rank): no room" >&2; exit 1; fi
+        if [ "$lost" = 1 ]; then echo "error (rank $rank): state lost: a master changed" >&2; exit 76; fi
         if [ "$rank" = 0 ]; then checkpoint && touch "$dir/stopped"; fi
         until [ -e "$dir/stopped" ]; do sleep 0.05; done
         exit 75
@@ -42,6 +43,7 @@ while unfinished; do
         hang) while :; do sleep 0.2; done ;;
         freeze) kill -STOP $$ ;;
         unsaved) unsaved=1 ;;
+        lost) lost=1 ;;
         deaf) trap '' USR1 TERM; while :; do sleep 0.2; done ;;
         esac
     fi

@@ -265,6 +265,10 @@ pub fn sharded(run_dir: &Path, ranks: usize) -> PathBuf {
 
 #[test]
 fn a_reshard_reads_every_byte_once_and_changes_none() {
+    let renamed = scratch().join("resharded-renamed/step-00000009");
+    let error = checkpoint::reshard(&sharded(&scratch().join("reshard-renamed"), 2), &renamed, 1).err().expect("refused");
+    assert!(error.to_string().contains("step-00000009: ") && error.to_string().ends_with("the copy would count as renamed"), "{error}");
+    assert!(!renamed.exists());
     let bytes = 8 * (40 * 3 * 5 + 5 * 2);
     for (from, to) in [(1, 8), (8, 3)] {
         let checkpoint = sharded(&scratch().join(format!("reshard-{from}")), from);

@@ -155,7 +155,7 @@ fn a_layout_is_refused_before_a_rank_starts() {
     let (fine, text) = plan("2000", &[]);
     assert!(!fine && text.contains("dp 125 does not divide by ep 64"), "{text}");
     let (fine, text) = plan("2048", &["--set", "phase.0.batch=3000"]);
-    assert!(!fine && text.contains("[[phase]] 1: batch 3000 is not a multiple of micro_batch 1 × dp 128"), "{text}");
+    assert!(!fine && text.contains("phase.0: batch 3000 is not a multiple of micro_batch 1 × dp 128"), "{text}");
 }
 
 #[test]

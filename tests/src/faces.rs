@@ -44,6 +44,11 @@ fn an_unknown_key_is_named_with_the_nearest_right_one() {
     misconfigured(&run, &["tiny.toml", "weigth_decay", "did you mean `weight_decay`?"]);
     let run = Run::new("unknown-model-key", &["model.kv_lora_rnk=3"]);
     misconfigured(&run, &["kv_lora_rnk", "did you mean `kv_lora_rank`?"]);
+    let unlike = tiefsee(&Run::new("unlike-key", &["optimizer.lr=0.1"]).train_args()).output().expect("it runs").stderr;
+    let unlike = String::from_utf8_lossy(&unlike);
+    assert!(unlike.contains("unknown field `lr`") && !unlike.contains("did you mean"), "{unlike}");
+    let model = root().join("configs/model/tiny.toml").display().to_string();
+    refused(&words(&["plan", "config", &model]), &["configs/model/tiny.toml is a model's file, not a run's"]);
     assert!(!run.dir().exists());
     for (set, parts) in [
         ("data.pata=60", ["unknown field `pata`", "did you mean `patience`?"]),
@@ -71,8 +76,8 @@ fn a_run_in_a_store_is_refused() {
 #[test]
 fn values_that_do_not_fit_together_are_refused_with_their_numbers() {
     refused(&Run::new("dp", &["parallel.dp=3"]).train_args(), &["world size 1 ≠ pp 1 × dp 3 = 3"]);
-    refused(&Run::new("micro", &["phase.0.micro_batch=3"]).train_args(), &["[[phase]] 1", "batch 4", "micro_batch 3 × dp 1 = 3"]);
-    misconfigured(&Run::new("length", &["phase.1.sequence_length=1000"]), &["[[phase]] 2", "sequence_length = 1000", "max_position_embeddings = 256"]);
+    refused(&Run::new("micro", &["phase.0.micro_batch=3"]).train_args(), &["phase.0", "batch 4", "micro_batch 3 × dp 1 = 3"]);
+    misconfigured(&Run::new("length", &["phase.1.sequence_length=1000"]), &["phase.1", "sequence_length = 1000", "max_position_embeddings = 256"]);
     misconfigured(&Run::new("groups", &["model.n_group=3"]), &["model.n_group = 3", "n_routed_experts = 8"]);
     refused(&Run::new("vocab", &["model.vocab_size=100"]).train_args(), &["512", "model.vocab_size is 100"]);
     let text = mpirun(2, &Run::new("dp-mpi", &["parallel.dp=3"]).train_args(), 1);
@@ -158,6 +163,19 @@ fn a_run_directory_is_not_overwritten() {
     fs::remove_dir_all(run.dir().join("checkpoints")).expect("removed");
     refused(&run.train_args(), &["already held a run, whose checkpoints are gone", "twice/summary.json"]);
     assert_eq!(run.lines().len(), 2, "its log stays");
+    let import = Run::new("an-import", &[]);
+    fs::create_dir_all(import.dir().join("checkpoints/step-00000000")).expect("a folder");
+    refused(&import.train_args(), &["an-import holds checkpoints and no run", "in run.init_from"]);
+}
+
+#[test]
+fn a_config_is_printed_with_every_key() {
+    let set = ["guard.window=7", "run.dir=/nowhere"];
+    let config = trainer::RunConfig::load(&root().join("configs/run/tiny.toml"), &set.map(String::from)).expect("a config");
+    let output = tiefsee(&words(&["plan", "config", &root().join("configs/run/tiny.toml").display().to_string(), "--set", set[0], "--set", set[1]])).output().expect("it runs");
+    let printed = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert_eq!(toml::from_str::<trainer::RunConfig>(&printed).expect("a config"), config);
+    assert!(printed.contains("norm_spike = ") && printed.contains("moments = "), "{printed}");
 }
 
 #[test]

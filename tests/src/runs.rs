@@ -170,7 +170,7 @@ fn a_phase_of_another_mixture_goes_on_with_each_source_and_resumes_on_any_layout
     assert!(line.contains("% of what the run reads") && line.contains(" epochs"), "{line}");
     assert!(!said.contains("begins anew"), "{said}");
     let said = start(&Run::new("anew-said", &["run.stop_after=0"]).train_args(), 75);
-    assert!(said.contains("[[phase]] 2") && said.contains("in sequences of 45 after 32: it begins anew"), "{said}");
+    assert!(said.contains("phase.1") && said.contains("in sequences of 45 after 32: it begins anew"), "{said}");
 }
 
 #[test]

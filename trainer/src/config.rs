@@ -167,6 +167,8 @@ fn patience() -> u64 {
 
 /// More would be a slip: a run that waits is a run that nobody looks after.
 const MOST_PATIENCE: u64 = 24 * 3600;
+/// Two keys, of which one may be a slip for the other.
+const ALIKE: f64 = 0.75;
 /// No machine has more cores.
 const MOST_THREADS: usize = 1024;
 
@@ -174,6 +176,7 @@ impl RunConfig {
     /// Reads `path`, applies `section.key=value` overrides (TOML values; bare words are strings) and checks it.
     pub fn load(path: &Path, overrides: &[String]) -> Result<RunConfig> {
         let mut value = read_toml(path)?;
+        ensure!(value.get("run").is_some() || value.get("hidden_size").is_none(), "{} is a model's file, not a run's", path.display());
         // `--set model=FILE` is another file, named from where the command is given; other overrides are of what it holds.
         let (files, overrides): (Vec<&String>, Vec<&String>) = overrides.iter().partition(|text| text.starts_with("model="));
         files.iter().try_for_each(|text| set(&mut value, text))?;
@@ -214,7 +217,7 @@ impl RunConfig {
             }
         }
         for (index, phase) in self.phase.iter().enumerate() {
-            phase.validate(&self.model).with_context(|| format!("[[phase]] {}", index + 1))?;
+            phase.validate(&self.model).with_context(|| format!("phase.{index}"))?;
         }
         let optimizer = &self.optimizer;
         for (key, value) in [("beta1", optimizer.beta1), ("beta2", optimizer.beta2)] {
@@ -266,7 +269,7 @@ impl RunConfig {
         for (index, phase) in self.phase.iter().enumerate() {
             end += phase.tokens;
             if tokens < end {
-                phase.check_ranks(mesh.dp).with_context(|| format!("[[phase]] {}", index + 1))?;
+                phase.check_ranks(mesh.dp).with_context(|| format!("phase.{index}"))?;
             }
         }
         Ok(())
@@ -313,6 +316,7 @@ fn parse<T: for<'a> Deserialize<'a>>(value: Value, path: &Path) -> Result<T> {
             Some((unknown, known)) if text.contains("unknown field") || text.contains("unknown variant") => known
                 .iter()
                 .max_by(|a, b| strsim::jaro_winkler(a, unknown).total_cmp(&strsim::jaro_winkler(b, unknown)))
+                .filter(|nearest| strsim::jaro_winkler(nearest, unknown) >= ALIKE)
                 .map(|nearest| format!("; did you mean `{nearest}`?"))
                 .unwrap_or_default(),
             _ => String::new(),

@@ -27,6 +27,15 @@ const EXIT_STATE_LOST: u8 = 76;
 /// Too many steps in a row were skipped: another start would skip them again.
 const EXIT_GAVE_UP: u8 = 77;
 
+const EXIT_CODES: &str = "\
+Exit codes:
+  0   the run is finished
+  1   an error, which is printed
+  2   the command line, or the config by itself, is wrong
+  75  stopped on request or by run.stop_after, with a checkpoint: resume it
+  76  what the ranks held in memory was damaged: resume it, from the checkpoint before
+  77  too many steps in a row were skipped, or all: a resume would skip them again";
+
 #[derive(Parser)]
 #[command(name = "tiefsee", version, about = "Pre-trains DeepSeek-V3-class models.")]
 struct Cli {
@@ -40,7 +49,7 @@ enum Command {
     #[command(after_help = "Example: tiefsee prepare src docs --out corpus/mine --vocab 8192")]
     Prepare(data::PrepareArgs),
     /// Start a run.
-    #[command(after_help = "Example: mpirun -n 2 tiefsee train --config configs/run/quickstart.toml --set run.dir=runs/a")]
+    #[command(after_help = format!("Example: mpirun -n 2 tiefsee train --config configs/run/quickstart.toml --set run.dir=runs/a\n\n{EXIT_CODES}"))]
     Train {
         #[arg(long)]
         config: PathBuf,
@@ -49,7 +58,7 @@ enum Command {
         set: Vec<String>,
     },
     /// Go on from a run's newest whole checkpoint, on any number of ranks its batches divide by.
-    #[command(after_help = "Example: mpirun -n 2 tiefsee resume runs/a")]
+    #[command(after_help = format!("Example: mpirun -n 2 tiefsee resume runs/a\n\n{EXIT_CODES}"))]
     Resume {
         run_dir: PathBuf,
         /// Checkpoint and stop once so many steps are done in all.
@@ -79,7 +88,7 @@ enum CheckpointCommand {
     Verify { checkpoint: PathBuf },
     /// Write a checkpoint again with another number of files. A resume needs none of it: it reads any checkpoint on any layout.
     #[command(
-        after_help = "Example: tiefsee checkpoint reshard runs/a/checkpoints/step-00001000 runs/b/checkpoints/step-00001000 --files 64"
+        after_help = "Example: tiefsee checkpoint reshard runs/a/checkpoints/step-00001000 resharded/step-00001000 --files 64"
     )]
     Reshard {
         checkpoint: PathBuf,

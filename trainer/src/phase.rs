@@ -213,7 +213,7 @@ pub struct Plan {
 /// A sample order as the steps of a run read it.
 pub struct PlannedOrder<'a> {
     pub number: u64,
-    /// The first that reads it, and its number in the config, from 1.
+    /// The first that reads it, and its number in the config, from 0.
     pub phase: &'a Phase,
     pub phase_number: usize,
     pub samples: u64,
@@ -298,7 +298,7 @@ impl Plan {
             match orders.last_mut() {
                 Some(last) if last.number == number => last.samples += samples,
                 _ => {
-                    let phase_number = 1 + self.orders.iter().position(|order| *order == number).expect("a phase has it");
+                    let phase_number = self.orders.iter().position(|order| *order == number).expect("a phase has it");
                     orders.push(PlannedOrder { number, phase, phase_number, samples });
                 }
             }
@@ -367,6 +367,6 @@ mod tests {
         let plan = Plan::new(&[one.clone(), one, longer], &[]);
         assert_eq!([0, 100, 200].map(|tokens| plan.at(tokens).expect("inside").order), [0, 0, 1]);
         let orders = plan.orders();
-        assert_eq!(orders.iter().map(|order| (order.number, order.phase_number, order.samples)).collect::<Vec<_>>(), [(0, 1, 20), (1, 3, 5)]);
+        assert_eq!(orders.iter().map(|order| (order.number, order.phase_number, order.samples)).collect::<Vec<_>>(), [(0, 0, 20), (1, 2, 5)]);
     }
 }

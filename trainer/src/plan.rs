@@ -37,6 +37,13 @@ enum Command {
         #[arg(long = "set", value_name = "section.key=value")]
         set: Vec<String>,
     },
+    /// Print a run's config as it will be: every key, defaults filled.
+    Config {
+        config: PathBuf,
+        /// As of `train`.
+        #[arg(long = "set", value_name = "section.key=value")]
+        set: Vec<String>,
+    },
     /// Prove a schedule and print its bubble beside the others'.
     Schedule {
         /// Ranks of the pipe.
@@ -92,8 +99,12 @@ pub fn run(args: Args) -> Result<()> {
             let mesh = config.mesh(&(0..ranks).map(|rank| rank / per_node).collect::<Vec<_>>())?;
             a_run(&config, &mesh, (load, gib))
         }
+        (_, Some(Command::Config { config, set })) => {
+            print!("{}", RunConfig::load(&config, &set)?.to_toml()?);
+            Ok(())
+        }
         (Some(path), None) => model(&path),
-        (None, None) => bail!("plan needs a file of model keys, `run` or `schedule`; see tiefsee plan --help"),
+        (None, None) => bail!("plan needs a file of model keys, `run`, `config` or `schedule`; see tiefsee plan --help"),
     }
 }
 

@@ -6,6 +6,7 @@ use crate::{DataError, is_url};
 
 /// Turn text into tokenised, shuffled parquet shards.
 #[derive(clap::Args, Clone, Debug, serde::Serialize)]
+#[command(group = clap::ArgGroup::new("ids").required(true).args(["vocab", "tokenizer"]))]
 pub struct PrepareArgs {
     /// Files and folders of text, JSONL (.gz, .zst) or parquet; folders are walked and links followed. s3://bucket/prefix
     /// and gs://bucket/prefix too, with the credentials, region and endpoint of the environment.
@@ -18,7 +19,7 @@ pub struct PrepareArgs {
     pub out: PathBuf,
 
     /// Train a byte-level BPE of this many tokens on the corpus.
-    #[arg(long, value_name = "N", required_unless_present = "tokenizer", conflicts_with = "tokenizer")]
+    #[arg(long, value_name = "N")]
     pub vocab: Option<u32>,
 
     /// Use this Hugging Face tokenizer.json instead of training one.

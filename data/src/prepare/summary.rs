@@ -69,8 +69,9 @@ impl fmt::Display for PrepareSummary {
             "{} train and {} held-out tokens of a vocabulary of {}, in {:.1} s",
             self.train_tokens, self.held_out_tokens, self.vocab_size, self.seconds
         )?;
-        if self.held_out_tokens > 0 {
-            writeln!(f, "held-out unigram entropy: {:.4} nats per token", self.unigram_entropy)?;
+        match self.held_out_tokens {
+            0 => writeln!(f, "nothing is held out: a run on this corpus alone has validation.every = 0")?,
+            _ => writeln!(f, "held-out unigram entropy: {:.4} nats per token", self.unigram_entropy)?,
         }
         write!(f, "corpus: {}", self.out.display())
     }

@@ -1,5 +1,6 @@
 //! A checkpoint's tensors shared out anew over another number of files. Any layout reads any checkpoint; this is for storage
 //! and readers that want more, or fewer, files than there were writers.
+use super::load::step_of;
 use super::manifest::FileEntry;
 use super::save::{Place, described, put_in_place, refuse_existing, shard_name};
 use super::{Manifest, Reader, inspect, shard, verify};
@@ -20,6 +21,8 @@ pub fn reshard(checkpoint: &Path, out: &Path, files: usize) -> Result<Resharded>
     let rows = inspect(checkpoint)?.tensors.values().map(|tensor| tensor.shape[0]).max().unwrap_or(1);
     ensure!(files as u64 <= rows as u64, "--files {files}: no tensor has more than {rows} rows, and a file would be empty");
     let mut manifest = verify(checkpoint)?;
+    let (step, named) = (manifest.step, step_of(out));
+    ensure!(named.is_none_or(|named| named == step), "{}: {} holds step {step}: the copy would count as renamed", out.display(), checkpoint.display());
     let mut reader = Reader::open(checkpoint)?;
     let out = &std::path::absolute(out)?;
     let name = out.file_name().and_then(|name| name.to_str()).with_context(|| format!("{} names no folder", out.display()))?;

@@ -29,7 +29,7 @@ impl Corpus {
             0 => None,
             every => {
                 let spec = spec(config, &config.data.mixture, config.phase[0].sequence_length, 0, Split::HeldOut);
-                Some(open_checked(config, spec).with_context(|| format!("validation.every = {every} needs a held-out split"))?)
+                Some(open_checked(config, spec).with_context(|| format!("validation.every = {every} needs a held-out split (0 does without; prepare's --held-out makes one)"))?)
             }
         };
         let unigram_entropy = held_out.as_ref().unwrap_or(&orders[&0]).unigram_entropy();

@@ -28,6 +28,7 @@ pub(super) fn binary() -> Result<String> {
 /// before all of them may be used again.
 pub(super) fn check_free(dir: &Path) -> Result<()> {
     let used = !checkpoint::list(dir)?.is_empty() || copies(dir).is_some();
+    ensure!(!used || resolved(dir).exists(), "{} holds checkpoints and no run (no resolved.toml): name one of them in run.init_from, and another run.dir", dir.display());
     ensure!(!used, "{} already holds a run: resume it (tiefsee resume {}) or name another run.dir", dir.display(), dir.display());
     let summary = dir.join("summary.json");
     ensure!(!summary.exists(), "{} already held a run, whose checkpoints are gone ({} is there, and logs): name another run.dir", dir.display(), summary.display());

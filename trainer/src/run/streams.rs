@@ -58,7 +58,7 @@ impl Streams {
         let Some(known) = self.read.iter_mut().find(|known| known.manifest == new.manifest) else { return self.read.push(new) };
         if known.sequence_length != new.sequence_length {
             let (path, from, to) = (new.path.display(), known.sequence_length, new.sequence_length);
-            let words = format!("[[phase]] {}: {path} is read in sequences of {to} after {from}", order.phase_number);
+            let words = format!("phase.{}: {path} is read in sequences of {to} after {from}", order.phase_number);
             let known_stream = self.begun.keys().any(|(manifest, _, length)| *manifest == new.manifest && *length == to);
             self.anew.push(if known_stream {
                 format!("{words}: it goes on where those of {to} stopped")
