@@ -80,15 +80,15 @@ echo "ok: stopped, checkpointed, requeued and resumed ($times time(s)), $steps s
 
 steps=1000000
 # The last task of an array has the array's own number: what is done to it must not be done to all.
-job=$(RUN_ROOT=$state submit array mpirun --array=0-1 --nodes=1 --output="$state/array-%a.out")
-until_true "the array's steps" 60 eval 'stepped1() { [ -s "$state/tiefsee-$job-$1/log/rank-0.jsonl" ]; }; stepped1 0 && stepped1 1'
+job=$(submit array mpirun --array=0-1 --nodes=1 --output="$state/array-%a.out")
+until_true "the array's steps" 60 eval 'stepped1() { [ -s "$state/array/tiefsee-$job-$1/log/rank-0.jsonl" ]; }; stepped1 0 && stepped1 1'
 scancel --batch --signal=USR1 "${job}_1"
 until_true "the requeue" 120 shows "${job}_1" Restarts=1
 sleep 2
 shows "${job}_0" Restarts=0 || fail "its neighbour was requeued with it"
 shows "${job}_0" JobState=RUNNING || fail "its neighbour was ended with it"
 scancel "$job"
-until_true "the array's processes' end" 30 no_process "tiefsee-$job"
+until_true "the array's processes' end" 30 no_process array
 echo "ok: of an array one task is requeued alone (mpirun, 2 tasks)"
 
 if srun --mpi=list 2>&1 | grep -q pmix; then launcher=srun; else launcher=mpirun; fi
