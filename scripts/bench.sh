@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Every figure that the README speaks of: scripts/bench.sh NAME [OPTION…]; `scripts/bench.sh NAME --help` lists a name's options.
+# Every figure that the README speaks of: scripts/bench.sh NAME [OPTION…], options of the program in benches/ it calls.
 # Where there is no cargo, TIEFSEE_PROGRAM names a `tiefsee` that was built elsewhere, TIEFSEE_BENCH_GPU kernels' bench_gpu.
 #   gpu [forward] [wgrad] [grouped] [passes] [sweep]   on one H100: our kernels, cuBLASLt beside each in the same run,
 #                and then what a PyTorch user has (benches/rivals/gemm.py, passes_gpu.py); card and clocks are printed
