@@ -198,6 +198,27 @@ fn a_last_checkpoint_that_fails_leaves_a_run_that_can_go_on() {
 }
 
 #[test]
+fn a_run_whose_checkpoints_are_gone_is_never_begun_anew() {
+    let run = Run::new(3, "");
+    fs::create_dir_all(run.dir().join("log")).expect("a folder");
+    ["resolved.toml", "summary.json", "log/rank-0.jsonl"].iter().for_each(|name| run.write(name, ""));
+    let output = run.launch("--auto-resume");
+    assert!(!output.status.success() && text(&output).contains("holds a run whose checkpoints are gone"), "{}", text(&output));
+    assert!(run.dir().join("log/rank-0.jsonl").exists() && !run.dir().join("half-run-1").exists(), "what it wrote stays");
+}
+
+#[test]
+fn a_rendezvous_without_a_secret_leaves_nothing() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let run_dir = folder.path().join("run");
+    let mut command = Command::new(env!("CARGO_BIN_EXE_tiefsee-launch"));
+    command.env_remove("TIEFSEE_SECRET").args("--nnodes 2 --node-rank 0 --rdzv 127.0.0.1:29417 -- train --config ../configs/run/tiny.toml --set".split(' '));
+    let output = command.arg(format!("run.dir={}", run_dir.display())).output().expect("a launcher");
+    assert!(!output.status.success() && text(&output).contains("secret"), "{}", text(&output));
+    assert!(!run_dir.exists());
+}
+
+#[test]
 fn a_world_that_another_started_is_not_put_aside() {
     let run = Run::new(3, "");
     fs::create_dir_all(run.dir().join("log")).expect("a folder");

@@ -143,6 +143,28 @@ fn a_damaged_corpus_is_named() {
 }
 
 #[test]
+fn prepare_names_both_ways_to_tokens_and_says_that_nothing_is_held_out() {
+    let (text, out) = (scratch().join("nothing-held-out.txt"), scratch().join("nothing-held-out"));
+    fs::write(&text, "one document of some words ".repeat(40)).expect("a file");
+    let args = words(&["prepare", &text.display().to_string(), "--out", &out.display().to_string(), "--held-out", "0"]);
+    refused_with(2, &args, &["<--vocab <N>|--tokenizer <FILE>>"]);
+    let output = tiefsee(&[&args[..], &words(&["--vocab", "270"])].concat()).output().expect("it runs");
+    let said = format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    assert!(output.status.success() && said.contains("nothing is held out: a run on this corpus alone has validation.every = 0"), "{said}");
+}
+
+#[test]
+fn another_precision_is_said() {
+    let run = finished("another-precision");
+    let config = run.dir().join("resolved.toml");
+    let text = fs::read_to_string(&config).expect("a config");
+    fs::write(&config, text.replace("precision = \"f64\"", "precision = \"f32\"")).expect("written");
+    let output = tiefsee(&words(&["resume", &run.dir().display().to_string(), "--stop-after", "3"])).output().expect("it runs");
+    let said = String::from_utf8_lossy(&output.stdout);
+    assert!(said.contains("run.precision is F32 from here on, it was F64"), "{said}{}", String::from_utf8_lossy(&output.stderr));
+}
+
+#[test]
 fn a_folder_without_text_makes_no_corpus() {
     let (empty, out) = (scratch().join("empty"), scratch().join("empty-out"));
     fs::create_dir_all(&empty).expect("a folder");
