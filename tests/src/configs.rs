@@ -38,7 +38,7 @@ fn the_published_recipe_is_laid_out_on_its_ranks() {
     assert_eq!(one_way(lines_of_layout(&context, 1536)), [5, 20]);
     // An H800 has 79 GiB, of which transfers, transient tensors and the allocator need some.
     let mesh = main.mesh(&(0..2048).map(|rank| rank / 8).collect::<Vec<_>>()).expect("a layout");
-    let most = |load| needs(&main, &mesh, load).expect("an estimate").iter().map(Need::most).max().expect("places");
+    let most = |load| needs(&main, &mesh, load, 0).expect("an estimate").iter().map(Need::most).max().expect("places");
     assert!(most(1.0) < 70 << 30 && most(1.1) < 72 << 30, "{} bytes", most(1.1));
     let tokens = |config: &RunConfig| Plan::new(&config.phase, &config.data.mixture).total_tokens();
     assert_eq!(tokens(&main), 14_800_000_000_000);
@@ -138,6 +138,8 @@ fn a_number_out_of_its_range_is_refused_by_name() {
         ("phase.1.mixture", "[{path=\"a\"},{path=\"b\",weight=-1.0}]".into(), "phase.1: mixture.1.weight = -1: must be positive; leave out a source that has no share"),
         ("run.dir", "\"\"".into(), "run.dir = \"\": must name a folder"),
         ("run.threads", "1025".into(), "run.threads = 1025: must be from 0 to 1024"),
+        ("optimizer", "{moments=\"bf16\",beta2=0.999}".into(), "optimizer.beta2 = 0.999: at most 0.99 with optimizer.moments = \"bf16\", whose last place is too coarse to follow slower changes"),
+        ("ema.decay", "0.999999".into(), "ema.decay = 0.999999: must be from 0 (no average) to 0.99999, beyond which numbers in FP32 stand still"),
     ] {
         let error = RunConfig::load(&root().join("configs/run/tiny.toml"), &[format!("{key}={value}")]).expect_err(key);
         assert!(format!("{error:#}").ends_with(expected), "{error:#}, not {expected}");

@@ -105,7 +105,7 @@ fn ranks_hold_what_was_foretold() {
             let precision = format!("run.precision={precision}");
             let config = Run::new("held", &[&[&precision, "optimizer.moments=bf16"], set].concat()).config();
             let mesh = config.mesh(&vec![0; ranks]).expect("a layout");
-            let needs = needs(&config, &mesh, 1.0).expect("an estimate");
+            let needs = needs(&config, &mesh, 1.0, 0).expect("an estimate");
             let held = run_local(ranks, |world| held(&Trainer::new(&config, &mesh, world.clone()).expect("a trainer"), world.rank()));
             for (place, need) in needs.iter().enumerate() {
                 let most = |part: usize| held.iter().filter(|(of, _)| *of == place).map(|(_, parts)| parts[part]).max();
@@ -125,7 +125,7 @@ fn blocks_of_weights_are_foretold() {
     let context = trainer.context(&plan.at(0).expect("a phase"), 1);
     let batch = MicroBatch::new(tokens(3, &[1, 33], config.model.vocab_size));
     drop(trainer.gradients(&context, &[batch]).expect("gradients"));
-    assert_eq!(needs(&config, &Mesh::single(), 1.0).expect("an estimate")[0].weights, trainer.weights.bytes());
+    assert_eq!(needs(&config, &Mesh::single(), 1.0, 0).expect("an estimate")[0].weights, trainer.weights.bytes());
 }
 
 #[test]
@@ -144,6 +144,9 @@ fn a_layout_is_refused_before_a_rank_starts() {
         ("phase.0.micro_batch=4611686018427387904", "micro_batch = 4611686018427387904: must be from 1 to"),
         ("phase.0.tokens=9223372036854775807", "tokens = 9223372036854775807: must be from 1 to"),
         ("parallel.layers=[9223372036854775807, 9223372036854775807, 63, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]", "each from 0 to model.num_hidden_layers = 61"),
+        ("parallel.layers=[4, 0, 8, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 1]", "parallel.pp = 16: stage 1 of [4, 0, 8, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 1] layers has none"),
+        ("model.vocab_size=400000", "model.vocab_size = 400000: the embedding would be one parameter of 2867200000 elements, on a GPU at most 2146435072"),
+        ("phase.5.tokens=1", "phase.5.tokens = 1: no step: the last one before it goes beyond its end"),
         ("model.n_shared_experts=-1", "n_shared_experts = -1"),
         ("model.vocab_size=9223372036854775807", "vocab_size = 9223372036854775807"),
     ] {
@@ -152,10 +155,17 @@ fn a_layout_is_refused_before_a_rank_starts() {
     }
     let (fine, text) = plan("4611686018427387904", &[]);
     assert!(!fine && text.contains("--ranks 4611686018427387904: at most"), "{text}");
+    let (fine, text) = plan("2048", &["--set", "parallel.ep=2"]);
+    assert!(!fine && text.contains("parallel.ep = 2: a rank's experts of a layer would be one parameter of 3758096384 elements, on a GPU at most 2146435072"), "{text}");
+    let (fine, text) = plan("2048", &["--set", "parallel.ep=2", "--set", "run.device=cpu"]);
+    assert!(fine, "{text}");
     let (fine, text) = plan("2000", &[]);
     assert!(!fine && text.contains("dp 125 does not divide by ep 64"), "{text}");
     let (fine, text) = plan("2048", &["--set", "phase.0.batch=3000"]);
     assert!(!fine && text.contains("phase.0: batch 3000 is not a multiple of micro_batch 1 × dp 128"), "{text}");
+    // Fewer sequences than pipes, in a phase that is over.
+    let (fine, text) = plan("2048", &["--set", "phase.0.batch=64", "--from-tokens", "25165824000"]);
+    assert!(fine && !text.contains("25165824000"), "{text}");
 }
 
 #[test]

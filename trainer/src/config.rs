@@ -5,7 +5,7 @@ use crate::checks::ChecksSection;
 use crate::ema::EmaSection;
 use crate::faults::{FaultKind, FaultsSection};
 use crate::guard::GuardSection;
-use crate::phase::Phase;
+use crate::phase::{Phase, Plan};
 use crate::sentinel::SentinelSection;
 use anyhow::{Context, Result, bail, ensure};
 use data::Source;
@@ -219,9 +219,16 @@ impl RunConfig {
         for (index, phase) in self.phase.iter().enumerate() {
             phase.validate(&self.model).with_context(|| format!("phase.{index}"))?;
         }
+        if let Some((index, phase)) = Plan::new(&self.phase, &self.data.mixture).without_a_step() {
+            bail!("phase.{index}.tokens = {}: no step: the last one before it goes beyond its end", phase.tokens);
+        }
         let optimizer = &self.optimizer;
         for (key, value) in [("beta1", optimizer.beta1), ("beta2", optimizer.beta2)] {
             ensure!((0.0..1.0).contains(&value), "optimizer.{key} = {value}: must be at least 0 and below 1");
+            ensure!(
+                optimizer.moments == Moments::F32 || value <= MOST_BETA_IN_BF16,
+                "optimizer.{key} = {value}: at most {MOST_BETA_IN_BF16} with optimizer.moments = \"bf16\", whose last place is too coarse to follow slower changes"
+            );
         }
         for (key, value) in [("eps", optimizer.eps), ("max_grad_norm", optimizer.max_grad_norm)] {
             ensure!(value > 0.0, "optimizer.{key} = {value}: must be positive");
@@ -260,7 +267,24 @@ impl RunConfig {
         crate::pipeline::parts(&self.model, mesh.pp, &self.parallel.layers)?;
         let experts = self.model.n_routed_experts;
         ensure!(experts % mesh.ep as i64 == 0, "parallel.ep = {}: must divide model.n_routed_experts = {experts}", mesh.ep);
+        self.check_parameters(&mesh)?;
         Ok(mesh)
+    }
+
+    fn check_parameters(&self, mesh: &Mesh) -> Result<()> {
+        if self.run.device == DeviceChoice::Cpu {
+            return Ok(());
+        }
+        let (model, ep) = (&self.model, mesh.ep as i64);
+        for (what, sides) in [
+            (format!("parallel.ep = {ep}: a rank's experts of a layer"), [model.n_routed_experts / ep, 2 * model.moe_intermediate_size, model.hidden_size]),
+            (format!("model.vocab_size = {}: the embedding", model.vocab_size), [1, model.vocab_size, model.hidden_size]),
+            (format!("model.intermediate_size = {}: a dense layer", model.intermediate_size), [1, 2 * model.intermediate_size, model.hidden_size]),
+        ] {
+            let elements: i128 = sides.map(i128::from).iter().product();
+            ensure!(elements <= MOST_ELEMENTS, "{what} would be one parameter of {elements} elements, on a GPU at most {MOST_ELEMENTS}");
+        }
+        Ok(())
     }
 
     /// Of the phases that are not over after `tokens`: one that is binds no layout any more.
@@ -279,6 +303,11 @@ impl RunConfig {
         Ok(toml::to_string(self)?)
     }
 }
+
+/// Kernels count a parameter's elements in 32 bits, in steps of all threads.
+const MOST_ELEMENTS: i128 = (1 << 31) - (1 << 20);
+/// A change of half a unit in the last place of BF16 is lost, and that is up to 0.4 % of a moment.
+const MOST_BETA_IN_BF16: f64 = 0.99;
 
 /// Shares of a mixture.
 pub(crate) fn check_weights(mixture: &[Source], key: &str) -> Result<()> {

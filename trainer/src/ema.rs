@@ -16,9 +16,12 @@ pub struct EmaSection {
     pub decay: f64,
 }
 
+/// A step towards a value that is 0.3 % off is then half a unit in the last place of an average in FP32.
+const MOST_DECAY: f64 = 0.99999;
+
 impl EmaSection {
     pub fn validate(&self) -> Result<()> {
-        ensure!((0.0..1.0).contains(&self.decay), "ema.decay = {}: must be at least 0 (no average) and below 1", self.decay);
+        ensure!((0.0..=MOST_DECAY).contains(&self.decay), "ema.decay = {}: must be from 0 (no average) to {MOST_DECAY}, beyond which numbers in FP32 stand still", self.decay);
         Ok(())
     }
 }
@@ -73,11 +76,12 @@ impl Host {
     fn average(&mut self, newest: &Host, decay: f64) {
         match (self, newest) {
             (Host::F32(averages), Host::F32(newest)) => {
-                let (keep, take) = (decay as f32, (1.0 - decay) as f32);
-                averages.iter_mut().zip(newest).for_each(|(average, new)| *average = keep * *average + take * new);
+                // One factor alone: two that are rounded do not sum to 1, and the average of a constant would be another.
+                let take = (1.0 - decay) as f32;
+                averages.iter_mut().zip(newest).for_each(|(average, new)| *average += take * (new - *average));
             }
             (Host::F64(averages), Host::F64(newest)) => {
-                averages.iter_mut().zip(newest).for_each(|(average, new)| *average = decay * *average + (1.0 - decay) * new);
+                averages.iter_mut().zip(newest).for_each(|(average, new)| *average += (1.0 - decay) * (new - *average));
             }
             _ => unreachable!("both are of the masters' kind"),
         }
@@ -126,5 +130,19 @@ impl Ema {
             self.buffers = Some(running.join().expect("averaging does not fail"));
         }
         self.buffers.as_mut().expect("only a running update has them")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_average_of_a_constant_is_the_constant() {
+        for decay in [0.9, 0.999, MOST_DECAY] {
+            let (mut average, value) = (Host::F32(vec![3.7; 3]), Host::F32(vec![3.7; 3]));
+            (0..10_000).for_each(|_| average.average(&value, decay));
+            assert!(matches!(&average, Host::F32(values) if *values == [3.7; 3]), "decay {decay}");
+        }
     }
 }

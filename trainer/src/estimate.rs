@@ -53,14 +53,14 @@ impl Need {
 /// What differs from step to step: B and L of a micro-batch, and how many a pipe has.
 type Shape = (i64, i64, usize);
 
-/// By place in the pipe. `load`: rows at a rank's experts over an even share.
-pub fn needs(config: &RunConfig, mesh: &Mesh, load: f64) -> Result<Vec<Need>> {
+/// By place in the pipe, of the steps after `tokens`. `load`: rows at a rank's experts over an even share.
+pub fn needs(config: &RunConfig, mesh: &Mesh, load: f64, tokens: u64) -> Result<Vec<Need>> {
     let plan = Plan::new(&config.phase, &config.data.mixture);
     let shape = |phase: &crate::phase::Phase, batch: u64| {
         let micro_batches = batch / (phase.micro_batch * mesh.dp as u64);
         (phase.micro_batch as i64, phase.sequence_length as i64, micro_batches as usize)
     };
-    let shapes: BTreeSet<Shape> = plan.stretches(0).map(|(moment, _)| shape(moment.phase, moment.batch)).collect();
+    let shapes: BTreeSet<Shape> = plan.stretches(tokens).map(|(moment, _)| shape(moment.phase, moment.batch)).collect();
     let parts = parts(&config.model, mesh.pp, &config.parallel.layers)?;
     (0..mesh.pp).map(|place| need((config, load), mesh, (place, &parts), &shapes)).collect()
 }
@@ -183,7 +183,7 @@ fn state_bytes(config: &RunConfig, spec: &ParamSpec) -> i64 {
 }
 
 /// Of a parameter, and of its blocks where GEMMs read it in FP8: all matrices but the head's and MTP's projection.
-fn weight_bytes(precision: Precision, spec: &ParamSpec) -> i64 {
+pub(crate) fn weight_bytes(precision: Precision, spec: &ParamSpec) -> i64 {
     let plain = spec.numel() * spec.kind(precision).elt_size_in_bytes() as i64;
     let in_fp8 = match spec.role {
         Role::Experts => true,

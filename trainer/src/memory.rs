@@ -1,4 +1,5 @@
 //! What a rank's memory on a GPU goes to.
+use crate::estimate::weight_bytes;
 use crate::step::Trainer;
 use anyhow::Result;
 use kernels::{device, shim};
@@ -37,7 +38,8 @@ impl Trainer {
         let Device::Cuda(_) = on else { return Ok(None) };
         let held = shim::memory(on)?;
         let master = self.weights.precision.master().elt_size_in_bytes() as i64;
-        let weights = self.weights.bytes();
+        // All blocks are there in a backward; an update leaves those of weights that ranks share to the next step.
+        let weights = self.weights.table.specs().iter().map(|spec| weight_bytes(self.weights.precision, spec)).sum::<i64>();
         let gradients: i64 = self.weights.table.specs().iter().filter(|spec| spec.trained()).map(|spec| spec.numel() * master).sum();
         let own = |slot: &crate::optimizer::Slot| match slot.master.kind() == self.weights.get(slot.shard.id).kind() {
             true => 0,

@@ -290,6 +290,14 @@ impl Plan {
         })
     }
 
+    /// The first phase that is over before it begins, and its place in the config.
+    pub fn without_a_step(&self) -> Option<(usize, &Phase)> {
+        let mut begun: Vec<&Phase> = self.stretches(0).map(|(moment, _)| moment.phase).collect();
+        begun.dedup_by(|a, b| std::ptr::eq(*a, *b));
+        let has_none = |(index, phase): &(usize, &Phase)| begun.get(*index).is_none_or(|begun| !std::ptr::eq(*begun, *phase));
+        self.phases.iter().enumerate().find(has_none)
+    }
+
     /// Those that some step reads, ascending.
     pub fn orders(&self) -> Vec<PlannedOrder<'_>> {
         let mut orders: Vec<PlannedOrder> = Vec::new();
@@ -358,6 +366,15 @@ mod tests {
         // Steps of ten tokens: nobody could wait for them one by one.
         let endless = Plan::new(&vec![phase(1 << 60, Ramp::Constant(1), Curve::Constant(1.0)); 10], &[]);
         assert_eq!(endless.num_steps(), 1 << 60);
+    }
+
+    #[test]
+    fn a_phase_that_the_one_before_runs_over_has_no_step() {
+        let plan = |tokens: [u64; 4]| Plan::new(&tokens.map(|tokens| phase(tokens, Ramp::Constant(4), Curve::Constant(1.0))), &[]);
+        // Steps of 40: the third ends at 120.
+        assert_eq!(plan([90, 30, 40, 1]).without_a_step().map(|(index, phase)| (index, phase.tokens)), Some((1, 30)));
+        assert_eq!(plan([90, 31, 40, 20]).without_a_step().map(|(index, _)| index), Some(3));
+        assert!(plan([90, 31, 80, 40]).without_a_step().is_none());
     }
 
     #[test]

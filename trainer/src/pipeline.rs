@@ -1,7 +1,7 @@
 //! One rank's part of the model under a pipeline schedule: which stages it holds, and what the schedule's actions
 //! do with them.
 use crate::checks::{BACKWARD, FORWARD, Probe};
-use anyhow::{Result, ensure};
+use anyhow::{Result, bail, ensure};
 use model::flow::{Backward, Forward, StageSaved, StageWork, Work, alone, forward_backward};
 use model::stage::{StageIn, StageOut};
 use model::{Grads, MicroBatch, ModelConfig, ParamId, ParamTable, Stage, StagePart, StageStats, StepContext, Weights};
@@ -26,6 +26,10 @@ pub fn parts(config: &ModelConfig, num_stages: usize, counts: &[i64]) -> Result<
     let counts = if counts.is_empty() { (0..stages).map(even).collect() } else { counts.to_vec() };
     ensure!(counts.len() == num_stages, "parallel.layers names {} stages, parallel.pp is {num_stages}", counts.len());
     ensure!(counts.iter().all(|count| (0..=layers).contains(count)), "parallel.layers = {counts:?}: each from 0 to model.num_hidden_layers = {layers}");
+    // The first has the embedding, the last the head.
+    if let Some(stage) = (1..num_stages.max(2) - 1).find(|&stage| counts[stage] == 0) {
+        bail!("parallel.pp = {num_stages}: stage {stage} of {counts:?} layers has none, as only the first and the last may");
+    }
     let sum: i64 = counts.iter().sum();
     ensure!(sum == layers, "parallel.layers = {counts:?}: its sum is {sum}, model.num_hidden_layers is {layers}");
     let mut next = 0;

@@ -30,6 +30,9 @@ enum Command {
         /// Rows at a rank's experts over an even share.
         #[arg(long, default_value_t = 1.0)]
         load: f64,
+        /// Of a run that has seen so many: what is to come alone must fit, as in a resume.
+        #[arg(long, default_value_t = 0)]
+        from_tokens: u64,
         /// GiB that a rank has; needing more is an error.
         #[arg(long)]
         gib: Option<f64>,
@@ -91,13 +94,13 @@ pub fn run(args: Args) -> Result<()> {
             let times = times.as_deref().map_or(Ok(Times::UNIT), measured)?;
             schedule(name.into(), pp, micro_batches, svg.as_deref(), &times)
         }
-        (_, Some(Command::Run { config, ranks, ranks_per_node, load, gib, set })) => {
+        (_, Some(Command::Run { config, ranks, ranks_per_node, load, from_tokens, gib, set })) => {
             ensure!(ranks <= 1 << 20, "--ranks {ranks}: at most {}", 1 << 20);
             ensure!((1.0..=1e3).contains(&load), "--load {load}: must be from 1 to 1000");
             let config = RunConfig::load(&config, &set)?;
             let per_node = if ranks_per_node == 0 { ranks } else { ranks_per_node };
-            let mesh = config.mesh(&(0..ranks).map(|rank| rank / per_node).collect::<Vec<_>>())?;
-            a_run(&config, &mesh, (load, gib))
+            let mesh = config.layout(&(0..ranks).map(|rank| rank / per_node).collect::<Vec<_>>())?;
+            a_run(&config, &mesh, from_tokens, (load, gib))
         }
         (_, Some(Command::Config { config, set })) => {
             print!("{}", RunConfig::load(&config, &set)?.to_toml()?);
@@ -131,24 +134,28 @@ fn schedule(chosen: Schedule, pp: usize, micro_batches: usize, svg: Option<&Path
     Ok(())
 }
 
-fn a_run(config: &RunConfig, mesh: &Mesh, (load, room): (f64, Option<f64>)) -> Result<()> {
-    let notes = prove_schedules(config, mesh, 0)?;
+fn a_run(config: &RunConfig, mesh: &Mesh, tokens: u64, (load, room): (f64, Option<f64>)) -> Result<()> {
+    let notes = prove_schedules(config, mesh, tokens)?;
     let plan = Plan::new(&config.phase, &config.data.mixture);
     let nodes = mesh.nodes.last().map_or(0, |last| last + 1);
     println!("{} ranks on {nodes} node(s): pp {}, dp {}, ep {}, {}", mesh.world_size(), mesh.pp, mesh.dp, mesh.ep, mesh.schedule);
-    println!("{} steps, {} tokens", plan.num_steps(), plan.trained_tokens());
+    let (mut steps, mut to_read) = (0, 0);
+    for (moment, count) in plan.stretches(tokens) {
+        (steps, to_read) = (steps + count, to_read + moment.batch * moment.phase.sequence_length * count);
+    }
+    println!("{steps} steps, {to_read} tokens");
     println!("\n{:>6} {:>9} {:>18} {:>8} {:>7} {:>20}", "phase", "steps", "tokens", "length", "batch", "micro-batches a pipe");
     for (number, phase) in config.phase.iter().enumerate() {
         let of_phase = |(moment, steps): (trainer::phase::Moment, u64)| std::ptr::eq(moment.phase, plan.phase(number)).then_some((moment.batch, steps));
-        let stretches: Vec<(u64, u64)> = plan.stretches(0).filter_map(of_phase).collect();
+        let stretches: Vec<(u64, u64)> = plan.stretches(tokens).filter_map(of_phase).collect();
         let (Some((first, _)), Some((last, _))) = (stretches.first(), stretches.last()) else { continue };
         let steps: u64 = stretches.iter().map(|(_, steps)| steps).sum();
         let span = |of: &dyn Fn(u64) -> u64| if first == last { of(*first).to_string() } else { format!("{}–{}", of(*first), of(*last)) };
         let micro_batches = span(&|batch| batch / (phase.micro_batch * mesh.dp as u64));
-        println!("{:>6} {steps:>9} {:>18} {:>8} {:>7} {micro_batches:>20}", number + 1, phase.tokens, phase.sequence_length, span(&|batch| batch));
+        println!("{number:>6} {steps:>9} {:>18} {:>8} {:>7} {micro_batches:>20}", phase.tokens, phase.sequence_length, span(&|batch| batch));
     }
     notes.iter().for_each(|note| println!("{note}"));
-    let most = memory(&needs(config, mesh, load)?, load);
+    let most = memory(&needs(config, mesh, load, tokens)?, load);
     ensure!(room.is_none_or(|room| most <= room), "a rank needs {most:.2} GiB and more, --gib is {}", room.unwrap_or(0.0));
     Ok(())
 }

@@ -256,14 +256,16 @@ impl Bucket {
     /// Rows go from weight to weight: nothing reads the others' until they are asked for.
     fn gather_in_place(self: &Rc<Self>, weights: &mut Weights, comm: &Comm, sums: Option<Tensor>) -> Result<(), CommError> {
         let peers: Vec<usize> = (0..comm.size()).filter(|&peer| peer != self.rank).collect();
-        let mut rows = |owner: usize| -> Vec<Tensor> { self.reduce.owned(owner).map(|run| run.shard.of(weights.write(run.shard.id))).collect() };
-        let mine: Vec<Tensor> = rows(self.rank).into_iter().chain(sums.as_ref().map(Tensor::shallow_clone)).collect();
+        // Its own are written: where all of a weight is its own, so are the blocks.
+        let own = self.reduce.owned(self.rank).map(|run| run.shard.of(weights.get(run.shard.id)));
+        let mine: Vec<Tensor> = own.chain(sums.as_ref().map(Tensor::shallow_clone)).collect();
         let all = sums.map(|sums| sums.repeat([comm.size() as i64, 1])); // room for everyone's
         let sends = peers.iter().flat_map(|&peer| mine.iter().map(move |part| (peer, part.shallow_clone()))).collect();
         let mut places = Vec::new();
         for &peer in &peers {
             let sums = all.as_ref().map(|all| all.narrow(0, peer as i64, 1));
-            places.extend(rows(peer).into_iter().chain(sums).map(|place| (peer, place)));
+            let rows = self.reduce.owned(peer).map(|run| run.shard.of(weights.write(run.shard.id)));
+            places.extend(rows.chain(sums).map(|place| (peer, place)));
         }
         let (arriving, bucket) = (comm.exchange_into(sends, places)?, self.clone());
         weights.expect(self.ids.clone(), move |_| {

@@ -1,8 +1,8 @@
 //! Causal softmax attention whose query/key width differs from its value width (MLA: 192 and 128).
 //!
 //! Three ways: the reference, which keeps the probabilities, for any device and kind; cuDNN on a GPU in BF16, whose
-//! backward adds as threads come; and beside cuDNN's forward a backward of our own in products over a few heads at a
-//! time, slower, which gives the same bits every time. Documents that must not see each other are so many attentions.
+//! backward adds as threads come; and beside cuDNN's forward a backward of our own in products over a few heads, or a
+//! part of one, at a time, slower, which gives the same bits every time. Documents that must not see each other are so many attentions.
 //!
 //! Legend: B sequences, H heads, S positions, Dk / Dv head widths, N = B · H.
 use super::wide;
@@ -39,8 +39,8 @@ pub struct Place {
     length: i64,
 }
 
-/// Most bytes of one head group's FP32 scores in the repeatable backward, which has four such tensors.
-const GROUP_BYTES: i64 = 512 << 20;
+/// Most bytes of FP32 scores at a time in the repeatable backward, which has four such tensors.
+const PART_BYTES: i64 = 512 << 20;
 
 /// q, k [B, H, S, Dk], v [B, H, S, Dv] → out [B, H, S, Dv]. `repeatable`: the backward gives the same bits every time.
 pub fn forward(q: &Tensor, k: &Tensor, v: &Tensor, scale: f64, repeatable: bool) -> (Tensor, Saved) {
@@ -57,7 +57,7 @@ pub fn backward(dout: &Tensor, q: &Tensor, k: &Tensor, v: &Tensor, saved: &Saved
     match saved {
         Saved::Probabilities(probabilities) => reference_backward(dout, q, k, v, probabilities, scale),
         Saved::Cudnn { made, repeatable: false } => cudnn_backward(dout, [q, k, v], made, scale),
-        Saved::Cudnn { made, repeatable: true } => by_heads(dout, [q, k, v], made, scale),
+        Saved::Cudnn { made, repeatable: true } => in_parts(dout, [q, k, v], made, scale, PART_BYTES),
         Saved::Documents(list) => {
             let (mut dq, mut dk, mut dv) = (Vec::new(), Vec::new(), Vec::new());
             for (place, saved) in list {
@@ -176,25 +176,68 @@ fn cudnn_backward(dout: &Tensor, [q, k, v]: [&Tensor; 3], made: &CudnnAttention,
     )
 }
 
-/// The probabilities are made again from the log-sum-exp, a group of heads at a time: dS = P ⊙ (dP − Σ dout·out).
-fn by_heads(dout: &Tensor, [q, k, v]: [&Tensor; 3], made: &CudnnAttention, scale: f64) -> (Tensor, Tensor, Tensor) {
+/// The probabilities are made again from the log-sum-exp, dS = P ⊙ (dP − Σ dout·out), with scores of at most `bytes`, or of 64
+/// queries, at a time: of a group of heads, or where one head has more, of some of its queries and the keys that they see.
+fn in_parts(dout: &Tensor, [q, k, v]: [&Tensor; 3], made: &CudnnAttention, scale: f64, bytes: i64) -> (Tensor, Tensor, Tensor) {
     let (batch, heads, positions) = (q.size()[0], q.size()[1], q.size()[2]);
     let flat = |t: &Tensor| t.reshape([batch * heads, positions, -1]);
     let [q, k, v, dout, out] = [q, k, v, dout, &made.out].map(flat);
     let lse = made.log_sum_exp.reshape([batch * heads, positions, 1]);
     let delta = (dout.to_kind(Kind::Float) * out).sum_dim_intlist(&[2i64][..], true, None); // [N, S, 1]
-    let mask = above_diagonal(positions, &lse).unsqueeze(0);
     let (dq, dk, dv) = (q.empty_like(), k.empty_like(), v.empty_like());
-    let each = (GROUP_BYTES / (4 * positions * positions)).clamp(1, batch * heads);
+    let each = (bytes / (4 * positions * positions)).clamp(1, batch * heads);
+    let rows = (bytes / (4 * positions) / 64 * 64).clamp(64.min(positions), positions);
     for start in (0..batch * heads).step_by(each as usize) {
         let group = |t: &Tensor| t.narrow(0, start, each.min(batch * heads - start));
-        let [q, k, v, dout] = [&q, &k, &v, &dout].map(group);
-        let p = (q.bmm_dtype(&k.transpose(1, 2), Kind::Float) * scale + &mask - group(&lse)).exp();
-        let dscores = ((dout.bmm_dtype(&v.transpose(1, 2), Kind::Float) - group(&delta)) * &p * scale).to_kind(Kind::BFloat16);
-        let _ = p.to_kind(Kind::BFloat16).transpose(1, 2).bmm_out(&group(&dv), &dout);
-        let _ = dscores.bmm_out(&group(&dq), &k);
-        let _ = dscores.transpose(1, 2).bmm_out(&group(&dk), &q);
+        let [q, k, v, dout, lse, delta, dq, dk, dv] = [&q, &k, &v, &dout, &lse, &delta, &dq, &dk, &dv].map(group);
+        let sums = |like: &Tensor| Tensor::zeros(like.size(), (Kind::Float, like.device()));
+        let (dk_sum, dv_sum) = (sums(&dk), sums(&dv));
+        for first in (0..positions).step_by(rows as usize) {
+            let end = (first + rows).min(positions);
+            let [q, dout, lse, delta, dq] = [&q, &dout, &lse, &delta, &dq].map(|t| t.narrow(1, first, end - first));
+            let [k, v, mut dk_sum, mut dv_sum] = [&k, &v, &dk_sum, &dv_sum].map(|t| t.narrow(1, 0, end));
+            let mask = Tensor::full([end - first, end], f64::NEG_INFINITY, (Kind::Float, q.device())).triu(1 + first);
+            let p = (product(&q, &k.transpose(1, 2)) * scale + mask - lse).exp();
+            let dscores = ((product(&dout, &v.transpose(1, 2)) - delta) * &p * scale).to_kind(q.kind());
+            let _ = dv_sum.g_add_(&product(&p.to_kind(q.kind()).transpose(1, 2), &dout));
+            let _ = dk_sum.g_add_(&product(&dscores.transpose(1, 2), &q));
+            dq.shallow_clone().copy_(&dscores.bmm(&k));
+        }
+        dk.shallow_clone().copy_(&dk_sum);
+        dv.shallow_clone().copy_(&dv_sum);
     }
     let unflat = |t: Tensor| t.view([batch, heads, positions, -1]);
     (unflat(dq), unflat(dk), unflat(dv))
+}
+
+/// In FP32.
+fn product(a: &Tensor, b: &Tensor) -> Tensor {
+    if a.device().is_cuda() { a.bmm_dtype(b, Kind::Float) } else { a.to_kind(Kind::Float).bmm(&b.to_kind(Kind::Float)) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn parts_of_the_repeatable_backward_make_the_whole() {
+        tch::manual_seed(11);
+        let (batch, heads, positions, scale) = (2, 3, 200, 0.25);
+        let random = |width: i64| Tensor::randn([batch, heads, positions, width], (Kind::Double, tch::Device::Cpu)).to_kind(Kind::BFloat16);
+        let (q, k, v, dout) = (random(24), random(24), random(16), random(16));
+        let wide = [&q, &k, &v].map(|t| t.to_kind(Kind::Double));
+        let (out, probabilities) = reference(&wide[0], &wide[1], &wide[2], scale);
+        let (dq, dk, dv) = reference_backward(&dout.to_kind(Kind::Double), &wide[0], &wide[1], &wide[2], &probabilities, scale);
+        let scores = wide[0].matmul(&wide[1].transpose(2, 3)) * scale + above_diagonal(positions, &wide[0]);
+        let log_sum_exp = scores.logsumexp(&[-1i64][..], false).to_kind(Kind::Float);
+        let made = CudnnAttention { out: out.to_kind(Kind::BFloat16), log_sum_exp, random_state: [Tensor::new(), Tensor::new()] };
+        // All heads at once; two, then two; one, in 128 and 72 rows; one, in 64, 64, 64 and 8.
+        for bytes in [1 << 30, 2 * 4 * positions * positions, 4 * positions * 150, 1] {
+            let made = in_parts(&dout, [&q, &k, &v], &made, scale, bytes);
+            for (name, made, expected) in [("dq", made.0, &dq), ("dk", made.1, &dk), ("dv", made.2, &dv)] {
+                let off = f64::try_from((made.to_kind(Kind::Double) - expected).norm() / expected.norm()).expect("a number");
+                assert!(off < 5e-3, "{name} in parts of {bytes} bytes is off by {off}");
+            }
+        }
+    }
 }

@@ -179,7 +179,7 @@ impl Run<'_> {
             self.plan.trained_tokens(),
         ));
         if let (on @ tch::Device::Cuda(_), 0) = (self.trainer.weights.device(), self.world.rank()) {
-            let most = needs(self.config, &self.trainer.mesh, 1.0)?.iter().map(Need::most).max().unwrap_or(0);
+            let most = needs(self.config, &self.trainer.mesh, 1.0, self.state.tokens)?.iter().map(Need::most).max().unwrap_or(0);
             let (total, gib) = (kernels::device::gpu(on).memory()?.total_bytes as i64, |bytes: i64| bytes as f64 / (1u64 << 30) as f64);
             let verdict = if most > total { ": it will not fit" } else { "" };
             self.metrics.say(&format!("weights, gradients, optimizer and what is kept for backward take up to {:.1} GiB, with even routes, of a GPU's {:.1}{verdict}", gib(most), gib(total)));
