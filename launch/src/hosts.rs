@@ -108,8 +108,8 @@ impl Hosts {
         Some((host, words))
     }
 
-    /// One more failure of a host. What follows from it, in words.
-    pub fn blame(&mut self, host: &str, args: &Args, now: Instant) -> Option<String> {
+    /// One more failure of a host, which is left out after some; at once where it is `down`. What follows from it, in words.
+    pub fn blame(&mut self, (host, down): (&str, bool), args: &Args, now: Instant) -> Option<String> {
         let all = match &self.source {
             Source::Listed(listed) => listed.clone(),
             // Node 0 cannot leave itself out.
@@ -120,18 +120,19 @@ impl Hosts {
         let failures = self.failures.entry(host.to_string()).or_default();
         failures.push(now);
         failures.retain(|then| (now - *then).as_secs_f64() <= args.restart_window);
-        let failures = failures.len();
+        let failures = if down { failures.len().max(TOO_MANY) } else { failures.len() };
         let usable = |name: &&String| !self.left_out.contains(name);
         if failures < TOO_MANY || !all.iter().filter(usable).any(|name| name == host) {
             return None;
         }
+        let how = if down { "is down".to_string() } else { format!("failed {failures} times") };
         let left = all.iter().filter(usable).filter(|name| *name != host).count();
         let least = args.nnodes.map_or(all.len(), |nodes| nodes.least);
         if left < least {
-            return (failures == TOO_MANY).then(|| format!("host {host} failed {failures} times, but is kept: {least} host(s) are asked for, and {left} would be left"));
+            return (failures == TOO_MANY).then(|| format!("host {host} {how}, but is kept: {least} host(s) are asked for, and {left} would be left"));
         }
         self.left_out.push(host.to_string());
-        Some(format!("host {host} failed {failures} times and is left out from here on; {left} host(s) are left"))
+        Some(format!("host {host} {how} and is left out from here on; {left} host(s) are left"))
     }
 
     /// Where mpirun's agents find us.
@@ -173,7 +174,7 @@ mod tests {
     fn a_host_that_failed_twice_is_left_out_as_long_as_enough_remain() {
         let (args, mut hosts) = hosts("--hosts a,b,c --nnodes 2");
         let now = Instant::now();
-        let mut blame = |host: &str| hosts.blame(host, &args, now);
+        let mut blame = |host: &str| hosts.blame((host, false), &args, now);
         assert_eq!(blame("b"), None);
         assert!(blame("b").expect("words").contains("left out"));
         assert_eq!(blame("c"), None);
@@ -191,7 +192,7 @@ mod tests {
         let mut start = |blamed: &str| {
             let layout = Layout::new(&args, &environment, &hosts.gather(&args, || false).expect("hosts").expect("not stopped")).expect("a layout");
             assert_eq!(layout.starter, Starter::Srun);
-            hosts.blame(blamed, &args, Instant::now());
+            hosts.blame((blamed, false), &args, Instant::now());
             layout.host_of(4).map(str::to_string)
         };
         assert_eq!([start("b"), start("b"), start("b")].map(|host| host.expect("a name")), ["b", "b", "c"]);
@@ -199,12 +200,19 @@ mod tests {
     }
 
     #[test]
+    fn a_host_that_is_down_is_left_out_at_once() {
+        let (args, mut hosts) = hosts("--hosts a,b,c --nnodes 2");
+        assert!(hosts.blame(("b", true), &args, Instant::now()).expect("words").contains("host b is down and is left out"));
+        assert_eq!(hosts.gather(&args, || false).expect("hosts").expect("not stopped"), ["a", "c"]);
+    }
+
+    #[test]
     fn a_failure_is_forgotten_with_the_window() {
         let (args, mut hosts) = hosts("--hosts a,b,c --nnodes 2 --restart-window 60");
         let now = Instant::now();
-        assert_eq!(hosts.blame("b", &args, now), None);
-        assert_eq!(hosts.blame("b", &args, now + Duration::from_secs(61)), None);
-        assert!(hosts.blame("b", &args, now + Duration::from_secs(62)).is_some());
+        assert_eq!(hosts.blame(("b", false), &args, now), None);
+        assert_eq!(hosts.blame(("b", false), &args, now + Duration::from_secs(61)), None);
+        assert!(hosts.blame(("b", false), &args, now + Duration::from_secs(62)).is_some());
     }
 
     #[test]
@@ -214,8 +222,8 @@ mod tests {
         for (nodes, words) in [("2", "is kept: 2 host(s) are asked for, and 1 would be left"), ("1:2", "left out from here on; 1 host(s) are left")] {
             let (args, mut hosts) = hosts(&format!("--rdzv 127.0.0.1:0 --node-rank 0 --nnodes {nodes} --secret-file {}", secret.path().display()));
             let now = Instant::now();
-            assert_eq!(hosts.blame("b", &args, now), None);
-            let said = hosts.blame("b", &args, now).expect("words");
+            assert_eq!(hosts.blame(("b", false), &args, now), None);
+            let said = hosts.blame(("b", false), &args, now).expect("words");
             assert!(said.contains(words), "{said}");
         }
     }

@@ -26,9 +26,13 @@ pub struct Incidents {
 }
 
 impl Incidents {
-    pub fn open(log: Option<&Path>) -> std::io::Result<Self> {
-        let file = log.map(|log| OpenOptions::new().create(true).append(true).open(log.join("incidents.jsonl"))).transpose()?;
-        Ok(Incidents { file, ..Self::default() })
+    /// A run is supervised also where the file cannot be had.
+    pub fn open(log: Option<&Path>) -> Self {
+        let open = |path: std::path::PathBuf| {
+            let file = OpenOptions::new().create(true).append(true).open(&path);
+            file.inspect_err(|error| say(&format!("cannot open {}: {error}; what happens is said here alone", path.display()))).ok()
+        };
+        Incidents { file: log.and_then(|log| open(log.join("incidents.jsonl"))), ..Self::default() }
     }
 
     /// Written, and said at once.
@@ -104,7 +108,7 @@ mod tests {
     fn the_timeline_is_kept_over_launchers() {
         let folder = tempfile::tempdir().expect("a folder");
         for attempt in [1, 2] {
-            let mut incidents = Incidents::open(Some(folder.path())).expect("a log");
+            let mut incidents = Incidents::open(Some(folder.path()));
             incidents.attempt = attempt;
             incidents.add("hung", Some(4), "rank 1 stopped");
             assert!(incidents.summary().ends_with("step 4: rank 1 stopped"));

@@ -5,8 +5,9 @@ use crate::work::report;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::time::{Duration, Instant};
 
-/// The file system is one that many share: it is asked so often.
+/// The file system is one that many share: it is asked so often, of at most so many files a second.
 const POLL: Duration = Duration::from_secs(1);
+const FILES: u32 = 256;
 /// How long a hung rank is looked at.
 const STARE: Duration = Duration::from_secs(1);
 /// So long the last look may take when the ranks have ended.
@@ -42,6 +43,8 @@ pub struct Lookout {
     /// As of the last look.
     pub step: Option<u64>,
     pub made_a_step: bool,
+    looked: Instant,
+    told_late: bool,
 }
 
 impl Lookout {
@@ -50,7 +53,7 @@ impl Lookout {
         let (looked, looks) = channel();
         let (watching, until) = channel();
         std::thread::spawn(move || look_out(progress, (guard, ranks), &until, &looked));
-        Lookout { looks, watching: Some(watching), step: None, made_a_step: false }
+        Lookout { looks, watching: Some(watching), step: None, made_a_step: false, looked: Instant::now(), told_late: false }
     }
 
     /// Since the last call; does not wait.
@@ -61,6 +64,13 @@ impl Lookout {
             news.extend(self.keep(look, &mut hung));
         }
         (news, hung)
+    }
+
+    /// That no look has ended for longer than `limit`: the ranks, too, may stand still for that. Once.
+    pub fn late(&mut self, limit: Duration) -> Option<String> {
+        let quiet = self.looked.elapsed();
+        (quiet > limit && !std::mem::replace(&mut self.told_late, true))
+            .then(|| format!("a look at the ranks' logs takes {:.0} s and has not ended: their file system does not answer, and no hang is seen", quiet.as_secs_f64()))
     }
 
     /// A last look at the logs of ranks that have ended, unless it takes too long or `stop` says so meanwhile.
@@ -79,6 +89,7 @@ impl Lookout {
 
     fn keep(&mut self, look: Look, hung: &mut Option<Hung>) -> Vec<News> {
         (self.step, self.made_a_step) = (look.step, look.made_a_step);
+        (self.looked, self.told_late) = (Instant::now(), false);
         *hung = look.hung.or(hung.take());
         look.news
     }
@@ -86,8 +97,9 @@ impl Lookout {
 
 fn look_out(mut progress: Progress, (guard, ranks): (u32, usize), until: &Receiver<()>, looked: &Sender<Look>) {
     let mut told_hung = false;
+    let pause = POLL * (ranks as u32).div_ceil(FILES).max(1);
     loop {
-        let last = until.recv_timeout(POLL) != Err(RecvTimeoutError::Timeout);
+        let last = until.recv_timeout(pause) != Err(RecvTimeoutError::Timeout);
         let now = Instant::now();
         progress.poll(now);
         let mut news: Vec<News> = progress.take_events().into_iter().map(News::Event).collect();

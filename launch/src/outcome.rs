@@ -7,12 +7,16 @@ pub const STOPPED: u8 = 75;
 pub const USAGE: u8 = 2;
 pub const TAKEN: u8 = 17;
 pub const STOPPED_LATE: u8 = 18;
+/// As `Class::CannotStart`.
+pub const CANNOT_START: u8 = 16;
 /// As `tiefsee` has it: memory was damaged beyond what the ranks can mend.
 const STATE_LOST: i32 = 76;
 /// Too many steps in a row were skipped.
 const GAVE_UP: i32 = 77;
 /// What mpirun answers when one of its daemons, or the link to it, is gone.
 const DAEMON_LOST: i32 = 205;
+/// How a transfer's failure begins that a rank met: another rank may be at fault, or the link.
+const TOLD: &str = "error (told by rank ";
 const SIGABRT: i32 = 6;
 const SIGKILL: i32 = 9;
 const SIGUSR1: i32 = 10;
@@ -44,11 +48,13 @@ pub struct Outcome {
     pub words: String,
     /// Where it began, if that is known.
     pub host: Option<String>,
+    /// SLURM has it down: no further start can have it.
+    pub down: bool,
 }
 
 impl Outcome {
     pub fn new(class: Class, words: impl Into<String>) -> Self {
-        Outcome { class, words: words.into(), host: None }
+        Outcome { class, words: words.into(), host: None, down: false }
     }
 
     pub fn at(mut self, host: Option<String>) -> Self {
@@ -66,7 +72,7 @@ impl Outcome {
             Class::Abort => 13,
             Class::LinkLost => 14,
             Class::Hung => 15,
-            Class::CannotStart => 16,
+            Class::CannotStart => CANNOT_START,
             Class::Usage => USAGE,
             Class::StoppedLate => STOPPED_LATE,
             Class::StateLost => 19,
@@ -94,7 +100,7 @@ impl Outcome {
 /// What the output of an attempt told beside its exit code. Each is the first of its kind.
 #[derive(Clone, Debug, Default)]
 pub struct Evidence {
-    /// "error (rank 1): …", a panic.
+    /// "error (rank 1): …", a panic. Of a transfer that failed, "error (told by rank 1): …", only where nobody says why.
     pub reason: Option<String>,
     /// The rank and host of mpirun's "process rank 1 with PID 7 on node a exited on signal 9 (Killed)".
     pub signalled: Option<(usize, String)>,
@@ -107,6 +113,8 @@ pub struct Evidence {
     pub daemon_lost: bool,
     /// Whose daemon.
     pub lost_host: Option<String>,
+    /// By SLURM's word.
+    pub down: bool,
     pub cannot_start: Option<String>,
 }
 
@@ -114,7 +122,8 @@ impl Evidence {
     pub fn read(&mut self, line: &str) {
         let holds = |needles: &[&str]| needles.iter().any(|needle| line.contains(needle));
         let kept = || Some(line.trim().to_string());
-        if self.reason.is_none() && (line.starts_with("error: ") || line.starts_with("error (rank ") || line.contains(" panicked")) {
+        let is_reason = ["error: ", "error (rank ", "error (all ranks)", TOLD].iter().any(|start| line.starts_with(start)) || line.contains(" panicked");
+        if is_reason && (self.reason.is_none() || !line.starts_with(TOLD) && self.is_told()) {
             self.reason = kept();
         }
         let behind = |mark: &str| line.split_once(mark).map(|(_, rest)| rest);
@@ -137,7 +146,9 @@ impl Evidence {
             self.exited_rank = tasks.split_once(": task").and_then(|(_, rest)| number(rest.trim_start_matches(['s', ' '])));
         }
         if self.lost_host.is_none() {
-            self.lost_host = behind("tiefsee-launch: cannot reach host ").or_else(|| behind("Remote daemon: ")?.split_once(" on node ").map(|(_, rest)| rest)).and_then(word);
+            let down = behind("Node failure on ").and_then(word).filter(|host| !host.contains(['[', ',']));
+            self.down = down.is_some();
+            self.lost_host = down.or_else(|| behind("tiefsee-launch: cannot reach host ").or_else(|| behind("Remote daemon: ")?.split_once(" on node ").map(|(_, rest)| rest)).and_then(word));
             self.daemon_lost |= self.lost_host.is_some();
         }
         if self.aborted_rank.is_none() {
@@ -161,10 +172,18 @@ impl Evidence {
         }
     }
 
-    /// Whose failure the reason is. At one rank's error all end, and rank 0 says of another: "error (rank 0): rank 5: …".
+    fn is_told(&self) -> bool {
+        self.reason.as_ref().is_some_and(|reason| reason.starts_with(TOLD))
+    }
+
+    /// Whose failure the reason is. At one rank's error all end, and one says of another: "error (all ranks): rank 5: …". None: nobody's;
+    /// whoever ended first did not fail by itself.
     fn failed_rank(&self) -> Option<usize> {
-        let (teller, words) = self.reason.as_ref()?.strip_prefix("error (rank ")?.split_once("): ")?;
-        words.strip_prefix("rank ").and_then(number).or_else(|| teller.parse().ok())
+        let told = self.reason.as_ref().and_then(|reason| reason.strip_prefix("error (")?.split_once("): "));
+        match told {
+            Some((teller, words)) => words.strip_prefix("rank ").and_then(number).or_else(|| teller.strip_prefix("rank ").and_then(number)),
+            None => self.aborted_rank.or(self.exited_rank),
+        }
     }
 }
 
@@ -185,7 +204,7 @@ pub fn classify(code: i32, evidence: &Evidence, (asked, oom_kills): (bool, bool)
     let (rank, host) = match &evidence.signalled {
         Some((rank, host)) if killed.is_some() => (Some(*rank), Some(host.clone())),
         _ => {
-            let rank = evidence.failed_rank().or(evidence.aborted_rank).or(evidence.exited_rank);
+            let rank = evidence.failed_rank();
             (rank, rank.and_then(&host_of))
         }
     };
@@ -193,7 +212,8 @@ pub fn classify(code: i32, evidence: &Evidence, (asked, oom_kills): (bool, bool)
     let who = rank.map_or_else(|| "a rank".to_string(), |rank| format!("rank {rank}{at}"));
     let lost = || {
         let name = evidence.lost_host.as_ref().map_or_else(|| "a host".to_string(), |host| format!("host {host}"));
-        Outcome::new(Class::LinkLost, format!("{name}, or the link to it, was lost{because}")).at(evidence.lost_host.clone())
+        let outcome = Outcome::new(Class::LinkLost, format!("{name}, or the link to it, was lost{because}")).at(evidence.lost_host.clone());
+        Outcome { down: evidence.down, ..outcome }
     };
     match (code, killed) {
         (0, _) => Outcome::new(Class::Finished, "finished"),
@@ -218,7 +238,7 @@ pub fn classify(code: i32, evidence: &Evidence, (asked, oom_kills): (bool, bool)
         (2, _) => Outcome::new(Class::Usage, format!("{who} does not take this command or its config{because}")).at(host),
         _ if evidence.aborted_rank.is_some() => Outcome::new(Class::Abort, format!("{who} aborted with code {code}{because}")).at(host),
         // Open MPI's own words of it may be missing.
-        (1, _) if because.starts_with(": error (rank ") => Outcome::new(Class::Abort, format!("{who} ended with code {code}{because}")).at(host),
+        (1, _) if because.starts_with(": error (") => Outcome::new(Class::Abort, format!("{who} ended with code {code}{because}")).at(host),
         _ => Outcome::new(Class::Error, format!("{who} ended with code {code}{because}")).at(host),
     }
 }
@@ -281,7 +301,7 @@ mod tests {
             (205, "  Remote daemon: [[45829,0],1] on node h2", "host h2, or the link to it, was lost", "h2"),
             (255, "tiefsee-launch: cannot reach host h3: ssh ended with code 255", "host h3, or the link to it, was lost", "h3"),
             (76, "error (rank 0): state lost: rank 1: the master of x changed", "error (rank 0): state lost: rank 1: the master of x changed", "c"),
-            (1, "error (rank 0): rank 7: cannot open GPU 7", "rank 7 on host h7 ended with code 1: error (rank 0): rank 7: cannot open GPU 7", "h7"),
+            (1, "error (all ranks): rank 7: cannot open GPU 7", "rank 7 on host h7 ended with code 1: error (all ranks): rank 7: cannot open GPU 7", "h7"),
             (143, "srun: error: n[1-2]: tasks 2,4: Exited with exit code 5", "rank 2 on host c ended with code 5", "c"),
             (
                 137,
@@ -299,13 +319,40 @@ mod tests {
     }
 
     #[test]
+    fn what_every_rank_has_is_nobodys() {
+        let found = |lines: &[&str]| {
+            let mut evidence = Evidence::default();
+            lines.iter().for_each(|line| evidence.read(line));
+            let outcome = classify(1, &evidence, (false, false), |rank| Some(format!("h{rank}")));
+            (outcome.words, outcome.host)
+        };
+        let (all, aborted) = ("error (all ranks): there is no checkpoint of step 30", "MPI_ABORT was invoked on rank 3 in communicator");
+        assert_eq!(found(&[all, aborted]), (format!("a rank aborted with code 1: {all}"), None));
+        let told = "error (told by rank 2): all_reduce of 4 ranks failed at number 1 of them: NCCL error 6";
+        assert_eq!(found(&[told, aborted]), (format!("a rank aborted with code 1: {told}"), None));
+        // Who says why counts, though it came later.
+        let own = "error (rank 1): no room";
+        assert_eq!(found(&[told, own, told, aborted]), (format!("rank 1 on host h1 aborted with code 1: {own}"), Some("h1".to_string())));
+    }
+
+    #[test]
+    fn a_node_that_slurm_has_down_is_named() {
+        for (line, host) in [("srun: error: Node failure on n2", Some("n2")), ("srun: error: Node failure on n[2-3]", None)] {
+            let mut evidence = Evidence::default();
+            evidence.read(line);
+            let outcome = classify(143, &evidence, (false, false), |_| None);
+            assert_eq!((outcome.class, outcome.host.as_deref(), outcome.down), (Class::LinkLost, host, host.is_some()));
+        }
+    }
+
+    #[test]
     fn words_carry_the_ranks_reason() {
         let mut evidence = Evidence::default();
-        for line in ["error (rank 0): rank 1: no such corpus", "error (rank 2): later", "MPI_ABORT was invoked on rank 3 in communicator"] {
+        for line in ["error (told by rank 3): all_reduce failed", "error (all ranks): rank 1: no such corpus", "error (rank 2): later", "MPI_ABORT was invoked on rank 3 in communicator"] {
             evidence.read(line);
         }
         let outcome = classify(1, &evidence, (false, false), |rank| Some(format!("h{rank}")));
-        assert_eq!(outcome.words, "rank 1 on host h1 aborted with code 1: error (rank 0): rank 1: no such corpus");
+        assert_eq!(outcome.words, "rank 1 on host h1 aborted with code 1: error (all ranks): rank 1: no such corpus");
         assert!(outcome.would_come_again(false).is_some() && outcome.would_come_again(true).is_none());
     }
 }

@@ -1,6 +1,6 @@
 //! What a run directory holds, who works in it, and how a run that never reached a checkpoint is put aside.
 use crate::incidents::say;
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use std::fs::{self, File, TryLockError};
 use std::io;
 use std::path::{Path, PathBuf};
@@ -8,6 +8,8 @@ use std::time::{Duration, Instant};
 
 /// So long nothing is said of a wait.
 const PATIENCE: Duration = Duration::from_secs(2);
+/// So long is waited for a lock. Ranks whose launcher has died end in seconds; a file system may go on holding what a dead host held.
+pub const LOCK_LIMIT: Duration = Duration::from_secs(180);
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Holds {
@@ -52,6 +54,12 @@ fn has_checkpoint(folder: &Path) -> Result<bool> {
     Ok(false)
 }
 
+/// The name of the newest checkpoint, by its number; whether it is whole is not looked at.
+pub fn newest(run_dir: &Path) -> Option<String> {
+    let names = fs::read_dir(run_dir.join("checkpoints")).ok()?.flatten().map(|entry| entry.file_name().to_string_lossy().into_owned());
+    names.filter(|name| name.starts_with("step-")).max()
+}
+
 pub fn log(run_dir: &Path) -> PathBuf {
     run_dir.join("log")
 }
@@ -86,9 +94,9 @@ fn is_free(tried: Result<(), TryLockError>) -> io::Result<bool> {
     }
 }
 
-/// Waits until the lock at `path` is free. False: `stop` said so meanwhile.
-pub fn wait_for(path: &Path, holder: &str, mut stop: impl FnMut() -> bool) -> io::Result<bool> {
-    let file = File::options().create(true).append(true).open(path)?;
+/// Waits until the lock at `path` is free. False: `stop` said so meanwhile. Errors: it is still held after `limit`.
+pub fn wait_for(path: &Path, (holder, limit): (&str, Duration), mut stop: impl FnMut() -> bool) -> Result<bool> {
+    let file = File::options().create(true).append(true).open(path).with_context(|| format!("cannot open {}", path.display()))?;
     let start = Instant::now();
     let mut said = false;
     // One that no file system tells of cannot be waited for.
@@ -96,6 +104,7 @@ pub fn wait_for(path: &Path, holder: &str, mut stop: impl FnMut() -> bool) -> io
         if stop() {
             return Ok(false);
         }
+        ensure!(start.elapsed() < limit, "{} is still held after {:.0} s, by {holder} or by the file system for a host that is gone", path.display(), limit.as_secs_f64());
         if start.elapsed() > PATIENCE && !std::mem::replace(&mut said, true) {
             say(&format!("waiting for {holder} to end: {} is held", path.display()));
         }
@@ -175,14 +184,16 @@ mod tests {
     }
 
     #[test]
-    fn a_wait_for_a_guard_can_be_stopped() {
+    fn a_wait_for_a_guard_can_be_stopped_and_has_an_end() {
         let folder = tempfile::tempdir().expect("a folder");
         fs::create_dir_all(log(folder.path())).expect("a folder");
         let held = File::create(guard_lock(folder.path())).expect("a file");
         held.lock().expect("locked");
-        assert!(!wait_for(&guard_lock(folder.path()), "the guard", || true).expect("a lock"));
+        assert!(!wait_for(&guard_lock(folder.path()), ("the guard", LOCK_LIMIT), || true).expect("a lock"));
+        let error = wait_for(&guard_lock(folder.path()), ("the guard", Duration::ZERO), || false).expect_err("held").to_string();
+        assert!(error.contains("guard.lock is still held after 0 s, by the guard"), "{error}");
         drop(held);
-        assert!(wait_for(&guard_lock(folder.path()), "the guard", || false).expect("a lock"));
+        assert!(wait_for(&guard_lock(folder.path()), ("the guard", LOCK_LIMIT), || false).expect("a lock"));
     }
 
     #[test]

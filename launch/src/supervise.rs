@@ -8,11 +8,11 @@ use crate::hosts::{Hosts, shared_secret, silence};
 use crate::incidents::{Incidents, say};
 use crate::layout::{Layout, listed};
 use crate::lookout::{Hung, Lookout, News};
-use crate::outcome::{Class, Outcome, STOPPED, STOPPED_LATE, TAKEN, USAGE, classify};
+use crate::outcome::{CANNOT_START, Class, Outcome, STOPPED, STOPPED_LATE, TAKEN, USAGE, classify};
 use crate::output::Output;
 use crate::program::{Kind, Program};
 use crate::progress::{Limits, Progress, Slow};
-use crate::run_dir::{self, Holds};
+use crate::run_dir::{self, Holds, LOCK_LIMIT};
 use crate::serve::{Node, serve};
 use crate::work::Worked;
 use anyhow::{Context, Result, bail};
@@ -26,7 +26,10 @@ use std::sync::mpsc::channel;
 use std::time::{Duration, Instant};
 
 const TICK: Duration = Duration::from_millis(100);
+/// Seconds that a look at the ranks' logs may take at least.
+const LATE: f64 = 10.0;
 const LONGEST_BACK_OFF: f64 = 60.0;
+const LONGEST_WITHOUT_A_STEP: f64 = 300.0;
 
 pub struct Supervisor {
     args: Args,
@@ -37,6 +40,7 @@ pub struct Supervisor {
     incidents: Incidents,
     /// Of this launcher's restarts, those within the window.
     restarts: VecDeque<Instant>,
+    in_vain: InVain,
     requests: usize,
     /// The run has made a step: in this launcher's time, or it holds a checkpoint.
     has_worked: bool,
@@ -52,6 +56,30 @@ struct Ended {
     outcome: Outcome,
     made_a_step: bool,
     step: Option<u64>,
+}
+
+/// How often in a row it has failed alike.
+#[derive(Default)]
+struct InVain {
+    at: (Option<u64>, Option<String>),
+    times: usize,
+}
+
+impl InVain {
+    /// One more failure, after the step that every rank has logged, with this newest checkpoint: so many alike in a row.
+    fn times(&mut self, step: Option<u64>, newest: Option<String>) -> usize {
+        let at = (step, newest);
+        self.times = if at == self.at { self.times + 1 } else { 1 };
+        self.at = at;
+        self.times
+    }
+}
+
+/// Seconds before the next start after `restarts`. What fails before a step, where the run has worked, may be a host or a file system
+/// that needs minutes to come back.
+fn back_off(first: f64, restarts: usize, stepped: bool) -> f64 {
+    let (factor, most) = if stepped { (1.0, LONGEST_BACK_OFF) } else { (20.0, LONGEST_WITHOUT_A_STEP) };
+    (first * factor * f64::powi(2.0, restarts as i32)).min(most)
 }
 
 impl Ended {
@@ -80,35 +108,56 @@ pub fn run(args: Args) -> Result<u8> {
     } else {
         Layout::new(&args, &environment, &listed(&args, &environment)?)?;
     }
+    let lock = match enter(&program, &args, || signals.pending().count() > 0) {
+        Ok(Entered::In(lock)) => lock,
+        Ok(Entered::No(code)) => return Ok(code),
+        // The command is right, and the file system may be back.
+        Err(error) => {
+            say(&format!("{error:#}"));
+            return Ok(CANNOT_START);
+        }
+    };
+    let incidents = Incidents::open(program.run_dir().map(run_dir::log).as_deref());
+    let hosts = Hosts::open(&args, &environment)?;
+    Supervisor { args, environment, hosts, program, signals, incidents, restarts: VecDeque::new(), in_vain: InVain::default(), requests: 0, has_worked: false, stopped_between: false, preempted: false, _lock: lock }.run()
+}
+
+enum Entered {
+    /// With the run directory's lock, where there is one.
+    In(Option<File>),
+    /// The exit code: there is nothing to do here, and it is said why.
+    No(u8),
+}
+
+/// Takes the run directory, once the ranks of an earlier launcher are gone.
+fn enter(program: &Program, args: &Args, stop: impl FnMut() -> bool) -> Result<Entered> {
     let mut lock = None;
     if let Some(run_dir) = program.run_dir() {
         let holds = run_dir::holds(run_dir)?;
         if matches!(program.kind, Kind::Train { .. }) && !args.auto_resume && holds != Holds::Nothing {
             let shown = run_dir.display();
             say(&format!("{shown} already holds a run: resume it (resume {shown}), add --auto-resume, or name another run.dir"));
-            return Ok(USAGE);
+            return Ok(Entered::No(USAGE));
         }
         if matches!(program.kind, Kind::Resume { .. }) && holds == Holds::Nothing {
             say(&format!("{} is not a run directory: it has no resolved.toml", run_dir.display()));
-            return Ok(USAGE);
+            return Ok(Entered::No(USAGE));
         }
         let log = run_dir::log(run_dir);
         std::fs::create_dir_all(&log).with_context(|| format!("cannot make {}", log.display()))?;
         lock = run_dir::lock(run_dir).with_context(|| format!("cannot lock {}", run_dir.display()))?;
         if lock.is_none() {
             say(&format!("another launcher is at work in {}", run_dir.display()));
-            return Ok(TAKEN);
+            return Ok(Entered::No(TAKEN));
         }
-        if !run_dir::wait_for(&run_dir::guard_lock(run_dir), "the ranks of an earlier launcher", || signals.pending().count() > 0)? {
-            return Ok(STOPPED);
+        if !run_dir::wait_for(&run_dir::guard_lock(run_dir), ("the ranks of an earlier launcher", LOCK_LIMIT), stop)? {
+            return Ok(Entered::No(STOPPED));
         }
     }
     if let Some(log_dir) = &args.log_dir {
         std::fs::create_dir_all(log_dir).with_context(|| format!("cannot make {}", log_dir.display()))?;
     }
-    let incidents = Incidents::open(program.run_dir().map(run_dir::log).as_deref()).context("cannot open incidents.jsonl")?;
-    let hosts = Hosts::open(&args, &environment)?;
-    Supervisor { args, environment, hosts, program, signals, incidents, restarts: VecDeque::new(), requests: 0, has_worked: false, stopped_between: false, preempted: false, _lock: lock }.run()
+    Ok(Entered::In(lock))
 }
 
 /// At a rendezvous the other nodes' names are not known yet.
@@ -190,7 +239,7 @@ impl Supervisor {
         };
         let signals = &mut self.signals;
         let stop = || signals.pending().count() > 0;
-        if run_dir::holds(run_dir)? == Holds::HalfRun && !run_dir::wait_for(&run_dir::world_lock(run_dir), "another world in this run directory", stop)? {
+        if run_dir::holds(run_dir)? == Holds::HalfRun && !run_dir::wait_for(&run_dir::world_lock(run_dir), ("another world in this run directory", LOCK_LIMIT), stop)? {
             return Ok(None);
         }
         match run_dir::holds(run_dir)? {
@@ -270,6 +319,8 @@ impl Supervisor {
             }
             if let Some(lookout) = lookout {
                 let (news, hung) = lookout.take();
+                // Said alone: where what happens is written may be that file system.
+                lookout.late(Duration::from_secs_f64(self.args.hang_floor.max(LATE))).iter().for_each(|words| say(words));
                 news.into_iter().for_each(|news| self.tell(news, lookout.step, layout));
                 if let Some(Hung { words, last_rank }) = hung.filter(|_| !ending.begun() && !ending.asked()) {
                     self.incidents.add("hung", lookout.step, words.clone());
@@ -304,12 +355,13 @@ impl Supervisor {
     /// After the back-off: true, go on.
     fn restarts_after(&mut self, ended: &Ended) -> bool {
         let now = Instant::now();
-        if let Some(words) = ended.outcome.host.as_ref().and_then(|host| self.hosts.blame(host, &self.args, now)) {
+        if let Some(words) = ended.outcome.host.as_ref().and_then(|host| self.hosts.blame((host, ended.outcome.down), &self.args, now)) {
             self.incidents.add("host_failed", ended.step, words);
         }
         while self.restarts.front().is_some_and(|&then| (now - then).as_secs_f64() > self.args.restart_window) {
             self.restarts.pop_front();
         }
+        let times = self.in_vain.times(ended.step, self.program.run_dir().and_then(run_dir::newest));
         let refusal = if self.requests > 0 {
             Some("no restart: asked to stop".to_string())
         } else if self.program.run_dir().is_none() {
@@ -318,6 +370,8 @@ impl Supervisor {
             Some(format!("no restart: {why}"))
         } else if self.restarts.len() >= self.args.max_restarts {
             Some(format!("no restart: {} within {:.0} s are used up", self.args.max_restarts, self.args.restart_window))
+        } else if times > self.args.max_restarts {
+            Some(format!("no restart: it failed {times} times in a row at the same step, and there is no newer checkpoint"))
         } else if self.environment.slurm.as_ref().is_some_and(Slurm::preempted) {
             self.preempted = true;
             Some("no restart: SLURM pre-empts this job".to_string())
@@ -328,7 +382,7 @@ impl Supervisor {
             self.incidents.add("given_up", None, refusal);
             return false;
         }
-        let wait = (self.args.back_off * f64::powi(2.0, self.restarts.len() as i32)).min(LONGEST_BACK_OFF);
+        let wait = back_off(self.args.back_off, self.restarts.len(), ended.made_a_step || !self.has_worked);
         self.restarts.push_back(now);
         self.incidents.add("restarting", None, format!("restart {} of {} in {wait:.1} s", self.restarts.len(), self.args.max_restarts));
         while now.elapsed().as_secs_f64() < wait {

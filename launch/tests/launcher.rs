@@ -175,6 +175,33 @@ fn restarts_are_counted_and_errors_before_a_step_are_final() {
     assert_eq!(run.events(), ["started", "failed", "given_up"]);
 }
 
+#[test]
+fn what_fails_at_the_same_step_again_and_again_is_given_up() {
+    let run = Run::new(9, "1 6 kills");
+    // Each restart is forgotten at once.
+    let output = run.launch("--max-restarts 2 --restart-window 0");
+    assert_eq!(output.status.code(), Some(11), "{}", text(&output));
+    assert!(text(&output).contains("no restart: it failed 3 times in a row at the same step, and there is no newer checkpoint"), "{}", text(&output));
+    let event = |name: &str| run.events().iter().filter(|event| *event == name).count();
+    assert_eq!((event("started"), event("failed"), event("given_up")), (3, 3, 1), "{:?}", run.events());
+}
+
+#[test]
+fn a_file_system_that_fails_now_is_no_wrong_command() {
+    let run = Run::new(3, "");
+    run.write("resolved.toml", "");
+    run.write("checkpoints", "a file where a folder belongs");
+    let output = run.launch("--auto-resume");
+    assert_eq!(output.status.code(), Some(16), "{}", text(&output));
+    assert!(text(&output).contains("cannot list ") && text(&output).contains("checkpoints"), "{}", text(&output));
+    // Nor is a run left alone where nobody can write down what happens to it.
+    let run = Run::new(3, "");
+    fs::create_dir_all(run.dir().join("log/incidents.jsonl")).expect("a folder where a file belongs");
+    let output = run.launch("");
+    assert_eq!(output.status.code(), Some(0), "{}", text(&output));
+    assert!(text(&output).contains("incidents.jsonl: Is a directory"), "{}", text(&output));
+}
+
 /// As one whose host has lost its GPU, or whose file system is not there yet.
 #[test]
 fn a_run_that_has_worked_is_started_again_also_where_it_fails_before_a_step() {

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Behaves like a rank of `tiefsee` as far as a launcher can see: steps logged, checkpoints, exit 75 when asked to stop.
 #   stand_in.sh train --config FILE --set run.dir=DIR | resume DIR
-# DIR/fault holds "RANK STEP KIND", taken once: kill | exit5 | hang | freeze | deaf | unsaved | lost. DIR/fault.next is the one after it.
+# DIR/fault holds "RANK STEP KIND", taken once: kill | kills (each time) | exit5 | hang | freeze | deaf | unsaved | lost. DIR/fault.next is the one after it.
 stop=0 unsaved=0 lost=0
 trap 'stop=1' USR1
 # mpirun's names, or those of a rank that srun started.
@@ -16,6 +16,7 @@ if [ "$1" = train ] && [ "$rank" = 0 ]; then
 fi
 rm -f "$dir/stopped"
 echo "$1 from $step"
+first=$((step + 1))
 checkpoint() {
     mkdir -p "$dir/checkpoints/$(printf 'step-%08d' "$step")" && echo '{}' >"$dir/checkpoints/$(printf 'step-%08d' "$step")/manifest.json"
 }
@@ -35,10 +36,15 @@ while unfinished; do
     fi
     step=$((step + 1))
     if read -r who when kind 2>/dev/null <"$dir/fault" && [ "$who" = "$rank" ] && [ "$when" = "$step" ]; then
+        # What the others do in the step before is done: one that is ended in it would not have logged it.
+        for ((peer = 0; peer < size; peer++)); do
+            until [ "$step" = "$first" ] || [ "$(cat "$dir/done-$PMIX_NAMESPACE-$peer" 2>/dev/null || echo 0)" -ge $((step - 1)) ] 2>/dev/null; do sleep 0.02; done
+        done
         mv "$dir/fault" "$dir/fault.taken"
         [ -e "$dir/fault.next" ] && mv "$dir/fault.next" "$dir/fault"
         case $kind in
         kill) kill -9 $$ ;;
+        kills) mv "$dir/fault.taken" "$dir/fault"; kill -9 $$ ;;
         exit5) echo "error (rank $rank): out of ideas" >&2; exit 5 ;;
         hang) while :; do sleep 0.2; done ;;
         freeze) kill -STOP $$ ;;
@@ -54,6 +60,7 @@ while unfinished; do
     done
     echo "{\"step\":$step,\"step_ms\":50.0}" >>"$dir/log/rank-$rank.jsonl"
     [ "$rank" = 0 ] && [ $((step % 4)) = 0 ] && checkpoint
+    echo "$step" >"$dir/done-$PMIX_NAMESPACE-$rank"
     sleep 0.05
 done
 # A peer that read the number of steps before it was changed does not wait for us.

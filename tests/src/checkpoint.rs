@@ -141,7 +141,7 @@ fn a_folder_that_cannot_be_made_hides_no_save_before() {
     let (mut saver, state) = (Saver::new(&run_dir, retention()), random(3, &[6, 10]));
     let mut begin = |step| saver.begin(&*solo(), head(step), vec![StatePart { total: 6, ..part(0, &state) }]).expect("an answer");
     assert!(begin(1).is_empty());
-    fs::write(run_dir.join("checkpoints/.step-00000000.partial"), "a file, which is no folder to be removed").expect("written");
+    fs::write(run_dir.join("checkpoints/.step-00000002.partial"), "a file, which is no folder to be removed").expect("written");
     let ended: Vec<(u64, bool)> = begin(2).into_iter().map(|saved| (saved.step, saved.outcome.is_ok())).collect();
     assert_eq!(ended, [(1, true), (2, false)]);
 }

@@ -458,10 +458,30 @@ fn a_batch_job_is_requeued_for_eight_lost_hosts_in_a_row_and_its_grace_can_be_ra
     let left: Vec<_> = fs::read_dir(folder.path()).expect("a list").map(|entry| entry.expect("an entry").file_name()).collect();
     assert_eq!(left.len(), 3, "bin, launched and scripts, not {left:?}");
 
+    // Of a run that has worked, what used its restarts up may be gone in a while; of another it would come again.
+    assert!(!["10", "11", "12", "13", "15", "16", "19"].iter().any(|code| requeued("7", code)));
+    fs::create_dir_all(folder.path().join("runs/a/checkpoints/step-00000004")).expect("a folder");
+    assert!(["10", "11", "12", "13", "15", "16", "19", "14"].iter().all(|code| requeued("7", code)));
+    assert!(!requeued("7", "13"), "a ninth time");
+    assert!(!["2", "17", "20"].iter().any(|code| requeued("7", code)));
+
     let launched = || fs::read_to_string(folder.path().join("launched")).expect("launched");
     assert_eq!(launched(), "--auto-resume --grace 90 -- resume runs/a\n");
     assert!(batch("7", "0").env("GRACE", "900").status().expect("a shell").success());
     assert_eq!(launched(), "--auto-resume --grace 900 -- resume runs/a\n");
+
+    // At its time limit: with a launcher that ends as soon as it is told, and that has made no checkpoint since.
+    stand_in("scripts/launch.sh", "trap 'exit 75' USR1; touch ready; while :; do :; done");
+    let at_limit = || {
+        let mut shell = batch("9", "75").spawn().expect("a shell");
+        wait("the launcher", || folder.path().join("ready").exists());
+        fs::remove_file(folder.path().join("ready")).expect("it was there");
+        assert!(Command::new("kill").args(["-USR1", &shell.id().to_string()]).status().expect("kill").success());
+        shell.wait().expect("it ends");
+        fs::remove_file(folder.path().join("requeued")).is_ok()
+    };
+    assert!((0..8).all(|_| at_limit()));
+    assert!(!at_limit(), "a ninth time");
 }
 
 #[test]

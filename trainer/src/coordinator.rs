@@ -1,6 +1,6 @@
 //! What rank 0 does for all, over the world communicator: gives out the layout, checks that every rank runs the
 //! same thing, and (in `checkpoint::save`) commits checkpoints. Stop signals ride in each step's reduced losses.
-use anyhow::{Result, bail};
+use anyhow::Result;
 use parallel::comm::{Communicator, broadcast_bytes, gather_bytes};
 use serde::{Deserialize, Serialize};
 use std::sync::Arc;
@@ -48,7 +48,16 @@ pub fn agree(world: &dyn Communicator, facts: &[(&str, String)]) -> Result<()> {
         }
     }
     let verdict: Result<(), String> = serde_json::from_slice(&broadcast_bytes(world, &serde_json::to_vec(&verdict)?, 0)?)?;
-    verdict.map_err(|text| anyhow::anyhow!(text))
+    verdict.map_err(shared)
+}
+
+/// An error that every rank gets: one says it for all. Where it is one rank's, its words begin with that rank.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub struct Shared(pub String);
+
+pub fn shared(words: impl Into<String>) -> anyhow::Error {
+    Shared(words.into()).into()
 }
 
 /// If any rank failed, all fail with the first one's reason: no rank is left waiting in a collective.
@@ -59,7 +68,7 @@ pub fn all_or_none<T>(world: &dyn Communicator, mine: Result<T>) -> Result<T> {
         if let Some(reason) = serde_json::from_slice::<Option<String>>(bytes)? {
             match mine {
                 Err(error) if rank == world.rank() => return Err(error),
-                _ => bail!("rank {rank}: {reason}"),
+                _ => return Err(shared(format!("rank {rank}: {reason}"))),
             }
         }
     }

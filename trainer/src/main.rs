@@ -5,7 +5,7 @@ mod plan;
 
 use anyhow::{Context, Result};
 use clap::{Parser, Subcommand, ValueEnum};
-use parallel::comm::Comm;
+use parallel::comm::{Comm, CommError};
 use parallel::comm::local::solo;
 use parallel::comm::mpi::MpiWorld;
 use std::io::{IsTerminal, Write};
@@ -14,7 +14,7 @@ use std::process::ExitCode;
 use tch::Kind;
 use trainer::checkpoint::Retention;
 use trainer::checkpoint::hf::{Format, Values};
-use trainer::coordinator::{StopSignal, all_or_none};
+use trainer::coordinator::{Shared, StopSignal, all_or_none};
 use trainer::run::{GaveUp, Start, StateLost, resolved, train};
 use trainer::{RunConfig, checkpoint};
 
@@ -195,7 +195,7 @@ fn in_world(config: impl FnOnce() -> Result<RunConfig>, start: Start) -> Result<
     // Every rank reads the same config, and one of them says what is wrong with it.
     let config = all_or_none(&*world, config()).map_err(|error| match start {
         // One host may lack the file system of the run.
-        Start::Resume if error.root_cause().is::<std::io::Error>() || error.to_string().starts_with("rank ") => error,
+        Start::Resume if error.root_cause().is::<std::io::Error>() || error.is::<Shared>() => error,
         _ => BadConfig(format!("{error:#}")).into(),
     });
     let outcome = config.and_then(|config| {
@@ -208,9 +208,9 @@ fn in_world(config: impl FnOnce() -> Result<RunConfig>, start: Start) -> Result<
         Err(error) => {
             let text = format!("{error:#}");
             let code = exit_code(&error);
-            // "rank N: …" was another rank's failure, which it prints itself; what has a code of its own is every rank's.
-            if rank == 0 || code == 1 && !text.starts_with("rank ") {
-                say(&format!("error (rank {rank}): {text}"));
+            // What has a code of its own is every rank's, too.
+            if rank == 0 || code == 1 && !error.is::<Shared>() {
+                say(&format!("error ({}): {text}", teller(&error, rank)));
             }
             if let Some(mpi) = mpi {
                 std::thread::sleep(std::time::Duration::from_millis(300)); // let every rank print its reason
@@ -218,6 +218,17 @@ fn in_world(config: impl FnOnce() -> Result<RunConfig>, start: Start) -> Result<
             }
             Ok(ExitCode::from(code))
         }
+    }
+}
+
+/// Whose the error is, for the launcher, who blames that rank's host: a transfer fails where another rank has failed.
+fn teller(error: &anyhow::Error, rank: usize) -> String {
+    if error.is::<Shared>() {
+        "all ranks".to_string()
+    } else if error.is::<CommError>() {
+        format!("told by rank {rank}")
+    } else {
+        format!("rank {rank}")
     }
 }
 

@@ -81,13 +81,13 @@ impl Metrics {
             absent(&log, ranks)?.iter().try_for_each(|path| truncate_after(path, done_steps))?;
         }
         let jsonl = Log::open(&path)?;
-        let front = |run_dir: &Path| -> Result<Front> {
+        let front = |run_dir: &Path| {
             let bar = if std::io::stderr().is_terminal() { ProgressBar::new(total_steps) } else { ProgressBar::hidden() };
             bar.set_style(ProgressStyle::with_template("{wide_bar} {pos}/{len} [{elapsed} < {eta}]").expect("a valid template"));
             bar.set_position(done_steps);
-            Ok(Front { tensorboard: Events::create(&run_dir.join("tensorboard"), &host(), done_steps)?, bar, total_steps })
+            Front { tensorboard: Events::create(&run_dir.join("tensorboard"), &host(), done_steps), bar, total_steps }
         };
-        Ok(Metrics { jsonl, front: (rank == 0).then(|| front(run_dir)).transpose()? })
+        Ok(Metrics { jsonl, front: (rank == 0).then(|| front(run_dir)) })
     }
 
     pub fn step(&mut self, line: &StepLine) {
@@ -211,6 +211,15 @@ fn short(value: f64) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_run_goes_on_without_tensorboard() {
+        let run = tempfile::tempdir().expect("a folder");
+        std::fs::write(run.path().join("tensorboard"), "a file where a folder belongs").expect("written");
+        let mut metrics = Metrics::open(run.path(), (0, 1), 0, 9).expect("open");
+        metrics.validation(&ValidationLine { step: 2, validation_loss: 1.5 });
+        assert!(std::fs::read_to_string(run.path().join("log/rank-0.jsonl")).expect("text").contains("1.5"));
+    }
 
     #[test]
     fn a_smaller_world_drops_the_lines_of_ranks_it_has_not() {

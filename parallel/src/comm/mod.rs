@@ -19,7 +19,7 @@ use tch::{Device, Kind, Tensor};
 
 #[derive(Debug, thiserror::Error)]
 pub enum CommError {
-    #[error("rank {rank} of {size} lost its peers in {op}: {reason}")]
+    #[error("{op} of {size} ranks failed at number {rank} of them: {reason}")]
     Lost { rank: usize, size: usize, op: &'static str, reason: String },
     #[error("rank {rank} called {mine}, but rank {peer} called {theirs}")]
     Disagree { rank: usize, peer: usize, mine: String, theirs: String },

@@ -5,7 +5,7 @@ use super::pass::Wanted;
 use super::second_tier::SecondTier;
 use super::shard::Summed;
 use super::{Reader, list, unfinished};
-use crate::coordinator::all_or_none;
+use crate::coordinator::{all_or_none, shared};
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use parallel::comm::{Communicator, broadcast_bytes, gather_bytes};
 use serde::{Deserialize, Serialize};
@@ -147,7 +147,7 @@ pub fn load_whole(world: &dyn Communicator, path: &Path, load: &mut dyn FnMut(&m
         }
     }
     if let Some((rank, words)) = unread {
-        bail!("{} could not be read and may be whole (mend that, or move it away): on rank {rank}, {words}", path.display());
+        return Err(shared(format!("{} could not be read and may be whole (mend that, or move it away): on rank {rank}, {words}", path.display())));
     }
     all_or_none(world, loaded)?;
     Ok(Ok(()))

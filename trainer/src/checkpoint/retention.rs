@@ -64,23 +64,39 @@ pub fn prune(run_dir: &Path, retention: Retention, dry_run: bool) -> Result<Prun
     }
 }
 
-/// Renamed first: a folder that is half removed must not look like a checkpoint.
+/// Renamed first: a folder that is half removed must not look like a checkpoint. One that cannot be removed keeps none of the others.
 fn remove(paths: &[PathBuf]) -> Result<()> {
-    for path in paths {
+    let gone = |path: &PathBuf| -> Result<()> {
         let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
-        let aside = path.with_file_name(format!(".{name}.removed"));
-        let gone = || -> std::io::Result<()> {
-            std::fs::rename(path, &aside)?;
-            std::fs::remove_dir_all(&aside)
-        };
-        gone().with_context(|| format!("cannot remove {}", path.display()))?;
-    }
-    Ok(())
+        let names = (0..).map(|number| path.with_file_name(if number == 0 { format!(".{name}.removed") } else { format!(".{name}.removed-{number}") }));
+        // Where one of that name is left, somebody still reads in it.
+        let aside = names.into_iter().find(|aside| !aside.exists()).expect("a free name");
+        std::fs::rename(path, &aside).and_then(|()| std::fs::remove_dir_all(&aside)).with_context(|| format!("cannot remove {}", path.display()))
+    };
+    let outcomes: Vec<Result<()>> = paths.iter().map(gone).collect();
+    outcomes.into_iter().collect()
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_is_left_of_one_keeps_no_other() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let paths: Vec<PathBuf> = ["step-00000004", "step-00000008"].map(|name| folder.path().join(name)).into();
+        for path in [&paths[0], &paths[1], &folder.path().join(".step-00000004.removed")] {
+            std::fs::create_dir(path).expect("a folder");
+            std::fs::write(path.join("manifest.json"), "").expect("a file");
+        }
+        remove(&paths).expect("both go");
+        let left: Vec<_> = std::fs::read_dir(folder.path()).expect("a folder").map(|entry| entry.expect("an entry").file_name()).collect();
+        assert_eq!(left, [".step-00000004.removed"]);
+        let missing = folder.path().join("step-00000012");
+        std::fs::create_dir(&paths[1]).expect("a folder");
+        let error = remove(&[missing, paths[1].clone()]).expect_err("there is no such folder");
+        assert!(format!("{error:#}").contains("step-00000012") && !paths[1].exists(), "{error:#}");
+    }
 
     #[test]
     fn the_newest_and_every_so_many_steps_are_kept() {

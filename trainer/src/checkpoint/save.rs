@@ -2,6 +2,7 @@
 use super::manifest::{FileEntry, Manifest, SliceEntry, TensorEntry};
 use super::{entries, folder, shard};
 use crate::state::StatePart;
+use crate::coordinator::shared;
 use anyhow::{Context, Result, anyhow, bail};
 use parallel::comm::{Communicator, barrier, broadcast_bytes, gather_bytes_at};
 use serde::de::DeserializeOwned;
@@ -25,7 +26,7 @@ pub fn save(world: &dyn Communicator, run_dir: &Path, head: Manifest, parts: Vec
     let written = write_shard(&place.partial, (world.rank(), world.size()), outline, tensor).map_err(|error| format!("{error:#}"));
     let all = gather_written(world, &written)?;
     let outcome = if world.rank() == 0 { commit(&place, head, all).map_err(|error| format!("{error:#}")) } else { Ok(()) };
-    share(world, outcome)?.map_err(|error| anyhow!("checkpoint {} was not written: {error}", place.name))?;
+    share(world, outcome)?.map_err(|error| shared(format!("checkpoint {} was not written: {error}", place.name)))?;
     Ok(place.target)
 }
 
@@ -53,7 +54,7 @@ pub(super) fn share<T: Serialize + DeserializeOwned>(world: &dyn Communicator, o
 /// Collective: rank 0 makes the folder to write in, and removes what crashes left.
 pub(super) fn begin(world: &dyn Communicator, place: &Place) -> Result<()> {
     let made = if world.rank() == 0 { make_room(&place.partial) } else { Ok(()) };
-    share(world, made.map_err(|error| format!("{error:#}")))?.map_err(|error| anyhow!("rank 0: {error}"))
+    share(world, made.map_err(|error| format!("{error:#}")))?.map_err(|error| shared(format!("rank 0: {error}")))
 }
 
 /// Collective: rank 0 removes what was written of a checkpoint that comes to nothing. Best effort: every reader ignores it.
@@ -67,7 +68,13 @@ pub(super) fn discard(world: &dyn Communicator, place: &Place) -> Result<()> {
 pub(super) fn make_room(partial: &Path) -> Result<()> {
     let hidden = |path: &PathBuf| path.file_name().and_then(|name| name.to_str()).is_some_and(|name| name.starts_with(".step-"));
     for left in entries(partial.parent().expect("in the checkpoint folder"))?.into_iter().filter(hidden) {
-        std::fs::remove_dir_all(&left).with_context(|| format!("cannot remove {}", left.display()))?;
+        let removed = std::fs::remove_dir_all(&left).with_context(|| format!("cannot remove {}", left.display()));
+        // Somebody may still read in another: no reader takes it for a checkpoint, and the next save removes it.
+        match removed {
+            Err(error) if left == partial => return Err(error),
+            Err(error) => tracing::warn!("{error:#}"),
+            Ok(()) => {}
+        }
     }
     std::fs::create_dir_all(partial).with_context(|| format!("cannot make {}", partial.display()))
 }
@@ -171,4 +178,23 @@ pub(super) fn refuse_existing(out: &Path) -> Result<()> {
         bail!("{} exists already", out.display());
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_cannot_be_removed_is_in_the_way_only_where_a_save_is_to_write() {
+        let run = tempfile::tempdir().expect("a folder");
+        let place = Place::of(run.path(), 8);
+        let [others, busy] = [".step-00000004.partial", ".step-00000003.removed"].map(|name| folder(run.path()).join(name));
+        std::fs::create_dir_all(&others).expect("a folder");
+        std::fs::write(&busy, "a folder that cannot be removed is more than this test can make").expect("written");
+        make_room(&place.partial).expect("room");
+        assert!(place.partial.is_dir() && !others.exists() && busy.exists());
+        std::fs::remove_dir(&place.partial).and_then(|()| std::fs::write(&place.partial, "")).expect("written");
+        let error = format!("{:#}", make_room(&place.partial).expect_err("in the way"));
+        assert!(error.contains("cannot remove ") && error.contains(".step-00000008.partial"), "{error}");
+    }
 }

@@ -13,6 +13,7 @@ use super::load::{Refused, check_file, first_error};
 use super::save::{Outline, Place, Written, at_hand, begin, commit, discard, share, write_shard};
 use super::shard::{dtype, kind_named};
 use super::staging::{Copying, Piece, Staging};
+use crate::coordinator::shared;
 use crate::state::{StatePart, StateReader};
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use parallel::comm::{Communicator, TensorSpec, broadcast_bytes, gather_bytes};
@@ -133,7 +134,7 @@ impl SecondTier {
         let attempt = String::from_utf8(broadcast_bytes(world, format!("{now:016x}").as_bytes(), 0)?)?;
         let named = || name(run_dir).and_then(|name| check_place(run_dir, &section.dir.join(&name)).map(|()| name));
         let name = if world.rank() == 0 { named() } else { Ok(String::new()) };
-        let name = share(world, name.map_err(|error| format!("{error:#}")))?.map_err(|error| anyhow!("rank 0: {error}"))?;
+        let name = share(world, name.map_err(|error| format!("{error:#}")))?.map_err(|error| shared(format!("rank 0: {error}")))?;
         let (peers, rank) = (peers(nodes), world.rank());
         Ok(SecondTier {
             root: section.dir.join(name),
@@ -282,7 +283,7 @@ impl SecondTier {
                     Ok(theirs) => taken.push(theirs.into_iter()),
                     Err(error) => {
                         discard(world, &place)?;
-                        bail!("rank {rank}: {error}");
+                        return Err(shared(format!("rank {rank}: {error}")));
                     }
                 }
             }
@@ -299,7 +300,7 @@ impl SecondTier {
         };
         let all = copied.into_values().map(written).collect();
         let outcome = if self.rank == 0 { commit(&place, head, all).map_err(|error| format!("{error:#}")) } else { Ok(()) };
-        share(world, outcome)?.map_err(|error| anyhow!("rank 0: {error}"))?;
+        share(world, outcome)?.map_err(|error| shared(format!("rank 0: {error}")))?;
         Ok(Ok(place.target))
     }
 

@@ -4,8 +4,8 @@ use super::Run;
 use crate::checkpoint::{load_whole, set_aside};
 use crate::checkpoint::second_tier::SecondTier;
 use crate::checks::{Finding, Place};
-use crate::coordinator::all_or_none;
-use anyhow::{Result, bail};
+use crate::coordinator::{all_or_none, shared};
+use anyhow::Result;
 use std::path::{Path, PathBuf};
 
 /// What only a checkpoint can give back: the world must start again from one.
@@ -20,11 +20,8 @@ impl Run<'_> {
         found.iter().for_each(|finding| self.metrics.event(self.state.step, "corruption", &format!("step {step}: {finding}")));
         self.again += 1;
         if self.again > self.config.guard.max_skipped {
-            bail!(
-                "step {step} found corruption {} times in a row, the last: {}: a machine is broken, and doing it again does not help",
-                self.again,
-                found[0]
-            );
+            let words = format!("{}; step {step} found corruption {} times in a row: a machine is broken, and doing it again does not help", found[0], self.again);
+            return Err(shared(words));
         }
         match found.iter().find(|finding| finding.place.lost()) {
             Some(lost) => self.reload(lost)?,
@@ -46,6 +43,7 @@ impl Run<'_> {
 
     /// Everything from a copy of this very step, where there is one.
     fn reload(&mut self, lost: &Finding) -> Result<()> {
+        let _waiting = self.waiting();
         let step = self.state.step;
         let lost_for_good = |why: &str| {
             let words = format!("state lost: {lost}, and {why} of step {step}; the run can go on from its newest whole checkpoint");

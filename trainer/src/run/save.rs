@@ -3,8 +3,9 @@
 use super::{Run, State};
 use crate::checkpoint::second_tier::SecondTier;
 use crate::checkpoint::{Manifest, Progress, Saved};
+use crate::coordinator::shared;
 use crate::state::StateReader;
-use anyhow::{Result, ensure};
+use anyhow::Result;
 use model::ModelConfig;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -89,7 +90,9 @@ impl Run<'_> {
             self.save()?;
             self.save_settled()?;
         }
-        ensure!(whole(self), "there is no checkpoint of step {step}: see above");
+        if !whole(self) {
+            return Err(shared(format!("there is no checkpoint of step {step}: see above")));
+        }
         self.saver.remove_old();
         Ok(())
     }
