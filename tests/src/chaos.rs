@@ -104,6 +104,9 @@ impl Chaos {
         }
         *self.killed.entry(victim).or_default() += 1;
         // Whoever watches a launcher (SLURM, a person) starts it again.
+        if victim == Victim::Launcher {
+            wait("the launcher's end", || self.launcher.ended().is_some());
+        }
         std::thread::sleep(Duration::from_millis(300));
         if self.launcher.ended().is_some() {
             self.launchers += 1;

@@ -218,7 +218,7 @@ fn killed_hung_and_waiting_ranks_are_named_and_the_run_goes_on() {
 
 #[test]
 fn a_slow_rank_is_named_while_it_is_slow_and_in_the_report_at_the_end() {
-    let faults = "faults.inject=[{kind=\"slow\",rank=1,step=3,ms=120,steps=40}]";
+    let faults = "faults.inject=[{kind=\"slow\",rank=1,step=3,ms=250,steps=40}]";
     let run = Run::new("faults-slow", &["run.precision=bf16", "parallel.pp=2", "validation.every=0", "phase.1.tokens=11520", faults]);
     let (said, incidents) = supervised(&run);
     let words = |event: &str| incidents.iter().find(|(kind, _)| kind == event).unwrap_or_else(|| panic!("no {event}: {said}")).1.as_str();
@@ -228,6 +228,18 @@ fn a_slow_rank_is_named_while_it_is_slow_and_in_the_report_at_the_end() {
         work.starts_with("work a step, without waiting: stage 0 (rank 0) ") && work.contains("; rank 1 ") && work.contains(" is the most"),
         "{work}"
     );
+}
+
+#[test]
+fn what_every_rank_meets_is_said_once_and_blames_no_host() {
+    let set = ["run.precision=bf16", "validation.every=0", "run.stop_after=3", "checkpoint.every=100", "faults.inject=[{kind=\"full-disk\",rank=1,step=3}]"];
+    let run = Run::new("faults-shared", &set);
+    let mut started = Started::train(local("--standalone --nproc-per-node 4 --max-restarts 0"), &run, "launcher");
+    assert_eq!(started.code(), 13, "{}", started.said());
+    started.says("was NOT written: rank 1: ");
+    started.says(": a rank aborted with code 1: error (all ranks): there is no checkpoint of step 3: see above");
+    let told = started.said().lines().filter(|line| line.starts_with('[') && line.contains("error (")).count();
+    assert_eq!(told, 1, "{}", started.said());
 }
 
 /// Its logs take no line, as on a full disk.
@@ -284,7 +296,7 @@ fn a_copy_that_is_damaged_too_is_set_aside() {
     over_threads(&other, 2);
     over_threads(&Run::new("faults-damaged-copy", &set), 2);
     // Rank 0 waits before the step whose state is lost: meanwhile its copy becomes another's, whole by its own hashes.
-    let faults = "faults.inject=[{kind=\"slow\",rank=0,step=6,ms=1500,steps=1},{kind=\"flip-master\",rank=1,step=6}]";
+    let faults = "faults.inject=[{kind=\"slow\",rank=0,step=6,ms=4000,steps=1},{kind=\"flip-master\",rank=1,step=6}]";
     let run = Run::new("faults-damaged-copy", &[set[0], set[1], faults]);
     let (begun, copy, others) = (run.dir().join("log/faults.jsonl"), run.newest_checkpoint(), other.newest_checkpoint());
     let swap = std::thread::spawn(move || {
@@ -306,7 +318,7 @@ fn a_copy_that_is_damaged_too_is_set_aside() {
 
 #[test]
 fn the_last_sound_checkpoint_stays_until_the_next_is_known_to_be_sound() {
-    let faults = "faults.inject=[{kind=\"slow\",rank=0,step=6,ms=2500,steps=1},{kind=\"flip-master\",rank=1,step=6}]";
+    let faults = "faults.inject=[{kind=\"slow\",rank=0,step=6,ms=5000,steps=1},{kind=\"flip-master\",rank=1,step=6}]";
     let keep = ["checkpoint.every=1", "checkpoint.keep_last=1", "run.stop_after=8"];
     let run = Run::new("faults-keep-one", &[&["run.precision=bf16", "validation.every=0", faults], &keep[..]].concat());
     // Rank 0 waits before step 6: meanwhile rank 1 writes its share of step 5's checkpoint, and it is spoilt.
@@ -315,7 +327,7 @@ fn the_last_sound_checkpoint_stays_until_the_next_is_known_to_be_sound() {
         while !shard.exists() {
             std::thread::sleep(std::time::Duration::from_millis(5));
         }
-        std::thread::sleep(std::time::Duration::from_millis(1000));
+        std::thread::sleep(std::time::Duration::from_millis(2000));
         let mut bytes = std::fs::read(&shard).expect("it is there");
         *bytes.last_mut().expect("not empty") ^= 1;
         std::fs::write(&shard, bytes).expect("the shard");

@@ -311,7 +311,7 @@ fn a_stop_signal_ends_in_a_checkpoint_and_a_code_of_its_own() {
 #[test]
 fn a_kill_in_the_middle_of_a_save_leaves_the_checkpoint_before_it() {
     // A vocabulary large enough that a save takes a while.
-    let run = Run::new("kill", &["model.vocab_size=60000", "checkpoint.every=2", "validation.every=0", "phase.0.tokens=300000"]);
+    let run = Run::new("kill", &["model.vocab_size=150000", "checkpoint.every=2", "validation.every=0", "phase.0.tokens=300000"]);
     let mut child = tiefsee(&run.train_args()).stdout(std::process::Stdio::null()).spawn().expect("tiefsee starts");
     run.wait_for(|| Path::new(&run.dir().join("checkpoints/step-00000002")).exists());
     run.wait_for(|| Path::new(&run.dir().join("checkpoints/.step-00000004.partial")).exists());

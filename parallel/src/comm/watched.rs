@@ -143,11 +143,14 @@ impl Communicator for Watched {
 mod tests {
     use super::*;
     use crate::comm::local::run_local;
+    use std::sync::atomic::{AtomicBool, Ordering};
     use tch::{Device, Kind};
 
     #[test]
     fn a_wait_is_named_while_it_lasts_and_counted_when_it_is_over() {
-        const LATE: Duration = Duration::from_millis(200);
+        const WORK: Duration = Duration::from_millis(500);
+        // Rank 3 sends once rank 1 was seen to wait.
+        let seen_waiting = AtomicBool::new(false);
         run_local(4, |comm| {
             let (world, watch) = watched(comm);
             let pair = world.split(world.rank() % 2, 0).unwrap();
@@ -155,29 +158,38 @@ mod tests {
             let (rank, number) = (world.rank(), TensorSpec { shape: vec![1], kind: Kind::Int64, device: Device::Cpu });
             let numbers = || vec![Tensor::from_slice(&[1_i64])];
             if rank == 3 {
-                std::thread::sleep(LATE);
+                while !seen_waiting.load(Ordering::Acquire) {
+                    std::thread::sleep(Duration::from_millis(1));
+                }
                 pair.exchange(vec![(0, numbers().remove(0))], vec![]).unwrap().wait().unwrap();
             } else if rank == 1 {
                 let seen = watch.now();
-                let looker = std::thread::spawn(move || {
-                    std::thread::sleep(LATE / 2);
-                    seen.lock().unwrap().clone()
+                let look = || loop {
+                    let wait = seen.lock().unwrap().clone();
+                    if let Some(wait) = wait {
+                        seen_waiting.store(true, Ordering::Release);
+                        return wait;
+                    }
+                    std::thread::sleep(Duration::from_millis(1));
+                };
+                let wait = std::thread::scope(|scope| {
+                    let looker = scope.spawn(look);
+                    let got = pair.exchange(vec![], vec![(1, number)]).unwrap().wait().unwrap();
+                    assert_eq!(got[0].int64_value(&[0]), 1);
+                    looker.join().unwrap()
                 });
-                let got = pair.exchange(vec![], vec![(1, number)]).unwrap().wait().unwrap();
-                assert_eq!(got[0].int64_value(&[0]), 1);
-                let wait = looker.join().unwrap().expect("it waits");
                 assert_eq!((wait.op, &wait.from[..]), ("exchange", &[3][..]), "rank 1 of the pair is rank 3 of the world");
-                assert!(watch.take_waited() > LATE / 4 && watch.take_waited() == Duration::ZERO);
+                assert!(watch.take_waited() > Duration::ZERO && watch.take_waited() == Duration::ZERO);
             }
             let sum = world.all_reduce(numbers(), Reduce::Sum).unwrap().wait().unwrap();
             assert_eq!(sum[0].int64_value(&[0]), 4);
             let _ = watch.take_waited();
             let mut work = || {
-                std::thread::sleep(2 * LATE);
+                std::thread::sleep(WORK);
                 assert_eq!(*watch.now().lock().unwrap(), None, "it works");
             };
             pair.all_to_all_under(numbers(), &[1, 0], &[1 - pair.rank() as i64; 2], &mut work).unwrap().wait().unwrap();
-            assert!(watch.take_waited() < LATE, "work under a transfer is no waiting");
+            assert!(watch.take_waited() < WORK, "work under a transfer is no waiting");
             assert_eq!(*watch.now().lock().unwrap(), None);
         });
     }
