@@ -13,7 +13,7 @@ use super::load::{Refused, check_file, first_error};
 use super::save::{Outline, Place, Written, at_hand, begin, commit, discard, share, write_shard};
 use super::shard::{dtype, kind_named};
 use super::staging::{Copying, Piece, Staging};
-use crate::coordinator::shared;
+use crate::coordinator::{Shared, shared};
 use crate::state::{StatePart, StateReader};
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use parallel::comm::{Communicator, TensorSpec, broadcast_bytes, gather_bytes};
@@ -21,7 +21,7 @@ use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::thread::{JoinHandle, spawn};
-use tch::{Device, Tensor};
+use tch::{Device, Kind, Tensor};
 
 /// `[checkpoint.second_tier]` of a run's config.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -217,8 +217,15 @@ impl SecondTier {
         let describe =
             |part: &StatePart| (part.name.clone(), part.start, part.total, format!("{:?}", dtype(part.tensor.kind())), part.tensor.size());
         let described: Vec<Description> = mine.now().map(describe).collect();
-        let all = gather_bytes(world, &serde_json::to_vec(&described)?)?;
-        let theirs: Vec<Vec<Description>> = self.from.iter().map(|&rank| serde_json::from_slice(&all[rank])).collect::<Result<_, _>>()?;
+        // Only its peer reads it: how long it is goes before it.
+        let text = serde_json::to_vec(&described)?;
+        let of = |rank: usize, length: i64, kind: Kind| (rank, TensorSpec { shape: vec![length], kind, device: Device::Cpu });
+        let lengths = self.from.iter().map(|&rank| of(rank, 1, Kind::Int64)).collect();
+        let lengths = world.exchange(vec![(to, Tensor::from_slice(&[text.len() as i64]))], lengths)?.wait()?;
+        let texts = self.from.iter().zip(&lengths).map(|(&rank, length)| of(rank, length.int64_value(&[0]), Kind::Uint8)).collect();
+        let texts = world.exchange(vec![(to, Tensor::from_slice(&text))], texts)?.wait()?;
+        let read = |text: &Tensor| -> Result<Vec<Description>> { Ok(serde_json::from_slice(&Vec::<u8>::try_from(text)?)?) };
+        let theirs: Vec<Vec<Description>> = texts.iter().map(read).collect::<Result<_>>()?;
         let spec = |(rank, (.., kind, shape)): (usize, &Description)| -> Result<(usize, TensorSpec)> {
             let kind = kind_named(kind).with_context(|| format!("rank {rank} sends {kind}"))?;
             Ok((rank, TensorSpec { shape: shape.clone(), kind, device: Device::Cpu }))
@@ -246,8 +253,11 @@ impl SecondTier {
         }
         let mut notes = Vec::new();
         for ((step, _), seen) in by_step.into_iter().rev().filter(|((step, _), _)| above.is_none_or(|above| *step > above)) {
-            let restored = self.restore_step(world, run_dir, step, &seen);
-            match restored.map_err(|error| anyhow!("{error:#}; the copies of step {step} in the second tier are kept"))? {
+            let kept = |error: anyhow::Error| {
+                let words = format!("{error:#}; the copies of step {step} in the second tier are kept");
+                if error.is::<Shared>() { shared(words) } else { anyhow!(words) }
+            };
+            match self.restore_step(world, run_dir, step, &seen).map_err(kept)? {
                 Ok(path) => {
                     notes.push(format!("step {step} is restored from the second tier into {}", path.display()));
                     return Ok((Some(path), notes));
