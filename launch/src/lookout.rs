@@ -125,3 +125,21 @@ fn hung(progress: &Progress, quiet: Duration, guard: u32, ranks: usize) -> Hung 
     let words = format!("hung: no step for {:.0} s; {}{idle}{waits}", quiet.as_secs_f64(), progress.behind());
     Hung { words, last_rank: progress.last_rank() }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_look_that_does_not_end_is_said_once() {
+        let (looked, looks) = channel();
+        let mut lookout = Lookout { looks, watching: None, step: None, made_a_step: false, looked: Instant::now(), told_late: false };
+        assert_eq!(lookout.late(Duration::from_secs(3600)), None);
+        let words = lookout.late(Duration::ZERO).expect("words");
+        assert!(words.contains("their file system does not answer"), "{words}");
+        assert_eq!(lookout.late(Duration::ZERO), None);
+        looked.send(Look { step: Some(4), made_a_step: true, news: Vec::new(), hung: None }).expect("sent");
+        lookout.take();
+        assert!(lookout.step == Some(4) && lookout.late(Duration::ZERO).is_some(), "another one");
+    }
+}
