@@ -50,7 +50,8 @@ pub struct Args {
     /// Seconds after which a restart is forgotten.
     #[arg(long, default_value_t = 3600.0, value_parser = seconds)]
     pub restart_window: f64,
-    /// Seconds before the first restart; doubles with each one in the window, up to a minute.
+    /// Seconds before the first restart; doubles with each one in the window, up to a minute. Where a run that has worked came to no
+    /// step, twenty times as long, up to five minutes: a file system or a host may need them to come back.
     #[arg(long, default_value_t = 1.0, value_parser = seconds)]
     pub back_off: f64,
     /// Go on with a run that RUN_DIR already holds, where the command says train: what a batch script wants.
@@ -129,7 +130,7 @@ Exit codes:
   13  tiefsee ended with an error, which is printed
   14  a host or the link to it was lost
   15  hung: no rank made a step
-  16  the ranks could not be started
+  16  the ranks could not be started, or the run directory could not be taken
   17  another launcher is at work in this run directory
   18  stopped on request, or pre-empted by SLURM, but the ranks did not checkpoint in time; an older checkpoint may be there
   19  what the ranks held in memory was damaged, and no copy of that step was left

@@ -43,7 +43,6 @@ impl Run<'_> {
 
     /// Everything from a copy of this very step, where there is one.
     fn reload(&mut self, lost: &Finding) -> Result<()> {
-        let _waiting = self.waiting();
         let step = self.state.step;
         let lost_for_good = |why: &str| {
             let words = format!("state lost: {lost}, and {why} of step {step}; the run can go on from its newest whole checkpoint");
@@ -52,6 +51,7 @@ impl Run<'_> {
         let Some(path) = self.copy_of_this_step()? else {
             return lost_for_good("there is no copy");
         };
+        let _waiting = self.waiting();
         if let Err(damage) = load_whole(&*self.world, &path, &mut |reader| self.trainer.load_all(reader))? {
             return lost_for_good(&format!("there is no whole copy ({damage})"));
         }

@@ -24,6 +24,7 @@ impl Run<'_> {
 
     /// A checkpoint of this very step made from the copies on the nodes, where they are of this step. Collective.
     pub(super) fn restore_this_step(&mut self) -> Result<Option<PathBuf>> {
+        let _waiting = self.waiting();
         let Some(tier) = &mut self.tier else { return Ok(None) };
         let failed = tier.wait(&*self.world)?;
         let (path, notes) = tier.restore(&*self.world, &self.config.run.dir, self.state.step.checked_sub(1))?;
