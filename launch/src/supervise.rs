@@ -409,3 +409,15 @@ impl Supervisor {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_start_that_comes_to_no_step_is_waited_for_longer() {
+        assert_eq!([0, 1, 2, 9].map(|restarts| back_off(1.0, restarts, true)), [1.0, 2.0, 4.0, 60.0]);
+        assert_eq!([0, 1, 2, 9].map(|restarts| back_off(1.0, restarts, false)), [20.0, 40.0, 80.0, 300.0]);
+        assert_eq!(back_off(0.0, 9, false), 0.0);
+    }
+}
