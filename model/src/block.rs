@@ -302,8 +302,15 @@ impl Block {
         self.attention_norm.backward_weight(work.norm, grads);
     }
 
-    /// Of a first block: the last of its parameters whose gradient comes after the block's input gradient (`flow::Backward`).
-    pub fn last_held(&self) -> ParamId {
-        ParamId(self.params[Part::Ffn as usize].end - 1)
+    /// Of a first block: the last of its parameters whose gradient comes after the block's input gradient (`flow::Backward`);
+    /// `ffn`: a dense feed-forward's do, as those of one with experts always do.
+    pub fn last_held(&self, ffn: bool) -> ParamId {
+        let part = if ffn || self.sends() { Part::Ffn } else { Part::Attention };
+        ParamId(self.params[part as usize].end - 1)
+    }
+
+    /// Elements of a dense feed-forward and its norm, or of what a block with experts has beside them.
+    pub fn ffn_elements(&self, table: &ParamTable) -> i64 {
+        self.params[Part::Ffn as usize].clone().map(|id| table.spec(ParamId(id)).numel()).sum()
     }
 }

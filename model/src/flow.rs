@@ -385,8 +385,8 @@ impl<'a> Backward<'a> {
             match block.backward_input(w, dh, saved)? {
                 Started::Done((middle, ffn)) => {
                     let ffn = Work::Ffn(index, ffn);
-                    if index == 0 && self.stage.embedding.is_some() {
-                        self.held.push(ffn); // hides the embedding's way
+                    if index == 0 && self.stage.ffn_hides_embedding {
+                        self.held.push(ffn);
                     } else {
                         work(ffn); // its way is hidden by the attention's backward
                     }

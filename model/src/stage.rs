@@ -112,6 +112,9 @@ pub struct Stage {
     pub(crate) embedding: Option<Embedding>,
     pub(crate) blocks: Vec<Block>,
     pub(crate) last: Option<Last>,
+    /// The gradients of a first dense feed-forward are made while the embedding's travels, which is larger; else their own way
+    /// is the longer one and hidden by the attention's backward.
+    pub(crate) ffn_hides_embedding: bool,
     /// The parameters that a micro-batch's backward contributes to, as often as it does.
     pub uses: Vec<ParamId>,
 }
@@ -154,8 +157,10 @@ impl Stage {
         table.take_uses();
         let embedding = part.first.then(|| Embedding { weight: table.embedding(config) });
         let blocks: Vec<Block> = part.layers.clone().map(|layer| Block::new(table, config, &format!("model.layers.{layer}"), config.is_moe(layer))).collect();
+        let mut ffn_hides_embedding = false;
         if let Some((embedding, first)) = embedding.as_ref().zip(blocks.first()) {
-            table.completes_before(embedding.weight, first.last_held());
+            ffn_hides_embedding = table.spec(embedding.weight).numel() > first.ffn_elements(table);
+            table.completes_before(embedding.weight, first.last_held(ffn_hides_embedding));
         }
         let last = part.last.then(|| {
             let norm = RmsNorm { weight: table.norm("model.norm.weight", config.hidden_size), eps: config.rms_norm_eps };
@@ -168,7 +173,7 @@ impl Stage {
         });
         let mut uses = table.take_uses();
         uses.retain(|&id| table.spec(id).trained());
-        Stage { embedding, blocks, last, uses }
+        Stage { embedding, blocks, last, ffn_hides_embedding, uses }
     }
 
     pub fn whole(table: &mut ParamTable, config: &ModelConfig) -> Self {

@@ -209,7 +209,7 @@ fn deepseek_v2_of_transformers() {
 
 #[test]
 fn mtp_and_the_sequence_wise_balance_loss() {
-    for (name, config, seed) in [("mtp", small(), 21), ("mtp-direct", ModelConfig { q_lora_rank: None, rope_scaling: yarn(1.0), ..small() }, 22)] {
+    for (name, config, seed) in [("mtp", small(), 21), ("mtp-direct", ModelConfig { vocab_size: 150, q_lora_rank: None, rope_scaling: yarn(1.0), ..small() }, 22)] {
         let mut subject = Subject::new(&config, Precision::F64, seed, 15);
         let theirs = oracle("mtp.py", &subject.export(name), &subject.tokens, &["--lambda", "0.3", "--alpha", "0.05"]);
         check_margin(name, &theirs);
