@@ -4,8 +4,7 @@
 //! Legend: T tokens, D hidden size.
 use crate::experts::ExpertsWork;
 use crate::flow::Other;
-use crate::linear::LinearWork;
-use crate::mla::{Mla, MlaIn, MlaSaved, MlaWork, Positions};
+use crate::mla::{Mla, MlaGrad, MlaIn, MlaSaved, MlaWork, Positions};
 use crate::mlp::{Mlp, MlpGrad, MlpWork};
 use crate::moe::{Load, Moe, MoeBackCombining, MoeBackDispatched, MoeCombining, MoeDispatched, MoeSaved, MoeWork, UnderWay};
 use crate::norm::{NormSaved, RmsNorm};
@@ -107,20 +106,12 @@ impl<S: UnderWay> UnderWay for BlockSent<S> {
     }
 }
 
-/// A block's backward between the attention's last linear and its heads.
+/// A block's backward between the feed-forward and the attention.
 pub struct BlockMiddle {
-    h: Tensor,        // the residual stream's gradient
-    dcontext: Tensor, // the heads'
+    h: Tensor, // the residual stream's gradient
     attention_norm: NormSaved,
     attention_in: Option<Operand>,
     attention: MlaSaved,
-}
-
-/// Of the way to `BlockMiddle`. The attention's last linear's comes before the feed-forward's where that is put off: its way is
-/// hidden by the heads' backward.
-pub struct MiddleWork {
-    pub ffn: FfnWork,
-    pub out: LinearWork,
 }
 
 /// The feed-forward's weights, but the routed experts', and its norm's.
@@ -168,11 +159,7 @@ impl Block {
         let ffn = if moe { Ffn::Moe(Moe::new(table, config, &prefix)) } else { Ffn::Dense(Mlp::new(table, config, &prefix, config.intermediate_size)) };
         let (middle, end) = (ffn_norm.weight.0, table.specs().len());
         let experts = (middle..end).find(|&id| table.specs()[id].role == Role::Experts).unwrap_or(end);
-        let block = Block { attention_norm, attention, ffn_norm, ffn, recompute: table.recompute, params: [first..middle, middle..experts, experts..end] };
-        if moe {
-            block.put_off_ffn(table);
-        }
-        block
+        Block { attention_norm, attention, ffn_norm, ffn, recompute: table.recompute, params: [first..middle, middle..experts, experts..end] }
     }
 
     pub fn holds(&self, part: Part, id: ParamId) -> bool {
@@ -246,7 +233,7 @@ impl Block {
     }
 
     /// dy [T, D] → the feed-forward's input gradient, or gradients on their way to the experts.
-    pub fn backward_input(&self, w: &Weights, dy: Tensor, saved: BlockSaved) -> Result<Started<(BlockMiddle, MiddleWork), BlockSent<MoeBackDispatched>>, CommError> {
+    pub fn backward_input(&self, w: &Weights, dy: Tensor, saved: BlockSaved) -> Result<Started<(BlockMiddle, FfnWork), BlockSent<MoeBackDispatched>>, CommError> {
         let BlockSaved { mut before, ffn } = saved;
         let ffn_in = before.ffn_in.take();
         Ok(match (&self.ffn, ffn) {
@@ -276,24 +263,23 @@ impl Block {
         self.moe().backward_shared(w, &mut sent.moe);
     }
 
-    pub fn backward_end(&self, w: &Weights, sent: BlockSent<MoeBackCombining>) -> Result<(BlockMiddle, MiddleWork), CommError> {
+    pub fn backward_end(&self, w: &Weights, sent: BlockSent<MoeBackCombining>) -> Result<(BlockMiddle, FfnWork), CommError> {
         let (dnormed, work) = self.moe().backward_combine(w, *sent.moe)?;
         Ok(self.backward_middle(w, sent.h, dnormed, sent.before, FfnWorkOf::Moe(Box::new(work))))
     }
 
-    fn backward_middle(&self, w: &Weights, dy: Tensor, dnormed: Tensor, before: BeforeFfn, kind: FfnWorkOf) -> (BlockMiddle, MiddleWork) {
-        let BeforeFfn { attention_norm, attention_in, mut attention, ffn_norm, .. } = before;
+    fn backward_middle(&self, w: &Weights, dy: Tensor, dnormed: Tensor, before: BeforeFfn, kind: FfnWorkOf) -> (BlockMiddle, FfnWork) {
+        let BeforeFfn { attention_norm, attention_in, attention, ffn_norm, .. } = before;
         let (dh, norm) = self.ffn_norm.backward_residual(w, dnormed, ffn_norm, &dy);
-        let (dcontext, out) = self.attention.backward_out(w, dh.shallow_clone(), &mut attention);
-        (BlockMiddle { h: dh, dcontext, attention_norm, attention_in, attention }, MiddleWork { ffn: FfnWork { norm, kind }, out })
+        (BlockMiddle { h: dh, attention_norm, attention_in, attention }, FfnWork { norm, kind })
     }
 
     /// To the block's input gradient, [T, D].
     pub fn backward_attention(&self, w: &Weights, middle: BlockMiddle) -> (Tensor, AttentionWork) {
-        let BlockMiddle { h: dh, dcontext, attention_norm, attention_in, attention } = middle;
+        let BlockMiddle { h: dh, attention_norm, attention_in, attention } = middle;
         let again = || self.attention_norm.operand(w, &attention_norm, Want::COLUMNS, &self.attention.readers());
         let x = attention_in.unwrap_or_else(again);
-        let (dnormed, attention) = self.attention.backward_heads(w, dcontext, x, attention);
+        let (dnormed, attention) = self.attention.backward_input(w, MlaGrad { dy: dh.shallow_clone(), x }, attention);
         let (dx, norm) = self.attention_norm.backward_residual(w, dnormed, attention_norm, &dh);
         (dx, AttentionWork { norm, attention })
     }
@@ -311,25 +297,16 @@ impl Block {
         self.ffn_norm.backward_weight(work.norm, grads);
     }
 
-    pub fn backward_out_weight(&self, work: LinearWork, grads: &mut Grads) {
-        self.attention.backward_out_weight(work, grads);
-    }
-
     pub fn backward_attention_weight(&self, work: AttentionWork, grads: &mut Grads) {
-        self.attention.backward_heads_weight(work.attention, grads);
+        self.attention.backward_weight(work.attention, grads);
         self.attention_norm.backward_weight(work.norm, grads);
     }
 
-    /// Tells the table that a dense feed-forward's gradients are put off, too (`flow::Backward`).
-    pub fn put_off_ffn(&self, table: &mut ParamTable) {
-        table.completes_before(self.attention.out(), ParamId(self.params[Part::Ffn as usize].end - 1));
-    }
-
-    /// Of a first block: the last of its parameters whose gradient comes after the block's input gradient; `ffn`: a dense
-    /// feed-forward's do, as those of one with experts always do.
+    /// Of a first block: the last of its parameters whose gradient comes after the block's input gradient (`flow::Backward`);
+    /// `ffn`: a dense feed-forward's do, as those of one with experts always do.
     pub fn last_held(&self, ffn: bool) -> ParamId {
-        let end = if ffn || self.sends() { self.params[Part::Ffn as usize].end } else { self.attention.out().0 };
-        ParamId(end - 1)
+        let part = if ffn || self.sends() { Part::Ffn } else { Part::Attention };
+        ParamId(self.params[part as usize].end - 1)
     }
 
     /// Elements of a dense feed-forward and its norm, or of what a block with experts has beside them.

@@ -8,11 +8,10 @@
 //! The two lists may differ in length: dense blocks join the segment before them. Rows leave for the experts amid the other
 //! micro-batch's segment, `Other`: ranks wait for each other there to agree on counts, and a GPU that has work meanwhile does
 //! not wait with them. There, too, the second hop is posted of a transfer that has two (to the node, then to the rank).
-use crate::block::{AttentionWork, Block, BlockContext, BlockOut, BlockSaved, BlockSent, FfnWork, MiddleWork, Part, Started};
+use crate::block::{AttentionWork, Block, BlockContext, BlockOut, BlockSaved, BlockSent, FfnWork, Part, Started};
 use crate::embedding::EmbeddingWork;
 use crate::experts::ExpertsWork;
 use crate::head::{HeadIn, HeadSaved};
-use crate::linear::LinearWork;
 use crate::moe::{MoeBackCombining, MoeBackDispatched, MoeCombining, MoeDispatched, UnderWay};
 use crate::mtp::{MtpInSaved, MtpInWork, MtpOutSaved, MtpOutWork};
 use crate::norm::NormSaved;
@@ -67,7 +66,6 @@ pub enum Work {
     MtpIn(MtpInWork),
     Experts(usize, ExpertsWork),
     Ffn(usize, FfnWork),
-    Out(usize, LinearWork),
     Attention(usize, Box<AttentionWork>),
     Embedding(EmbeddingWork),
 }
@@ -81,7 +79,6 @@ impl Work {
             Work::MtpIn(work) => work.each(see),
             Work::Experts(_, work) => work.each(see),
             Work::Ffn(_, work) => work.each(see),
-            Work::Out(_, work) => work.each(see),
             Work::Attention(_, work) => work.each(see),
             Work::Embedding(work) => work.each(see),
         }
@@ -107,7 +104,6 @@ impl Stage {
             Work::MtpIn(work) => mtp().backward_in_weight(work, grads),
             Work::Experts(index, work) => self.block(index).backward_experts_weight(work, grads),
             Work::Ffn(index, work) => self.block(index).backward_ffn_weight(work, grads),
-            Work::Out(index, work) => self.block(index).backward_out_weight(work, grads),
             Work::Attention(index, work) => self.block(index).backward_attention_weight(*work, grads),
             Work::Embedding(work) => self.embedding.as_ref().unwrap_or_else(|| mtp().embedding()).backward_weight(work, grads),
         }
@@ -326,9 +322,8 @@ impl<'a> Backward<'a> {
             BackwardAt::Combining(sent) => {
                 event("backward", "wait");
                 let block = self.stage.block(index);
-                let (middle, MiddleWork { ffn, out }) = block.backward_end(w, sent)?;
+                let (middle, ffn) = block.backward_end(w, sent)?;
                 event("backward", "computes");
-                work(Work::Out(index, out));
                 let (dx, attention) = block.backward_attention(w, middle);
                 other()?;
                 self.held.extend([Work::Ffn(index, ffn), Work::Attention(index, Box::new(attention))]);
@@ -388,14 +383,13 @@ impl<'a> Backward<'a> {
                 self.held.drain(..).for_each(&mut *work);
             }
             match block.backward_input(w, dh, saved)? {
-                Started::Done((middle, MiddleWork { ffn, out })) => {
+                Started::Done((middle, ffn)) => {
                     let ffn = Work::Ffn(index, ffn);
                     if index == 0 && self.stage.ffn_hides_embedding {
                         self.held.push(ffn);
                     } else {
                         work(ffn); // its way is hidden by the attention's backward
                     }
-                    work(Work::Out(index, out));
                     let (dx, attention) = block.backward_attention(w, middle);
                     self.held.push(Work::Attention(index, Box::new(attention)));
                     dh = dx;

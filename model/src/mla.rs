@@ -101,12 +101,12 @@ impl MlaSaved {
     }
 }
 
-/// All but the last linear's.
 pub struct MlaWork {
     query: QueryWork,
     kv_a: LinearWork,
     kv_norm: Tensor,
     kv_b: LinearWork,
+    out: LinearWork,
 }
 
 enum QueryWork {
@@ -117,7 +117,7 @@ enum QueryWork {
 impl MlaWork {
     pub(crate) fn each(&self, see: See) {
         see(PUT_OFF, &self.kv_norm);
-        [&self.kv_a, &self.kv_b].into_iter().for_each(|linear| linear.each(see));
+        [&self.kv_a, &self.kv_b, &self.out].into_iter().for_each(|linear| linear.each(see));
         match &self.query {
             QueryWork::Direct(linear) => linear.each(see),
             QueryWork::Latent { a, norm, b } => {
@@ -157,11 +157,6 @@ impl Mla {
             latent,
             recompute: table.recompute,
         }
-    }
-
-    /// The last linear's weight.
-    pub fn out(&self) -> ParamId {
-        self.out.weight
     }
 
     /// Of its input.
@@ -228,7 +223,7 @@ impl Layer for Mla {
     type DOut = MlaGrad;
     type DIn = Tensor;
     type Saved = MlaSaved;
-    type WeightWork = (LinearWork, MlaWork);
+    type WeightWork = MlaWork;
 
     fn forward(&self, w: &Weights, MlaIn { x, sequences, positions }: MlaIn) -> (Tensor, MlaSaved) {
         let keep = !self.recompute.mla_up_projection;
@@ -273,33 +268,11 @@ impl Layer for Mla {
         (out_in.forward(w, self.out.weight), saved)
     }
 
-    fn backward_input(&self, w: &Weights, MlaGrad { dy, x }: MlaGrad, mut saved: MlaSaved) -> (Tensor, (LinearWork, MlaWork)) {
-        let (dcontext, out) = self.backward_out(w, dy, &mut saved);
-        let (dx, work) = self.backward_heads(w, dcontext, x, saved);
-        (dx, (out, work))
-    }
-
-    fn backward_weight(&self, (out, work): (LinearWork, MlaWork), grads: &mut Grads) {
-        self.backward_out_weight(out, grads);
-        self.backward_heads_weight(work, grads);
-    }
-}
-
-/// Backward in halves: the last linear's weight's gradient can be made, and leave, before the rest, which takes long.
-impl Mla {
-    /// dy [T, D] → the gradient of what the heads made, [T, H Dv].
-    pub fn backward_out(&self, w: &Weights, dy: Tensor, s: &mut MlaSaved) -> (Tensor, LinearWork) {
-        let context = s.context.take().unwrap_or_else(|| rounded(w.precision, self.tokens(&s.attention.out().expect("one of the two is kept"))));
-        self.out.backward_input(w, dy, self.out_in(w, context, Want::COLUMNS))
-    }
-
-    pub fn backward_out_weight(&self, work: LinearWork, grads: &mut Grads) {
-        self.out.backward_weight(work, grads);
-    }
-
-    /// dcontext [T, H Dv] and the input again → the input's gradient, [T, D].
-    pub fn backward_heads(&self, w: &Weights, dcontext: Tensor, x: Operand, s: MlaSaved) -> (Tensor, MlaWork) {
+    fn backward_input(&self, w: &Weights, MlaGrad { dy, x }: MlaGrad, s: MlaSaved) -> (Tensor, MlaWork) {
         let (sequences, positions, table) = (s.sequences, &s.positions, &s.positions.table);
+        let context = s.context.unwrap_or_else(|| rounded(w.precision, self.tokens(&s.attention.out().expect("one of the two is kept"))));
+        let out_in = self.out_in(w, context, Want::COLUMNS);
+        let (dcontext, out) = self.out.backward_input(w, dy, out_in);
         let dcontext = dcontext.view([sequences, -1, self.heads, self.value]).transpose(1, 2);
         let (q, query) = match (&self.query, s.query) {
             (Query::Direct(_), QuerySaved::Direct { q }) => (q, None),
@@ -333,10 +306,11 @@ impl Mla {
             }
             _ => unreachable!("a latent was made again above"),
         };
-        (dx_kv + dx_q, MlaWork { query, kv_a, kv_norm, kv_b })
+        (dx_kv + dx_q, MlaWork { query, kv_a, kv_norm, kv_b, out })
     }
 
-    pub fn backward_heads_weight(&self, work: MlaWork, grads: &mut Grads) {
+    fn backward_weight(&self, work: MlaWork, grads: &mut Grads) {
+        self.out.backward_weight(work.out, grads);
         self.kv_b.backward_weight(work.kv_b, grads);
         self.kv_norm.backward_weight(work.kv_norm, grads);
         self.kv_a.backward_weight(work.kv_a, grads);

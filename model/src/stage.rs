@@ -160,9 +160,6 @@ impl Stage {
         let mut ffn_hides_embedding = false;
         if let Some((embedding, first)) = embedding.as_ref().zip(blocks.first()) {
             ffn_hides_embedding = table.spec(embedding.weight).numel() > first.ffn_elements(table);
-            if ffn_hides_embedding && !first.sends() {
-                first.put_off_ffn(table);
-            }
             table.completes_before(embedding.weight, first.last_held(ffn_hides_embedding));
         }
         let last = part.last.then(|| {

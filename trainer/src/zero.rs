@@ -198,17 +198,15 @@ impl Zero {
     }
 
     /// Of `shards`, by index, what is updated and then gathered together, in the order in which a forward reads them; last
-    /// what no other rank holds, under whose update the others' rows travel, but for one that comes first: so the host is ahead
-    /// of a GPU when it begins to post.
+    /// what no other rank holds, under whose update the others' rows travel.
     pub fn turns(&self) -> Vec<Turn> {
         let mut forward: Vec<&Rc<Bucket>> = self.buckets.iter().collect();
         forward.sort_by_key(|bucket| bucket.ids.iter().min().copied());
         let of = |bucket: &Rc<Bucket>| bucket.reduce.owned(bucket.rank).map(|run| self.index(run.shard.id)).collect();
-        let mut first: Vec<usize> = (0..self.shards.len()).filter(|&index| self.routes[self.shards[index].id.0] == Route::Alone).collect();
-        let rest = first.split_off(first.len().min(1));
-        let alone = |shards| Turn { shards, bucket: None };
-        let shared = forward.into_iter().map(|bucket| Turn { shards: of(bucket), bucket: Some(bucket.clone()) });
-        std::iter::once(alone(first)).chain(shared).chain([alone(rest)]).collect()
+        let mut turns: Vec<Turn> = forward.into_iter().map(|bucket| Turn { shards: of(bucket), bucket: Some(bucket.clone()) }).collect();
+        let alone = (0..self.shards.len()).filter(|&index| self.routes[self.shards[index].id.0] == Route::Alone).collect();
+        turns.push(Turn { shards: alone, bucket: None });
+        turns
     }
 
     /// Sends the new values of a turn's rows, which the optimizer has written into `weights`, and announces those of the
