@@ -1,4 +1,4 @@
-//! What a run says of itself: JSONL on every rank; on rank 0 TensorBoard scalars, one line a step, and a bar where
+//! What a run says of itself: JSONL on every rank, whole on rank 0; there also TensorBoard scalars, one line a step, and a bar where
 //! the output is a terminal. None of it can end a run once that has begun.
 mod log;
 mod tensorboard;
@@ -42,6 +42,22 @@ pub struct StepLine {
     /// What a checkpoint held the run up before this step.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub save_stall_ms: Option<f64>,
+}
+
+/// What of it is the rank's own: the rest stands in rank 0's log, and thousands of ranks write for months.
+#[derive(Serialize)]
+struct RankLine {
+    step: u64,
+    step_ms: f64,
+    busy_ms: f64,
+    stage: usize,
+}
+
+impl From<&StepLine> for RankLine {
+    fn from(&StepLine { step, step_ms, busy_ms, stage, .. }: &StepLine) -> RankLine {
+        let to_a_microsecond = |ms: f64| (ms * 1e3).round() / 1e3;
+        RankLine { step, step_ms: to_a_microsecond(step_ms), busy_ms: to_a_microsecond(busy_ms), stage }
+    }
 }
 
 #[derive(Clone, Debug, Serialize)]
@@ -91,8 +107,8 @@ impl Metrics {
     }
 
     pub fn step(&mut self, line: &StepLine) {
+        let Some(front) = &mut self.front else { return write_line(&mut self.jsonl, &RankLine::from(line)) };
         write_line(&mut self.jsonl, line);
-        let Some(front) = &mut self.front else { return };
         let mut scalar = |name: &str, value: f64| front.tensorboard.scalar(&format!("train/{name}"), value, line.step);
         scalar("loss", line.loss);
         if let Some(mtp) = line.mtp_loss {
@@ -219,6 +235,21 @@ mod tests {
         let mut metrics = Metrics::open(run.path(), (0, 1), 0, 9).expect("open");
         metrics.validation(&ValidationLine { step: 2, validation_loss: 1.5 });
         assert!(std::fs::read_to_string(run.path().join("log/rank-0.jsonl")).expect("text").contains("1.5"));
+    }
+
+    #[test]
+    fn ranks_but_the_first_write_what_is_their_own() {
+        let run = tempfile::tempdir().expect("a folder");
+        let line = StepLine {
+            step: 250_000, tokens: 1 << 43, loss: 1.9, mtp_loss: Some(2.0), balance_loss: 1.0, grad_norm: 0.1, lr: 7.3e-6, load_max: 1.1, load_min: 0.9,
+            tokens_per_s: 5e6, step_ms: 12345.678_912_3, busy_ms: 12_000.1, stage: 15, applied: true, order: 3, samples: [1, 2], save_stall_ms: None,
+        };
+        let written = [0, 1].map(|rank| {
+            Metrics::open(run.path(), (rank, 2), 0, 9).expect("open").step(&line);
+            std::fs::read_to_string(run.path().join(format!("log/rank-{rank}.jsonl"))).expect("text")
+        });
+        assert!(written[0].contains("\"loss\":1.9"));
+        assert_eq!(written[1], "{\"step\":250000,\"step_ms\":12345.679,\"busy_ms\":12000.1,\"stage\":15}\n");
     }
 
     #[test]
