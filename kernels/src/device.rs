@@ -31,6 +31,8 @@ pub struct Options {
     pub torch_cuda: Option<PathBuf>,
     pub nvrtc_folder: Option<PathBuf>,
     pub kernel_cache: PathBuf,
+    /// Multiprocessors that kernels which fill the GPU leave to others', NCCL's.
+    pub spared_sms: usize,
 }
 
 /// What `open` found.
@@ -127,7 +129,7 @@ pub fn open(options: &Options) -> Result<Found, DeviceError> {
     if (major, minor) != (9, 0) {
         return Err(DeviceError::Capability(name, major, minor));
     }
-    let num_sms = context.attribute(CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)? as usize;
+    let num_sms = context.attribute(CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)? as usize - options.spared_sms;
     let gpu = Gpu { index, context, jit, name, num_sms, kernels: Mutex::default() };
     Ok(Found::Gpu(GPU.get_or_init(|| gpu)))
 }
@@ -164,6 +166,7 @@ impl Gpu {
     pub fn name(&self) -> &str {
         &self.name
     }
+    /// Multiprocessors that a kernel may fill.
     pub fn num_sms(&self) -> usize {
         self.num_sms
     }

@@ -147,7 +147,7 @@ fn bench(comm: &Comm, elements: i64) {
 /// The same on GPU tensors: with a GPU a rank, or staged through the host with all ranks on GPU 0.
 fn gpu(comm: &Comm, over: &str, expected: &Results) {
     let device: usize = if over == "staged" { 0 } else { comm.rank() };
-    let options = device::Options { local_rank: device, torch_cuda: None, nvrtc_folder: None, kernel_cache: std::env::temp_dir().join("comm_check-kernels") };
+    let options = device::Options { local_rank: device, torch_cuda: None, nvrtc_folder: None, kernel_cache: std::env::temp_dir().join("comm_check-kernels"), spared_sms: 0 };
     let found = device::open(&options).expect("a GPU that is there must be usable");
     assert!(matches!(&found, device::Found::Gpu(gpu) if gpu.device() == Device::Cuda(device)), "no GPU {device}");
     let on = Device::Cuda(device);

@@ -4,10 +4,11 @@
 //!
 //! Legend: pp ranks of a pipe, dp pipes, ep ranks that share out the experts of a stage (ep divides dp).
 
-use crate::comm::{Comm, CommError};
+use crate::comm::{Comm, CommError, TensorSpec};
 use crate::dispatch::ExpertGroup;
 use crate::schedule::{Schedule, ScheduleError};
 use serde::{Deserialize, Serialize};
+use tch::{Device, Kind, Tensor};
 
 /// `[parallel]` of a run's configuration.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -25,6 +26,10 @@ pub struct ParallelConfig {
     /// Layers of each stage, first to last; empty: as even as can be.
     pub layers: Vec<i64>,
     pub transport: Transport,
+    /// Multiprocessors that NCCL's transfers of a group may take at a time and FP8 GEMMs, which run one block on each for as long
+    /// as they last, leave to them (20 in the report, §3.2.2; NCCL rounds up to a power of two); 0: NCCL takes what it likes, and
+    /// a GEMM waits for what is taken. Without effect where nothing goes over NCCL.
+    pub comm_sms: usize,
 }
 
 /// What carries tensors between GPUs.
@@ -43,7 +48,7 @@ pub enum Transport {
 
 impl Default for ParallelConfig {
     fn default() -> Self {
-        ParallelConfig { pp: 1, dp: 0, ep: 1, ranks_per_node: 0, schedule: Schedule::OneFOneB, layers: Vec::new(), transport: Transport::Peer }
+        ParallelConfig { pp: 1, dp: 0, ep: 1, ranks_per_node: 0, schedule: Schedule::OneFOneB, layers: Vec::new(), transport: Transport::Peer, comm_sms: 0 }
     }
 }
 
@@ -59,6 +64,8 @@ pub enum MeshError {
     Experts { dp: usize, ep: usize, world: usize, pp: usize },
     #[error("world size {world} does not divide by ranks_per_node {ranks_per_node}")]
     Nodes { world: usize, ranks_per_node: usize },
+    #[error("parallel.comm_sms is {0}: 0, or a power of two from 2 to 64")]
+    CommSms(usize),
     #[error(transparent)]
     Schedule(#[from] ScheduleError),
 }
@@ -95,6 +102,9 @@ impl ParallelConfig {
             if value == 0 {
                 return Err(MeshError::Zero(name));
             }
+        }
+        if ![0, 2, 4, 8, 16, 32, 64].contains(&self.comm_sms) {
+            return Err(MeshError::CommSms(self.comm_sms));
         }
         let dp = match self.dp {
             0 if !world.is_multiple_of(pp) || world == 0 => return Err(MeshError::Underivable { world, pp }),
@@ -194,11 +204,22 @@ impl Groups {
             world,
         })
     }
+
+    /// A byte each way between neighbours of a pipe. NCCL connects at the first message, and there the host waits for the
+    /// other's: in a step of fewer micro-batches than stages that one may first wait for a message of this host's.
+    pub fn meet(&self, device: Device) -> Result<(), CommError> {
+        let (rank, byte) = (self.pipe.rank(), Tensor::ones([1], (Kind::Uint8, device)));
+        let neighbours = || (0..self.pipe.size()).filter(move |other| other.abs_diff(rank) == 1);
+        let sends = neighbours().map(|other| (other, byte.shallow_clone())).collect();
+        let receives = neighbours().map(|other| (other, TensorSpec { shape: vec![1], kind: Kind::Uint8, device })).collect();
+        self.pipe.exchange(sends, receives)?.wait().map(drop)
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::comm::counted::counted;
     use crate::comm::local::run_local;
     use std::rc::Rc;
     use tch::Tensor;
@@ -221,6 +242,10 @@ mod tests {
         assert_eq!(message(config(2, 3, 2), 6), "dp 3 does not divide by ep 2 (world size 6, pp 2)");
         assert_eq!(message(config(0, 3, 2), 6), "parallel.pp is 0, it must be at least 1");
         assert_eq!(message(ParallelConfig { ranks_per_node: 4, ..config(1, 6, 1) }, 6), "world size 6 does not divide by ranks_per_node 4");
+        for comm_sms in [1, 20, 128] {
+            let told = format!("parallel.comm_sms is {comm_sms}: 0, or a power of two from 2 to 64");
+            assert_eq!(message(ParallelConfig { comm_sms, ..config(1, 6, 1) }, 6), told);
+        }
         let dual = ParallelConfig { schedule: Schedule::DualPipe, ..config(3, 1, 1) };
         assert_eq!(
             message(dual, 3),
@@ -262,6 +287,18 @@ mod tests {
             assert_eq!(of(&groups.expert.all), [pair, pair + 1]);
             assert_eq!(of(&groups.expert_data), [stage + rank % 2, stage + rank % 2 + 2]);
             assert_eq!(mesh.expert_nodes(world.rank()), [pair as usize / 2; 2]);
+        });
+    }
+
+    #[test]
+    fn neighbours_of_a_pipe_meet() {
+        let mesh = config(3, 2, 1).validate(&[0; 6]).unwrap();
+        run_local(6, |world| {
+            let (world, sent) = counted(world, &[0; 6]);
+            let groups = Groups::new(world, &mesh, false).unwrap();
+            let before = sent.inside_bytes();
+            groups.meet(Device::Cpu).unwrap();
+            assert_eq!(sent.inside_bytes() - before, [1, 2, 1][groups.pipe.rank()]);
         });
     }
 

@@ -18,7 +18,7 @@ fn train(run: &Run, stop_after: u64, expected: i32) {
 #[test]
 fn without_a_gpu_the_run_says_what_it_looked_for() {
     if !matches!(
-        device::open(&Options { local_rank: 0, torch_cuda: None, nvrtc_folder: None, kernel_cache: scratch().join("runs/.kernels") }),
+        device::open(&Options { local_rank: 0, torch_cuda: None, nvrtc_folder: None, kernel_cache: scratch().join("runs/.kernels"), spared_sms: 0 }),
         Ok(Found::Cpu(_))
     ) {
         return println!("SKIPPED without_a_gpu_the_run_says_what_it_looked_for: there is a GPU");

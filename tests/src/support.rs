@@ -223,7 +223,7 @@ pub const WIDE: [&str; 8] = [
 
 /// None: no GPU here, and the test has said so.
 pub fn gpu(test: &str) -> Option<()> {
-    let options = Options { local_rank: 0, torch_cuda: None, nvrtc_folder: None, kernel_cache: scratch().join("runs/.kernels") };
+    let options = Options { local_rank: 0, torch_cuda: None, nvrtc_folder: None, kernel_cache: scratch().join("runs/.kernels"), spared_sms: 0 };
     match device::open(&options).expect("a GPU that is there must be usable") {
         Found::Gpu(_) => Some(()),
         Found::Cpu(why) => {

@@ -3,11 +3,12 @@
 use model::{ParamId, Weights};
 use tch::Tensor;
 
-/// `counts` [MoE layers, E] i64, summed over micro-batches and ranks, in the order of `biases`.
+/// `counts` [MoE layers, E] i64, wherever, summed over micro-batches and ranks, in the order of `biases`.
 pub fn update(weights: &mut Weights, biases: &[Option<ParamId>], counts: &Tensor, speed: f64) {
     if speed == 0.0 {
         return;
     }
+    let counts = counts.to_device(weights.device());
     for (layer, bias) in biases.iter().enumerate() {
         let Some(bias) = *bias else { continue };
         let counts = counts.select(0, layer as i64);

@@ -18,7 +18,13 @@ pub fn open(config: &RunConfig, world: &dyn Communicator) -> Result<Device> {
     let here: Vec<usize> = (0..world.size()).filter(|&rank| nodes[rank] == nodes[world.rank()]).collect();
     let shown_alike = here.iter().all(|&rank| first[rank] == first[world.rank()]);
     let local_rank = if shown_alike { here.iter().filter(|&&rank| rank < world.rank()).count() } else { 0 };
-    let options = Options { local_rank, torch_cuda: None, nvrtc_folder: None, kernel_cache: kernel_cache(&config.run.dir) };
+    let nccl_carries = world.size() > 1 && match config.parallel.transport {
+        Transport::Peer => nodes.iter().any(|&host| host != nodes[0]),
+        Transport::Nccl => true,
+        Transport::Staged => false,
+    };
+    let spared_sms = if nccl_carries { config.parallel.comm_sms } else { 0 };
+    let options = Options { local_rank, torch_cuda: None, nvrtc_folder: None, kernel_cache: kernel_cache(&config.run.dir), spared_sms };
     all_or_none(world, open_here(&options))
 }
 
@@ -51,7 +57,8 @@ pub fn connect(config: &RunConfig, mesh: &Mesh, world: Comm) -> Result<Comm> {
     }
     // A host may stand for several nodes, but no node's ranks reach each other's memory from host to host.
     let node = host * world.size() + mesh.nodes[world.rank()];
-    let options = nccl::Options { device, node, peers: transport == Transport::Peer, ..Default::default() };
+    let max_ctas = (config.parallel.comm_sms > 0).then_some(config.parallel.comm_sms as i32);
+    let options = nccl::Options { device, node, peers: transport == Transport::Peer, max_ctas, rank: world.rank(), ..Default::default() };
     Ok(nccl::connect(world, &options)?)
 }
 

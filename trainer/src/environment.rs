@@ -1,9 +1,17 @@
 //! The one place that reads the environment.
 use std::env;
 
-/// Started by mpirun or srun, which name a rank; otherwise the process is a world of its own.
+/// What mpirun or srun name a rank by.
+const RANK: [&str; 3] = ["OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK"];
+
+/// Started by one of them; otherwise the process is a world of its own.
 pub fn launched_by_mpi() -> bool {
-    ["OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK"].iter().any(|name| env::var_os(name).is_some())
+    RANK.iter().any(|name| env::var_os(name).is_some())
+}
+
+/// Rank 0, before MPI is asked.
+pub fn is_first_rank() -> bool {
+    RANK.iter().find_map(|name| env::var(name).ok()).is_none_or(|rank| rank == "0")
 }
 
 /// Ranks of this world on this machine.
@@ -22,9 +30,9 @@ fn tasks_of(list: &str, node: usize) -> Option<usize> {
     nodes.into_iter().nth(node).flatten()
 }
 
-/// The user has said how many hardware queues CUDA is to take.
-pub fn names_queues() -> bool {
-    env::var_os(kernels::device::QUEUES).is_some()
+/// How many hardware queues CUDA is to take, where the environment says so.
+pub fn queues() -> Option<String> {
+    env::var_os(kernels::device::QUEUES).map(|value| value.to_string_lossy().into_owned())
 }
 
 #[cfg(test)]

@@ -141,12 +141,15 @@ enum Dtype {
 }
 
 fn main() -> ExitCode {
-    if !environment::names_queues() {
-        kernels::device::many_queues();
-    }
+    // Job scripts of other systems ask for one.
+    let fewer_queues = environment::queues().filter(|value| value != "32");
+    kernels::device::many_queues();
     let colours = std::io::stderr().is_terminal();
     tracing_subscriber::fmt().with_writer(std::io::stderr).with_target(false).with_ansi(colours).init();
     let cli = Cli::parse();
+    if let Some(value) = fewer_queues.filter(|_| matches!(cli.command, Command::Train { .. } | Command::Resume { .. }) && environment::is_first_rank()) {
+        tracing::warn!("{} is {value} in the environment: set to 32, as a stream that waits for a peer must not stand before another's work", kernels::device::QUEUES);
+    }
     match run(cli.command) {
         Ok(code) => code,
         Err(error) => {

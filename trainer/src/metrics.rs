@@ -242,7 +242,7 @@ mod tests {
         let run = tempfile::tempdir().expect("a folder");
         let line = StepLine {
             step: 250_000, tokens: 1 << 43, loss: 1.9, mtp_loss: Some(2.0), balance_loss: 1.0, grad_norm: 0.1, lr: 7.3e-6, load_max: 1.1, load_min: 0.9,
-            tokens_per_s: 5e6, step_ms: 12345.678_912_3, busy_ms: 12_000.1, stage: 15, applied: true, order: 3, samples: [1, 2], save_stall_ms: None,
+            tokens_per_s: 5e6, step_ms: 12345.6789123, busy_ms: 12000.1, stage: 15, applied: true, order: 3, samples: [1, 2], save_stall_ms: None,
         };
         let written = [0, 1].map(|rank| {
             Metrics::open(run.path(), (rank, 2), 0, 9).expect("open").step(&line);

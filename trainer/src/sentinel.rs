@@ -10,6 +10,7 @@ use model::params::Role;
 use model::{ModelConfig, ParamTable, Recompute, Stage, Weights};
 use parallel::comm::{CommError, Communicator, Reduce};
 use serde::{Deserialize, Serialize};
+use tch::Device;
 use std::fmt;
 use std::rc::Rc;
 
@@ -111,7 +112,7 @@ impl Sentinel {
         let returned = self.state.fallen_back.iter().find(|(_, back)| *back == number).map(|(name, _)| name.clone());
         self.state.fallen_back.retain(|(_, back)| *back > number);
         let Some(name) = self.target.take() else { return Ok(Seen { looked_at: None, returned }) };
-        let errors = world.all_reduce(vec![weights.sentinel.errors(weights.device())], Reduce::Max)?.wait()?;
+        let errors = world.all_reduce(vec![weights.sentinel.errors(weights.device()).to_device(Device::Cpu)], Reduce::Max)?.wait()?;
         let errors: [f64; 3] = Vec::try_from(&errors[0]).expect("f64 errors").try_into().expect("three");
         let limit = self.config.limit;
         let back_in = errors.iter().any(|&error| error > limit).then_some(number + 1 + self.config.fallback_steps);

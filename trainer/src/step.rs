@@ -99,7 +99,7 @@ pub struct Totals {
     pub corrupt: f64,
     /// ‖g‖ over all parameters: every element has one owner in the world.
     pub grad_norm: f64,
-    /// Expert counts of this rank's layers over all that hold them, and their extremes.
+    /// Expert counts of this rank's layers over all that hold them, on the host, and their extremes.
     pub counts: Tensor,
     pub load: (f64, f64),
     /// Of this rank's shards over all that hold them.
@@ -118,6 +118,9 @@ impl Trainer {
         let device = device::open(config, &*world)?;
         let parts = parts(&config.model, mesh.pp, &config.parallel.layers)?;
         let mut groups = Groups::new(world, mesh, config.model.num_nextn_predict_layers == 1)?;
+        if device.is_cuda() {
+            groups.meet(device)?;
+        }
         if config.run.precision == Precision::Fp8 {
             groups.expert = groups.expert.with_wire(Wire::Fp8);
         }
@@ -265,12 +268,14 @@ impl Trainer {
         }
         let stop = Tensor::from_slice(&[stop as i64 as f64]).to_device(losses.device());
         let mine = Tensor::cat(&[&losses, &stop, &self.inspect()?, &squares.view(1).to_device(losses.device())], 0);
-        let counts = self.groups.data.all_reduce(vec![counts], Reduce::Sum)?;
-        let sums = self.groups.world.all_reduce(vec![mine], Reduce::Sum)?.wait()?;
+        // A few numbers, which the host waits for: over MPI, where thousands of ranks tell each other in a dozen rounds.
+        let on_host = |small: Tensor| vec![small.to_device(Device::Cpu)];
+        let counts = self.groups.data.all_reduce(on_host(counts), Reduce::Sum)?;
+        let sums = self.groups.world.all_reduce(on_host(mine), Reduce::Sum)?.wait()?;
         let mut losses = Vec::<f64>::try_from(&sums[0]).expect("f64 sums");
         let [stop, corrupt, squares] = losses.split_off(3)[..] else { unreachable!("six sums") };
         let counts = counts.wait()?.pop().expect("one went in");
-        let load = balance::extremes(&counts.to_device(Device::Cpu));
+        let load = balance::extremes(&counts);
         Ok(Totals { losses, stop, corrupt, grad_norm: squares.sqrt(), counts, load, gradients })
     }
 

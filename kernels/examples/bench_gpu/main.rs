@@ -191,7 +191,7 @@ fn show_candidates(plans: &[Option<Plan>], speeds: &[f64], rival: f64) {
 
 fn main() {
     let kernel_cache = std::env::temp_dir().join("tiefsee-bench-kernels");
-    let options = device::Options { local_rank: 0, torch_cuda: None, nvrtc_folder: None, kernel_cache };
+    let options = device::Options { local_rank: 0, torch_cuda: None, nvrtc_folder: None, kernel_cache, spared_sms: 0 };
     let gpu = match device::open(&options).expect("a GPU that is there must be usable") {
         Found::Gpu(gpu) => gpu,
         Found::Cpu(why) => return println!("skipped: {why}"),

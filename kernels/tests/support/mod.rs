@@ -4,7 +4,7 @@ use tch::{Device, Kind, Tensor};
 
 pub fn gpu(test: &str) -> Option<&'static Gpu> {
     let kernel_cache = std::env::temp_dir().join("tiefsee-test-kernels");
-    let options = Options { local_rank: 0, torch_cuda: None, nvrtc_folder: None, kernel_cache };
+    let options = Options { local_rank: 0, torch_cuda: None, nvrtc_folder: None, kernel_cache, spared_sms: 0 };
     match device::open(&options).expect("a GPU that is there must be usable") {
         Found::Gpu(gpu) => Some(gpu),
         Found::Cpu(why) => {

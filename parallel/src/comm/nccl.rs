@@ -24,6 +24,9 @@ use std::ffi::{c_char, c_int, c_void};
 use std::path::PathBuf;
 use std::rc::Rc;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 use tch::{Device, Tensor};
 
 /// How the GPU group is made.
@@ -37,6 +40,8 @@ pub struct Options {
     pub peers: bool,
     /// How they do; absent: as suits the number of ranks.
     pub slots: Option<Slots>,
+    /// In the world, for what is said of a link that fails.
+    pub rank: usize,
     /// libnccl.so.2 by its path; absent: as the loader finds it (it is there once libtorch_cuda is loaded).
     pub library: Option<PathBuf>,
     /// Most thread blocks NCCL may occupy at a time on this axis; absent: NCCL's own choice. Axes whose transfers
@@ -82,6 +87,49 @@ struct Nccl {
     raw: sys::ncclComm_t,
     stream: Arc<CudaStream>,
     library: Rc<Library>,
+    watch: Option<Watch>,
+}
+
+/// What a communicator's last transfers may take when nobody waits for them any more.
+const DRY: Duration = Duration::from_secs(10);
+
+/// Ends the process when NCCL finds an error: its kernels wait on for a link that has failed, and so does whoever waits for
+/// their stream. Dropped before the communicator is.
+struct Watch {
+    over: Arc<AtomicBool>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Watch {
+    const EVERY: Duration = Duration::from_secs(1);
+
+    fn start(raw: sys::ncclComm_t, library: &Library, rank: usize) -> Watch {
+        let (over, raw, async_error) = (Arc::new(AtomicBool::new(false)), raw as usize, library.async_error);
+        let seen = over.clone();
+        let look = move || {
+            while !seen.load(Ordering::Acquire) {
+                let mut code = SUCCESS;
+                // SAFETY: a communicator that lives as long as this watch, and a place for one code; NCCL takes this call from any thread.
+                let asked = unsafe { async_error(raw as sys::ncclComm_t, &mut code) };
+                if let Some(code) = [asked, code].into_iter().find(|&code| code != SUCCESS && code != IN_PROGRESS) {
+                    eprintln!("error (told by rank {rank}): NCCL error {code} of a transfer under way");
+                    // SAFETY: no arguments. Handlers at exit could wait for the GPU.
+                    unsafe { libc::_exit(1) };
+                }
+                std::thread::park_timeout(Self::EVERY);
+            }
+        };
+        Watch { over, thread: Some(std::thread::spawn(look)) }
+    }
+}
+
+impl Drop for Watch {
+    fn drop(&mut self) {
+        self.over.store(true, Ordering::Release);
+        let Some(thread) = self.thread.take() else { return };
+        thread.thread().unpark();
+        let _ = thread.join();
+    }
 }
 
 /// A point in all streams of an axis.
@@ -123,7 +171,7 @@ impl Axis {
     fn open_nccl(&self) -> Result<Nccl, CommError> {
         const OP: &str = "connect";
         let failed = |e| driver_error(&*self.control, OP, e);
-        let mut nccl = Nccl { raw: std::ptr::null_mut(), stream: self.context.new_stream().map_err(failed)?, library: self.library.clone() };
+        let mut nccl = Nccl { raw: std::ptr::null_mut(), stream: self.context.new_stream().map_err(failed)?, library: self.library.clone(), watch: None };
         // Rank 0 makes the id, MPI carries it.
         let mut id = sys::ncclUniqueId { internal: [0; 128] };
         if self.control.rank() == 0 {
@@ -140,6 +188,7 @@ impl Axis {
         // SAFETY: the id is rank 0's on every rank, the config is whole, this rank's GPU is current.
         let code = unsafe { (self.library.init)(&mut nccl.raw, size, id, rank, &mut config) };
         self.check(OP, code)?;
+        nccl.watch = Some(Watch::start(nccl.raw, &self.library, self.options.rank));
         Ok(nccl)
     }
 
@@ -305,6 +354,17 @@ impl Axis {
 }
 
 impl Nccl {
+    /// Not where a link or a peer has failed: the kernels then wait for ever.
+    fn runs_dry(&self) -> bool {
+        let (begun, mark) = (Instant::now(), self.stream.record_event(None));
+        mark.is_ok_and(|mark| {
+            while !mark.is_complete() && begun.elapsed() < DRY {
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            mark.is_complete()
+        })
+    }
+
     fn raw_stream(&self) -> sys::cudaStream_t {
         self.stream.cu_stream().cast()
     }
@@ -315,10 +375,11 @@ impl Drop for Nccl {
         if self.raw.is_null() {
             return;
         }
-        // SAFETY: the communicator is ours and not used again. A panicking rank's peers may never come, so it
-        // aborts; else the stream is run dry first, since destroying does not wait for it.
+        self.watch = None;
+        // SAFETY: the communicator is ours and not used again. Peers of a rank that panics, or ends with transfers under way,
+        // may never come, so it aborts; else the stream is run dry first, since destroying does not wait for it.
         unsafe {
-            if std::thread::panicking() || self.stream.synchronize().is_err() {
+            if std::thread::panicking() || !self.runs_dry() {
                 (self.library.abort)(self.raw);
             } else {
                 (self.library.finalize)(self.raw);

@@ -8,7 +8,7 @@ use model::{GradSink, Grads, MicroBatch, ParamId, StepContext};
 use parallel::comm::{CommError, Reduce, gather_bytes};
 use parallel::schedule::run::run as run_schedule;
 use parallel::schedule::{Action, Chunk, Schedule};
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
 impl Trainer {
     /// Weights, masters and moments are as they should be: from here on they are held against their checksums. Collective.
@@ -39,7 +39,7 @@ impl Trainer {
 
     /// Is everything in memory as it was left? Collective.
     pub fn verify(&mut self) -> Result<Vec<Finding>, CommError> {
-        let mine = self.inspect()?.to_kind(Kind::Double);
+        let mine = self.inspect()?.to_kind(Kind::Double).to_device(Device::Cpu);
         let all = self.groups.world.all_reduce(vec![mine], Reduce::Sum)?.wait()?;
         if all[0].double_value(&[0]) > 0.0 { self.findings() } else { Ok(Vec::new()) }
     }
