@@ -228,6 +228,33 @@ fn phases_to_come_may_change_and_those_begun_may_not() {
 }
 
 #[test]
+fn a_corpus_is_the_same_however_its_path_is_spelled() {
+    let (folder, name) = (corpus().parent().expect("a folder"), corpus().file_name().expect("a name"));
+    let spelled = format!("phase.1.mixture={}", mixture(&[(&folder.join(".").join(name), 1.0)]));
+    let (one, two) = (Run::new("spelled-once", &[]), Run::new("spelled-twice", &[&spelled]));
+    over_threads(&one, 1, Start::Fresh, Some(22));
+    over_threads(&two, 1, Start::Fresh, Some(21));
+    over_threads(&two, 1, Start::Resume, Some(22));
+    two.assert_same(&one, 0.0);
+}
+
+#[test]
+fn a_phase_that_is_over_may_not_become_another_and_its_shards_may_be_gone() {
+    let first = corpus_of("launch", "over", "0.2");
+    let later = format!("phase.1.mixture={}", mixture(&[(corpus(), 1.0)]));
+    let run = Run::new("over-run", &[&format!("data.mixture.0.path={}", first.display()), &later, "validation.every=0"]);
+    over_threads(&run, 1, Start::Fresh, Some(10));
+    let mut changed = run.config();
+    changed.phase[0].tokens /= 8;
+    let error = resume_error(&changed);
+    assert!(error.contains("it has read 40 samples of sample order 0") && error.contains("one that is over was changed"), "{error}");
+    over_threads(&run, 1, Start::Resume, Some(22));
+    std::fs::remove_file(first.join("train-00000.parquet")).expect("a shard");
+    over_threads(&run, 1, Start::Resume, Some(24));
+    assert_eq!(run.lines().len(), 24);
+}
+
+#[test]
 fn validation_reads_what_the_mixture_weighs() {
     let (other, without) = (corpus_of("launch", "weighed", "0.2"), corpus_of("parallel", "without", "0.0"));
     let validated = |name: &str, sources: &[(&Path, f64)]| {

@@ -191,9 +191,19 @@ impl RunConfig {
         for text in overrides {
             set(&mut value, text)?;
         }
-        let config: RunConfig = parse(value, path)?;
+        let mut config: RunConfig = parse(value, path)?;
+        config.name_corpora_wholly()?;
         config.validate().with_context(|| path.display().to_string())?;
         Ok(config)
+    }
+
+    /// A source is the same however its path is spelled: phases are compared by them, and a resume may be given elsewhere.
+    fn name_corpora_wholly(&mut self) -> Result<()> {
+        let mixtures = std::iter::once(&mut self.data.mixture).chain(self.phase.iter_mut().filter_map(|phase| phase.mixture.as_mut()));
+        for source in mixtures.flatten().filter(|source| !data::is_url(&source.path)) {
+            source.path = std::path::absolute(&source.path).with_context(|| format!("data.mixture: path = {:?}", source.path))?;
+        }
+        Ok(())
     }
 
     /// What needs no world to be checked.

@@ -142,6 +142,12 @@ impl Guard {
         Verdict::Apply
     }
 
+    /// Samples of another kind follow, whose loss is no spike of those before.
+    pub fn forget(&mut self) {
+        self.state.losses.clear();
+        self.state.norms.clear();
+    }
+
     /// Too many steps in a row were skipped.
     pub fn gives_up(&self) -> bool {
         self.state.in_a_row >= self.config.max_skipped
@@ -164,6 +170,15 @@ mod tests {
 
     fn guard(window: usize) -> Guard {
         Guard::new(GuardSection { window, loss_spike: 2.0, norm_spike: 10.0, gradient_limit: 2.0, max_skipped: 2 })
+    }
+
+    #[test]
+    fn samples_of_another_kind_are_no_spike() {
+        let mut guard = guard(4);
+        (0..4).for_each(|_| assert_eq!(guard.judge(0.4, 1.0, None), Verdict::Apply));
+        assert!(matches!(guard.judge(4.0, 1.0, None), Verdict::Skip(Reason::Spike { .. })));
+        guard.forget();
+        assert_eq!(guard.judge(4.0, 20.0, None), Verdict::Apply);
     }
 
     #[test]

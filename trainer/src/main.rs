@@ -177,7 +177,11 @@ fn run(command: Command) -> Result<ExitCode> {
 }
 
 fn load_resolved(run_dir: &Path, stop_after: Option<u64>) -> Result<RunConfig> {
-    let mut config = RunConfig::load(&resolved(run_dir), &[]).with_context(|| format!("{} is not a run directory", run_dir.display()))?;
+    let path = resolved(run_dir);
+    let mut config = RunConfig::load(&path, &[]).with_context(|| match path.exists() {
+        true => format!("the config of {}", run_dir.display()),
+        false => format!("{} is not a run directory", run_dir.display()),
+    })?;
     // A run directory may have been moved since.
     config.run.dir = std::path::absolute(run_dir)?;
     config.run.stop_after = stop_after;

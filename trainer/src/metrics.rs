@@ -98,7 +98,8 @@ impl Metrics {
         }
         let jsonl = Log::open(&path)?;
         let front = |run_dir: &Path| {
-            let bar = if std::io::stderr().is_terminal() { ProgressBar::new(total_steps) } else { ProgressBar::hidden() };
+            // Lines above a bar go where it is: what goes to a file or a pipe is to have them.
+            let bar = if std::io::stderr().is_terminal() && std::io::stdout().is_terminal() { ProgressBar::new(total_steps) } else { ProgressBar::hidden() };
             bar.set_style(ProgressStyle::with_template("{wide_bar} {pos}/{len} [{elapsed} < {eta}]").expect("a valid template"));
             bar.set_position(done_steps);
             Front { tensorboard: Events::create(&run_dir.join("tensorboard"), &host(), done_steps), bar, total_steps }

@@ -139,6 +139,13 @@ impl Ramp {
             }
         }
     }
+    /// No value is above this.
+    pub fn most(&self) -> u64 {
+        match self {
+            Ramp::Constant(value) => *value,
+            Ramp::Line(line) => line.from.max(line.to).max(line.multiple),
+        }
+    }
     /// Every value divides by this.
     fn unit(&self) -> u64 {
         match self {

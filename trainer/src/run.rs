@@ -92,11 +92,14 @@ pub fn train(config: &RunConfig, world: Comm, start: Start, stop: &StopSignal) -
     let plan = Plan::new(&config.phase, &config.data.mixture);
     let free = if world.rank() == 0 && start == Start::Fresh { check_free(&config.run.dir) } else { Ok(()) };
     all_or_none(&*world, free)?;
-    let corpus = Corpus::open(config, &plan, world.rank() == 0).with_context(|| match start {
+    let corpus = Corpus::open(config, &plan).with_context(|| match start {
         Start::Fresh => "the run's corpora".into(),
         Start::Resume => format!("the corpora that {} names", resolved(&config.run.dir).display()),
     });
-    let corpus = all_or_none(&*world, corpus)?;
+    let mut corpus = all_or_none(&*world, corpus)?;
+    if start == Start::Fresh {
+        corpus.look_for_files(&*world, 0)?; // a resume knows later what is still to be read
+    }
     all_or_none(&*world, check_validation(config, &corpus, &layout))?;
     let facts = [("binary", binary()?), ("config", config.to_toml()?), ("corpus", corpus.fingerprint())];
     agree(&*world, &facts)?;
@@ -109,6 +112,9 @@ pub fn train(config: &RunConfig, world: Comm, start: Start, stop: &StopSignal) -
     let tier = (second.every > 0).then(|| SecondTier::new(second, &config.run.dir, &layout.nodes, &*world)).transpose()?;
     let Restored { state, newest: last_checkpoint, damaged, notes } = restore((config, start, tier.as_ref()), &world, &mut trainer, &corpus)?;
     let schedules = all_or_none(&*world, prove_schedules(config, &layout, state.tokens))?;
+    if start == Start::Resume {
+        corpus.look_for_files(&*world, state.cursor.order)?;
+    }
     tier.iter().for_each(SecondTier::clear); // the run goes on from a checkpoint, or begins again
     // Only now, with everything checked, is anything written.
     let ready = match start {
@@ -163,6 +169,7 @@ impl Run<'_> {
             }
             if self.state.cursor.order != moment.order {
                 self.state.cursor = Cursor { order: moment.order, next: 0 };
+                self.trainer.guard.forget();
             }
             self.trainer.number = self.state.step + 1;
             self.trainer.faults.before_step(self.trainer.number, &*self.world)?;

@@ -87,6 +87,9 @@ impl Store {
             Location::Remote { store, prefix } => Ok(Store::new(store, prefix, shown, retry)),
             Location::Local(path) => {
                 let folder = path.canonicalize().map_err(DataError::io(location, "open"))?;
+                if !folder.is_dir() {
+                    return Err(DataError::BadInput { path: shown, reason: "is no folder: a corpus is the one that holds manifest.json".into() });
+                }
                 let inner = LocalFileSystem::new_with_prefix(&folder)
                     .map_err(|e| DataError::BadInput { path: shown.clone(), reason: e.to_string() })?;
                 Ok(Store::new(Arc::new(inner), StorePath::default(), shown, retry))

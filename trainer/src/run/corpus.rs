@@ -1,9 +1,11 @@
 //! The samples of a run: where its phases' orders and its held-out split are read from.
 use super::streams::Streams;
 use crate::config::RunConfig;
+use crate::coordinator::all_or_none;
 use crate::phase::Plan;
 use anyhow::{Context, Result, bail, ensure};
 use data::{Listings, Loader, LoaderOptions, OrderSpec, Retry, Source, Split};
+use parallel::comm::Communicator;
 use std::collections::BTreeMap;
 use std::time::Duration;
 
@@ -17,8 +19,7 @@ pub(super) struct Corpus {
 }
 
 impl Corpus {
-    /// `files`: every shard is looked for; for one rank to do.
-    pub fn open(config: &RunConfig, plan: &Plan, files: bool) -> Result<Self> {
+    pub fn open(config: &RunConfig, plan: &Plan) -> Result<Self> {
         let (mut streams, mut orders) = (Streams::default(), BTreeMap::new());
         for order in plan.orders() {
             let length = order.phase.sequence_length;
@@ -35,13 +36,20 @@ impl Corpus {
         let unigram_entropy = held_out.as_ref().unwrap_or(&orders[&0]).unigram_entropy();
         let mut notes = streams.notes();
         notes.extend(held_out.iter().flat_map(|loader| validation_notes(config, loader)));
-        if files {
-            let mut listings = Listings::default();
-            for loader in orders.values().chain(&held_out) {
-                notes.extend(loader.check_files(&mut listings)?);
-            }
-        }
         Ok(Corpus { orders, held_out, unigram_entropy, notes })
+    }
+
+    /// Every shard that is still to be read is looked for, from this order on: one that is over may be gone but for its
+    /// manifest and index. Collective; one rank looks.
+    pub fn look_for_files(&mut self, world: &dyn Communicator, from: u64) -> Result<()> {
+        let look = || {
+            let mut listings = Listings::default();
+            let loaders = self.orders.range(from..).map(|(_, loader)| loader).chain(&self.held_out);
+            Ok(loaders.map(|loader| loader.check_files(&mut listings)).collect::<Result<Vec<_>, _>>()?.concat())
+        };
+        let notes = all_or_none(world, if world.rank() == 0 { look() } else { Ok(Vec::new()) })?;
+        self.notes.extend(notes);
+        Ok(())
     }
 
     pub fn loader(&self, order: u64) -> &Loader {

@@ -3,7 +3,7 @@ use super::corpus::Corpus;
 use super::save::Waiting;
 use super::{Run, Start, State};
 use crate::checkpoint::second_tier::{SecondTier, copies};
-use crate::checkpoint::{self, Found, Manifest};
+use crate::checkpoint::{self, Cursor, Found, Manifest};
 use crate::config::RunConfig;
 use crate::coordinator::{all_or_none, gather_layout};
 use crate::device;
@@ -11,7 +11,6 @@ use crate::estimate::{Need, needs};
 use crate::phase::Plan;
 use crate::step::Trainer;
 use anyhow::{Context, Result, anyhow, ensure};
-use data::Source;
 use parallel::comm::Comm;
 use parallel::mesh::Mesh;
 use std::collections::BTreeMap;
@@ -43,12 +42,6 @@ pub(super) fn prepare_dir(config: &RunConfig) -> Result<()> {
     let mut kept = config.clone();
     kept.run.stop_after = None;
     kept.run.dir = std::path::absolute(dir)?;
-    let local = |source: &&mut Source| !data::is_url(&source.path);
-    let absolute = |sources: &mut Vec<Source>| {
-        sources.iter_mut().filter(local).try_for_each(|source| std::path::absolute(&source.path).map(|path| source.path = path))
-    };
-    absolute(&mut kept.data.mixture)?;
-    kept.phase.iter_mut().filter_map(|phase| phase.mixture.as_mut()).try_for_each(absolute)?;
     kept.run.init_from = kept.run.init_from.map(std::path::absolute).transpose()?;
     kept.checkpoint.second_tier.dir = std::path::absolute(kept.checkpoint.second_tier.dir)?;
     let resolved = resolved(dir);
@@ -144,12 +137,22 @@ pub(super) fn restore((config, start, tier): Begin, world: &Comm, trainer: &mut 
     Ok(Restored { state, newest: Some((manifest.step, path)), damaged, notes })
 }
 
-/// A phase that is over may not become longer: its samples would be read from the first on again.
+/// A phase that is over may not become longer or shorter: samples would be read from the first on again, as would those of an
+/// order that phases before it no longer have.
 fn check_order(config: &RunConfig, manifest: &Manifest) -> Result<()> {
     let (plan, reached) = (Plan::new(&config.phase, &config.data.mixture), manifest.cursor.order);
     if let Some(moment) = plan.at(manifest.tokens) {
         let (order, tokens) = (moment.order, manifest.tokens);
         ensure!(order >= reached, "it has reached sample order {reached}, and after its {tokens} tokens the phases are still in order {order}: one that is over was made longer");
+        let Cursor { next, .. } = manifest.cursor;
+        let planned = plan.orders().iter().find(|planned| planned.number == reached).map_or(0, |planned| planned.samples);
+        // Its last step, and that of the order before it, goes beyond the end, as far as a batch that may have been another.
+        let batch = config.phase.iter().map(|phase| phase.batch.most()).max().unwrap_or(0);
+        ensure!(
+            order == reached || planned.abs_diff(next) < 2 * batch,
+            "it has read {next} samples of sample order {reached}, of which the phases read {planned} now before they come to order {order}: \
+             one that is over was changed in its tokens, its sequence length or its mixture, and samples would be read twice or left out"
+        );
     }
     Ok(())
 }
