@@ -229,12 +229,14 @@ fn phases_to_come_may_change_and_those_begun_may_not() {
 
 #[test]
 fn a_corpus_is_the_same_however_its_path_is_spelled() {
-    let (folder, name) = (corpus().parent().expect("a folder"), corpus().file_name().expect("a name"));
-    let spelled = format!("phase.1.mixture={}", mixture(&[(&folder.join(".").join(name), 1.0)]));
-    let (one, two) = (Run::new("spelled-once", &[]), Run::new("spelled-twice", &[&spelled]));
+    let (folder, name) = (corpus().parent().expect("a folder"), corpus().file_name().expect("a name").display().to_string());
+    let one_order = "phase.1.sequence_length=32";
+    let set = [format!("data.mixture.0.path={name}"), format!("phase.1.mixture=[{{path=\"./{name}\",weight=1.0}}]"), one_order.into()];
+    let (one, two) = (Run::new("spelled-once", &[one_order]), Run::new("spelled-twice", &set.each_ref().map(String::as_str)));
     over_threads(&one, 1, Start::Fresh, Some(22));
-    over_threads(&two, 1, Start::Fresh, Some(21));
-    over_threads(&two, 1, Start::Resume, Some(22));
+    let end = |args: &[String]| tiefsee(args).current_dir(folder).output().expect("tiefsee starts").status.code();
+    assert_eq!(end(&[two.train_args(), vec!["--set".into(), "run.stop_after=21".into()]].concat()), Some(75));
+    assert_eq!(end(&["resume".into(), two.dir().display().to_string(), "--stop-after".into(), "22".into()]), Some(75));
     two.assert_same(&one, 0.0);
 }
 
