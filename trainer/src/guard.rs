@@ -8,7 +8,8 @@ use std::fmt;
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct GuardSection {
-    /// Applied steps whose median is the measure; nothing is called a spike before there are as many.
+    /// Applied steps whose median is the measure; nothing is called a spike before there are as many. They are counted anew where
+    /// a phase reads another mixture or another length.
     pub window: usize,
     /// A spike is a loss above so many medians; 0: none is.
     pub loss_spike: f64,

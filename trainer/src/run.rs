@@ -168,6 +168,7 @@ impl Run<'_> {
                 return Ok(false);
             }
             if self.state.cursor.order != moment.order {
+                self.corpus.loader(self.state.cursor.order).forget();
                 self.state.cursor = Cursor { order: moment.order, next: 0 };
                 self.trainer.guard.forget();
             }

@@ -129,6 +129,11 @@ impl Cache {
         cell
     }
 
+    /// Keeps nothing of what was read so far.
+    pub fn empty(&self) {
+        *self.kept.lock().expect("no holder of this lock panics") = Kept::default();
+    }
+
     fn forget(&self, key: Key) {
         self.kept.lock().expect("no holder of this lock panics").remove(key);
     }

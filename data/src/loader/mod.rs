@@ -248,6 +248,11 @@ impl Loader {
         });
     }
 
+    /// Keeps nothing in memory of what was read so far: of an order that is over.
+    pub fn forget(&self) {
+        self.cache.empty();
+    }
+
     /// The samples at `indices`, in that order.
     pub fn read(&self, indices: &[u64]) -> Result<Vec<Sample>, DataError> {
         let samples = indices.iter().map(|index| self.read_one(*index));

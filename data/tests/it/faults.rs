@@ -131,3 +131,16 @@ fn a_shard_that_chance_left_without_a_document_is_not_missed() {
     }
     assert!(met > 0, "no corpus had such a shard");
 }
+
+#[test]
+fn what_was_read_is_kept_until_it_is_forgotten() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = corpus::prepared(folder.path(), 7, 60);
+    let loader = Loader::open(spec(&[(&path, 1.0)], 64, Split::Train), options()).unwrap();
+    let first = loader.read(&[0, 1]).unwrap();
+    fs::remove_file(path.join("train-00000.parquet")).unwrap();
+    assert_eq!(loader.read(&[0, 1]).unwrap(), first);
+    loader.forget();
+    let error = loader.read(&[0, 1]).unwrap_err().to_string();
+    assert!(error.contains("train-00000.parquet"), "{error}");
+}
