@@ -300,6 +300,9 @@ mod tests {
             groups.meet(Device::Cpu).unwrap();
             assert_eq!(sent.inside_bytes() - before, [1, 2, 1][groups.pipe.rank()]);
         });
+        // Whoever has none.
+        let mesh = config(1, 2, 1).validate(&[0; 2]).unwrap();
+        run_local(2, |world| Groups::new(world, &mesh, false).unwrap().meet(Device::Cpu).unwrap());
     }
 
     #[test]
