@@ -302,6 +302,14 @@ impl Block {
         self.attention_norm.backward_weight(work.norm, grads);
     }
 
+    pub(crate) fn first(&self) -> ParamId {
+        ParamId(self.params[Part::Attention as usize].start)
+    }
+
+    pub(crate) fn experts(&self) -> impl Iterator<Item = ParamId> + use<> {
+        self.params[Part::Experts as usize].clone().map(ParamId)
+    }
+
     /// Of a first block: the last of its parameters whose gradient comes after the block's input gradient (`flow::Backward`);
     /// `ffn`: a dense feed-forward's do, as those of one with experts always do.
     pub fn last_held(&self, ffn: bool) -> ParamId {

@@ -282,6 +282,8 @@ pub struct Backward<'a> {
     /// Weights' gradients to be made once the next transfer is under way: they hide it, and they are large, so on the links
     /// they are not to be before it. The last of them hide the way of this stage's results, or of the embedding's gradient.
     held: Vec<Work>,
+    /// `Stage::experts_last`'s.
+    experts: Option<Work>,
     /// MTP's part of the embedding's gradient, which the first stage owns, too, and is told of where both are at their ends:
     /// there hosts may wait for each other, and the first stage still for this one's result.
     mtp_embedding: Option<Work>,
@@ -299,7 +301,7 @@ impl<'a> Backward<'a> {
     /// `dy` is the gradient of `StageOut::Hidden`, none on the last stage.
     pub fn new(stage: &'a Stage, dy: Option<Tensor>, saved: StageSaved) -> Self {
         assert_eq!(dy.is_none(), stage.last.is_some(), "every stage but the last gets a gradient");
-        Backward { stage, saved, at: BackwardAt::Start(dy), dmain: None, held: Vec::new(), mtp_embedding: None }
+        Backward { stage, saved, at: BackwardAt::Start(dy), dmain: None, held: Vec::new(), experts: None, mtp_embedding: None }
     }
 
     /// The next segment; `work` takes what the weights' gradients need. False: it was the last.
@@ -312,7 +314,11 @@ impl<'a> Backward<'a> {
                 let (mut sent, experts) = block.backward_experts(w, sent)?;
                 other()?; // the other's rows leave: while hosts agree on their counts, the GPU has these experts' dgrad
                 event("backward", "computes");
-                work(Work::Experts(index, experts));
+                let experts = Work::Experts(index, experts);
+                match self.stage.experts_last {
+                    Some(last) if last == index => self.experts = Some(experts),
+                    _ => work(experts),
+                }
                 other()?; // and go on, by their second hop
                 event("backward", "computes");
                 block.backward_shared(w, &mut sent);
@@ -439,7 +445,7 @@ impl<'a> Backward<'a> {
             }
             None => Some(dh),
         });
-        self.held.extend(self.mtp_embedding.take());
+        self.held.extend(self.mtp_embedding.take().into_iter().chain(self.experts.take()));
         false
     }
 }

@@ -58,11 +58,13 @@ pub struct ParamSpec {
 pub struct ExpertShare {
     pub rank: i64,
     pub ranks: i64,
+    /// No other rank holds it: while dense gradients travel, the experts' stay.
+    pub stays: bool,
 }
 
 impl Default for ExpertShare {
     fn default() -> Self {
-        ExpertShare { rank: 0, ranks: 1 }
+        ExpertShare { rank: 0, ranks: 1, stays: false }
     }
 }
 
@@ -109,12 +111,14 @@ impl ParamSpec {
 #[derive(Debug, Default)]
 pub struct ParamTable {
     specs: Vec<ParamSpec>,
-    share: ExpertShare,
+    pub(crate) share: ExpertShare,
     pub(crate) recompute: Recompute,
     /// The parameter of every layer declared since `take_uses`, shared ones once a layer.
     uses: Vec<ParamId>,
     /// Those whose gradient is complete before that of the other, declared later, and of all between them.
     early: Vec<(ParamId, ParamId)>,
+    /// Those whose gradient is complete right after that of the other, declared earlier.
+    late: Vec<(ParamId, ParamId)>,
 }
 
 impl ParamTable {
@@ -168,15 +172,22 @@ impl ParamTable {
     pub(crate) fn completes_before(&mut self, id: ParamId, before: ParamId) {
         self.early.push((id, before));
     }
+    /// The gradient of `id` is complete after that of `after` and of those declared between them.
+    pub(crate) fn completes_after(&mut self, id: ParamId, after: ParamId) {
+        self.late.push((id, after));
+    }
     /// In the order in which a backward completes their gradients: from the last to the first, but the embedding's, which
-    /// comes before those that hide its way (`flow::Backward::held`), and the head's, which comes before MTP's block.
+    /// comes before those that hide its way (`flow::Backward::held`), the head's, which comes before MTP's block, and those of
+    /// experts that hide the last ones' way (`Stage::experts_last`).
     pub fn completed(&self) -> Vec<ParamId> {
         let mut ids: Vec<ParamId> = self.ids().collect();
-        for (early, before) in &self.early {
-            ids.retain(|id| id != early);
-            let place = ids.iter().position(|id| id == before).expect("a declared parameter");
-            ids.insert(place + 1, *early);
-        }
+        let mut moved = |id: &ParamId, beside: &ParamId, by: usize| {
+            ids.retain(|other| other != id);
+            let place = ids.iter().position(|other| other == beside).expect("a declared parameter");
+            ids.insert(place + by, *id);
+        };
+        self.early.iter().for_each(|(id, before)| moved(id, before, 1));
+        self.late.iter().for_each(|(id, after)| moved(id, after, 0));
         ids.reverse();
         ids
     }

@@ -115,6 +115,9 @@ pub struct Stage {
     /// The gradients of a first dense feed-forward are made while the embedding's travels, which is larger; else their own way
     /// is the longer one and hidden by the attention's backward.
     pub(crate) ffn_hides_embedding: bool,
+    /// The block whose experts' gradients, which stay here, are made last of all: so they hide the way of those before them,
+    /// which nothing else does once the stage's results are out.
+    pub(crate) experts_last: Option<usize>,
     /// The parameters that a micro-batch's backward contributes to, as often as it does.
     pub uses: Vec<ParamId>,
 }
@@ -162,6 +165,10 @@ impl Stage {
             ffn_hides_embedding = table.spec(embedding.weight).numel() > first.ffn_elements(table);
             table.completes_before(embedding.weight, first.last_held(ffn_hides_embedding));
         }
+        let experts_last = blocks.iter().position(Block::sends).filter(|_| table.share.stays);
+        if let Some(index) = experts_last {
+            blocks[index].experts().for_each(|id| table.completes_after(id, blocks[0].first()));
+        }
         let last = part.last.then(|| {
             let norm = RmsNorm { weight: table.norm("model.norm.weight", config.hidden_size), eps: config.rms_norm_eps };
             let head = table.matrix("lm_head.weight", &[config.vocab_size, config.hidden_size], config);
@@ -173,7 +180,7 @@ impl Stage {
         });
         let mut uses = table.take_uses();
         uses.retain(|&id| table.spec(id).trained());
-        Stage { embedding, blocks, last, ffn_hides_embedding, uses }
+        Stage { embedding, blocks, last, ffn_hides_embedding, experts_last, uses }
     }
 
     pub fn whole(table: &mut ParamTable, config: &ModelConfig) -> Self {

@@ -8,7 +8,7 @@ use model::hf::pieces;
 use model::mla::Positions;
 use model::params::Role;
 use model::stage::StageIn;
-use model::{Grads, MicroBatch, ParamId, ParamTable, Stage, StepContext, Weights};
+use model::{ExpertShare, Grads, MicroBatch, ParamId, ParamTable, Recompute, Stage, StepContext, Weights};
 use parallel::comm::local::solo;
 use parallel::dispatch::ExpertGroup;
 use safetensors::SafeTensors;
@@ -35,8 +35,12 @@ pub struct Subject {
 impl Subject {
     /// Random weights, norms and biases included.
     pub fn new(config: &ModelConfig, precision: Precision, seed: u64, length: i64) -> Self {
+        Self::in_share(ExpertShare::default(), config, precision, seed, length)
+    }
+
+    fn in_share(share: ExpertShare, config: &ModelConfig, precision: Precision, seed: u64, length: i64) -> Self {
         config.validate().expect("a valid config");
-        let mut table = ParamTable::default();
+        let mut table = ParamTable::new(share, Recompute::default());
         let stage = Stage::whole(&mut table, config);
         let mut weights = Weights::initial(Rc::new(table), precision, seed, Device::Cpu);
         let table = weights.table.clone();
@@ -219,6 +223,23 @@ fn mtp_and_the_sequence_wise_balance_loss() {
             assert!((loss - expected).abs() < 1e-12 * expected.abs(), "{name}: {key} is {loss}, the oracle's {expected}");
         }
         compare_gradients(name, &gradients, &theirs, 1e-9);
+    }
+}
+
+#[test]
+fn gradients_of_experts_that_stay_are_the_last_and_the_same() {
+    for (dense, vocab_size) in [(0, 40), (1, 40), (1, 4000)] {
+        let config = ModelConfig { first_k_dense_replace: dense, vocab_size, ..small() };
+        let [mut first, mut last] = [false, true].map(|stays| Subject::in_share(ExpertShare { stays, ..Default::default() }, &config, Precision::F64, 23, 15));
+        let name = |subject: &Subject| subject.weights.table.spec(*subject.weights.table.completed().last().expect("some")).name.clone();
+        assert_eq!(name(&first), "model.layers.0.input_layernorm.weight");
+        assert_eq!(name(&last), format!("model.layers.{dense}.mlp.experts.gate_up_proj.weight"));
+        // `run` holds the backward to the table's order.
+        let context = first.context(0.3, 0.05);
+        let ((losses, gradients), (same, theirs)) = (first.run(&context), last.run(&context));
+        assert_eq!(losses, same);
+        assert_eq!(gradients.len(), theirs.len());
+        gradients.iter().for_each(|(name, gradient)| assert!(gradient.equal(&theirs[name]), "{name}"));
     }
 }
 

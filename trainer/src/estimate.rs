@@ -67,7 +67,8 @@ pub fn needs(config: &RunConfig, mesh: &Mesh, load: f64, tokens: u64) -> Result<
 
 fn need((config, load): (&RunConfig, f64), mesh: &Mesh, (place, parts): (usize, &[StagePart]), shapes: &BTreeSet<Shape>) -> Result<Need> {
     let (precision, rank) = (config.run.precision, place * mesh.dp);
-    let mut table = ParamTable::new(ExpertShare { rank: 0, ranks: mesh.ep as i64 }, config.recompute);
+    let stays = mesh.ep > 1 && holders(config, mesh, place, Role::Experts) == 1;
+    let mut table = ParamTable::new(ExpertShare { rank: 0, ranks: mesh.ep as i64, stays }, config.recompute);
     LocalStages::new(&mut table, &config.model, parts, mesh, rank);
     let stages: Vec<&StagePart> = [place, mesh.pp - 1 - place][..mesh.num_copies()].iter().map(|&stage| &parts[stage]).collect();
     let master = precision.master().elt_size_in_bytes() as i64;

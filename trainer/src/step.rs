@@ -124,7 +124,8 @@ impl Trainer {
         if config.run.precision == Precision::Fp8 {
             groups.expert = groups.expert.with_wire(Wire::Fp8);
         }
-        let share = ExpertShare { rank: groups.expert.all.rank() as i64, ranks: groups.expert.all.size() as i64 };
+        let stays = groups.expert_data.size() == 1 && groups.data.size() > 1;
+        let share = ExpertShare { rank: groups.expert.all.rank() as i64, ranks: groups.expert.all.size() as i64, stays };
         let mut table = ParamTable::new(share, config.recompute);
         let stages = LocalStages::new(&mut table, &config.model, &parts, mesh, groups.world.rank());
         let weights = Weights::initial(Rc::new(table), config.run.precision, config.run.seed, device);

@@ -37,7 +37,7 @@ fn table(seed: u64, share: ExpertShare) -> Rc<ParamTable> {
 }
 
 fn weights(seed: u64, groups: &Groups, precision: Precision) -> Weights {
-    let share = ExpertShare { rank: groups.expert.all.rank() as i64, ranks: groups.expert.all.size() as i64 };
+    let share = ExpertShare { rank: groups.expert.all.rank() as i64, ranks: groups.expert.all.size() as i64, stays: false };
     Weights::initial(table(seed, share), precision, seed, Device::Cpu)
 }
 
