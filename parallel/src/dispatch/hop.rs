@@ -29,10 +29,61 @@ impl Hop {
         self.comm.all_to_all_under(parts, &self.send, &self.recv, work)
     }
 
-    /// One row for each that came, of each part, goes back.
-    pub fn back(&self, parts: Vec<Tensor>) -> Result<Pending<Vec<Tensor>>, CommError> {
-        self.comm.all_to_all(parts, &self.recv, &self.send)
+    /// One row of each part for each that came goes back. Those that stay here are made while the others travel.
+    pub fn back(&self, parts: Vec<Back>) -> Result<Pending<Vec<Tensor>>, CommError> {
+        let (rank, size) = (self.comm.rank(), self.send.len());
+        let (from, to) = (starts(&self.recv), starts(&self.send));
+        let outs: Vec<Tensor> = parts.iter().map(|part| part.room(to[size])).collect();
+        let (mut sends, mut places) = (Vec::new(), Vec::new());
+        for (part, out) in parts.iter().zip(&outs) {
+            for peers in [0..rank, rank + 1..size] {
+                let first = from[peers.start];
+                let made = part.room(from[peers.end] - first);
+                part.make(first, &made);
+                sends.extend(peers.clone().map(|peer| (peer, made.narrow(0, from[peer] - first, self.recv[peer]))));
+                places.extend(peers.map(|peer| (peer, out.narrow(0, to[peer], self.send[peer]))));
+            }
+        }
+        let back = self.comm.exchange_into(sends, places)?;
+        parts.iter().zip(&outs).for_each(|(part, out)| part.make(from[rank], &out.narrow(0, to[rank], self.send[rank])));
+        Ok(back.map(|()| Ok(outs)))
     }
+}
+
+/// What goes back of a part: its rows as they are, or for each place of `sums` [V, P] (−1: nowhere) the sum of those there.
+pub(super) struct Back {
+    pub rows: Tensor,
+    pub sums: Option<Tensor>,
+}
+
+impl Back {
+    /// For so many rows of it.
+    fn room(&self, rows: i64) -> Tensor {
+        let mut shape = self.rows.size();
+        shape[0] = rows;
+        Tensor::empty(&shape, (self.rows.kind(), self.rows.device()))
+    }
+
+    /// Those from `first` on, as many as `out` has room for.
+    fn make(&self, first: i64, out: &Tensor) {
+        let (mut out, count) = (out.shallow_clone(), out.size()[0]);
+        match &self.sums {
+            _ if count == 0 => (),
+            None => out.copy_(&self.rows.narrow(0, first, count)),
+            Some(places) if fused(&self.rows) => unpermute::forward_into(&out, &self.rows.contiguous(), &places.narrow(0, first, count), None, &[]),
+            Some(places) => out.copy_(&sum_places(&self.rows, &places.narrow(0, first, count), &[])),
+        }
+    }
+}
+
+/// First row of each rank's, and of those after them.
+fn starts(counts: &[i64]) -> Vec<i64> {
+    (0..=counts.len()).map(|rank| counts[..rank].iter().sum()).collect()
+}
+
+/// Is there a kernel that sums these rows?
+fn fused(rows: &Tensor) -> bool {
+    rows.device().is_cuda() && rows.kind() == Kind::BFloat16 && rows.size()[1] % 8 == 0
 }
 
 /// Rows of each part [V, …] → by destination, [S, …].
@@ -52,7 +103,7 @@ pub(super) fn picked(rows: &Tensor, index: &Tensor) -> Tensor {
 /// least FP32.
 pub(super) fn sum_places(rows: &Tensor, places: &Tensor, add: &[&Tensor]) -> Tensor {
     let (count, each) = places.size2().expect("places [M, P]");
-    if rows.device().is_cuda() && rows.kind() == Kind::BFloat16 && rows.size()[1] % 8 == 0 {
+    if fused(rows) {
         return unpermute::forward(&rows.contiguous(), places, None, add);
     }
     let wide = if rows.kind() == Kind::Double { Kind::Double } else { Kind::Float };

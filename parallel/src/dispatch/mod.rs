@@ -9,7 +9,7 @@
 //!
 //! Legend: T tokens, K experts a token, E experts, R rows at the local experts, D width.
 use crate::comm::{CommError, Pending, Work};
-use hop::{Hop, by_destination, sum_places};
+use hop::{Back, Hop, by_destination, sum_places};
 use kernels::ops::routes::{self, Local, Places};
 use std::cell::{Cell, OnceCell};
 use std::rc::Rc;
@@ -182,7 +182,7 @@ impl Plan {
         if route.hops.is_empty() {
             return Ok(Pending::ready(Returned { rows: rows.shallow_clone(), places: route.arrival().local.place.shallow_clone() }));
         }
-        let back = self.0.clone().inward(vec![route.sum_local(rows)], route.hops.len())?;
+        let back = self.0.clone().inward(vec![route.sums(rows)], route.hops.len())?;
         Ok(back.map(move |parts| {
             let [rows] = all(parts);
             Ok(route.returned(rows))
@@ -208,7 +208,7 @@ impl Plan {
             let x = Returned { rows: drows.shallow_clone(), places: place.shallow_clone() };
             return Ok(Pending::ready(DispatchGrad { x, weights: slots }));
         }
-        let back = self.0.clone().inward(vec![route.sum_local(drows), slots], route.hops.len())?;
+        let back = self.0.clone().inward(vec![route.sums(drows), Back { rows: slots, sums: None }], route.hops.len())?;
         Ok(back.map(move |parts| {
             let [x, weights] = all(parts);
             // A slot came back from one rank, zeros from the others: their sum is exact.
@@ -227,9 +227,9 @@ impl Route {
         self.arrival.get().expect("dispatch is waited for first")
     }
 
-    /// rows [R, D] → one for each row that came, [V, D].
-    fn sum_local(&self, rows: &Tensor) -> Tensor {
-        sum_places(rows, &self.arrival().local.place, &[])
+    /// rows [R, D], of which goes back the sum for each row that came, [V, D].
+    fn sums(&self, rows: &Tensor) -> Back {
+        Back { rows: rows.shallow_clone(), sums: Some(self.arrival().local.place.shallow_clone()) }
     }
 
     /// What came back over the first hop.
@@ -277,14 +277,14 @@ impl Route {
 
     /// One row of each part for each that came, [V, …], goes back over the first `level` hops, of which there are some; on the
     /// way, but not after the last, they are summed.
-    fn inward(self: Rc<Self>, parts: Vec<Tensor>, level: usize) -> Result<Pending<Vec<Tensor>>, CommError> {
+    fn inward(self: Rc<Self>, parts: Vec<Back>, level: usize) -> Result<Pending<Vec<Tensor>>, CommError> {
         let back = self.hops[level - 1].back(parts)?;
         if level == 1 {
             return Ok(back);
         }
         Ok(Pending::staged(move || {
-            let sum = |part: &Tensor| sum_places(part, &self.arrival().places[level - 1].sent_row, &[]);
-            let sums = back.wait()?.iter().map(sum).collect();
+            let sum = |rows| Back { rows, sums: Some(self.arrival().places[level - 1].sent_row.shallow_clone()) };
+            let sums = back.wait()?.into_iter().map(sum).collect();
             self.inward(sums, level - 1)
         }))
     }

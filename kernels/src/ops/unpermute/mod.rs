@@ -23,13 +23,20 @@ pub fn sources() -> Vec<(Source, &'static str)> {
 /// rows [R, D] BF16, index [T, K] i32 (−1: none), weights [T, K] FP32, add up to two [T, D] BF16 →
 /// Σ add[t] + Σ over k of weights[t, k] · rows[index[t, k]], [T, D] BF16, summed in FP32 in this order.
 pub fn forward(rows: &Tensor, index: &Tensor, weights: Option<&Tensor>, add: &[&Tensor]) -> Tensor {
+    let out = Tensor::empty([index.size()[0], rows.size()[1]], (Kind::BFloat16, rows.device()));
+    forward_into(&out, rows, index, weights, add);
+    out
+}
+
+/// As `forward`, into `out` [T, D] BF16.
+pub fn forward_into(out: &Tensor, rows: &Tensor, index: &Tensor, weights: Option<&Tensor>, add: &[&Tensor]) {
     assert!(add.len() <= 2, "{} tensors to add", add.len());
-    let Device::Cuda(_) = rows.device() else {
-        return cpu::forward(rows, index, weights, add);
-    };
     let ((_, d), (t, k)) = (rows.size2().expect("rows are [R, D]"), index.size2().expect("index is [T, K]"));
+    assert_eq!(out.size(), [t, d], "a place for every sum");
+    let Device::Cuda(_) = rows.device() else {
+        return out.shallow_clone().copy_(&cpu::forward(rows, index, weights, add));
+    };
     assert!(d % 8 == 0, "{d} columns: a thread moves eight");
-    let out = Tensor::empty([t, d], (Kind::BFloat16, rows.device()));
     let gpu = device::gpu(rows.device());
     let kernel = gpu.kernel("unpermute", "unpermute", source).expect("our own kernels compile and load");
     Launch::new(gpu, &kernel)
@@ -38,9 +45,8 @@ pub fn forward(rows: &Tensor, index: &Tensor, weights: Option<&Tensor>, add: &[&
         .tensor_or_null(weights, Kind::Float)
         .tensor_or_null(add.first().copied(), Kind::BFloat16)
         .tensor_or_null(add.get(1).copied(), Kind::BFloat16)
-        .tensor(&out, Kind::BFloat16)
+        .tensor(out, Kind::BFloat16)
         .int(k)
         .int(d)
         .run(Shape { grid: [t as usize, 1], block: 128, shared_bytes: 0 });
-    out
 }
