@@ -48,10 +48,16 @@ pub struct MoeDispatched {
 }
 
 enum Way {
-    /// The counts are on their way to the host. `shared`: what the shared experts read.
-    Counted { counted: Counted, outgoing: Outgoing, shared: Option<Operand> },
+    /// The counts are on their way to the host.
+    Counted { counted: Counted, outgoing: Outgoing, shared: Option<Shared> },
     /// `gate_up`: the shared experts', [T, 2I].
     Sent { plan: Plan, rows: Pending<Dispatched>, gate_up: Option<Tensor> },
+}
+
+/// The shared experts, before half of them or after: what they read, or their gate and up, [T, 2I].
+enum Shared {
+    In(Operand),
+    GateUp(Tensor),
 }
 
 /// Forward, what the experts made on its way back.
@@ -144,7 +150,12 @@ impl Moe {
         }
         // Packed and quantised while the counts are on their way to the host.
         let outgoing = counted.pack(&x, &routing.weights);
-        let shared = self.shared.as_ref().map(|shared| Operand::new(w, x, Want::ROWS, &[shared.gate_up.weight]));
+        let shared = self.shared.as_ref().map(|shared| {
+            let x = Operand::new(w, x, Want::ROWS, &[shared.gate_up.weight]);
+            // One half hides the host's way to the counts where that is the longer one, else the rows' way, the other the results'
+            // way back.
+            if context.experts.near() { Shared::GateUp(shared.forward_up(w, x)) } else { Shared::In(x) }
+        });
         let load = Load { counts: routing.counts, balance: routing.balance };
         MoeDispatched { gate, load, way: Some(Way::Counted { counted, outgoing, shared }) }
     }
@@ -156,8 +167,12 @@ impl Moe {
             Way::Counted { counted, outgoing, mut shared } => {
                 event("forward", "counts");
                 let (plan, mut gate_up) = (counted.plan()?, None);
-                // The shared experts need no rows from elsewhere: one half hides the rows' way, one the results' way back.
-                let mut up = || gate_up = self.shared.as_ref().zip(shared.take()).map(|(shared, x)| shared.forward_up(w, x));
+                let mut up = || {
+                    gate_up = self.shared.as_ref().zip(shared.take()).map(|(mlp, shared)| match shared {
+                        Shared::In(x) => mlp.forward_up(w, x),
+                        Shared::GateUp(gate_up) => gate_up,
+                    })
+                };
                 let rows = plan.send(outgoing, &mut up)?;
                 event("forward", "send");
                 (Way::Sent { plan, rows, gate_up }, false)

@@ -51,6 +51,11 @@ impl ExpertGroup {
         &self.hops
     }
 
+    /// Is a row at its rank sooner than the host has posted it? All are of one host, and it is one copy.
+    pub fn near(&self) -> bool {
+        self.ranks_per_node == 1 && self.hops.iter().all(|hop| hop.lands_in_place())
+    }
+
     /// As `Communicator::buffer_bytes`, of the groups that a row crosses beside `all`.
     pub fn hop_buffer_bytes(&self) -> usize {
         if self.ranks_per_node == 1 { 0 } else { self.hops.iter().map(|hop| hop.buffer_bytes()).sum() }

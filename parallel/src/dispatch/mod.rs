@@ -81,11 +81,36 @@ pub struct Counted {
 
 /// Rows as they travel, and their weights.
 pub struct Outgoing {
-    /// By destination, with room for more.
-    packed: Vec<Tensor>,
-    /// In the order of the tokens.
-    rest: Vec<Tensor>,
+    rows: Vec<Tensor>,
+    /// By destination, with room for more; else in the order of the tokens.
+    packed: bool,
+    /// By destination if they go anywhere, with room for more.
+    weights: Tensor,
     kind: Kind,
+}
+
+impl Outgoing {
+    fn new(wire: Wire, places: Option<&Places>, x: &Tensor, weights: &Tensor) -> Self {
+        let (packed, kind) = (places.is_some() && wire == Wire::Fp8, x.kind());
+        let rows = match places {
+            // Only rows that there are cost time; those of `Own` are copied when it is known how many.
+            Some(places) if packed => wire.pack_to(x, places),
+            Some(_) => vec![x.shallow_clone()],
+            None => wire.pack(x),
+        };
+        // Sources behind the last have no meaning.
+        let weights = places.map_or_else(|| weights.shallow_clone(), |places| weights.index_select(0, &places.source.clamp(0, x.size()[0] - 1)));
+        Outgoing { rows, packed, weights, kind }
+    }
+
+    /// Each part by destination, where they go anywhere.
+    fn parts(self, places: Option<&Places>) -> Vec<Tensor> {
+        let Some(places) = places else { return self.rows.into_iter().chain([self.weights]).collect() };
+        let cut = |part: &Tensor| part.narrow(0, 0, places.source.size()[0]);
+        let mut parts = if self.packed { self.rows.iter().map(cut).collect() } else { by_destination(&self.rows, places) };
+        parts.push(cut(&self.weights));
+        parts
+    }
 }
 
 impl Counted {
@@ -103,15 +128,7 @@ impl Counted {
 
     /// As `Plan::dispatch` takes them; made before the host must wait.
     pub fn pack(&self, x: &Tensor, weights: &Tensor) -> Outgoing {
-        let wire = self.group.wire();
-        let (packed, mut rest) = match &self.places {
-            // Only rows that there are cost time; those of `Own` are copied when it is known how many.
-            Some(places) if wire == Wire::Fp8 => (wire.pack_to(x, places), Vec::new()),
-            Some(_) => (Vec::new(), vec![x.shallow_clone()]),
-            None => (Vec::new(), wire.pack(x)),
-        };
-        rest.push(weights.shallow_clone());
-        Outgoing { packed, rest, kind: x.kind() }
+        Outgoing::new(self.group.wire(), self.places.as_ref(), x, weights)
     }
 
     /// Collective over the group; the one host wait of a layer and micro-batch, for all counts of all hops.
@@ -153,20 +170,18 @@ impl Plan {
     /// Forward: x [T, D] and weights [T, K] → the rows and weights at the local experts, in one transfer. Once a plan,
     /// and before all others.
     pub fn dispatch(&self, x: &Tensor, weights: &Tensor) -> Result<Pending<Dispatched>, CommError> {
-        let mut rest = self.0.wire.pack(x);
-        rest.push(weights.shallow_clone());
-        self.send(Outgoing { packed: Vec::new(), rest, kind: x.kind() }, &mut || ())
+        let first = self.0.first.take();
+        let places = first.as_ref().and_then(|(_, places)| places.as_ref());
+        let outgoing = Outgoing::new(self.0.wire, places, x, weights);
+        self.0.first.set(first);
+        self.send(outgoing, &mut || ())
     }
 
     /// `dispatch` of what is packed. `work` is called once, to give a GPU what it can do while rows travel to the first hop.
-    pub fn send(&self, Outgoing { packed, rest, kind }: Outgoing, work: Work) -> Result<Pending<Dispatched>, CommError> {
-        let route = self.0.clone();
+    pub fn send(&self, outgoing: Outgoing, work: Work) -> Result<Pending<Dispatched>, CommError> {
+        let (route, kind) = (self.0.clone(), outgoing.kind);
         let (slots, places) = route.first.take().expect("a plan dispatches once");
-        let places = places.or_else(|| route.hops.first().map(|hop| hop.places(&slots)));
-        let parts = match &places {
-            Some(places) => packed.iter().map(|part| part.narrow(0, 0, places.source.size()[0])).chain(by_destination(&rest, places)).collect(),
-            None => rest,
-        };
+        let parts = outgoing.parts(places.as_ref());
         let sent = route.clone().find_way(&slots, places, parts, Vec::new(), work)?;
         Ok(sent.map(move |mut parts| {
             let weights = parts.pop().expect("weights come last");

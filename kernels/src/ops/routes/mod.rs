@@ -104,8 +104,7 @@ pub fn local(slots: &Tensor, share: i64, count: i64) -> Local {
     }
     let (v, k) = slots.size2().expect("slots are [V, K]");
     let make = |shape: &[i64]| Tensor::empty(shape, (Kind::Int, slots.device()));
-    let place = Tensor::full([v, k], -1, (Kind::Int, slots.device()));
-    let local = Local { pair: make(&[count]), row: make(&[count]), place, counts: make(&[share]) };
+    let local = Local { pair: make(&[count]), row: make(&[count]), place: make(&[v, k]), counts: make(&[share]) };
     launch(slots, "local", share, |launch| {
         let launch = launch.tensor(&aligned(slots), Kind::Int).tensor(&local.pair, Kind::Int).tensor(&local.row, Kind::Int);
         launch.tensor(&local.place, Kind::Int).tensor(&local.counts, Kind::Int).int(v)

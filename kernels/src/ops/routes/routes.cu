@@ -114,7 +114,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) places(const int* slots, i
   }
 }
 
-// slots [V, K] → pair [R], row [R], place [V, K], which was −1, counts [X]. A block an expert.
+// slots [V, K] → pair [R], row [R], place [V, K], counts [X]. A block an expert; the first one says what is elsewhere, too.
 extern "C" __global__ void __launch_bounds__(THREADS) local(const int* slots, int* pair, int* row_of, int* place, int* counts, int V) {
   const int expert = blockIdx.x, each = (V + THREADS - 1) / THREADS;
   const int first = min(V, (int)threadIdx.x * each), last = min(V, first + each);
@@ -135,6 +135,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) local(const int* slots, in
     const Slots of_row(slots, row);
 #pragma unroll
     for (int k = 0; k < K; k++) {
+      if (expert == 0 && of_row.at[k] < 0) place[row * K + k] = -1;
       if (of_row.at[k] != expert) continue;
       pair[at] = row * K + k;
       row_of[at] = row;
