@@ -12,6 +12,7 @@ slowest of all, each by itself and at once. The rival is torchtitan's own parall
 """
 import argparse
 import json
+import os
 import shlex
 import subprocess
 import tempfile
@@ -24,6 +25,11 @@ BASE = "--config configs/run/bench-gpu.toml"
 # Two GPUs' pipelines run four layers and 16 micro-batches.
 PIPELINE = "--set model.num_hidden_layers=4 --set phase.0.batch=16"
 GIB = 2**30
+
+
+def mpirun(ranks):
+    """Each rank on cores of its own, more than one, as the launcher has them: mpirun binds two ranks to a core each."""
+    return f"mpirun --map-by slot:PE={max(1, len(os.sched_getaffinity(0)) // ranks // 2)}"
 
 
 # Seconds a row may take: what hangs is ended with its ranks, and the table goes on.
@@ -193,7 +199,7 @@ def main():
     parser.add_argument("--ours", required=True)
     parser.add_argument("--rival", required=True, help="{ranks} is filled in")
     parser.add_argument("--ranks", type=int, required=True, choices=[2, 4, 8])
-    parser.add_argument("--mpirun", default="mpirun")
+    parser.add_argument("--mpirun", help="absent: with a share of the cores for each rank")
     parser.add_argument("--only", type=lambda text: text.split(","), default=["links", "ep", "dp", "pp"])
     parser.add_argument("--no-rival", action="store_true")
     parser.add_argument("--steps", type=int, default=6)
@@ -201,6 +207,7 @@ def main():
     parser.add_argument("--timeline", help="FILE.svg of a paired step, and of DualPipe's FILE.pp.svg")
     parser.add_argument("--traces", help="keep the profiler's traces there")
     args = parser.parse_args()
+    args.mpirun = args.mpirun or mpirun(args.ranks)
     args.folder = args.traces or tempfile.mkdtemp()
     Path(args.folder).mkdir(parents=True, exist_ok=True)
     bench = Bench(args)
