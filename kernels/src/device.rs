@@ -20,7 +20,7 @@ pub enum DeviceError {
     Jit(#[from] JitError),
     #[error("GPU {asked} was asked for, and this process drives GPU {open}")]
     AnotherGpu { asked: usize, open: usize },
-    #[error("kernel {0} needs an H100-class GPU (compute capability 9.0), this is {1}.{2}")]
+    #[error("{0}: its compute capability is {1}.{2}, the kernels need an H100-class GPU's, 9.0")]
     Capability(String, i32, i32),
 }
 

@@ -1,14 +1,14 @@
 //! CUDA text → cubin for sm_90a through NVRTC, kept in a directory that many processes share.
 //!
 //! Invariant: a file of the cache is whole or absent. Its name is the hash of everything that went into it
-//! (text, options, compiler version), it is written aside, fsynced and renamed, and it ends in a hash of itself.
+//! (text, options, the compiler's build), it is written aside, fsynced and renamed, and it ends in a hash of itself.
 //! NVRTC is loaded at run time and needs no GPU, so the tests compile every kernel anywhere.
 #![allow(unsafe_code)]
 use crate::sass;
 use libloading::os::unix::{Library, RTLD_GLOBAL, RTLD_NOW, Symbol};
 use std::ffi::{CString, c_char, c_int, c_void};
 use std::fs::{self, File};
-use std::io::{self, Write};
+use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 use std::ptr;
 
@@ -59,6 +59,8 @@ struct Api {
 pub struct Jit {
     api: Api,
     version: (c_int, c_int),
+    /// Of the compiler's file: builds of one version differ.
+    build: String,
     cache: PathBuf,
 }
 
@@ -71,8 +73,8 @@ impl Jit {
         let mut why = String::new();
         for folder in folders {
             match Api::load(&folder) {
-                Ok((api, version)) => return Ok(Jit { api, version, cache: cache.to_path_buf() }),
-                Err(error) => why = error.to_string(),
+                Ok((api, version)) => return Ok(Jit { api, version, build: build(), cache: cache.to_path_buf() }),
+                Err(error) => why += &format!("{}{error}", if why.is_empty() { "" } else { "; " }),
             }
         }
         Err(JitError::Missing(why))
@@ -105,7 +107,7 @@ impl Jit {
             hasher.update(&(text.len() as u64).to_le_bytes());
             hasher.update(text.as_bytes());
         };
-        part(&format!("{:?}", self.version));
+        part(&format!("{:?} {}", self.version, self.build));
         options(source).iter().for_each(|option| part(option));
         part(&source.text);
         if source.defines.iter().any(|(name, _)| *name == sass::KEEP_FACTORS) {
@@ -127,14 +129,16 @@ impl Jit {
         })?;
         // SAFETY: `program` was made above; the options are as many as we say.
         let code = unsafe { (self.api.compile)(program, pointers.len() as c_int, pointers.as_ptr()) };
-        let result = if code == 0 {
+        let result = self.bytes(program, "nvrtcGetProgramLog", &self.api.log_size, &self.api.log).and_then(|log| {
+            let log = String::from_utf8_lossy(&log).trim_end_matches('\0').to_string();
+            if code != 0 {
+                return Err(JitError::Compile { name: source.name.to_string(), log });
+            }
+            if !log.is_empty() {
+                tracing::warn!("{} compiles, but not as it should:\n{log}", source.name); // matrix instructions one by one, for one
+            }
             self.bytes(program, "nvrtcGetCUBIN", &self.api.cubin_size, &self.api.cubin)
-        } else {
-            self.bytes(program, "nvrtcGetProgramLog", &self.api.log_size, &self.api.log).and_then(|log| {
-                let log = String::from_utf8_lossy(&log).trim_end_matches('\0').to_string();
-                Err(JitError::Compile { name: source.name.to_string(), log })
-            })
-        };
+        });
         // SAFETY: `program` is destroyed once, here.
         check("nvrtcDestroyProgram", unsafe { (self.api.destroy)(&mut program) })?;
         result
@@ -199,13 +203,28 @@ pub(crate) fn open(path: &Path) -> Result<Library, libloading::Error> {
     unsafe { Library::open(Some(path), RTLD_NOW | RTLD_GLOBAL) }
 }
 
+/// What tells the loaded compiler's file from others: its length, and where its build is named.
+fn build() -> String {
+    const ENDS: u64 = 64 << 10;
+    let ends = || -> io::Result<String> {
+        let name = "libnvrtc.so.13";
+        let mut file = File::open(folder_of_loaded(name).unwrap_or_default().join(name))?;
+        let length = file.metadata()?.len();
+        let mut bytes = Vec::new();
+        (&mut file).take(ENDS).read_to_end(&mut bytes)?;
+        file.seek(SeekFrom::Start(length.saturating_sub(ENDS)))?;
+        file.read_to_end(&mut bytes)?;
+        Ok(format!("{length} {}", blake3::hash(&bytes)))
+    };
+    ends().unwrap_or_default()
+}
+
 /// The folder of a library that is loaded already and whose file name starts with `name`.
 pub(crate) fn folder_of_loaded(name: &str) -> Option<PathBuf> {
     let maps = fs::read_to_string("/proc/self/maps").ok()?;
     let path = maps
         .lines()
-        .filter_map(|line| line.split_whitespace().nth(5))
-        .map(Path::new)
+        .filter_map(|line| Some(Path::new(&line[line.find('/')?..])))
         .find(|path| path.file_name().is_some_and(|file| file.to_string_lossy().starts_with(name)))?;
     path.parent().map(Path::to_path_buf)
 }

@@ -38,12 +38,14 @@ fn routed_rows_have_the_places_that_they_have_on_the_cpu() {
             let want = routes::places(&on_cpu, share, ranks, real);
             let local = on_cpu.lt(share).logical_and(&on_cpu.ge(0)).sum(Kind::Int64).int64_value(&[]);
             let cut = slots.masked_fill(&slots.ge(share), -1);
-            let (got_local, want_local) = (routes::local(&cut, share, local), routes::local(&cut.to_device(Device::Cpu), share, local));
+            let weights = Tensor::rand([rows, k], options);
+            let (got_local, got_weights) = routes::local(&cut, &weights, share, local);
+            let (want_local, want_weights) = routes::local(&cut.to_device(Device::Cpu), &weights.to_device(Device::Cpu), share, local);
             for (part, got, want) in [
                 ("source", &got.source, &want.source),
                 ("slots", &got.slots, &want.slots),
                 ("sent rows", &got.sent_row, &want.sent_row),
-                ("pairs", &got_local.pair, &want_local.pair),
+                ("local rows' weights", &got_weights, &want_weights),
                 ("local rows", &got_local.row, &want_local.row),
                 ("local places", &got_local.place, &want_local.place),
                 ("local counts", &got_local.counts, &want_local.counts),

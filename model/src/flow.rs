@@ -282,7 +282,8 @@ pub struct Backward<'a> {
     /// Weights' gradients to be made once the next transfer is under way: they hide it, and they are large, so on the links
     /// they are not to be before it. The last of them hide the way of this stage's results, or of the embedding's gradient.
     held: Vec<Work>,
-    /// `Stage::experts_last`'s.
+    /// The block whose experts' gradients come last of all, and those.
+    experts_last: Option<usize>,
     experts: Option<Work>,
     /// MTP's part of the embedding's gradient, which the first stage owns, too, and is told of where both are at their ends:
     /// there hosts may wait for each other, and the first stage still for this one's result.
@@ -301,7 +302,7 @@ impl<'a> Backward<'a> {
     /// `dy` is the gradient of `StageOut::Hidden`, none on the last stage.
     pub fn new(stage: &'a Stage, dy: Option<Tensor>, saved: StageSaved) -> Self {
         assert_eq!(dy.is_none(), stage.last.is_some(), "every stage but the last gets a gradient");
-        Backward { stage, saved, at: BackwardAt::Start(dy), dmain: None, held: Vec::new(), experts: None, mtp_embedding: None }
+        Backward { stage, saved, at: BackwardAt::Start(dy), dmain: None, held: Vec::new(), experts_last: stage.experts_last, experts: None, mtp_embedding: None }
     }
 
     /// The next segment; `work` takes what the weights' gradients need. False: it was the last.
@@ -315,7 +316,7 @@ impl<'a> Backward<'a> {
                 other()?; // the other's rows leave: while hosts agree on their counts, the GPU has these experts' dgrad
                 event("backward", "computes");
                 let experts = Work::Experts(index, experts);
-                match self.stage.experts_last {
+                match self.experts_last {
                     Some(last) if last == index => self.experts = Some(experts),
                     _ => work(experts),
                 }
@@ -454,6 +455,8 @@ impl<'a> Backward<'a> {
 /// transfer is under way. Every rank of an expert group must pair the same stages.
 pub fn forward_backward(mut forward: Forward, mut backward: Backward, w: &mut Weights, grads: &mut Grads) -> Result<(StageResult, (Option<Tensor>, StageWork)), CommError> {
     let stage = backward.stage;
+    // All experts' gradients hide the other's rows; those of a step's last backward, which is in no pair, are its last.
+    backward.experts_last = None;
     let (mut forward_runs, mut backward_runs) = (true, true);
     while forward_runs || backward_runs {
         if backward_runs {

@@ -7,9 +7,6 @@ use crate::{Grads, Layer, ParamId, Weights};
 use kernels::ops::{cross_entropy, linear};
 use tch::Tensor;
 
-/// Rows of logits that are turned at one time: in torch ops each takes a few times its memory.
-const ROWS: i64 = 256;
-
 #[derive(Debug)]
 pub struct LmHead {
     pub weight: ParamId, // [V, D]
@@ -47,14 +44,8 @@ impl Layer for LmHead {
     fn forward(&self, w: &Weights, x: HeadIn) -> (Tensor, HeadSaved) {
         let weight = w.get(self.weight);
         w.gemms.count(x.hidden.kind());
-        let dlogits = linear::forward(&x.hidden, weight); // [T, V], the logits so far
-        let total = dlogits.size()[0];
-        let mut loss = Tensor::zeros([], (w.precision.master(), x.hidden.device()));
-        for start in (0..total).step_by(ROWS as usize) {
-            let rows = ROWS.min(total - start);
-            let mut part = dlogits.narrow(0, start, rows);
-            loss += cross_entropy::forward(part.shallow_clone(), &x.targets.narrow(0, start, rows), &mut part);
-        }
+        let mut dlogits = linear::forward(&x.hidden, weight); // [T, V], the logits so far
+        let loss = cross_entropy::forward(dlogits.shallow_clone(), &x.targets, &mut dlogits);
         (loss, HeadSaved { hidden: x.hidden, dlogits, scale: x.scale })
     }
     fn backward_input(&self, w: &Weights, _: (), saved: HeadSaved) -> (Tensor, HeadSaved) {

@@ -246,7 +246,7 @@ impl Sums<'_> {
         let arrived = if how.ep == 1 { tokens } else { how.loaded(tokens as f64 * arriving(config, how.ep)) };
         let rows = if how.ep == 1 { choices } else { how.loaded(choices as f64) };
         self.add("routes", (tokens + how.sequences) * experts * self.wide() + 8 * choices);
-        self.add("routes", 4 * (2 * rows + arrived * chosen)); // the places of the local rows
+        self.add("routes", 4 * (rows + arrived * chosen)); // the places of the local rows
         if how.ep > 1 {
             self.add("routes", 4 * (arrived * (1 + chosen) + tokens * how.ep)); // and of those sent
         }

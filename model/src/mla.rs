@@ -195,6 +195,11 @@ impl Mla {
         Operand::with_rule(w, context, want, ScaleRule::PowerOfTwo, &[self.out.weight])
     }
 
+    /// By columns where that is kept.
+    fn latent_wants(&self) -> Want {
+        if self.recompute.rms_norm { Want::ROWS } else { Want::BOTH }
+    }
+
     fn keep_latent(&self, latent: Operand) -> Option<Operand> {
         match (self.recompute.rms_norm, self.recompute.mla_up_projection) {
             (true, _) => None,
@@ -234,7 +239,7 @@ impl Layer for Mla {
             }
             Query::Latent { a, norm, b } => {
                 let saved = norm.statistics(x.forward(w, a.weight));
-                let latent = norm.operand(w, &saved, Want::BOTH, &[b.weight]);
+                let latent = norm.operand(w, &saved, self.latent_wants(), &[b.weight]);
                 let q = self.queries(w, b, &latent, sequences, &positions);
                 let kept = keep.then(|| q.shallow_clone());
                 (q, QuerySaved::Latent { norm: saved, latent: self.keep_latent(latent), q: kept })
@@ -243,7 +248,7 @@ impl Layer for Mla {
         let compressed = x.forward(w, self.kv_a.weight); // [T, Lkv + R]
         let parts = compressed.split_with_sizes([self.latent, self.rotary], 1);
         let kv_norm = self.kv_norm.statistics(parts[0].contiguous());
-        let latent = self.kv_norm.operand(w, &kv_norm, Want::BOTH, &[self.kv_b.weight]);
+        let latent = self.kv_norm.operand(w, &kv_norm, self.latent_wants(), &[self.kv_b.weight]);
         let rotary_key = parts[1].contiguous();
         let (k, v) = self.keys_and_values(w, &latent, &rotary_key, sequences, &positions);
         let (scale, repeatable) = (positions.softmax_scale, positions.repeatable);

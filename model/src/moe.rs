@@ -246,9 +246,8 @@ impl Moe {
         let (dx_shared, shared) = state.shared.unzip();
         let DispatchGrad { x, weights: dweights } = state.dx.wait()?;
         let (dx_gate, gate) = self.gate.backward_input(w, GateGrad { dweights, x: state.x }, state.gate);
-        let mut dx = x.sum(&dx_shared.iter().collect::<Vec<_>>());
-        dx += dx_gate;
-        Ok((dx, MoeWork { gate, shared }))
+        let add: Vec<&Tensor> = dx_shared.iter().chain([&dx_gate]).collect();
+        Ok((x.sum(&add), MoeWork { gate, shared }))
     }
 
     pub fn backward_experts(&self, work: ExpertsWork, grads: &mut Grads) {

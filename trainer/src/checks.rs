@@ -140,7 +140,7 @@ impl Checks {
 
     /// How much is wrong on this rank: [1] f64, on the weights' device. Everything on its way has landed.
     pub fn inspect(&mut self, weights: &Weights, zero: &Zero, slots: &[Slot]) -> Tensor {
-        let twice = Tensor::from_slice(&[self.twice.len() as f64]).to_device(weights.device());
+        let twice = Tensor::full([1], self.twice.len() as f64, (Kind::Double, weights.device()));
         if !self.config.memory {
             return twice;
         }

@@ -2,7 +2,9 @@
 use crate::config::{DeviceChoice, RunConfig};
 use crate::coordinator::{all_or_none, nodes};
 use anyhow::{Result, bail, ensure};
+use kernels::Precision;
 use kernels::device::{self, Found, Options};
+use kernels::ops::gemm_fp8;
 use parallel::comm::{Comm, Communicator, gather_bytes, nccl};
 use parallel::mesh::{Mesh, Transport};
 use std::path::{Path, PathBuf};
@@ -25,12 +27,17 @@ pub fn open(config: &RunConfig, world: &dyn Communicator) -> Result<Device> {
     };
     let spared_sms = if nccl_carries { config.parallel.comm_sms } else { 0 };
     let options = Options { local_rank, torch_cuda: None, nvrtc_folder: None, kernel_cache: kernel_cache(&config.run.dir), spared_sms };
-    all_or_none(world, open_here(&options))
+    all_or_none(world, open_here(&options, config.run.precision))
 }
 
-fn open_here(options: &Options) -> Result<Device> {
+fn open_here(options: &Options, precision: Precision) -> Result<Device> {
     match device::open(options)? {
-        Found::Gpu(gpu) => Ok(gpu.device()),
+        Found::Gpu(gpu) => {
+            if precision == Precision::Fp8 {
+                gemm_fp8::load_all(gpu)?;
+            }
+            Ok(gpu.device())
+        }
         Found::Cpu(why) => bail!("run.device = \"cuda\": {why}"),
     }
 }

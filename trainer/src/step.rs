@@ -27,7 +27,7 @@ use parallel::schedule::run::run as run_schedule;
 use parallel::schedule::{Action, Schedule};
 use std::rc::Rc;
 use std::time::{Duration, Instant};
-use tch::{Device, Tensor};
+use tch::{Device, Kind, Tensor};
 
 /// The model and its optimizer on one rank.
 pub struct Trainer {
@@ -99,9 +99,8 @@ pub struct Totals {
     pub corrupt: f64,
     /// ‖g‖ over all parameters: every element has one owner in the world.
     pub grad_norm: f64,
-    /// Expert counts of this rank's layers over all that hold them, on the host, and their extremes.
+    /// Expert counts of this rank's layers over all that hold them, on the host.
     pub counts: Tensor,
-    pub load: (f64, f64),
     /// Of this rank's shards over all that hold them.
     pub gradients: Vec<Tensor>,
 }
@@ -184,7 +183,7 @@ impl Trainer {
         self.faults.in_memory(self.number, &mut self.weights, &self.zero, &self.optimizer)?;
         self.sentinel.begin(self.number, &mut self.weights);
         let (computed, held_up) = run_beside(beside, || self.gradients(&step, batch));
-        let Totals { losses, stop, corrupt, grad_norm: norm, counts, load, gradients } = self.total(&step, batch, computed?, stop)?;
+        let Totals { losses, stop, corrupt, grad_norm: norm, counts, gradients } = self.total(&step, batch, computed?, stop)?;
         let mut found = if corrupt > 0.0 { self.findings()? } else { Vec::new() };
 
         let loss = losses[0] / step.main_targets as f64;
@@ -209,7 +208,7 @@ impl Trainer {
             balance::update(&mut self.weights, &self.biases, &counts, moment.phase.bias_speed);
             self.checks.set_biases(&self.weights);
         }
-        let load = self.load(load)?; // between hosts alone, while a GPU updates
+        let load = self.load(balance::extremes(&counts))?; // between hosts alone, while a GPU updates
         Ok(StepReport {
             loss,
             mtp: (self.config.num_nextn_predict_layers == 1).then(|| losses[1] / step.mtp_targets as f64),
@@ -267,17 +266,17 @@ impl Trainer {
         if self.faults.in_gradients(self.number, &gradients) {
             squares = gradient_norm::sum_of_squares(&gradients.iter().collect::<Vec<_>>());
         }
-        let stop = Tensor::from_slice(&[stop as i64 as f64]).to_device(losses.device());
+        // Made where they are: every copy from or to the host waits for the GPU.
+        let stop = Tensor::full([1], stop as i64, (Kind::Double, losses.device()));
         let mine = Tensor::cat(&[&losses, &stop, &self.inspect()?, &squares.view(1).to_device(losses.device())], 0);
         // A few numbers, which the host waits for: over MPI, where thousands of ranks tell each other in a dozen rounds.
-        let on_host = |small: Tensor| vec![small.to_device(Device::Cpu)];
-        let counts = self.groups.data.all_reduce(on_host(counts), Reduce::Sum)?;
-        let sums = self.groups.world.all_reduce(on_host(mine), Reduce::Sum)?.wait()?;
+        let [counts, mine] = [counts, mine].map(|small| vec![small.to_device(Device::Cpu)]);
+        let counts = self.groups.data.all_reduce(counts, Reduce::Sum)?;
+        let sums = self.groups.world.all_reduce(mine, Reduce::Sum)?.wait()?;
         let mut losses = Vec::<f64>::try_from(&sums[0]).expect("f64 sums");
         let [stop, corrupt, squares] = losses.split_off(3)[..] else { unreachable!("six sums") };
         let counts = counts.wait()?.pop().expect("one went in");
-        let load = balance::extremes(&counts);
-        Ok(Totals { losses, stop, corrupt, grad_norm: squares.sqrt(), counts, load, gradients })
+        Ok(Totals { losses, stop, corrupt, grad_norm: squares.sqrt(), counts, gradients })
     }
 
     /// This rank's list for a step of so many micro-batches.

@@ -133,7 +133,7 @@ impl Bench {
         let time = self.steady(|i| quantise::columns_of(&sent[i], Some(&source), Some(&counts), RULE));
         self.show(&format!("gather fp8 rows {T} x {ROUTES} x {d} and transpose"), (T + rows) * d, copy, time);
         let y = self.sets(&[rows, d]);
-        let time = self.steady(|i| unpermute::forward(&y[i], &index, None, &[&x[i]]));
+        let time = self.steady(|i| unpermute::forward(&y[i], &index, &[&x[i]]));
         self.show(
             &format!("unpermute and sum {T} x {ROUTES} x {d}, shared expert added"),
             (4 * T + 2 * rows) * d,

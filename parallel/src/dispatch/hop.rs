@@ -70,7 +70,7 @@ impl Back {
         match &self.sums {
             _ if count == 0 => (),
             None => out.copy_(&self.rows.narrow(0, first, count)),
-            Some(places) if fused(&self.rows) => unpermute::forward_into(&out, &self.rows.contiguous(), &places.narrow(0, first, count), None, &[]),
+            Some(places) if fused(&self.rows) => unpermute::forward_into(&out, &self.rows.contiguous(), &places.narrow(0, first, count), &[]),
             Some(places) => out.copy_(&sum_places(&self.rows, &places.narrow(0, first, count), &[])),
         }
     }
@@ -104,7 +104,7 @@ pub(super) fn picked(rows: &Tensor, index: &Tensor) -> Tensor {
 pub(super) fn sum_places(rows: &Tensor, places: &Tensor, add: &[&Tensor]) -> Tensor {
     let (count, each) = places.size2().expect("places [M, P]");
     if fused(rows) {
-        return unpermute::forward(&rows.contiguous(), places, None, add);
+        return unpermute::forward(&rows.contiguous(), places, add);
     }
     let wide = if rows.kind() == Kind::Double { Kind::Double } else { Kind::Float };
     let picked = picked(rows, &places.flatten(0, -1)).view([count, each, rows.size()[1]]);

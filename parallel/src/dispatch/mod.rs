@@ -156,7 +156,7 @@ impl Plan {
     /// What it holds between forward and backward.
     pub fn tensors(&self) -> Vec<&Tensor> {
         let arrival = self.0.arrival.get().into_iter().flat_map(|arrival| {
-            let local = [&arrival.local.pair, &arrival.local.row, &arrival.local.place];
+            let local = [&arrival.local.row, &arrival.local.place];
             arrival.places.iter().flat_map(|places| [&places.source, &places.slots, &places.sent_row]).chain(local)
         });
         std::iter::once(&self.0.routes).chain(arrival).collect()
@@ -186,7 +186,6 @@ impl Plan {
         Ok(sent.map(move |mut parts| {
             let weights = parts.pop().expect("weights come last");
             let local = &route.arrival().local;
-            let weights = weights.flatten(0, -1).index_select(0, &local.pair);
             Ok(Dispatched { rows: route.wire.unpack(parts, &local.row, kind), counts: local.counts.shallow_clone(), weights })
         }))
     }
@@ -253,13 +252,15 @@ impl Route {
     }
 
     /// The first time outward, from the hop after those whose places are `found`: finds those of each hop on the way. `next`
-    /// are this one's, and then the parts are by destination.
+    /// are this one's, and then the parts are by destination. The weights of what came are then those of the local rows.
     fn find_way(
         self: Rc<Self>, slots: &Tensor, next: Option<Places>, mut parts: Vec<Tensor>, mut found: Vec<Places>, work: Work,
     ) -> Result<Pending<Vec<Tensor>>, CommError> {
         let Some((hop, places)) = self.hops.get(found.len()).zip(next) else {
             work();
-            let local = routes::local(slots, self.counts.len() as i64, self.counts.iter().sum());
+            let weights = parts.pop().expect("weights come last");
+            let (local, sorted) = routes::local(slots, &weights, self.counts.len() as i64, self.counts.iter().sum());
+            parts.push(sorted);
             assert!(self.arrival.set(Arrival { places: found, local }).is_ok(), "a plan dispatches once");
             return Ok(Pending::ready(parts));
         };

@@ -23,8 +23,7 @@ pub struct AdamW {
     pub weight_decay: f64,
 }
 
-/// What one tensor's update reads and writes; all of one shape. Moments may be BF16, the maths is the master's. On the GPU
-/// each begins at a multiple of 16 bytes.
+/// What one tensor's update reads and writes; all of one shape. Moments may be BF16, the maths is the master's.
 pub struct State<'a> {
     pub master: &'a mut Tensor,
     pub first: &'a mut Tensor,
@@ -75,7 +74,10 @@ impl AdamW {
     /// changes. [.., R, C] of multiples of 16 if FP8 is written.
     pub fn update_fused(&self, state: State, gradient: &Tensor, clip: &Tensor, out: Outputs, at: Step) {
         let moments = state.first.kind();
-        let fits = state.master.kind() == Kind::Float && matches!(moments, Kind::BFloat16 | Kind::Float);
+        // Rows of a shard may begin anywhere, and a thread moves 16 bytes.
+        let begins = |tensor: &Tensor| (tensor.data_ptr() as usize).is_multiple_of(16);
+        let places = [&*state.master, &*state.first, &*state.second].into_iter().chain(out.weight).all(begins);
+        let fits = places && state.master.kind() == Kind::Float && matches!(moments, Kind::BFloat16 | Kind::Float);
         if !gradient.device().is_cuda() || !fits {
             return cpu::update_fused(self, state, gradient, clip, out, at);
         }

@@ -2,7 +2,20 @@
 use crate::ops::wide;
 use tch::Tensor;
 
+/// Rows at one time: each takes a few times its memory.
+const ROWS: i64 = 256;
+
 pub fn forward(logits: Tensor, targets: &Tensor, dlogits: &mut Tensor) -> Tensor {
+    let total = logits.size()[0];
+    let mut loss = Tensor::zeros([], (wide(logits.kind()), logits.device()));
+    for start in (0..total).step_by(ROWS as usize) {
+        let part = |all: &Tensor| all.narrow(0, start, ROWS.min(total - start));
+        loss += some(part(&logits), &part(targets), &mut part(dlogits));
+    }
+    loss
+}
+
+fn some(logits: Tensor, targets: &Tensor, dlogits: &mut Tensor) -> Tensor {
     let kind = logits.kind();
     let targets = targets.unsqueeze(1);
     let mut log_p = if kind == wide(kind) {

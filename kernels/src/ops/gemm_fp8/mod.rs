@@ -4,12 +4,12 @@
 //! the first two is BF16; Wgrad adds into FP32. Sizes: any M ≥ 0; N a multiple of 8, K of 16 (rows of 16 bytes).
 //!
 //! Legend: M rows, N output columns, K contraction, E experts, P padded rows.
-use crate::device::{self, Kernel};
+use crate::device::{self, DeviceError, Gpu, Kernel};
 use crate::fp8::{Blocks, Columns, Rows, TILE};
 use crate::jit::Source;
 use crate::launch::Launch;
 use crate::sass::KEEP_FACTORS;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use tch::{Device, Kind, Tensor};
 
 pub(crate) mod cpu;
@@ -174,16 +174,47 @@ fn wgrad_source(plan: Plan, write: Write) -> Source {
     Source { name: "gemm_wgrad", text: [HOPPER, &wgmma::text(plan.width), WGRAD].concat(), defines }
 }
 
+fn forward_key(plan: Plan, options: Options, interleaved: bool) -> String {
+    format!("forward/{plan:?}/{}{}{interleaved}", options.out_fp32, options.without_promotion)
+}
+
+fn wgrad_key(plan: Plan, write: Write) -> String {
+    format!("wgrad/{plan:?}/{write:?}")
+}
+
 fn forward_kernel(plan: Plan, options: Options, interleaved: bool, device: Device) -> Arc<Kernel> {
-    let key = format!("forward/{plan:?}/{}{}{interleaved}", options.out_fp32, options.without_promotion);
+    let key = forward_key(plan, options, interleaved);
     let kernel = device::gpu(device).kernel(&key, "gemm_forward", || forward_source(plan, options, interleaved));
     kernel.expect("our own kernels compile and load")
 }
 
 fn wgrad_kernel(plan: Plan, write: Write, device: Device) -> Arc<Kernel> {
-    let key = format!("wgrad/{plan:?}/{write:?}");
+    let key = wgrad_key(plan, write);
     let kernel = device::gpu(device).kernel(&key, "gemm_wgrad", || wgrad_source(plan, write));
     kernel.expect("our own kernels compile and load")
+}
+
+/// Compiles and loads all that training may ask for: which tile a GEMM takes depends on how many rows come to the experts, and
+/// no step is to wait for a compiler, nor to find no memory for the code.
+pub fn load_all(gpu: &Gpu) -> Result<(), DeviceError> {
+    let options = Options::default();
+    let forward = FORWARD_PLANS.iter().flat_map(|&plan| [true, false].map(|interleaved| (plan, interleaved)));
+    let forward = forward.map(|(plan, interleaved)| (forward_key(plan, options, interleaved), "gemm_forward", forward_source(plan, options, interleaved)));
+    let wgrad = WGRAD_PLANS.iter().flat_map(|&plan| [Write::Assign, Write::Accumulate].map(|write| (plan, write)));
+    let wgrad = wgrad.map(|(plan, write)| (wgrad_key(plan, write), "gemm_wgrad", wgrad_source(plan, write)));
+    let queue = Mutex::new(forward.chain(wgrad).collect::<Vec<_>>());
+    let next = || queue.lock().expect("nobody panics with it").pop();
+    let work = || -> Result<(), DeviceError> {
+        while let Some((key, entry, source)) = next() {
+            gpu.kernel(&key, entry, || source)?;
+        }
+        Ok(())
+    };
+    let threads = std::thread::available_parallelism().map_or(1, usize::from).min(8);
+    std::thread::scope(|scope| {
+        let threads: Vec<_> = (0..threads).map(|_| scope.spawn(work)).collect();
+        threads.into_iter().try_for_each(|thread| thread.join().expect("a compiler returns"))
+    })
 }
 
 /// Every variant that a plan may choose, for a test that compiles them all.

@@ -28,14 +28,15 @@ pub(super) fn places(slots: &Tensor, share: i64, ranks: i64, sent: i64) -> Place
     Places { source: int(&source), slots: int(&there.masked_fill(&elsewhere, -1)), sent_row: int(&sent_row).contiguous() }
 }
 
-pub(super) fn local(slots: &Tensor, share: i64, count: i64) -> Local {
+pub(super) fn local(slots: &Tensor, weights: &Tensor, share: i64, count: i64) -> (Local, Tensor) {
     let (rows, top_k) = slots.size2().expect("slots [V, K]");
     let expert = slots.to_kind(Kind::Int64).flatten(0, -1).remainder(share + 1); // elsewhere: the last
     // Stable: rows of one expert stay in their order.
     let pair = expert.argsort_stable(true, 0, false).narrow(0, 0, count);
     let place = Tensor::full_like(&expert, -1).scatter(0, &pair, &arange(count, slots)).view([rows, top_k]);
     let counts = Tensor::zeros([share + 1], (Kind::Int64, slots.device())).scatter_add(0, &expert, &expert.ones_like()).narrow(0, 0, share);
-    Local { row: int(&pair.divide_scalar_mode(top_k, "floor")), pair: int(&pair), place: int(&place), counts: int(&counts) }
+    let sorted = weights.flatten(0, -1).index_select(0, &pair);
+    (Local { row: int(&pair.divide_scalar_mode(top_k, "floor")), place: int(&place), counts: int(&counts) }, sorted)
 }
 
 fn int(tensor: &Tensor) -> Tensor {

@@ -87,9 +87,7 @@ pub fn places(slots: &Tensor, share: i64, ranks: i64, sent: i64) -> Places {
 
 /// Rows at their experts.
 pub struct Local {
-    /// The flat (row, slot) of each local row, [R], by expert, then row.
-    pub pair: Tensor,
-    /// The row of each local row, [R].
+    /// The row of each local row, [R], by expert, then row.
     pub row: Tensor,
     /// The local row of each (row, slot), [V, K].
     pub place: Tensor,
@@ -97,17 +95,20 @@ pub struct Local {
     pub counts: Tensor,
 }
 
-/// slots [V, K] i32, `count` of them of this rank's `share` experts.
-pub fn local(slots: &Tensor, share: i64, count: i64) -> Local {
-    if !slots.device().is_cuda() {
-        return cpu::local(slots, share, count);
+/// slots [V, K] i32, `count` of them of this rank's `share` experts, and their weights [V, K] → their places, and the weight of each
+/// local row, [R].
+pub fn local(slots: &Tensor, weights: &Tensor, share: i64, count: i64) -> (Local, Tensor) {
+    if !slots.device().is_cuda() || weights.kind() != Kind::Float {
+        return cpu::local(slots, weights, share, count);
     }
     let (v, k) = slots.size2().expect("slots are [V, K]");
     let make = |shape: &[i64]| Tensor::empty(shape, (Kind::Int, slots.device()));
-    let local = Local { pair: make(&[count]), row: make(&[count]), place: make(&[v, k]), counts: make(&[share]) };
+    let local = Local { row: make(&[count]), place: make(&[v, k]), counts: make(&[share]) };
+    let sorted = Tensor::empty([count], (Kind::Float, slots.device()));
     launch(slots, "local", share, |launch| {
-        let launch = launch.tensor(&aligned(slots), Kind::Int).tensor(&local.pair, Kind::Int).tensor(&local.row, Kind::Int);
-        launch.tensor(&local.place, Kind::Int).tensor(&local.counts, Kind::Int).int(v)
+        let launch = launch.tensor(&aligned(slots), Kind::Int).tensor(&weights.contiguous(), Kind::Float);
+        let launch = launch.tensor(&local.row, Kind::Int).tensor(&local.place, Kind::Int).tensor(&local.counts, Kind::Int);
+        launch.tensor(&sorted, Kind::Float).int(v)
     });
-    local
+    (local, sorted)
 }

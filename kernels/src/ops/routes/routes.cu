@@ -114,8 +114,9 @@ extern "C" __global__ void __launch_bounds__(THREADS) places(const int* slots, i
   }
 }
 
-// slots [V, K] → pair [R], row [R], place [V, K], counts [X]. A block an expert; the first one says what is elsewhere, too.
-extern "C" __global__ void __launch_bounds__(THREADS) local(const int* slots, int* pair, int* row_of, int* place, int* counts, int V) {
+// slots [V, K], weights [V, K] → row [R], place [V, K], counts [X], sorted [R]. A block an expert.
+extern "C" __global__ void __launch_bounds__(THREADS)
+    local(const int* slots, const float* weights, int* row_of, int* place, int* counts, float* sorted, int V) {
   const int expert = blockIdx.x, each = (V + THREADS - 1) / THREADS;
   const int first = min(V, (int)threadIdx.x * each), last = min(V, first + each);
   int mine = 0, lower = 0, lower_all, all;
@@ -135,12 +136,14 @@ extern "C" __global__ void __launch_bounds__(THREADS) local(const int* slots, in
     const Slots of_row(slots, row);
 #pragma unroll
     for (int k = 0; k < K; k++) {
-      if (expert == 0 && of_row.at[k] < 0) place[row * K + k] = -1;
       if (of_row.at[k] != expert) continue;
-      pair[at] = row * K + k;
       row_of[at] = row;
+      sorted[at] = weights[row * K + k];
       place[row * K + k] = at++;
     }
   }
   if (threadIdx.x == 0) counts[expert] = all;
+  for (int slot = expert * THREADS + threadIdx.x; slot < V * K; slot += gridDim.x * THREADS) {
+    if (slots[slot] < 0) place[slot] = -1;
+  }
 }

@@ -140,7 +140,7 @@ fn parts(found: &mut Value, world: &dyn Communicator, control: &dyn Communicator
     };
     found["quantise_us"] = json!(us(&mut || drop(quantise::rows(&x, ScaleRule::PowerOfTwo)))?);
     found["pack_us"] = json!(us(&mut || drop(quantise::pack(&x, &index, ROWS)))?);
-    found["sum_us"] = json!(us(&mut || drop(unpermute::forward(&x, &index, None, &[])))?);
+    found["sum_us"] = json!(us(&mut || drop(unpermute::forward(&x, &index, &[])))?);
     let lists = vec![vec![1_i64; 64]; world.size()];
     let mut times = Vec::new();
     for _ in 0..200 {
