@@ -202,7 +202,7 @@ def main():
     parser.add_argument("--mpirun", help="absent: with a share of the cores for each rank")
     parser.add_argument("--only", type=lambda text: text.split(","), default=["links", "ep", "dp", "pp"])
     parser.add_argument("--no-rival", action="store_true")
-    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--steps", type=int, default=20, help="of one micro-batch; a GPU at its power limit takes a second or two to come to its clocks")
     parser.add_argument("--json")
     parser.add_argument("--timeline", help="FILE.svg of a paired step, and of DualPipe's FILE.pp.svg")
     parser.add_argument("--traces", help="keep the profiler's traces there")
