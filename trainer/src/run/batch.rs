@@ -5,7 +5,7 @@ use anyhow::Result;
 use data::Sample;
 use model::MicroBatch;
 use std::rc::Rc;
-use tch::{Device, Tensor};
+use tch::{Device, Kind, Tensor};
 
 impl Run<'_> {
     /// This rank's micro-batches of the step that starts at sample `first`; the next step's are asked for.
@@ -45,7 +45,8 @@ impl Run<'_> {
 pub fn micro_batches(samples: &[Sample], size: usize, device: Device, documents: bool) -> Vec<MicroBatch> {
     let batch = |chunk: &[Sample]| {
         let tokens: Vec<i64> = chunk.iter().flat_map(|sample| sample.tokens.iter().map(|&token| token as i64)).collect();
-        let tokens = Tensor::from_slice(&tokens).view([chunk.len() as i64, -1]).to_device(device);
+        // The host is not to wait for the update that the GPU may be at.
+        let tokens = Tensor::from_slice(&tokens).view([chunk.len() as i64, -1]).to_device_(device, Kind::Int64, true, false);
         MicroBatch { tokens, documents: documents.then(|| Rc::new(chunk.iter().map(document_lengths).collect())) }
     };
     samples.chunks(size).map(batch).collect()
