@@ -1,7 +1,7 @@
 //! Injected faults: what changes in memory or in a computation is found before the next update on every rank, and mended; what
 //! cannot be mended is skipped or ends the world, which then goes on from its newest checkpoint.
 use crate::launching::{Started, local};
-use crate::support::{Run, mpirun};
+use crate::support::{Run, mpirun, scratch};
 use parallel::comm::local::run_local;
 use serde_json::Value;
 use trainer::coordinator::StopSignal;
@@ -360,7 +360,10 @@ fn giving_up_keeps_the_older_checkpoints_and_nobody_starts_it_again() {
     // Step 8's checkpoint is of the state that it gives up with, and none more is saved; step 6's is not.
     for (every, keep_last, steps) in [(2, 2, &[4, 6, 8][..]), (6, 1, &[6, 10])] {
         let (each, keep) = (format!("checkpoint.every={every}"), format!("checkpoint.keep_last={keep_last}"));
-        let run = Run::new(&format!("faults-gave-up-{every}"), &[&set[..], &[&each, &keep]].concat());
+        let copies = scratch().join(format!("faults-gave-up-{every}-copies"));
+        std::fs::create_dir_all(&copies).expect("a folder");
+        let tier = format!("checkpoint.second_tier={{every=1,dir=\"{}\"}}", copies.display());
+        let run = Run::new(&format!("faults-gave-up-{every}"), &[&set[..], &[&each, &keep, &tier]].concat());
         let mut started = Started::train(local(SUPERVISED), &run, "launcher");
         assert_eq!(started.code(), 20, "{}", started.said());
         assert_eq!(skipped(&run), [8, 9, 10]);
@@ -369,5 +372,7 @@ fn giving_up_keeps_the_older_checkpoints_and_nobody_starts_it_again() {
         }
         let there: Vec<u64> = trainer::checkpoint::list(run.dir()).expect("a list").into_iter().map(|(step, _)| step).collect();
         assert_eq!(there, steps, "every {every}, keep_last {keep_last}: {}", started.said());
+        // Who then removes the newest goes on from the one before, not from a copy of what was removed.
+        assert_eq!(std::fs::read_dir(&copies).expect("the folder").count(), 0, "copies are left");
     }
 }

@@ -6,6 +6,7 @@ use kernels::Precision;
 use model::ModelConfig;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
+use std::io::Write;
 use std::path::Path;
 
 pub const FORMAT: &str = "tiefsee-checkpoint-2";
@@ -135,9 +136,11 @@ impl Manifest {
         let path = checkpoint.join("manifest.json");
         let open = serde_json::to_string_pretty(&Manifest { blake3: UNSEALED.into(), ..self.clone() })?;
         let sealed = open.replacen(UNSEALED, blake3::hash(open.as_bytes()).to_hex().as_str(), 1);
+        // One handle: what closing a file on NFS met, another would not be told.
         let write = || -> std::io::Result<()> {
-            std::fs::write(&path, sealed)?;
-            std::fs::File::open(&path)?.sync_all()
+            let mut file = std::fs::File::create(&path)?;
+            file.write_all(sealed.as_bytes())?;
+            file.sync_all()
         };
         write().with_context(|| format!("cannot write {}", path.display()))
     }

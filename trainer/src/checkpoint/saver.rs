@@ -9,6 +9,7 @@
 use super::save::{Outline, Place, Written, begin, commit, gather_written, share, write_shard};
 use super::staging::{Copying, Piece, Staging};
 use super::{Manifest, Retention};
+use crate::coordinator::Shared;
 use crate::guard::GuardState;
 use crate::state::{StatePart, StateReader};
 use anyhow::Result;
@@ -71,7 +72,11 @@ impl Saver {
         self.remove_old();
         self.removed(); // before more is written
         let (place, began) = (Place::of(&self.run_dir, head.step), Instant::now());
+        // One that all ranks have met is this save's; after one rank's own the others would wait for it.
         if let Err(error) = begin(world, &place) {
+            if !error.is::<Shared>() {
+                return Err(error);
+            }
             ended.push(Saved { step: head.step, path: place.target, seconds: 0.0, outcome: Err(format!("{error:#}")) });
             return Ok(ended);
         }

@@ -72,11 +72,15 @@ impl Run<'_> {
         let (step, skipped) = (self.state.step, self.trainer.guard.state.in_a_row);
         self.save_settled()?;
         // A skipped step changes no state.
-        let held = self.last_checkpoint.as_ref().is_some_and(|(at, _)| at + u64::from(skipped) >= step);
-        if !held {
+        let held = |run: &Self| run.last_checkpoint.as_ref().is_some_and(|(at, _)| at + u64::from(skipped) >= step);
+        if !held(self) {
             self.verified()?;
             self.save()?;
             self.save_settled()?;
+        }
+        // Else whoever removes checkpoints to go on from an older one would get this state again.
+        if held(self) {
+            self.leave_tier(true)?;
         }
         let newest = self.last_checkpoint.as_ref().map_or("there is none".to_string(), |(_, path)| path.display().to_string());
         Err(GaveUp(format!("gave up: {skipped} steps in a row were skipped, the last because {reason}; newest checkpoint: {newest}")).into())

@@ -14,6 +14,7 @@ use anyhow::{Context, Result, anyhow, ensure};
 use parallel::comm::Comm;
 use parallel::mesh::Mesh;
 use std::collections::BTreeMap;
+use std::io::Write;
 use std::path::{Path, PathBuf};
 
 /// BLAKE3 of the program that runs: ranks of two builds must not meet.
@@ -44,8 +45,17 @@ pub(super) fn prepare_dir(config: &RunConfig) -> Result<()> {
     kept.run.dir = std::path::absolute(dir)?;
     kept.run.init_from = kept.run.init_from.map(std::path::absolute).transpose()?;
     kept.checkpoint.second_tier.dir = std::path::absolute(kept.checkpoint.second_tier.dir)?;
-    let resolved = resolved(dir);
-    std::fs::write(&resolved, kept.to_toml()?).with_context(|| format!("cannot write {}", resolved.display()))
+    let (resolved, text) = (resolved(dir), kept.to_toml()?);
+    // Checkpoints are synced: beside one, after a loss of power, it is not to be empty.
+    let write = || -> std::io::Result<()> {
+        let aside = resolved.with_extension("partial");
+        let mut file = std::fs::File::create(&aside)?;
+        file.write_all(text.as_bytes())?;
+        file.sync_all()?;
+        std::fs::rename(&aside, &resolved)?;
+        std::fs::File::open(dir)?.sync_all()
+    };
+    write().with_context(|| format!("cannot write {}", resolved.display()))
 }
 
 /// What an earlier try of this run wrote; nobody else's file.
