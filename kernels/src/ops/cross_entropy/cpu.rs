@@ -32,3 +32,24 @@ fn some(logits: Tensor, targets: &Tensor, dlogits: &mut Tensor) -> Tensor {
     }
     loss
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tch::{Device, Kind, Reduction};
+
+    #[test]
+    fn more_rows_than_are_taken_at_one_time_are_torch_s() {
+        tch::manual_seed(7);
+        for rows in [0, 1, ROWS, 2 * ROWS + 3] {
+            let logits = Tensor::randn([rows, 7], (Kind::Double, Device::Cpu)).set_requires_grad(true);
+            let targets = Tensor::randint(7, [rows], (Kind::Int64, Device::Cpu));
+            let want = logits.cross_entropy_loss::<Tensor>(&targets, None, Reduction::Sum, -100, 0.0);
+            want.backward();
+            let mut got = logits.detach().copy();
+            let loss = forward(got.shallow_clone(), &targets, &mut got); // in its own memory
+            assert!((loss - want.detach()).abs().double_value(&[]) < 1e-10, "{rows} rows: the loss");
+            assert!(got.allclose(&logits.grad(), 1e-12, 1e-12, false), "{rows} rows: its gradient");
+        }
+    }
+}
