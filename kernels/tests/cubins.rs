@@ -2,7 +2,7 @@
 //! NVRTC, and cuobjdump to look into the cubins, are in the test venv (scripts/test-venv.sh), or TIEFSEE_NVRTC names the lib folder
 //! of another CUDA.
 use kernels::jit::{Jit, JitError, Source};
-use kernels::ops::{adamw, checksum, cross_entropy, gate, gemm_fp8, gradient_norm, mla_heads, normal, quantise, rms_norm, routes, swiglu, unpermute};
+use kernels::ops::{adamw, checksum, cross_entropy, gate, gemm_fp8, gradient_norm, mla_heads, normal, quantise, rms_norm, routes, swiglu, unpermute, wide_linear};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -72,7 +72,7 @@ fn every_kernel_compiles_without_spills() {
     let jit = Jit::load(Some(&folder), &cache).expect("NVRTC is there");
     let fused =
         [quantise::sources(), rms_norm::sources(), swiglu::sources(), adamw::sources(), checksum::sources(), gradient_norm::sources()];
-    let others = [unpermute::sources(), cross_entropy::sources(), mla_heads::sources(), normal::sources(), routes::sources(), gate::sources(), gemm_fp8::sources()];
+    let others = [wide_linear::sources(), unpermute::sources(), cross_entropy::sources(), mla_heads::sources(), normal::sources(), routes::sources(), gate::sources(), gemm_fp8::sources()];
     let sources: Vec<_> = fused.into_iter().chain(others).flatten().collect();
     let num_seen = sources.iter().filter(|source| check(&folder, &jit, &cache, source)).count();
     println!("{} kernels compiled, {num_seen} disassembled", sources.len());

@@ -1,7 +1,8 @@
 //! The router's passes on a GPU are the CPU's. Without a GPU the test says that it was skipped.
 use kernels::fp8::relative_error;
 use kernels::ops::gate::{self, Rule};
-use support::{gpu, poison, same};
+use kernels::ops::wide_linear;
+use support::{gpu, poison, random, same};
 use tch::{Device, Kind, Tensor};
 
 #[allow(dead_code)] // the other tests use the rest
@@ -49,4 +50,40 @@ fn routes_and_gradients_are_the_cpus() {
         let want_d = gate::backward(&cpu(&dweights), &cpu(&got.scores), &cpu(&got.routes), &cpu(&balance), &rule);
         assert!(relative_error(&cpu(&got_d), &want_d) < 1e-5, "{name}: gradient");
     }
+}
+
+#[test]
+fn the_routers_products_of_bf16_parts_are_fp32s() {
+    let Some(gpu) = gpu("the_routers_products_of_bf16_parts_are_fp32s") else {
+        return;
+    };
+    tch::manual_seed(2);
+    let wide = |size: &[i64], scale: f64| Tensor::randn(size, (Kind::Float, gpu.device())) * scale;
+    let f64 = |x: &Tensor| x.to_kind(Kind::Double);
+    for (t, o, i, mean) in [(4096, 256, 7168, 0.0), (4096, 16, 7168, 0.5), (77, 64, 512, 0.0), (1, 8, 16, 0.0), (33, 12, 40, 0.5)] {
+        let name = format!("[{t}, {i}] to {o}, mean {mean}");
+        let (x, weight, dy) = (random(gpu, &[t, i], mean), wide(&[o, i], 0.006), wide(&[t, o], 1e-6));
+        poison(gpu);
+        let logits = wide_linear::forward(&x, &weight);
+        let error = relative_error(&logits, &f64(&x).matmul(&f64(&weight).tr()));
+        let plain = relative_error(&x.to_kind(Kind::Float).matmul(&weight.tr()), &f64(&x).matmul(&f64(&weight).tr()));
+        let dx = f64(&dy).matmul(&f64(&weight));
+        let rounding = relative_error(&dx.to_kind(Kind::BFloat16), &dx);
+        let dx_error = relative_error(&wide_linear::backward_input(&dy, &weight, Kind::BFloat16), &dx);
+        let exact = f64(&dy).tr().matmul(&f64(&x));
+        let mut gradient = Tensor::full([o, i], f64::NAN, (Kind::Float, gpu.device()));
+        wide_linear::backward_weight(&dy, &x, &mut gradient, true);
+        let first = relative_error(&gradient, &exact);
+        wide_linear::backward_weight(&dy, &x, &mut gradient, false);
+        let both = relative_error(&gradient, &(exact * 2.0));
+        println!("{name}: logits {error:.1e} (FP32 GEMM {plain:.1e}), dx {:.4} of its rounding, gradient {first:.1e}, {both:.1e}", dx_error / rounding);
+        assert!(error < 2e-5 && first < 2e-5 && both < 2e-5, "{name}");
+        assert!(dx_error < 1.001 * rounding, "{name}: dx {dx_error:e}, rounding {rounding:e}");
+    }
+    // Nothing of an FP32 number is lost: products with 1 are the number.
+    let (eye, weight) = (Tensor::eye(512, (Kind::BFloat16, gpu.device())), wide(&[64, 512], 1.0));
+    assert!(same(&wide_linear::forward(&eye, &weight), &weight.tr()), "a weight's parts are the weight");
+    let mut gradient = Tensor::full([64, 512], f64::NAN, (Kind::Float, gpu.device()));
+    wide_linear::backward_weight(&weight.tr().contiguous(), &eye, &mut gradient, true);
+    assert!(same(&gradient, &weight), "a gradient's parts are the gradient");
 }

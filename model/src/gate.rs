@@ -7,7 +7,7 @@ use crate::params::{Init, Role};
 use crate::saved::{PUT_OFF, See};
 use crate::{Grads, Layer, ModelConfig, ParamId, ParamTable, Weights};
 use kernels::ops::gate::{self, Routed, Rule};
-use kernels::ops::linear;
+use kernels::ops::wide_linear;
 use tch::Tensor;
 
 #[derive(Debug)]
@@ -89,9 +89,8 @@ impl Gate {
     /// `Layer::forward`; `with_routes` gets them as soon as they are chosen: all else is made under what it starts.
     pub fn forward_then<R>(&self, w: &Weights, input: GateIn, with_routes: impl FnOnce(&Tensor) -> R) -> (GateOut, GateSaved, R) {
         let (weight, GateIn { x, sequences, balance_scale }) = (w.get(self.weight), input);
-        let x = x.to_kind(weight.kind());
-        w.gemms.count(x.kind());
-        let logits = linear::forward(&x, weight); // [T, E]
+        w.gemms.count(weight.kind());
+        let logits = wide_linear::forward(&x, weight); // [T, E]
         let Routed { scores, routes, weights, counts, top, share } = gate::forward(&logits, self.bias.map(|bias| w.get(bias)), sequences, &self.rule);
         let then = with_routes(&routes);
         // f_i of each sequence and Σ_i f_i·P_i over them (report eq. 17–20): f counts the top-K of the unbiased scores.
@@ -120,11 +119,13 @@ impl Layer for Gate {
         let dlogits = gate::backward(&dweights, &saved.scores, &saved.routes, &saved.balance, &self.rule);
         let weight = w.get(self.weight);
         w.gemms.count(dlogits.kind());
-        let dx = linear::backward_input(&dlogits, weight).to_kind(x.kind());
+        let dx = wide_linear::backward_input(&dlogits, weight, x.kind());
         (dx, GateWork { dlogits, x })
     }
 
     fn backward_weight(&self, work: GateWork, grads: &mut Grads) {
-        grads.add_product(self.weight, &work.dlogits, &work.x.to_kind(work.dlogits.kind()));
+        let GateWork { dlogits, x } = work;
+        let add = |gradient: &mut Tensor, fresh| wide_linear::backward_weight(&dlogits, &x, gradient, fresh);
+        grads.accumulate_product(self.weight, dlogits.kind(), add);
     }
 }

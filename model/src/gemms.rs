@@ -1,5 +1,5 @@
-//! How many GEMMs a rank has made outside attention, by the kind of their operands: what a run is held to. The sentinel's
-//! shadows are not counted.
+//! How many GEMMs a rank has made outside attention, by the kind of their operands: what a run is held to. A router's product
+//! is one of FP32 however it is made; the sentinel's shadows are not counted.
 use std::cell::RefCell;
 use std::collections::BTreeMap;
 use tch::Kind;

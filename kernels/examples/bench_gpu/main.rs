@@ -1,6 +1,6 @@
 //! FP8 GEMMs at V3's shapes beside cuBLASLt's block-scaled FP8 (through torch) in the same run; correctness first.
 //!
-//! `bench_gpu [forward] [wgrad] [grouped] [passes] [sweep]`: which tables; `sweep` times every tile.
+//! `bench_gpu [forward] [wgrad] [grouped] [passes] [router] [sweep]`: which tables; `sweep` times every tile.
 use kernels::device::{self, Found, Gpu};
 use kernels::fp8::{ScaleRule, relative_error};
 use kernels::ops::gemm_fp8::{self, FORWARD_PLANS, Options, Plan, WGRAD_PLANS, Write};
@@ -8,6 +8,7 @@ use kernels::ops::{gemm_grouped, quantise};
 use tch::{Kind, Tensor};
 
 mod passes;
+mod router;
 
 const M: i64 = 4096;
 const SHAPES: [(i64, i64); 6] = [(2176, 7168), (24576, 1536), (32768, 512), (7168, 16384), (4096, 7168), (7168, 2048)];
@@ -199,7 +200,7 @@ fn main() {
     println!("{}, {} multiprocessors, {:?}", gpu.name(), gpu.num_sms(), gpu.memory().expect("the device works"));
     let wanted: Vec<String> = std::env::args().skip(1).collect();
     let has = |name: &str| wanted.iter().any(|w| w == name);
-    let all = !["forward", "wgrad", "grouped", "passes"].into_iter().any(has);
+    let all = !["forward", "wgrad", "grouped", "passes", "router"].into_iter().any(has);
     let large = Tensor::rand([1 << 28], (Kind::Float, gpu.device()));
     let bench = Bench { gpu, large, sweep: has("sweep") };
     let run = |name: &str, table: fn(&Bench)| {
@@ -211,4 +212,5 @@ fn main() {
     run("wgrad", Bench::wgrad);
     run("grouped", Bench::grouped);
     run("passes", Bench::passes);
+    run("router", Bench::router);
 }

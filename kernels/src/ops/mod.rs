@@ -17,6 +17,7 @@ pub mod rope;
 pub mod routes;
 pub mod swiglu;
 pub mod unpermute;
+pub mod wide_linear;
 
 use tch::Kind;
 
