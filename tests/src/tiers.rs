@@ -283,6 +283,19 @@ fn a_run_that_was_moved_says_where_its_copies_are_and_takes_none_of_its_original
 }
 
 #[test]
+fn copies_that_cannot_be_listed_are_not_taken_for_none() {
+    let (run, dir) = crashed("unlisted");
+    let copies = fs::read_dir(&dir).expect("a folder").next().expect("the run's").expect("an entry").path();
+    let aside = copies.with_extension("aside");
+    fs::rename(&copies, &aside).and_then(|()| fs::write(&copies, "no folder")).expect("in its place");
+    let error = go(&run, Start::Resume, Some(9)).expect_err("who knows what there was");
+    assert!(error.contains(&format!("rank 0: cannot list {}", copies.display())) && error.contains("there may be copies"), "{error}");
+    fs::remove_file(&copies).and_then(|()| fs::rename(&aside, &copies)).expect("back");
+    go(&run, Start::Resume, Some(9)).expect("nothing to do");
+    assert!(run.newest_checkpoint().ends_with("step-00000010"), "restored, not done again");
+}
+
+#[test]
 fn a_marker_that_cannot_be_written_ends_no_run() {
     let (run, dir) = run("no-marker");
     fs::create_dir_all(run.dir().join("second-tier")).expect("a folder in its place");

@@ -2,10 +2,10 @@
 //! and readers that want more, or fewer, files than there were writers.
 use super::load::step_of;
 use super::manifest::FileEntry;
-use super::save::{Place, described, put_in_place, refuse_existing, shard_name};
+use super::save::{described, refuse_existing, shard_name, write_aside};
 use super::{Manifest, Reader, inspect, shard, verify};
 use anyhow::{Context, Result, ensure};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 pub struct Resharded {
     pub manifest: Manifest,
@@ -26,14 +26,10 @@ pub fn reshard(checkpoint: &Path, out: &Path, files: usize) -> Result<Resharded>
     let mut reader = Reader::open(checkpoint)?;
     let out = &std::path::absolute(out)?;
     let name = out.file_name().and_then(|name| name.to_str()).with_context(|| format!("{} names no folder", out.display()))?;
-    let place = Place { name: name.into(), partial: out.with_file_name(format!(".{name}.partial")), target: PathBuf::from(out) };
-    if place.partial.exists() {
-        std::fs::remove_dir_all(&place.partial).with_context(|| format!("cannot remove {}", place.partial.display()))?;
-    }
-    std::fs::create_dir_all(&place.partial).with_context(|| format!("cannot make {}", place.partial.display()))?;
+    let partial = &out.with_file_name(format!(".{name}.partial"));
     let tensors = std::mem::take(&mut manifest.tensors);
     manifest.files.clear();
-    for file in 0..files {
+    let mut write = |file: usize| -> Result<_> {
         let (mut entries, mut starts) = (Vec::new(), Vec::new());
         for (name, tensor) in &tensors {
             let share = |part: usize| tensor.shape[0] * part as i64 / files as i64;
@@ -50,10 +46,16 @@ pub fn reshard(checkpoint: &Path, out: &Path, files: usize) -> Result<Resharded>
             let entry: &shard::Entry = &entries[index];
             reader.rows(&entry.name, &tensors[&entry.name].shape, starts[index].0, entry.shape[0])
         };
-        let summed = shard::write(&place.partial.join(&name), &entries, read)?;
+        let summed = shard::write(&partial.join(&name), &entries, read)?;
         let described = described(&name, &entries, starts.iter().copied());
-        manifest.add(FileEntry { name, bytes: summed.bytes, blake3: summed.blake3 }, described);
-    }
-    put_in_place(&place, &manifest)?;
+        Ok((FileEntry { name, bytes: summed.bytes, blake3: summed.blake3 }, described))
+    };
+    write_aside(partial, out, || {
+        for file in 0..files {
+            let (file, described) = write(file)?;
+            manifest.add(file, described);
+        }
+        manifest.write(partial)
+    })?;
     Ok(Resharded { manifest, bytes_read: reader.tensor_bytes_read() })
 }

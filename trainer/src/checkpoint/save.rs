@@ -157,22 +157,43 @@ pub(super) fn commit(place: &Place, mut manifest: Manifest, all: Vec<Result<Writ
     outcome
 }
 
-pub(super) fn put_in_place(place: &Place, manifest: &Manifest) -> Result<()> {
-    let Place { partial, target, .. } = place;
+fn put_in_place(Place { partial, target, .. }: &Place, manifest: &Manifest) -> Result<()> {
     manifest.write(partial)?;
+    if target.exists() {
+        // The same step again, after a resume from further back: its content is the same by construction.
+        std::fs::remove_dir_all(target).with_context(|| format!("cannot remove {}", target.display()))?;
+    }
+    rename_into_place(partial, target)
+}
+
+/// What is in `partial` is on the disk before it is named `target`, where nothing must be.
+fn rename_into_place(partial: &Path, target: &Path) -> Result<()> {
     let finish = || -> std::io::Result<()> {
-        std::fs::File::open(partial)?.sync_all()?;
-        if target.exists() {
-            // The same step again, after a resume from further back: its content is the same by construction.
-            std::fs::remove_dir_all(target)?;
+        for entry in std::fs::read_dir(partial)? {
+            std::fs::File::open(entry?.path())?.sync_all()?;
         }
-        std::fs::rename(partial, target)?;
-        std::fs::File::open(target.parent().expect("in a folder"))?.sync_all()
+        std::fs::File::open(partial)?.sync_all()?;
+        std::fs::rename(partial, target)?; // refuses a folder that is not empty
+        std::fs::File::open(target.parent().filter(|parent| *parent != Path::new("")).unwrap_or(Path::new(".")))?.sync_all()
     };
     finish().with_context(|| format!("cannot rename {} into place", partial.display()))
 }
 
-/// For the write of one process alone, outside a run.
+/// For the write of one process alone, outside a run: a folder `out` of what `write` puts into `partial`, whole or absent.
+pub(super) fn write_aside<T>(partial: &Path, out: &Path, write: impl FnOnce() -> Result<T>) -> Result<T> {
+    if partial.exists() {
+        // A crash left it.
+        std::fs::remove_dir_all(partial).with_context(|| format!("cannot remove {}", partial.display()))?;
+    }
+    std::fs::create_dir_all(partial).with_context(|| format!("cannot make {}", partial.display()))?;
+    let all = || {
+        let written = write()?;
+        rename_into_place(partial, out).map(|()| written)
+    };
+    all().inspect_err(|_| drop(std::fs::remove_dir_all(partial)))
+}
+
+/// Before it reads for hours.
 pub(super) fn refuse_existing(out: &Path) -> Result<()> {
     if out.exists() {
         bail!("{} exists already", out.display());
@@ -196,5 +217,21 @@ mod tests {
         std::fs::remove_dir(&place.partial).and_then(|()| std::fs::write(&place.partial, "")).expect("written");
         let error = format!("{:#}", make_room(&place.partial).expect_err("in the way"));
         assert!(error.contains("cannot remove ") && error.contains(".step-00000008.partial"), "{error}");
+    }
+
+    #[test]
+    fn what_is_written_aside_is_whole_or_absent_and_in_nobodys_place() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let [partial, out] = [".out.partial", "out"].map(|name| folder.path().join(name));
+        let write = |text: &str| std::fs::write(partial.join("file"), text).context("no room");
+        std::fs::create_dir_all(partial.join("of a crash")).expect("a folder");
+        write_aside(&partial, &out, || write("whole")).expect("written");
+        assert!(!partial.exists() && !out.join("of a crash").exists());
+        // Somebody was faster.
+        let error = write_aside(&partial, &out, || write("late")).expect_err("it is there");
+        assert!(format!("{error:#}").contains(".out.partial into place"), "{error:#}");
+        assert_eq!(std::fs::read_to_string(out.join("file")).expect("as it was"), "whole");
+        let error = write_aside(&partial, &folder.path().join("other"), || write("half").and_then(|()| -> Result<()> { bail!("no room") }));
+        assert_eq!((error.expect_err("half").to_string().as_str(), std::fs::read_dir(folder.path()).expect("a folder").count()), ("no room", 1));
     }
 }

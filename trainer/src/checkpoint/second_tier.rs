@@ -8,7 +8,7 @@
 //!
 //! Invariants: a step's copies go only after all ranks have said that those of a later one are written; and where they can
 //! become no checkpoint for a reason that is not theirs (a full disk), the run ends and they stay.
-use super::Manifest;
+use super::{Manifest, entries};
 use super::load::{Refused, check_file, first_error};
 use super::save::{Outline, Place, Written, at_hand, begin, commit, discard, share, write_shard};
 use super::shard::{dtype, kind_named};
@@ -244,10 +244,11 @@ impl SecondTier {
     /// Collective: the newest step above `above` of which every shard is somewhere whole, made a checkpoint of the run;
     /// `above` None: there is none yet. The lines are for the operator. The error is of copies that may be whole, and are kept.
     pub fn restore(&self, world: &dyn Communicator, run_dir: &Path, above: Option<u64>) -> Result<(Option<PathBuf>, Vec<String>)> {
-        let all = gather_bytes(world, &serde_json::to_vec(&self.seen())?)?;
+        let all = gather_bytes(world, &serde_json::to_vec(&self.seen().map_err(|error| format!("{error:#}")))?)?;
         let mut by_step: BTreeMap<(u64, String), Vec<(usize, Seen)>> = BTreeMap::new();
         for (holder, bytes) in all.iter().enumerate() {
-            for seen in serde_json::from_slice::<Vec<Seen>>(bytes)? {
+            let seen: Result<Vec<Seen>, String> = serde_json::from_slice(bytes)?;
+            for seen in seen.map_err(|error| shared(format!("rank {holder}: {error}: there may be copies of the second tier")))? {
                 by_step.entry((seen.step, seen.label.clone())).or_default().push((holder, seen));
             }
         }
@@ -315,9 +316,10 @@ impl SecondTier {
     }
 
     /// Every shard that lies on this rank's node, unless its manifest is damaged.
-    fn seen(&self) -> Vec<Seen> {
-        let labels = folders(&self.root).into_iter().flat_map(|node| folders(&node));
-        labels.flat_map(|label| folders(&label)).filter_map(Seen::at).collect()
+    fn seen(&self) -> Result<Vec<Seen>> {
+        let below = |above: Vec<PathBuf>| above.iter().map(|path| folders(path)).collect::<Result<Vec<_>>>().map(|all| all.concat());
+        let shards = folders(&self.root).and_then(below).and_then(below)?;
+        Ok(shards.into_iter().filter_map(Seen::at).collect())
     }
 
     /// What other starts of the run left on this node: the run goes on from a checkpoint, or is over.
@@ -328,11 +330,11 @@ impl SecondTier {
     }
 }
 
-fn folders(path: &Path) -> Vec<PathBuf> {
-    let Ok(entries) = std::fs::read_dir(path) else { return Vec::new() };
-    let mut found: Vec<PathBuf> = entries.filter_map(|entry| Some(entry.ok()?.path())).filter(|path| path.is_dir()).collect();
+fn folders(path: &Path) -> Result<Vec<PathBuf>> {
+    let mut found = entries(path)?;
+    found.retain(|path| path.is_dir());
     found.sort();
-    found
+    Ok(found)
 }
 
 /// The copy of each of these ranks' shards that is tried next, and its holder: a rank's own before its peer's, and none that was
@@ -367,7 +369,7 @@ fn next_copies<'a>(
 
 /// Removes the shards of these ranks, half written ones too, from every step but those `kept`.
 fn clear(node: &Path, ranks: &[usize], kept: &[Option<&str>]) -> Result<()> {
-    for label in folders(node).iter().filter(|label| !kept.contains(&label.file_name().and_then(|name| name.to_str()))) {
+    for label in folders(node)?.iter().filter(|label| !kept.contains(&label.file_name().and_then(|name| name.to_str()))) {
         for path in ranks.iter().flat_map(|&rank| [whole_copy(label, rank), partial_copy(label, rank)]).filter(|path| path.exists()) {
             std::fs::remove_dir_all(&path).with_context(|| format!("cannot remove {}", path.display()))?;
         }

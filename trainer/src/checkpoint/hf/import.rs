@@ -1,8 +1,8 @@
 //! The inverse of an export: a folder in the released layout, FP8 or not, → a checkpoint of weights alone.
-use super::{FILE_BYTES, fresh, table};
+use super::{FILE_BYTES, table};
 use crate::checkpoint::manifest::FileEntry;
 use crate::checkpoint::read::Opened;
-use crate::checkpoint::save::{Place, described, put_in_place, shard_name};
+use crate::checkpoint::save::{Place, described, shard_name, write_aside};
 use crate::checkpoint::{Manifest, list, shard};
 use crate::run::resolved;
 use anyhow::{Context, Result, ensure};
@@ -36,17 +36,22 @@ pub fn import_in_files(folder: &Path, run_dir: &Path, file_bytes: usize) -> Resu
     let kind = if released.any_double() { Kind::Double } else { Kind::Float };
     let table = table(&model);
     let place = Place::of(run_dir, 0);
-    fresh(&place.partial)?;
     let mut manifest = Manifest::imported(model, if kind == Kind::Double { Precision::F64 } else { Precision::F32 });
     let files = share_out(table.specs(), kind, file_bytes);
-    for (number, slices) in files.iter().enumerate() {
+    let write = |number: usize, slices: &[Slice]| -> Result<_> {
         let name = shard_name(number, files.len());
         let entries: Vec<shard::Entry> = slices.iter().map(|slice| slice.entry(kind)).collect();
         let summed = shard::write(&place.partial.join(&name), &entries, |index| released.assemble(&slices[index], kind))?;
         let described = described(&name, &entries, slices.iter().map(|slice| (slice.start, slice.spec.shape[0])));
-        manifest.add(FileEntry { name, bytes: summed.bytes, blake3: summed.blake3 }, described);
-    }
-    put_in_place(&place, &manifest)?;
+        Ok((FileEntry { name, bytes: summed.bytes, blake3: summed.blake3 }, described))
+    };
+    write_aside(&place.partial, &place.target, || {
+        for (number, slices) in files.iter().enumerate() {
+            let (file, described) = write(number, slices)?;
+            manifest.add(file, described);
+        }
+        manifest.write(&place.partial)
+    })?;
     Ok(place.target)
 }
 

@@ -6,7 +6,7 @@ mod import;
 pub use import::{import, import_in_files};
 
 use super::inspect;
-use super::save::refuse_existing;
+use super::save::{refuse_existing, write_aside};
 use crate::run::resolved;
 use anyhow::{Context, Result, ensure};
 use files::{Part, Released, check_files, write_files};
@@ -25,14 +25,6 @@ fn table(config: &ModelConfig) -> ParamTable {
     let mut table = ParamTable::default();
     Stage::whole(&mut table, config);
     table
-}
-
-/// An empty folder, whatever a crash left there.
-fn fresh(partial: &Path) -> Result<()> {
-    if partial.exists() {
-        std::fs::remove_dir_all(partial).with_context(|| format!("cannot remove {}", partial.display()))?;
-    }
-    std::fs::create_dir_all(partial).with_context(|| format!("cannot make {}", partial.display()))
 }
 
 /// Which of a checkpoint's values are the released weights.
@@ -112,16 +104,17 @@ pub fn export_in_files(checkpoint: &Path, out: &Path, format: Format, values: Va
     check_files(checkpoint, &manifest, &released)?;
     // Beside it, also where its name ends in a slash.
     let partial = out.with_added_extension("partial");
-    fresh(&partial)?;
-    let tokenizer = copy_tokenizer(checkpoint, &partial)?; // before the long part: it may be the wrong one
-    let bytes_read = write_files(&partial, &released, checkpoint, file_bytes)?;
-    let mut config = config(&manifest.model, format);
-    if let Ok(end) = tokenizer {
-        // Else transformers takes its own default of the model's kind.
-        config["eos_token_id"] = json!(end);
-    }
-    write_json(&partial.join("config.json"), &config)?;
-    std::fs::rename(&partial, out).with_context(|| format!("cannot rename {} into place", partial.display()))?;
+    let (tokenizer, bytes_read) = write_aside(&partial, out, || {
+        let tokenizer = copy_tokenizer(checkpoint, &partial)?; // before the long part: it may be the wrong one
+        let bytes_read = write_files(&partial, &released, checkpoint, file_bytes)?;
+        let mut config = config(&manifest.model, format);
+        if let Ok(end) = tokenizer {
+            // Else transformers takes its own default of the model's kind.
+            config["eos_token_id"] = json!(end);
+        }
+        write_json(&partial.join("config.json"), &config)?;
+        Ok((tokenizer, bytes_read))
+    })?;
     let uneven =
         |released: &&Released| released.part == Part::Blocks && released.entry.shape.iter().any(|&side| side > TILE && side % TILE != 0);
     Ok(Exported { uneven: released.iter().filter(uneven).count(), bytes_read, no_tokenizer: tokenizer.err() })
