@@ -13,7 +13,7 @@ use crate::phase::Moment;
 use crate::pipeline::{LocalStages, Pipeline, parts};
 use crate::sentinel::{Seen, Sentinel};
 use crate::state::StateReader;
-use crate::zero::{Arriving, BUCKET_BYTES, Zero};
+use crate::zero::{Arriving, BUCKET_BYTES, Turn, Zero};
 use anyhow::Result;
 use kernels::Precision;
 use kernels::ops::gradient_norm;
@@ -228,16 +228,21 @@ impl Trainer {
     fn update(&mut self, gradients: &[Tensor], clip: f64, lr: f64) -> Result<(), CommError> {
         assert_eq!(gradients.len(), self.optimizer.slots.len(), "a gradient for every shard");
         let rate = self.optimizer.begin(clip, lr);
+        // While hosts tell each other where a turn's rows go, their GPUs update the next one's; but not all that stays here.
+        let mut written: Option<Turn> = None;
         for turn in self.zero.turns() {
+            if turn.stays() {
+                written.take().map_or(Ok(()), |written| self.send(&written))?;
+            }
             for &index in &turn.shards {
                 self.optimizer.update(&mut self.weights, index, &gradients[index], rate);
                 if self.checks.config.memory {
                     self.optimizer.sum_up(&self.weights, index);
                 }
             }
-            self.send(&turn)?;
+            written.replace(turn).map_or(Ok(()), |written| self.send(&written))?;
         }
-        Ok(())
+        written.map_or(Ok(()), |written| self.send(&written))
     }
 
     /// Forwards and backwards of a step; their sums are under way.

@@ -238,6 +238,13 @@ pub struct Turn {
     bucket: Option<Rc<Bucket>>,
 }
 
+impl Turn {
+    /// Nobody else gets to know them.
+    pub fn stays(&self) -> bool {
+        self.bucket.is_none()
+    }
+}
+
 impl Bucket {
     fn new(weights: &Weights, (lane, comm): (usize, &Comm), ids: Vec<ParamId>) -> Bucket {
         let runs = share_out(&weights.table, &ids, comm.size());

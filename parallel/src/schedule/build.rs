@@ -115,10 +115,15 @@ impl Builder {
         }
     }
 
+    /// The weights' work that waits longest. Right behind its own backward, of a first stage, whose result goes nowhere, it makes
+    /// that a whole one: gradients then complete all the way, and travel under what comes after them.
     pub fn weight(&mut self) {
         self.commit();
         let chunk = self.weights.pop_front().expect("a backward was split before");
-        self.actions.push(Action::BackwardWeight(chunk));
+        match self.actions.last_mut() {
+            Some(last) if *last == Action::BackwardInput(chunk) => *last = Action::Backward(chunk),
+            _ => self.actions.push(Action::BackwardWeight(chunk)),
+        }
     }
 
     pub fn pair(&mut self, forward: usize, backward: usize) {

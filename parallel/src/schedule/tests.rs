@@ -58,6 +58,21 @@ fn the_last_backward_of_a_direction_is_in_no_pair() {
     }
 }
 
+/// Where nobody waits for the result of a backward, its weights' work is not put off only to come next.
+#[test]
+fn a_backward_is_split_for_something() {
+    for schedule in [Schedule::Zb1p, Schedule::DualPipe] {
+        for (num_ranks, num_micro_batches) in [(2, 4), (2, 8), (4, 8), (8, 40)] {
+            let (lists, _) = schedule.proven(num_ranks, num_micro_batches).unwrap();
+            for (rank, list) in lists.iter().enumerate() {
+                let for_nothing = list.windows(2).find(|two| matches!(two, [Action::BackwardInput(b), Action::BackwardWeight(w)] if b == w));
+                assert_eq!(for_nothing, None, "{schedule}, P {num_ranks}, M {num_micro_batches}, rank {rank}");
+            }
+            assert!(lists.iter().flatten().any(|action| matches!(action, Action::BackwardWeight(_))) || num_ranks == 2, "{schedule}: none is split");
+        }
+    }
+}
+
 #[test]
 fn the_published_bubbles_at_16_ranks_and_120_micro_batches() {
     for (schedule, expected) in [(Schedule::OneFOneB, 45.0), (Schedule::GPipe, 45.0), (Schedule::Zb1p, 15.0), (Schedule::DualPipe, 14.0)] {
