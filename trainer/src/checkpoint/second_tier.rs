@@ -337,18 +337,19 @@ fn folders(path: &Path) -> Result<Vec<PathBuf>> {
     Ok(found)
 }
 
-/// The copy of each of these ranks' shards that is tried next, and its holder: a rank's own before its peer's, and none that was
-/// refused. The error is of a shard that has none left: of one that may be whole, if there is any such.
+/// The copy of each of these ranks' shards that is tried next, and its holder: a rank's own before its peer's, of several the one
+/// with the least to do (all ranks of a node see its copies), and none that was refused. The error is of a shard that has none left: of one that may be whole, if there is any such.
 fn next_copies<'a>(
     seen: &'a [(usize, Seen)],
     ranks: impl Iterator<Item = usize>,
     refused: &[(usize, &Seen, Refused)],
 ) -> Result<Vec<&'a (usize, Seen)>, Refused> {
-    let (mut plan, mut unread) = (Vec::new(), None);
+    let (mut plan, mut unread, mut work) = (Vec::new(), None, BTreeMap::<usize, usize>::new());
     for rank in ranks {
         let was_refused = |holder: usize, one: &Seen| refused.iter().any(|(by, other, _)| *by == holder && other.path == one.path);
         let left = seen.iter().filter(|(holder, one)| one.rank == rank && !was_refused(*holder, one));
-        if let Some(one) = left.min_by_key(|(holder, _)| *holder != rank) {
+        if let Some(one) = left.min_by_key(|(holder, _)| (*holder != rank, work.get(holder).copied())) {
+            *work.entry(one.0).or_default() += 1;
             plan.push(one);
             continue;
         }
@@ -436,7 +437,7 @@ fn one_shard(copy: &Path) -> Result<Manifest> {
 
 #[cfg(test)]
 mod tests {
-    use super::{Manifest, at_hand, clear, peers, write_copy};
+    use super::{Manifest, Refused, Seen, at_hand, clear, next_copies, peers, write_copy};
     use crate::state::StatePart;
     use anyhow::bail;
     use tch::{Device, Kind, Tensor};
@@ -463,6 +464,19 @@ mod tests {
         let failed = write_copy(node.path(), (0, 1), &head, outline, |_| bail!("no room"));
         assert_eq!(failed.unwrap_err().to_string(), "no room");
         assert_eq!(std::fs::read_dir(node.path()).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn a_lost_nodes_shards_are_shared_out_among_the_ranks_that_see_their_copies() {
+        let seen = |holder: usize, rank: usize| (holder, Seen { step: 8, label: "step-8".into(), rank, ranks: 4, path: format!("rank-{rank}").into() });
+        let all: Vec<_> = (2..4).flat_map(|holder| (0..4).map(move |rank| seen(holder, rank))).collect();
+        let plan = |refused: &[(usize, &Seen, Refused)]| match next_copies(&all, 0..4, refused) {
+            Ok(plan) => plan.iter().map(|(holder, one)| (one.rank, *holder)).collect::<Vec<_>>(),
+            Err(error) => panic!("{}", error.words),
+        };
+        assert_eq!(plan(&[]), [(0, 2), (1, 3), (2, 2), (3, 3)]);
+        let no = || Refused { words: "damaged".into(), unread: false };
+        assert_eq!(plan(&[(2, &all[0].1, no()), (3, &all[7].1, no())]), [(0, 3), (1, 2), (2, 2), (3, 2)]);
     }
 
     #[test]
