@@ -58,8 +58,8 @@ pub struct PrepareArgs {
     #[arg(long, value_name = "BYTES")]
     pub max_file_bytes: Option<u64>,
 
-    /// Extensions to read, separated by commas, in capitals or not. jsonl, json.gz, jsonl.zst and parquet are taken
-    /// apart into documents; a file of any other extension is one document.
+    /// Extensions to read, separated by commas, in capitals or not. jsonl (or json, ndjson, jsonlines), those
+    /// with .gz or .zst behind and parquet are taken apart into documents; a file of any other extension is one document.
     #[arg(long, value_delimiter = ',', value_name = "LIST", default_values_t = DEFAULT_EXTENSIONS.map(String::from))]
     pub extensions: Vec<String>,
 
@@ -73,7 +73,7 @@ pub struct PrepareArgs {
     #[serde(skip)]
     pub max_bad: f64,
 
-    /// Share of the documents turned into fill-in-the-middle (prefix, suffix, middle). DeepSeek-V3's is 0.1: PSM at the
+    /// Share of the documents of both splits turned into fill-in-the-middle (prefix, suffix, middle). DeepSeek-V3's is 0.1: PSM at the
     /// level of documents, as here.
     #[arg(long, value_name = "RATE", default_value_t = 0.0)]
     pub fim_rate: f64,

@@ -21,6 +21,9 @@ pub(super) const SPECIAL_TOKENS: [&str; 6] = [
 ];
 /// A pair seen once teaches nothing.
 const MIN_FREQUENCY: i64 = 2;
+/// No token has more bytes: one line of 100 000 dashes would make some of 65 536, which teach nothing, and readers of a
+/// tokenizer that are quick with words are not with those.
+const LONGEST_TOKEN: usize = 128;
 
 pub(super) fn smallest_vocab() -> u32 {
     256 + SPECIAL_TOKENS.len() as u32
@@ -99,6 +102,9 @@ fn learn(words: &[(String, i64)], vocab_size: u32) -> Bpe {
             break;
         }
         let joined = format!("{}{}", tokens[pair.0 as usize], tokens[pair.1 as usize]);
+        if joined.chars().count() > LONGEST_TOKEN {
+            continue; // a letter is a byte
+        }
         // Two pairs may spell one token.
         let id = *ids.entry(joined.clone()).or_insert(tokens.len() as u32);
         if id as usize == tokens.len() {
@@ -125,25 +131,28 @@ fn learn(words: &[(String, i64)], vocab_size: u32) -> Bpe {
     Bpe { tokens, merges }
 }
 
-/// Replaces each `pair` in `word` by `id`, left to right, and reports the pairs gone and come.
+/// Replaces each `pair` in `word` by `id`, left to right, and reports the pairs gone and come. In one pass: a word may be as
+/// long as a document.
 fn merge_word(word: &mut Vec<u32>, pair: Pair, id: u32, change: &mut impl FnMut(Pair, i64)) {
-    let mut i = 0;
-    while i + 1 < word.len() {
-        if (word[i], word[i + 1]) == pair {
+    let (mut read, mut written) = (0, 0);
+    while read < word.len() {
+        let merges = word.get(read + 1).is_some_and(|&next| (word[read], next) == pair);
+        if merges {
             change(pair, -1);
-            if i > 0 {
-                change((word[i - 1], pair.0), -1);
-                change((word[i - 1], id), 1);
+            if written > 0 {
+                change((word[written - 1], pair.0), -1);
+                change((word[written - 1], id), 1);
             }
-            if i + 2 < word.len() {
-                change((pair.1, word[i + 2]), -1);
-                change((id, word[i + 2]), 1);
+            if let Some(&right) = word.get(read + 2) {
+                change((pair.1, right), -1);
+                change((id, right), 1);
             }
-            word[i] = id;
-            word.remove(i + 1);
         }
-        i += 1;
+        word[written] = if merges { id } else { word[read] };
+        read += if merges { 2 } else { 1 };
+        written += 1;
     }
+    word.truncate(written);
 }
 
 /// The 256 characters that stand for bytes, ordered by code point as `tokenizers` does.

@@ -21,10 +21,13 @@ use crate::DataError;
 const BATCH: usize = 256;
 
 /// A document is encoded in one piece, and its ids, four bytes each, make one page of a shard, which holds less than 2^31.
-const LONGEST_DOCUMENT: u64 = 1 << 28;
+pub(super) const LONGEST_DOCUMENT: u64 = 1 << 28;
 
 /// With room for what JSON writes in more letters.
 const LONGEST_LINE: u64 = 1 << 30;
+
+/// Of what zstd looks back on, in bits: the most that it knows.
+const LONGEST_WINDOW: u32 = 31;
 
 /// The mark that some editors begin a UTF-8 file with.
 const BYTE_ORDER_MARK: &[u8] = b"\xef\xbb\xbf";
@@ -71,7 +74,6 @@ impl Reader<'_> {
         let path = &self.file.path;
         match (self.file.kind, remote) {
             (Kind::Text, remote) => {
-                self.fits(1, self.file.bytes)?;
                 match remote {
                     None => self.read_text(&fs::read(path).map_err(DataError::io(path, "read"))?),
                     Some(remote) => self.read_text(&remote.read_all()?),
@@ -88,7 +90,11 @@ impl Reader<'_> {
                 let lines: Box<dyn Read> = match packing {
                     Packing::Plain => Box::new(raw),
                     Packing::Gzip => Box::new(flate2::bufread::MultiGzDecoder::new(raw)),
-                    Packing::Zstd => Box::new(zstd::Decoder::with_buffer(raw).map_err(DataError::io(path, "unpack"))?),
+                    Packing::Zstd => {
+                        // As `zstd --long` makes them.
+                        let unpack = zstd::Decoder::with_buffer(raw).and_then(|mut lines| lines.window_log_max(LONGEST_WINDOW).map(|()| lines));
+                        Box::new(unpack.map_err(DataError::io(path, "unpack"))?)
+                    }
                 };
                 self.read_jsonl(BufReader::with_capacity(1 << 20, lines))
             }
@@ -125,8 +131,7 @@ impl Reader<'_> {
         if bytes <= LONGEST_DOCUMENT {
             return Ok(());
         }
-        let hint = if self.file.kind == Kind::Text { "; --max-file-bytes leaves such files out" } else { "" };
-        Err(self.bad(format!("{}a document of {bytes} bytes, the limit is {LONGEST_DOCUMENT}{hint}", self.file.place(number))))
+        Err(self.bad(format!("{}a document of {bytes} bytes, the limit is {LONGEST_DOCUMENT}", self.file.place(number))))
     }
 
     fn bad(&self, reason: String) -> DataError {
@@ -134,7 +139,7 @@ impl Reader<'_> {
     }
 
     fn read_text(&mut self, bytes: &[u8]) -> Result<(), DataError> {
-        match std::str::from_utf8(bytes) {
+        match std::str::from_utf8(bytes.strip_prefix(BYTE_ORDER_MARK).unwrap_or(bytes)) {
             Ok(text) if !bytes.contains(&0) => _ = self.take(1, text)?,
             _ => self.met.not_text = true,
         }
@@ -170,7 +175,10 @@ impl Reader<'_> {
         let bad = |e: ParquetError| DataError::BadInput { path: input.path.clone(), reason: e.to_string() };
         let file = SerializedFileReader::new(file).map_err(bad)?;
         let schema = file.metadata().file_metadata().schema_descr();
-        let leaf = text_leaf(schema, self.column).map_err(|reason| self.bad(reason))?;
+        let Some(leaf) = text_leaf(schema, self.column).map_err(|reason| self.bad(reason))? else {
+            let rows = file.metadata().file_metadata().num_rows() as u64;
+            return (1..=rows).try_for_each(|number| self.meet(number, Ok("")).map(|_| ()));
+        };
         let (mut number, mut levels, mut values) = (0, Vec::new(), Vec::new());
         for group in 0..file.num_row_groups() {
             // Only this column's pages are read.
@@ -203,8 +211,9 @@ fn open(path: &Path) -> Result<File, DataError> {
     File::open(path).map_err(DataError::io(path, "open"))
 }
 
-/// The number of the column that holds the text: strings, or bytes of no type, which old writers made of strings.
-fn text_leaf(schema: &SchemaDescriptor, name: &str) -> Result<usize, String> {
+/// The number of the column that holds the text: strings, or bytes of no type, which old writers made of strings. None: it has
+/// nothing but nulls, and so no type.
+fn text_leaf(schema: &SchemaDescriptor, name: &str) -> Result<Option<usize>, String> {
     let Some(leaf) = schema.columns().iter().position(|column| column.path().parts()[0] == name) else {
         let names: Vec<&str> = schema.root_schema().get_fields().iter().map(|field| field.name()).collect();
         return Err(format!("has no column {name:?}; it has {}", names.join(", ")));
@@ -217,7 +226,8 @@ fn text_leaf(schema: &SchemaDescriptor, name: &str) -> Result<usize, String> {
     );
     match (column.path().parts().len() > 1 || column.max_rep_level() > 0, column.physical_type()) {
         (true, _) => Err(format!("column {name:?} holds no text but other columns or lists")),
-        (false, PhysicalType::BYTE_ARRAY) if text => Ok(leaf),
+        (false, PhysicalType::BYTE_ARRAY) if text => Ok(Some(leaf)),
+        (false, _) if column.logical_type_ref() == Some(&LogicalType::Unknown) => Ok(None),
         (false, found) => Err(format!("column {name:?} holds no text but {found} ({})", column.converted_type())),
     }
 }

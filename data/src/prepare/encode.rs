@@ -58,6 +58,9 @@ pub(super) struct ShardDone {
     pub empty: u64,
     pub duplicates: u64,
     pub tokens: u64,
+    /// Every document's ids gave it back.
+    #[serde(default)]
+    strict: bool,
     #[serde(skip)]
     num_groups: u64,
     /// In the statistics file only: of all shards they would not fit memory.
@@ -92,13 +95,15 @@ impl Encoder<'_> {
 
     fn read_or_make(&self, job: Job) -> Result<ShardDone, DataError> {
         let done_file = self.done_file(job.split, job.shard);
-        if let Some(done) = durable::read_json(&done_file)? {
+        let strict = self.transform.strict;
+        // Of an earlier run, but not one that did not look.
+        if let Some(done) = durable::read_json::<ShardDone>(&done_file)?.filter(|done| done.strict || !strict) {
             return Ok(done);
         }
         let unit = Unit::load(self.parts, job.unit)?;
         let documents = job.part.of(unit.len());
         let duplicates = if job.part == Part::First { 0 } else { unit.duplicates };
-        let mut done = ShardDone { duplicates, ..ShardDone::default() };
+        let mut done = ShardDone { duplicates, strict, ..ShardDone::default() };
         if !documents.is_empty() {
             self.write_shard(job, &unit, documents, &mut done)?;
         }

@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use super::args::PrepareArgs;
+use super::documents::LONGEST_DOCUMENT;
 use super::durable;
 use super::left_out::{self, LeftOuts};
 use super::remote::{RemoteFile, RemoteFolder};
@@ -130,7 +131,7 @@ impl Found<'_> {
     fn named(&mut self, path: &Path, remote: Option<RemoteFile>, bytes: u64, version: String) -> Result<(), DataError> {
         let name = PathBuf::from(path.file_name().unwrap_or(path.as_os_str()));
         let kind = kind_of(&name, None).unwrap_or(Kind::Text);
-        self.take(InputFile { path: path.to_owned(), remote, name, bytes, version, kind, limit: None })
+        self.take(InputFile { path: path.to_owned(), remote, name, bytes, version, kind, limit: None }, "")
     }
 
     /// A file met in a folder.
@@ -139,16 +140,23 @@ impl Found<'_> {
             None => left_out::OTHER_EXTENSION,
             Some(_) if bytes == 0 => left_out::EMPTY,
             Some(Kind::Text) if self.args.max_file_bytes.is_some_and(|most| bytes > most) => left_out::TOO_LARGE,
-            Some(kind) => return self.take(InputFile { path, remote, name, bytes, version, kind, limit: None }),
+            Some(kind) => {
+                let file = InputFile { path, remote, name, bytes, version, kind, limit: None };
+                return self.take(file, "; --max-file-bytes leaves such files out");
+            }
         };
         self.left_out.add(reason, &name, bytes);
         Ok(())
     }
 
-    /// Names are written down, so they must be text.
-    fn take(&mut self, file: InputFile) -> Result<(), DataError> {
+    /// Names are written down, so they must be text. A file that is one document too long is refused before any is read.
+    fn take(&mut self, file: InputFile, hint: &str) -> Result<(), DataError> {
         if file.path.to_str().is_none() {
             return Err(DataError::BadInput { path: file.path, reason: "its path is not UTF-8; rename it".into() });
+        }
+        if file.kind == Kind::Text && file.bytes > LONGEST_DOCUMENT {
+            let reason = format!("a document of {} bytes, the limit is {LONGEST_DOCUMENT}{hint}", file.bytes);
+            return Err(DataError::BadInput { path: file.path, reason });
         }
         self.files.push(file);
         Ok(())
@@ -192,7 +200,9 @@ fn walk_folder(root: &Path, under: &Path, found: &mut Found) -> Result<(), DataE
         return Ok(());
     }
     if prepared(&folder) {
-        found.left_out.add(left_out::PREPARED, &folder, 0);
+        // By its place in the input: the same wherever that lies.
+        let name = if under == Path::new("") { Path::new(".") } else { under };
+        found.left_out.add(left_out::PREPARED, name, 0);
         return Ok(());
     }
     let meta = fs::metadata(&folder).map_err(unreadable())?;
@@ -239,17 +249,17 @@ fn kind_of(name: &Path, wanted: Option<&[String]>) -> Option<Kind> {
     if wanted.is_some_and(|wanted| !wanted.iter().any(|extension| ends(&extension.trim_start_matches('.').to_ascii_lowercase()))) {
         return None;
     }
-    let packed = |kinds: [&str; 2]| kinds.iter().any(|kind| ends(kind));
+    let lines = |packed: &str| ["jsonl", "json", "ndjson", "jsonlines"].iter().any(|kind| ends(&format!("{kind}{packed}")));
     Some(match () {
         () if ends("parquet") => Kind::Parquet,
-        () if ends("jsonl") => Kind::Jsonl(Packing::Plain),
-        () if packed(["jsonl.gz", "json.gz"]) => Kind::Jsonl(Packing::Gzip),
-        () if packed(["jsonl.zst", "json.zst"]) => Kind::Jsonl(Packing::Zstd),
+        () if lines("") => Kind::Jsonl(Packing::Plain),
+        () if lines(".gz") => Kind::Jsonl(Packing::Gzip),
+        () if lines(".zst") => Kind::Jsonl(Packing::Zstd),
         () => Kind::Text,
     })
 }
 
-/// Keeps files in a seeded order until they hold about `max_bytes`; the last one is cut short.
+/// Keeps files in a seeded order until they hold about `max_bytes` of text; the last one is cut short where it is no text file.
 fn take_about(files: &mut Vec<InputFile>, max_bytes: u64, seed: u64, left_out: &mut LeftOuts) {
     let place = |file: &InputFile| {
         let mut hasher = blake3::Hasher::new_derive_key("tiefsee prepare file order 1");
@@ -264,7 +274,7 @@ fn take_about(files: &mut Vec<InputFile>, max_bytes: u64, seed: u64, left_out: &
             left_out.add(left_out::BEYOND_MAX_BYTES, &file.name, file.bytes);
         }
         file.limit = (file.kind != Kind::Text).then_some(rest);
-        rest = rest.saturating_sub(file.bytes);
+        rest = rest.saturating_sub(file.text_estimate());
         taken
     });
 }

@@ -115,6 +115,7 @@ impl<'a> Prepare<'a> {
         let given = self.given.as_ref().filter(|_| !self.args.lossy_tokenizer);
         let spill = Spill { folder: spills, units, seed: self.args.seed, max_bad: self.args.max_bad, part_bytes: spill::PART_BYTES, given };
         let groups = self.read_inputs(&spill)?;
+        spill.keep_only(&groups)?;
         spill::check_bad_lines(&groups, self.args.max_bad)?;
         let parts = spill.parts(&groups);
         let documents: u64 = groups.iter().map(|group| group.documents).sum();

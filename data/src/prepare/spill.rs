@@ -11,6 +11,7 @@
 //! restart repeats only groups without one. GROUP is a hash of all that the parts depend on, so a group whose files have
 //! changed is another.
 
+use std::collections::HashSet;
 use std::fs::{self, File};
 use std::io::{self, BufReader, Read, Write};
 use std::os::unix::fs::FileExt;
@@ -37,6 +38,9 @@ const CHECKED: u64 = 64;
 
 /// So many lines or rows, and none of them good, are not worth going on.
 const HOPELESS: u64 = 1000;
+
+/// Letters of a group's name, with which its files' begin.
+const NAME: usize = 32;
 
 /// A document's place in the shuffled order; equal texts have equal keys.
 pub(super) type Key = [u8; 16];
@@ -182,7 +186,7 @@ impl Spill<'_> {
         let paths: Vec<&Path> = files.iter().map(|file| file.path.as_path()).collect();
         let checked_with = self.given.map(|given| &given.blake3);
         let made_of = serde_json::json!([files, paths, column, self.seed, self.units, checked_with]);
-        blake3::hash(made_of.to_string().as_bytes()).to_hex()[..32].to_owned()
+        blake3::hash(made_of.to_string().as_bytes()).to_hex()[..NAME].to_owned()
     }
 
     fn gather(&self, text: &str, buffers: &mut [Vec<u8>], done: &mut GroupDone) -> usize {
@@ -228,6 +232,19 @@ impl Spill<'_> {
 
     fn part_file(&self, group: &str, part: u32) -> PathBuf {
         self.folder.join(format!("{group}-{part}"))
+    }
+
+    /// Removes what was read of groups that are none now: of files that changed, or into another number of units.
+    pub fn keep_only(&self, groups: &[GroupDone]) -> Result<(), DataError> {
+        let names: HashSet<&str> = groups.iter().map(|group| group.name.as_str()).collect();
+        for entry in fs::read_dir(&self.folder).map_err(DataError::io(&self.folder, "list"))? {
+            let path = entry.map_err(DataError::io(&self.folder, "list"))?.path();
+            let group = path.file_name().and_then(|name| name.to_str()).and_then(|name| name.get(..NAME)).unwrap_or_default();
+            if !names.contains(group) {
+                fs::remove_file(&path).map_err(DataError::io(&path, "remove"))?;
+            }
+        }
+        Ok(())
     }
 
     /// All part files, given how many each group has.

@@ -18,7 +18,7 @@ pub(super) struct Transform<'a> {
     tokenizer: &'a Tokenizer,
     pub end_token: u32,
     /// Whether every document's ids must give it back.
-    strict: bool,
+    pub strict: bool,
     spelled: Vec<Option<Box<[u8]>>>,
     fim: Option<(f64, FimTokens)>,
     split_rate: f64,
@@ -80,6 +80,13 @@ impl<'a> Transform<'a> {
 
     fn push_text(&self, text: &str, draw: &mut Draw, ids: &mut Vec<u32>) -> Result<(), DataError> {
         let encoded = self.tokenizer.encode_document(text)?;
+        // Some tokenizers have them in their vocabulary, too.
+        let marks = self.fim.iter().flat_map(|(_, fim)| [fim.begin, fim.hole, fim.end]).chain([self.end_token]);
+        if let Some(mark) = marks.into_iter().find(|mark| encoded.contains(mark)) {
+            let begins: String = text.chars().take(40).collect();
+            let reason = format!("makes token {mark}, which ends documents or their parts, of a document's text: {begins:?}…");
+            return Err(DataError::Tokenizer { path: self.tokenizer.path().to_owned(), reason });
+        }
         if self.strict && !self.spells(text, &encoded) {
             let begins: String = text.chars().take(40).collect();
             tokens::check(self.tokenizer, text, &encoded, || format!("in a text of {} bytes, {begins:?}…, ", text.len()))?;

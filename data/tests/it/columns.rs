@@ -143,3 +143,17 @@ fn a_column_that_holds_no_text_is_named_with_what_it_holds() {
     let found = said("required group text { optional binary text (STRING); }", "text");
     assert!(found.contains("holds no text but other columns or lists"), "{found}");
 }
+
+#[test]
+fn a_column_of_nothing_but_nulls_has_no_type_and_no_text() {
+    use arrow::array::{NullArray, RecordBatch};
+    let folder = tempfile::tempdir().unwrap();
+    let input = folder.path().join("in");
+    let texts = corpus::write_corpus(&input, 47, 20);
+    let batch = RecordBatch::try_from_iter_with_nullable([("text", Arc::new(NullArray::new(7)) as _, true)]).unwrap();
+    let mut writer = parquet::arrow::ArrowWriter::try_new(Vec::new(), batch.schema(), None).unwrap();
+    writer.write(&batch).unwrap();
+    fs::write(input.join("nulls.parquet"), writer.into_inner().unwrap()).unwrap();
+    let summary = prepare(&corpus::args(&input, &folder.path().join("out"))).unwrap();
+    assert_eq!((summary.documents, summary.empty_documents), (texts.len() as u64, 7));
+}

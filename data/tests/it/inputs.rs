@@ -9,6 +9,7 @@ use std::path::Path;
 
 use data::{DataError, PrepareArgs, PrepareSummary, Split, prepare};
 
+use crate::columns::parquet_of;
 use crate::corpus;
 use crate::prepare::{documents, folder_bytes};
 
@@ -196,6 +197,10 @@ fn a_document_longer_than_a_page_holds_is_named_with_the_limit() {
     let mut args = corpus::args(&input, &folder.path().join("out"));
     let said = prepare(&args).unwrap_err().to_string();
     assert!(said.contains("big.txt: a document of 268435457 bytes, the limit is 268435456; --max-file-bytes"), "{said}");
+    assert!(!args.out.with_added_extension("partial").exists(), "said before anything is read");
+    let named = PrepareArgs { inputs: vec![input.join("big.txt")], ..args.clone() };
+    let said = prepare(&named).unwrap_err().to_string();
+    assert!(said.ends_with("the limit is 268435456"), "the option leaves out no file that is named: {said}");
     args.out = folder.path().join("without");
     args.max_file_bytes = Some(1 << 28);
     assert_eq!(prepare(&args).unwrap().left_out["larger than --max-file-bytes"].largest, "big.txt");
@@ -230,4 +235,89 @@ fn max_bytes_takes_a_part_that_does_not_depend_on_the_listing() {
     assert_ne!(up.0, first, "not simply the first by name");
     let other = taken(&folder.path().join("up"), "out-other", 4);
     assert_ne!(up.0, other.0, "another seed takes others");
+}
+
+#[test]
+fn lines_by_any_of_their_names_are_documents() {
+    let folder = tempfile::tempdir().unwrap();
+    let lines: String = (0..40).map(|i| format!("{{\"text\": \"document {i}\"}}\n")).collect();
+    // As from a pipe: of unknown length, and looking back further than a reader allows by itself.
+    let mut long = zstd::Encoder::new(Vec::new(), 1).unwrap();
+    long.long_distance_matching(true).and_then(|()| long.window_log(30)).unwrap();
+    std::io::Write::write_all(&mut long, lines.as_bytes()).unwrap();
+    for (name, bytes) in [("a.json", lines.clone().into_bytes()), ("b.ndjson", lines.clone().into_bytes()), ("c.jsonl.zst", long.finish().unwrap())] {
+        let input = folder.path().join(name);
+        fs::write(&input, bytes).unwrap();
+        let summary = prepare(&corpus::args(&input, &folder.path().join(format!("out-{name}")))).unwrap();
+        assert_eq!((summary.documents, text(&summary).contains("document 39")), (40, true), "{name}");
+    }
+}
+
+#[test]
+fn max_bytes_counts_text_and_not_what_it_is_packed_into() {
+    let folder = tempfile::tempdir().unwrap();
+    let input = folder.path().join("in");
+    fs::create_dir_all(&input).unwrap();
+    let mut random = corpus::Random(57);
+    for file in 0..10 {
+        let lines: String = (0..40).map(|_| format!("{}\n", serde_json::json!({"text": corpus::text(&mut random, 400)}))).collect();
+        fs::write(input.join(format!("{file}.jsonl.zst")), zstd::encode_all(lines.as_bytes(), 3).unwrap()).unwrap();
+    }
+    let packed = fs::metadata(input.join("0.jsonl.zst")).unwrap().len();
+    let mut args = corpus::args(&input, &folder.path().join("out"));
+    args.max_bytes = Some(6 * packed);
+    let summary = prepare(&args).unwrap();
+    assert_eq!(summary.files, 2, "a packed file holds about four times its size: {} bytes", summary.text_bytes);
+}
+
+#[test]
+fn a_byte_order_mark_is_no_text() {
+    let folder = tempfile::tempdir().unwrap();
+    let input = folder.path().join("in");
+    corpus::write_corpus(&input, 58, 10);
+    fs::write(input.join("marked.txt"), "\u{feff}a text of an editor").unwrap();
+    let found = text(&prepare(&corpus::args(&input, &folder.path().join("out"))).unwrap());
+    assert!(found.contains("a text of an editor"));
+}
+
+#[test]
+fn what_is_said_of_a_corpus_in_the_input_does_not_depend_on_where_that_lies() {
+    let folder = tempfile::tempdir().unwrap();
+    let made = corpus::prepared(folder.path(), 59, 20);
+    let of = |place: &str| {
+        let input = folder.path().join(place);
+        corpus::write_corpus(&input, 60, 10);
+        fs::create_dir_all(input.join("old")).unwrap();
+        fs::copy(made.join("manifest.json"), input.join("old/manifest.json")).unwrap();
+        let summary = prepare(&corpus::args(&input, &folder.path().join(format!("out-{place}")))).unwrap();
+        assert_eq!(left_out(&summary), [("folders that prepare wrote", 1, 0, "old")]);
+    };
+    of("here");
+    of("there");
+}
+
+#[test]
+fn what_was_read_of_files_that_are_gone_takes_no_room() {
+    let folder = tempfile::tempdir().unwrap();
+    let input = folder.path().join("in");
+    corpus::write_corpus(&input, 61, 10);
+    let args = corpus::args(&input, &folder.path().join("out"));
+    let (large, cut, whole) = (input.join("y.txt"), input.join("z.parquet"), parquet_of(&["rows".to_string()]));
+    // A group of its own, which is done before the one with the bad file.
+    fs::write(&large, "filler\n".repeat(1_300_000)).unwrap();
+    fs::write(&cut, vec![0; whole.len()]).unwrap();
+    let written = fs::metadata(&cut).unwrap().modified().unwrap();
+    prepare(&args).unwrap_err();
+    let spill = args.out.with_added_extension("partial").join("spill");
+    let bytes = || fs::read_dir(&spill).unwrap().map(|entry| entry.unwrap().metadata().unwrap().len()).sum::<u64>();
+    assert!(bytes() > 9_000_000, "it was read");
+    fs::remove_file(large).unwrap();
+    prepare(&args).unwrap_err();
+    // It can be read now, and looks as before; then a tokenizer's file that is none is in the way.
+    fs::write(&cut, whole).unwrap();
+    fs::File::options().write(true).open(&cut).unwrap().set_modified(written).unwrap();
+    fs::create_dir_all(args.out.with_added_extension("partial").join("out/tokenizer.json")).unwrap();
+    let said = prepare(&args).unwrap_err().to_string();
+    assert!(said.contains("tokenizer.json"), "{said}");
+    assert!(bytes() < 1_000_000, "{} bytes", bytes());
 }

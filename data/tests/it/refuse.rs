@@ -368,3 +368,59 @@ fn shards_made_before_an_input_was_mended_are_made_again() {
     prepare(&fresh).unwrap();
     assert!(folder_bytes(&args.out) == folder_bytes(&fresh.out));
 }
+
+#[test]
+fn a_strict_prepare_takes_over_no_shard_of_a_lossy_one() {
+    let folder = tempfile::tempdir().unwrap();
+    let made = corpus::prepared(folder.path(), 44, 60).join("tokenizer.json");
+    let mut lower: serde_json::Value = serde_json::from_slice(&fs::read(made).unwrap()).unwrap();
+    lower["normalizer"] = serde_json::json!({"type": "Lowercase"});
+    let (input, tokenizer) = (folder.path().join("lines"), folder.path().join("lower.json"));
+    fs::create_dir_all(&input).unwrap();
+    fs::write(&tokenizer, lower.to_string()).unwrap();
+    let mut args = corpus::args(&input, &folder.path().join("out"));
+    (args.vocab, args.tokenizer, args.lossy_tokenizer) = (None, Some(tokenizer), true);
+    // Behind the documents that are looked at as they are read. Nothing can be read of the file at first, later all; it looks alike.
+    let texts: Vec<String> = (0..100).map(|i| format!("document {i} {}", if i == 90 { "LATE" } else { "early" })).collect();
+    let (whole, path) = (parquet_of(&texts), input.join("a.parquet"));
+    fs::write(&path, vec![0; whole.len()]).unwrap();
+    let written = fs::metadata(&path).unwrap().modified().unwrap();
+    prepare(&args).unwrap_err();
+    fs::write(&path, whole).unwrap();
+    fs::File::options().write(true).open(&path).unwrap().set_modified(written).unwrap();
+    // Stopped behind the shards.
+    let in_the_way = work(&args).join("out/train.index.tmp");
+    fs::create_dir_all(&in_the_way).unwrap();
+    let said = prepare(&args).unwrap_err().to_string();
+    assert!(said.contains("train.index.tmp"), "{said}");
+    fs::remove_dir(&in_the_way).unwrap();
+    args.lossy_tokenizer = false;
+    let said = prepare(&args).unwrap_err().to_string();
+    assert!(said.contains("\"LATE\"") && said.contains("becomes \"late\""), "{said}");
+    args.lossy_tokenizer = true;
+    assert_eq!(prepare(&args).unwrap().documents, 100);
+}
+
+#[test]
+fn no_text_of_a_document_becomes_its_end() {
+    let folder = tempfile::tempdir().unwrap();
+    let made = corpus::prepared(folder.path(), 45, 60).join("tokenizer.json");
+    let mut json: serde_json::Value = serde_json::from_slice(&fs::read(made).unwrap()).unwrap();
+    // A word of the vocabulary is taken whole, and the end token is one.
+    let id = json["model"]["vocab"].as_object().unwrap().len();
+    json["model"]["ignore_merges"] = true.into();
+    json["model"]["vocab"]["<|endoftext|>"] = id.into();
+    json["pre_tokenizer"] = serde_json::json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": false});
+    json["added_tokens"].as_array_mut().unwrap().push(serde_json::json!({"id": id, "content": "<|endoftext|>", "single_word": false,
+        "lstrip": false, "rstrip": false, "normalized": false, "special": true}));
+    let tokenizer = folder.path().join("whole.json");
+    fs::write(&tokenizer, json.to_string()).unwrap();
+    for (name, lines, ends) in [("in", "{\"text\": \"a word\"}\n{\"text\": \"see <|endoftext|> here\"}\n", false), ("all", "{\"text\": \"a word\"}\n{\"text\": \"<|endoftext|>\"}\n", true)] {
+        let mut args = with_lines(&folder.path().join(name), lines.as_bytes());
+        args.inputs = vec![args.inputs[0].join("a.jsonl")];
+        (args.vocab, args.tokenizer, args.end_token) = (None, Some(tokenizer.clone()), Some("<|endoftext|>".into()));
+        let said = prepare(&args).map_err(|error| error.to_string());
+        assert_eq!(said.is_err(), ends, "{said:?}");
+        assert!(said.err().is_none_or(|said| said.contains(&format!("makes token {id}, which ends documents or their parts"))), "{name}");
+    }
+}

@@ -52,6 +52,14 @@ fn the_heap_learns_what_recounting_learns() {
 }
 
 #[test]
+fn no_token_is_longer_than_a_reader_bears() {
+    let learned = learn(&[("-".repeat(100_000), 1), ("ab".into(), 5)], smallest_vocab() + 100);
+    let longest = learned.tokens.iter().map(|token| token.chars().filter(|letter| *letter == '-').count()).max();
+    assert_eq!(longest, Some(LONGEST_TOKEN), "{:?}", learned.merges);
+    assert!(learned.tokens.iter().any(|token| token == "ab"), "and others are learned after it");
+}
+
+#[test]
 fn the_alphabet_stands_for_all_bytes() {
     let letters: std::collections::HashSet<char> = (0..=255).map(byte_letter).collect();
     assert_eq!(letters.len(), 256);
