@@ -10,6 +10,7 @@ Prints the mean loss of the last steps of each and their gaps, and draws the cur
 import argparse
 import json
 import shlex
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -40,6 +41,7 @@ def layouts(ranks):
 def start(args, name, sets):
     folder = args.out
     directory = folder / name.replace(", ", "-").replace(" ", "-")
+    shutil.rmtree(directory, ignore_errors=True)  # of the last time
     sets = [*(SHORT if args.ranks > 1 else []), *sets, f"run.dir={directory}", f"data.mixture.0.path={args.corpus}"]
     several = any(value.startswith("parallel.") for value in sets)
     words = shlex.split(f"{args.mpirun} -n {args.ranks} {args.tiefsee}" if several else args.tiefsee)
@@ -93,7 +95,10 @@ def main():
     args.out.mkdir(parents=True, exist_ok=True)
     wanted, last = (layouts(args.ranks), 100) if args.ranks > 1 else (PRECISIONS, 200)
     runs = {name: start(args, name, sets) for name, sets in wanted.items()}
-    curves = {name: losses(name, *run) for name, run in runs.items()}
+    try:
+        curves = {name: losses(name, *run) for name, run in runs.items()}
+    finally:
+        [run.terminate() for *_, run in runs.values()]  # where one has failed
     means = {name: sum(curve[-last:]) / len(curve[-last:]) for name, curve in curves.items()}
     first, *_ = means.values()
     gaps = {name: abs(mean / first - 1) for name, mean in means.items()}
@@ -101,10 +106,14 @@ def main():
         print(f"{name:<34} mean of the last {last} steps {mean:.5f}, {(mean / first - 1) * 100:+.3f} %")
     orders = [first, *(mean for name, mean in means.items() if ORDER in name)]
     between = max(orders) / min(orders) - 1
+    failed = []
     for name in [name for name in list(wanted)[1:] if ORDER not in name]:
         passes = gaps[name] < 0.0025 or gaps[name] < 2 * between
+        failed += [] if passes else [name]
         print(f"{name} {'passes' if passes else 'FAILS'}: its gap is {gaps[name]:.3%}, the largest between orders of sums {between:.3%}")
     draw({name: smooth(curve) for name, curve in curves.items()}, args.out / "loss.svg")
+    if failed:
+        raise SystemExit(f"the curves of {', '.join(failed)} lie too far apart")
 
 
 if __name__ == "__main__":

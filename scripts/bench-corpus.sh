@@ -17,9 +17,10 @@ if [ ! -e "$out/tokens/manifest.json" ]; then
         (cd "$out/packages" && apt-get download -qq -o APT::Sandbox::User= "$package" && dpkg-deb -x "$package"_*.deb "$package") ||
             echo "bench corpus: no $package here: left out" >&2
     done
-    mapfile -t sources < <(cargo metadata --format-version 1 --locked --offline | python3 -c 'import json, os, sys
+    mapfile -t sources < <(cargo metadata --format-version 1 --locked --offline --filter-platform "$(rustc -vV | sed -n "s/^host: //p")" | python3 -c 'import json, os, sys
 for package in json.load(sys.stdin)["packages"]:
     if package["source"]: print(os.path.dirname(package["manifest_path"]))' | grep -v -e windows -e winapi)
+    [ ${#sources[@]} -gt 0 ] || { echo "bench corpus: cargo metadata names no sources" >&2 && exit 1; }
     mkdir -p "$out/sources"
     for source in "${sources[@]}"; do cp -r "$source" "$out/sources/"; done
     .deps/bench-venv/bin/python benches/data_corpus.py "$out/text" "$megabytes" "$out"/packages/*/usr/share "$@" "$out/sources"

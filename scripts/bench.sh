@@ -35,13 +35,13 @@ train-cpu)
     config=configs/run/bench-cpu.toml
     # transformers trains neither MTP nor a balance loss.
     .deps/venv/bin/python benches/compare.py "$name" --config "$config" \
-        --ours "target/release/tiefsee bench --config $config --steps 16 --set model.num_nextn_predict_layers=0 --set run.threads=$threads" \
+        --ours "${CARGO_TARGET_DIR:-target}/release/tiefsee bench --config $config --steps 16 --set model.num_nextn_predict_layers=0 --set run.threads=$threads" \
         --rival ".deps/venv/bin/python benches/rivals/train_cpu.py $config --steps 16 --threads $threads" "$@"
     ;;
 parallel-cpu)
     scripts/setup.sh
     cargo build --release --quiet -p trainer
-    python3 benches/parallel.py --ours "target/release/tiefsee bench --config configs/run/bench-parallel.toml" "$@"
+    python3 benches/parallel.py --ours "${CARGO_TARGET_DIR:-target}/release/tiefsee bench --config configs/run/bench-parallel.toml" "$@"
     ;;
 checkpoint)
     scripts/setup.sh
@@ -72,8 +72,9 @@ gpu | gpu-step | gpu-loss | multi-gpu)
     fi
     if [ "$name" = multi-gpu ]; then
         . scripts/env.sh
+        [ -n "${TIEFSEE_PROGRAM:-}" ] || cargo build --release --quiet -p trainer
         ranks=$("$python" -c 'import torch; print(torch.cuda.device_count())')
-        "$python" benches/multi_gpu.py --ranks "$ranks" --ours "${TIEFSEE_PROGRAM:-target/release/tiefsee} bench" \
+        "$python" benches/multi_gpu.py --ranks "$ranks" --ours "${TIEFSEE_PROGRAM:-${CARGO_TARGET_DIR:-target}/release/tiefsee} bench" \
             --rival "$python -m torch.distributed.run --standalone --nproc-per-node {ranks} benches/rivals/step_multi.py" "$@"
         clocks
         exit

@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# The long forms of the data crate's tests, on the benches' corpus (130 MB) with the 128K tokenizer:
+# The long forms of the data crate's tests, on the benches' corpus (130 MB) with the 128K tokenizer, and how documents mix:
 #   scripts/data-long.sh [KILLS]
 # `tiefsee prepare` killed with -9 at KILLS (50) random moments writes what an undisturbed one writes; every packed sample
-# decodes back to its documents, fill-in-the-middle undone; documents of different files mix as in a full shuffle.
+# decodes back to its documents, fill-in-the-middle undone. And of the ordinary test: documents of different files mix as in a
+# full shuffle.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 kills=${1:-50}
@@ -36,5 +37,5 @@ while [ "$done" -lt "$kills" ]; do
 done
 echo "killed $done times over $corpora corpora: each is the undisturbed one, byte for byte"
 "$bin/examples/check_corpus" "$work/whole" corpus/bench/text
-cargo test --release --quiet -p data --test it -- --nocapture documents_of_different_files 2>/dev/null | grep "full shuffle"
+cargo test --release --quiet -p data --test it -- --nocapture documents_of_different_files | grep "full shuffle"
 rm -rf "$work"

@@ -37,6 +37,7 @@ mapfile -t sources < <(cargo metadata --format-version 1 --locked --offline --fi
     python3 -c 'import json, os, sys
 for package in json.load(sys.stdin)["packages"]:
     if package["source"]: print(os.path.dirname(package["manifest_path"]))')
+[ ${#sources[@]} -gt 0 ] || fail "cargo metadata names no sources"
 # Prose and code; the parquet and jsonl files among those sources are tests' data.
 extensions=txt,md,rst,adoc,rs,c,h,cc,cpp,hpp,py,go,java,js,ts,sh,sql,tex
 rm -rf "$corpus" "$corpus.partial" "$run"

@@ -198,6 +198,7 @@ impl Run {
     }
     #[track_caller]
     pub fn assert_same(&self, other: &Run, limit: f64) {
+        assert!(!self.samples().is_empty(), "a run with steps");
         assert_eq!(self.samples(), other.samples());
         for key in ["loss", "mtp_loss", "balance_loss", "grad_norm"] {
             let (a, b) = (self.series(key), other.series(key));
@@ -243,6 +244,6 @@ pub fn start(args: &[String], expected: i32) -> String {
 
 /// Largest |a − b| / |b|.
 pub fn gap(a: &[f64], b: &[f64]) -> f64 {
-    assert_eq!(a.len(), b.len());
+    assert!(a.len() == b.len() && !a.is_empty() && a.iter().chain(b).all(|loss| loss.is_finite()), "{a:?} and {b:?}");
     a.iter().zip(b).map(|(a, b)| ((a - b) / b).abs()).fold(0.0, f64::max)
 }
