@@ -1,11 +1,11 @@
 //! The auxiliary-loss-free balance: a router pushed off balance comes back, and the counts are right to the token.
-use crate::support::{F64, random, small};
+use crate::support::{random, small};
 use kernels::Precision;
 use model::config::ModelConfig;
 use model::gate::{Gate, GateIn};
 use model::{Layer, ParamTable, Weights};
 use std::rc::Rc;
-use tch::{Device, Kind, Tensor};
+use tch::{Device, Tensor};
 use trainer::balance;
 
 const TOKENS: i64 = 8 * 256; // 512 tokens an expert at K = 2
