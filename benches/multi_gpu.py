@@ -29,7 +29,7 @@ GIB = 2**30
 
 def mpirun(ranks):
     """Each rank on cores of its own, more than one, as the launcher has them: mpirun binds two ranks to a core each."""
-    return f"mpirun --map-by slot:PE={max(1, len(os.sched_getaffinity(0)) // ranks // 2)}"
+    return f"mpirun --map-by slot:PE={max(1, len(os.sched_getaffinity(0)) // ranks // 2)} --bind-to core"
 
 
 # Seconds a row may take: what hangs is ended with its ranks, and the table goes on.
