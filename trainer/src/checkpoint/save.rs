@@ -159,21 +159,18 @@ pub(super) fn commit(place: &Place, mut manifest: Manifest, all: Vec<Result<Writ
 
 fn put_in_place(Place { partial, target, .. }: &Place, manifest: &Manifest) -> Result<()> {
     manifest.write(partial)?;
-    if target.exists() {
-        // The same step again, after a resume from further back: its content is the same by construction.
-        std::fs::remove_dir_all(target).with_context(|| format!("cannot remove {}", target.display()))?;
-    }
-    rename_into_place(partial, target)
+    // The same step again, after a resume from further back: its content is the same by construction.
+    rename_into_place(partial, target, true)
 }
 
-/// What is in `partial` is on the disk before it is named `target`, where nothing must be.
-fn rename_into_place(partial: &Path, target: &Path) -> Result<()> {
+/// Its files are synced; a folder that is `replaced` goes once the new one is, another is refused by the rename.
+fn rename_into_place(partial: &Path, target: &Path, replaced: bool) -> Result<()> {
     let finish = || -> std::io::Result<()> {
-        for entry in std::fs::read_dir(partial)? {
-            std::fs::File::open(entry?.path())?.sync_all()?;
-        }
         std::fs::File::open(partial)?.sync_all()?;
-        std::fs::rename(partial, target)?; // refuses a folder that is not empty
+        if replaced && target.exists() {
+            std::fs::remove_dir_all(target)?;
+        }
+        std::fs::rename(partial, target)?;
         std::fs::File::open(target.parent().filter(|parent| *parent != Path::new("")).unwrap_or(Path::new(".")))?.sync_all()
     };
     finish().with_context(|| format!("cannot rename {} into place", partial.display()))
@@ -188,7 +185,9 @@ pub(super) fn write_aside<T>(partial: &Path, out: &Path, write: impl FnOnce() ->
     std::fs::create_dir_all(partial).with_context(|| format!("cannot make {}", partial.display()))?;
     let all = || {
         let written = write()?;
-        rename_into_place(partial, out).map(|()| written)
+        let sync = |path: PathBuf| std::fs::File::open(&path).and_then(|file| file.sync_all()).with_context(|| format!("cannot write {}", path.display()));
+        entries(partial)?.into_iter().try_for_each(sync)?;
+        rename_into_place(partial, out, false).map(|()| written)
     };
     all().inspect_err(|_| drop(std::fs::remove_dir_all(partial)))
 }

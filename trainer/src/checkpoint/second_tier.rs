@@ -338,7 +338,8 @@ fn folders(path: &Path) -> Result<Vec<PathBuf>> {
 }
 
 /// The copy of each of these ranks' shards that is tried next, and its holder: a rank's own before its peer's, of several the one
-/// with the least to do (all ranks of a node see its copies), and none that was refused. The error is of a shard that has none left: of one that may be whole, if there is any such.
+/// with the least to do (all ranks of a node see its copies), and none that was refused. The error is of a shard that has none left:
+/// of one that may be whole, if there is any such.
 fn next_copies<'a>(
     seen: &'a [(usize, Seen)],
     ranks: impl Iterator<Item = usize>,
