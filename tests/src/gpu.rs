@@ -1,6 +1,6 @@
 //! Runs on a GPU against the same runs on the CPU, against themselves, and of several ranks that share the GPU. Without a
 //! GPU each test says that it was skipped; the one that needs no GPU says so with one.
-use crate::support::{Run, WIDE, gap, gpu, mpirun, scratch, start};
+use crate::support::{Run, WIDE, gap, gpu, mpirun, scratch, start, within};
 use kernels::device::{self, Found, Options};
 
 const TOKENS: [&str; 2] = ["phase.0.tokens=6144", "phase.1.tokens=7680"];
@@ -37,12 +37,12 @@ fn the_first_losses_are_the_cpus() {
         let on = |device: &str| {
             let run = run(&format!("{precision}-{device}"), &[&precision_set, &format!("run.device={device}")]);
             train(&run, 5, 75);
-            run.series("loss")
+            run
         };
         let (cpu, gpu) = (on("cpu"), on("cuda"));
-        let gap = gap(&gpu, &cpu);
-        println!("{precision}: CPU {cpu:.6?}\n     GPU {gpu:.6?}, at most {gap:.2e} apart");
-        assert!(gap < limit, "{precision}: {gap:e}");
+        let (loss, norm) = within(limit, &gpu, &cpu, precision);
+        let [cpu, gpu] = [cpu, gpu].map(|run| run.series("loss"));
+        println!("{precision}: CPU {cpu:.6?}\n     GPU {gpu:.6?}, at most {loss:.2e} apart, gradient norms {norm:.2e}");
     }
 }
 
@@ -98,9 +98,8 @@ fn four_ranks_that_share_the_gpu_are_one_rank() {
             set.extend([more, if layout.starts_with("pp") { "parallel.pp=2" } else { "" }].into_iter().filter(|set| !set.is_empty()));
             let four = run(&format!("{layout}-{precision}"), &set);
             mpirun(4, &four.train_args(), 75);
-            let gap = gap(&four.series("loss"), &one.series("loss"));
-            println!("{precision}, {layout}: losses at most {gap:.2e} from one rank's");
-            assert!(gap < limit, "{layout} in {precision}: {gap:e}");
+            let (loss, norm) = within(limit, &four, &one, &format!("{precision}, {layout}"));
+            println!("{precision}, {layout}: losses at most {loss:.2e} from one rank's, gradient norms {norm:.2e}");
         }
     }
 }
