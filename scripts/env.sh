@@ -8,6 +8,9 @@ fi
 # not count.
 export OMPI_MCA_hwloc_base_binding_policy="${OMPI_MCA_hwloc_base_binding_policy:-none}"
 export OMPI_MCA_rmaps_base_oversubscribe="${OMPI_MCA_rmaps_base_oversubscribe:-1}"
+# The same for the mpirun of Open MPI 5.
+export PRTE_MCA_hwloc_default_binding_policy="${PRTE_MCA_hwloc_default_binding_policy:-none}"
+export PRTE_MCA_rmaps_default_mapping_policy="${PRTE_MCA_rmaps_default_mapping_policy:-:oversubscribe}"
 # With fewer cores than ranks (+1: mpirun and the loader want one too) a rank that spins for a message keeps its peer from
 # sending it: yield instead.
 if [ "$(nproc)" -le "${1:-2}" ]; then

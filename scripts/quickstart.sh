@@ -46,8 +46,9 @@ target/release/tiefsee prepare "${folders[@]}" "${sources[@]}" --out "$corpus" -
     --extensions "$extensions" --max-bytes "$max_bytes" --max-file-bytes 262144
 
 # Stop the run in the middle, as a scheduler would: a signal; it checkpoints and exits with 75, "resume me".
-# -q: that a rank exits with 75 is no news here.
-mpirun -q -n 2 target/release/tiefsee train --config configs/run/quickstart.toml "${settings[@]}" &
+# -q: that a rank exits with 75 is no news here; Open MPI 5 has no such option.
+case $(mpirun --version) in *'(Open MPI) 4.'*) quiet=-q ;; *) quiet= ;; esac
+mpirun $quiet -n 2 target/release/tiefsee train --config configs/run/quickstart.toml "${settings[@]}" &
 mpirun=$!
 trap 'kill -TERM $mpirun 2>/dev/null || true' EXIT
 until [ "$(cat "$run/log/rank-0.jsonl" 2>/dev/null | grep -c '"loss"')" -ge "$stop_after" ]; do

@@ -55,7 +55,7 @@ pub fn beats(args: &Args, layout: &Layout) -> bool {
     args.heartbeat > 0.0 && layout.hosts.len() > 1
 }
 
-/// Open MPI 4.1 as it was proven: what is not said here is its default.
+/// Open MPI 4.1 and 5.0 as they were proven: what is not said here is their default.
 fn mpirun(args: &Args, environment: &Environment, layout: &Layout, ranked: &Ranked) -> Vec<String> {
     let mut line = words(&["mpirun"]);
     let mut add = |more: &[&str]| line.extend(words(more));
@@ -68,9 +68,11 @@ fn mpirun(args: &Args, environment: &Environment, layout: &Layout, ranked: &Rank
     let many = layout.ranks_per_node > environment.cores || layout.ranks_per_node == environment.cores && alone;
     let ranks = layout.ranks_per_node;
     if alone {
-        // Nor look for an allocation, for ssh, or for another network than the loopback.
-        add(&["--host", &format!("localhost:{ranks}"), "--mca", "ras", "^slurm", "--mca", "plm", "isolated"]);
-        add(&["--mca", "oob_tcp_if_include", "lo", "--mca", "btl_tcp_if_include", "lo"]);
+        // Nor look for an allocation, for ssh, or for another network than the loopback: what 5 does of itself, or refuses.
+        add(&["--host", &format!("localhost:{ranks}"), "--mca", "ras", "^slurm", "--mca", "btl_tcp_if_include", "lo"]);
+        if environment.mpi_major < 5 {
+            add(&["--mca", "plm", "isolated", "--mca", "oob_tcp_if_include", "lo"]);
+        }
     } else if !layout.hosts.is_empty() {
         let hosts: Vec<String> = layout.hosts.iter().map(|host| format!("{host}:{ranks}")).collect();
         add(&["--host", &hosts.join(",")]);
@@ -86,10 +88,14 @@ fn mpirun(args: &Args, environment: &Environment, layout: &Layout, ranked: &Rank
     // Ranks are forked by mpirun's and orted's main thread: a parent-death signal is tied to the thread.
     add(&["--mca", "odls_base_num_threads", "0"]);
     if let Some(interface) = &args.interface {
-        add(&["--mca", "oob_tcp_if_include", interface, "--mca", "btl_tcp_if_include", interface]);
+        add(&["--mca", "btl_tcp_if_include", interface]);
+        // 5 takes the loopback of itself where there is no other way, and refuses to be told.
+        if environment.mpi_major < 5 || interface != "lo" {
+            add(&["--mca", "oob_tcp_if_include", interface]);
+        }
     }
     if !layout.hosts.is_empty() {
-        line.extend(agent(args, layout, ranked));
+        line.extend(agent(args, environment, layout, ranked));
     }
     let heartbeat = (beats(args, layout) && ranked.socket.is_none()).then(|| VARIABLE.to_string());
     if !alone {
@@ -99,21 +105,24 @@ fn mpirun(args: &Args, environment: &Environment, layout: &Layout, ranked: &Rank
 }
 
 /// What mpirun starts its daemons on other hosts with.
-fn agent(args: &Args, layout: &Layout, ranked: &Ranked) -> Vec<String> {
+fn agent(args: &Args, environment: &Environment, layout: &Layout, ranked: &Ranked) -> Vec<String> {
     let own = ranked.own.display();
+    let rsh = if environment.mpi_major < 5 { "rsh" } else { "ssh" };
+    let set = |name: &str, value: &str| ["--mca".to_string(), format!("plm_{rsh}_{name}"), value.to_string()];
     match (ranked.socket, &args.rsh_agent) {
         // Each daemon by node 0 alone, and attached: the nodes end what loses its agent.
         (Some(socket), _) => {
             // Attached ones are all there at once, and mpirun expects at most 128.
-            let daemons = layout.nodes.to_string();
-            let mut line = words(&["--leave-session-attached", "--mca", "plm_rsh_num_concurrent", &daemons, "--mca", "ras", "^slurm", "--mca", "plm", "rsh", "--mca", "plm_rsh_no_tree_spawn", "1", "--mca", "plm_rsh_agent"]);
-            line.push(format!("{own} {REMOTE} {}", socket.display()));
+            let mut line = words(&["--leave-session-attached", "--mca", "ras", "^slurm", "--mca", "plm", rsh]);
+            line.extend(set("num_concurrent", &layout.nodes.to_string()));
+            line.extend(set("no_tree_spawn", "1"));
+            line.extend(set("agent", &format!("{own} {REMOTE} {}", socket.display())));
             line
         }
         (None, given) => {
             // ssh must not ask, nor wait for minutes for a host that is gone.
             let given = given.as_deref().unwrap_or("ssh -x -o BatchMode=yes -o ConnectTimeout=10");
-            vec!["--mca".to_string(), "plm_rsh_agent".to_string(), format!("{own} {REACH} {} {given}", given.split_whitespace().count())]
+            set("agent", &format!("{own} {REACH} {} {given}", given.split_whitespace().count())).to_vec()
         }
     }
 }
@@ -202,7 +211,7 @@ mod tests {
     }
 
     fn machine(cores: usize) -> Environment {
-        Environment { cores, numa_nodes: 1, ..Environment::default() }
+        Environment { cores, numa_nodes: 1, mpi_major: 4, ..Environment::default() }
     }
 
     #[test]
@@ -231,7 +240,16 @@ mod tests {
         let layout = Layout::new(&args, &machine(64), &hosts).expect("a layout");
         let ranked = Ranked { own: Path::new("L"), program: Path::new("tiefsee"), command: &[], socket: Some(Path::new("S")) };
         let line = quoted(&command_line(&args, &machine(64), &layout, &ranked));
-        assert!(line.contains("--leave-session-attached --mca plm_rsh_num_concurrent 256 "), "{line}");
+        assert!(line.contains("--leave-session-attached --mca ras '^slurm' --mca plm rsh --mca plm_rsh_num_concurrent 256 "), "{line}");
+    }
+
+    #[test]
+    fn open_mpi_5_has_other_names() {
+        let machine = Environment { mpi_major: 5, ..machine(8) };
+        let alone = line("--standalone", &machine).expect("a line");
+        assert!(!alone.contains("isolated") && !alone.contains("oob_tcp_if_include"), "{alone}");
+        let two = line("--hosts a,b", &machine).expect("a line");
+        assert!(two.contains("plm_ssh_agent 'L @reach 6 ssh") && !two.contains("plm_rsh"), "{two}");
     }
 
     #[test]

@@ -15,6 +15,8 @@ pub struct Environment {
     /// Variables that ranks on other hosts need and that are set here.
     pub exported: Vec<String>,
     pub slurm: Option<Slurm>,
+    /// Open MPI's, where mpirun says it: 4, or 5, whose mpirun is another program (PRRTE).
+    pub mpi_major: u32,
     /// GPUs that the ranks of this host may use, by number: CUDA_VISIBLE_DEVICES.
     pub visible_devices: Option<String>,
 }
@@ -60,6 +62,7 @@ impl Environment {
             numa_nodes: numbered("/sys/devices/system/node", "node").max(1),
             exported: exported(std::env::vars_os().filter_map(|(name, _)| name.into_string().ok())),
             slurm: slurm(),
+            mpi_major: mpi_major(),
             visible_devices: var("CUDA_VISIBLE_DEVICES").ok(),
         }
     }
@@ -71,6 +74,13 @@ impl Slurm {
         let shown = Command::new("timeout").args(["10", "scontrol", "show", "job", &self.job]).stdin(Stdio::null()).output();
         shown.is_ok_and(|shown| is_preempted(&String::from_utf8_lossy(&shown.stdout)))
     }
+}
+
+/// `mpirun (Open MPI) 5.0.8` → 5; 4 where it says nothing of the kind.
+fn mpi_major() -> u32 {
+    let said = Command::new("mpirun").arg("--version").stdin(Stdio::null()).output();
+    let text = said.map(|said| String::from_utf8_lossy(&said.stdout).into_owned()).unwrap_or_default();
+    text.split_once("(Open MPI) ").and_then(|(_, version)| version.split('.').next()?.parse().ok()).unwrap_or(4)
 }
 
 fn is_preempted(shown: &str) -> bool {

@@ -188,7 +188,7 @@ fn talk((mut sender, mut receiver): (Sender, Receiver), beat: Beat, limit: Durat
 /// The daemon that started this host's ranks, and all that it started. On the launcher's own host that is mpirun, which
 /// belongs to the guard.
 fn end_the_job(daemon: u32) {
-    if name(daemon).as_deref() != Some("orted") {
+    if !matches!(name(daemon).as_deref(), Some("orted" | "prted")) {
         return;
     }
     let all = descendants(daemon).into_iter().filter(|pid| *pid != std::process::id()).chain([daemon]);

@@ -127,12 +127,14 @@ impl Evidence {
             self.reason = kept();
         }
         let behind = |mark: &str| line.split_once(mark).map(|(_, rest)| rest);
-        if self.signalled.is_none() && line.contains(" exited on signal ") {
+        // Of Open MPI 5 the signal stands in the next line.
+        if self.signalled.is_none() && line.contains(" noticed that process rank ") && line.contains(" exited on") {
             let rank = behind("process rank ").and_then(number);
             self.signalled = rank.zip(behind(" on node ").and_then(word));
         }
         if self.exited_rank.is_none() {
-            self.exited_rank = behind("Process name: [[").and_then(|rest| number(rest.split_once("],")?.1));
+            // `[[7,1],3]`, and of Open MPI 5 `[prterun-host-7@1,3]`.
+            self.exited_rank = behind("Process name: [").and_then(|rest| number(rest.rsplit_once(',')?.1));
         }
         let of_srun = line.strip_prefix("srun: error: ").and_then(|rest| rest.split_once(": task")).and_then(|(host, rest)| Some((host, rest.split_once(": ")?)));
         // The first: srun then ends the others, of which it says "Terminated" or "Killed".
@@ -155,7 +157,7 @@ impl Evidence {
             self.aborted_rank = behind("MPI_ABORT was invoked on rank ").and_then(number);
         }
         self.out_of_memory |= holds(&["memory allocation of ", "out of memory", "Out of memory", "OutOfMemory", "Out Of Memory", "oom-kill", "OOM Killed"]);
-        self.daemon_lost |= holds(&["ORTE has lost communication with", "lost connection to a remote daemon", "Node failure on", "NODE FAILURE", " launch failed: "]);
+        self.daemon_lost |= holds(&["RTE has lost communication with", "lost connection to a remote daemon", "Node failure on", "NODE FAILURE", " launch failed: "]);
         if self.cannot_start.is_none()
             && holds(&[
                 "There are not enough slots",
@@ -216,7 +218,8 @@ pub fn classify(code: i32, evidence: &Evidence, (asked, oom_kills): (bool, bool)
         Outcome { down: evidence.down, ..outcome }
     };
     match (code, killed) {
-        (0, _) => Outcome::new(Class::Finished, "finished"),
+        // Open MPI 5 ends with 0 where it has lost a daemon.
+        (0, _) if !evidence.daemon_lost => Outcome::new(Class::Finished, "finished"),
         (STATE_LOST, _) => {
             let words = evidence.reason.clone().unwrap_or_else(|| "memory was damaged".to_string());
             let damaged = words.split_once("state lost: rank ").and_then(|(_, rest)| number(rest)).and_then(&host_of);
@@ -298,6 +301,13 @@ mod tests {
                 "rank 3 on host b was killed by signal 9 (SIGKILL); where nobody did that, the host was short of memory",
                 "b",
             ),
+            (
+                139,
+                "prterun noticed that process rank 3 with PID 71 on node b exited on",
+                "rank 3 on host b was killed by signal 11 (SIGSEGV)",
+                "b",
+            ),
+            (0, "  Remote daemon: [prterun-h1-31533@0,1] on node h2", "host h2, or the link to it, was lost", "h2"),
             (205, "  Remote daemon: [[45829,0],1] on node h2", "host h2, or the link to it, was lost", "h2"),
             (255, "tiefsee-launch: cannot reach host h3: ssh ended with code 255", "host h3, or the link to it, was lost", "h3"),
             (76, "error (rank 0): state lost: rank 1: the master of x changed", "error (rank 0): state lost: rank 1: the master of x changed", "c"),
@@ -310,6 +320,7 @@ mod tests {
                 "n1",
             ),
             (5, "  Process name: [[45229,1],2]", "rank 2 on host c ended with code 5", "c"),
+            (5, "  Process name: [prterun-h,1-45229@1,2]", "rank 2 on host c ended with code 5", "c"),
         ] {
             let mut evidence = Evidence::default();
             evidence.read(line);

@@ -20,6 +20,7 @@ pub struct Output {
 
 #[derive(Default)]
 struct Shared {
+    tag_end: &'static str,
     evidence: Evidence,
     log_dir: Option<PathBuf>,
     logs: BTreeMap<usize, File>,
@@ -27,9 +28,9 @@ struct Shared {
 }
 
 impl Output {
-    /// `steps` gets the step of every line that a rank prints after one.
-    pub fn read(log_dir: Option<PathBuf>, steps: Sender<u64>, stdout: impl Read + Send + 'static, stderr: impl Read + Send + 'static) -> Self {
-        let shared = Arc::new(Mutex::new(Shared { log_dir, ..Shared::default() }));
+    /// `steps` gets the step of every line that a rank prints after one. Open MPI from 5 on puts a blank behind a tag.
+    pub fn read(mpi_major: u32, log_dir: Option<PathBuf>, steps: Sender<u64>, stdout: impl Read + Send + 'static, stderr: impl Read + Send + 'static) -> Self {
+        let shared = Arc::new(Mutex::new(Shared { tag_end: if mpi_major < 5 { ">:" } else { ">: " }, log_dir, ..Shared::default() }));
         let readers = vec![reader(shared.clone(), steps.clone(), stdout, std::io::stdout()), reader(shared.clone(), steps, stderr, std::io::stderr())];
         Output { shared, readers }
     }
@@ -47,12 +48,13 @@ fn reader(shared: Arc<Mutex<Shared>>, steps: Sender<u64>, from: impl Read + Send
     std::thread::spawn(move || {
         let mut from = BufReader::new(from);
         let mut bytes = Vec::new();
+        let tag_end = shared.lock().expect("a reader does not panic").tag_end;
         // A read error is the end of a pipe, too.
         while from.read_until(b'\n', &mut bytes).is_ok_and(|read| read > 0) {
             let text = String::from_utf8_lossy(&bytes);
-            let (rank, line) = untagged(text.trim_end_matches(['\n', '\r']));
+            let (rank, line) = untagged(text.trim_end_matches(['\n', '\r']), tag_end);
             // mpirun tags every write, and a line on stderr may be many.
-            let line = &rank.map_or_else(|| line.to_string(), |rank| line.replace(&format!("[1,{rank}]<stderr>:"), ""));
+            let line = &rank.map_or_else(|| line.to_string(), |rank| line.replace(&format!("[1,{rank}]<stderr{tag_end}"), ""));
             if let Some(step) = printed_step(line).filter(|_| rank.is_some()) {
                 // Not every command's steps are followed.
                 let _ = steps.send(step);
@@ -94,10 +96,10 @@ impl Shared {
     }
 }
 
-/// mpirun's `[1,3]<stderr>:text` and srun's `3: text` → rank and text.
-fn untagged(line: &str) -> (Option<usize>, &str) {
+/// mpirun's `[1,3]<stderr>:text`, of Open MPI 5 `[1,3]<stderr>: text`, and srun's `3: text` → rank and text.
+fn untagged<'a>(line: &'a str, tag_end: &str) -> (Option<usize>, &'a str) {
     let mpirun = || {
-        let (tag, text) = line.strip_prefix('[')?.split_once(">:")?;
+        let (tag, text) = line.strip_prefix('[')?.split_once(tag_end)?;
         let (job, stream) = tag.split_once("]<")?;
         let rank = job.split_once(',')?.1.parse().ok()?;
         matches!(stream, "stdout" | "stderr").then_some((rank, text))
@@ -134,17 +136,22 @@ mod tests {
 
     #[test]
     fn printed_steps_are_passed_on() {
-        let printed = "[1,0]<stdout>:step 3/9 | loss 1.0\n[1,1]<stdout>:step 16: rank 1: x\nstep 8/9 | nobody's\n0: step 4/9 | loss 1.0\n";
-        let (steps, prints) = std::sync::mpsc::channel();
-        Output::read(None, steps, printed.as_bytes(), std::io::empty()).finish();
-        assert_eq!(prints.iter().collect::<Vec<_>>(), [3, 4]);
+        let four = "[1,0]<stdout>:step 3/9 | loss 1.0\n[1,1]<stdout>:step 16: rank 1: x\nstep 8/9 | nobody's\n0: step 4/9 | loss 1.0\n";
+        let five = "[1,0]<stdout>: step 3/9 | loss 1.0\n[1,0]<stdout>: step 4/9 | loss 1.0\n";
+        for (mpi_major, printed) in [(4, four), (5, five)] {
+            let (steps, prints) = std::sync::mpsc::channel();
+            Output::read(mpi_major, None, steps, printed.as_bytes(), std::io::empty()).finish();
+            assert_eq!(prints.iter().collect::<Vec<_>>(), [3, 4], "Open MPI {mpi_major}");
+        }
     }
 
     #[test]
     fn tags_become_ranks() {
-        assert_eq!(untagged("[1,12]<stderr>:error (rank 12): x"), (Some(12), "error (rank 12): x"));
-        assert_eq!(untagged(" 3: step 1"), (Some(3), "step 1"));
-        assert_eq!(untagged("srun: error: x"), (None, "srun: error: x"));
-        assert_eq!(untagged("[host:123] [[1,0],0] lost"), (None, "[host:123] [[1,0],0] lost"));
+        assert_eq!(untagged("[1,12]<stderr>:error (rank 12): x", ">:"), (Some(12), "error (rank 12): x"));
+        assert_eq!(untagged("[1,12]<stdout>:   x", ">:"), (Some(12), "   x"));
+        assert_eq!(untagged("[1,12]<stdout>:   x", ">: "), (Some(12), "  x"));
+        assert_eq!(untagged(" 3: step 1", ">:"), (Some(3), "step 1"));
+        assert_eq!(untagged("srun: error: x", ">:"), (None, "srun: error: x"));
+        assert_eq!(untagged("[host:123] [[1,0],0] lost", ">:"), (None, "[host:123] [[1,0],0] lost"));
     }
 }

@@ -144,7 +144,8 @@ fn run_what_is_asked(node: &Node, mut sender: Sender, mut receiver: Receiver, si
 fn start(command: &str) -> Result<Job> {
     let shell = ["/bin/sh".to_string(), "-c".to_string(), command.to_string()];
     let (guarded, stdout, stderr) = Guarded::spawn(None, &shell, &[]).context("cannot start the guard")?;
-    Ok(Job { guarded, output: Output::read(None, channel().0, stdout, stderr), asked_at: None })
+    // Where its ranks' output carries tags, mpirun has put them there: a daemon's own has none.
+    Ok(Job { guarded, output: Output::read(0, None, channel().0, stdout, stderr), asked_at: None })
 }
 
 impl Job {

@@ -274,7 +274,7 @@ impl Supervisor {
         let (mut guarded, stdout, stderr) = Guarded::spawn(guard_lock.as_deref(), &line, &set).context("cannot start the guard")?;
         let mut lookout = progress.map(|progress| Lookout::start(progress, guarded.pid(), layout.ranks()));
         let log_dir: Option<PathBuf> = self.args.log_dir.clone().or(log);
-        let output = Output::read(log_dir, steps, stdout, stderr);
+        let output = Output::read(self.environment.mpi_major, log_dir, steps, stdout, stderr);
         let (code, verdict) = self.watch(&mut guarded, &mut lookout, layout)?;
         let evidence = output.finish();
         if let Some(lookout) = &mut lookout {

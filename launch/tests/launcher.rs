@@ -316,7 +316,7 @@ fn a_signal_does_not_wait_for_a_look_at_the_logs() {
 
 #[test]
 fn deaf_ranks_are_ended_after_the_grace() {
-    let run = Run::new(1000, "1 2 deaf");
+    let run = Run::new(1000, "0 2 deaf");
     let child = run.started("--grace 1");
     wait("the fault", || run.dir().join("fault.taken").exists());
     child.signal("TERM");
