@@ -9,8 +9,6 @@ cargo build --release --workspace
 cargo clippy --release --workspace --all-targets -- -D warnings
 cargo test --release --workspace "$@"
 [ $# = 0 ] || exit 0
-# Open MPI 5, whose mpirun is another program, from the tests' venv: what starts, watches and restarts ranks, and real runs of it.
-export PATH="$PWD/.deps/venv/bin:$PATH" LD_LIBRARY_PATH="$PWD/.deps/venv/lib${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}"
-mpirun --version | grep 'Open MPI) 5'
-cargo test --release -p launch --test launcher
-cargo test --release -p tests --lib -- launching::a_killed_rank launching::two_ranks launching::a_link_cut runs::a_stop_signal
+# Open MPI 5, whose mpirun is another program: what starts, watches and restarts ranks, and real runs of it.
+scripts/open-mpi-5.sh cargo test --release -p launch --test launcher
+scripts/open-mpi-5.sh cargo test --release -p tests --lib -- launching::a_killed_rank launching::two_ranks launching::a_link_cut runs::a_stop_signal

@@ -54,6 +54,14 @@ fn has_checkpoint(folder: &Path) -> Result<bool> {
     Ok(false)
 }
 
+/// By its summary, the run is over; also where that cannot be read now, so that nobody begins again what may be done.
+pub fn is_over(run_dir: &Path) -> bool {
+    match fs::read(run_dir.join("summary.json")) {
+        Ok(bytes) => serde_json::from_slice::<serde_json::Value>(&bytes).is_ok_and(|summary| summary["finished"] == true),
+        Err(error) => error.kind() != io::ErrorKind::NotFound,
+    }
+}
+
 /// The name of the newest checkpoint, by its number; whether it is whole is not looked at.
 pub fn newest(run_dir: &Path) -> Option<String> {
     let names = fs::read_dir(run_dir.join("checkpoints")).ok()?.flatten().map(|entry| entry.file_name().to_string_lossy().into_owned());
@@ -180,6 +188,16 @@ mod tests {
             fs::write(folder.path().join("resolved.toml"), "").expect("a file");
             fs::write(folder.path().join(name), "").expect("a file");
             assert_eq!(holds(folder.path()).expect("looked"), expected, "{name}");
+        }
+    }
+
+    #[test]
+    fn a_run_is_over_by_its_summary() {
+        let folder = tempfile::tempdir().expect("a folder");
+        assert!(!is_over(folder.path()));
+        for (text, over) in [(r#"{"finished": false}"#, false), (r#"{"finished": true}"#, true), (r#"{"finis"#, false)] {
+            fs::write(folder.path().join("summary.json"), text).expect("a file");
+            assert_eq!(is_over(folder.path()), over, "{text}");
         }
     }
 

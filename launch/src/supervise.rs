@@ -284,6 +284,10 @@ impl Supervisor {
         let host_of = |rank| layout.host_of(rank).map(str::to_string).or_else(|| (layout.nodes == 1).then(host_name));
         let mut outcome = verdict.unwrap_or_else(|| classify(code, &evidence, (self.requests > 0, oom_kills() > kills_before), host_of));
         outcome.host = outcome.host.map(|host| layout.known(&host));
+        // A code alone does not end a run: Open MPI 5's is 0 also where a scheduler has ended its daemons.
+        if let Some(run_dir) = self.program.run_dir().filter(|run_dir| outcome.class == Class::Finished && !run_dir::is_over(run_dir)) {
+            outcome = Outcome::new(Class::LinkLost, format!("the ranks ended with code 0, but by {}/summary.json the run is not over", run_dir.display()));
+        }
         Ok(Ended { outcome, made_a_step: lookout.as_ref().is_some_and(|lookout| lookout.made_a_step), step: lookout.and_then(|lookout| lookout.step) })
     }
 

@@ -151,6 +151,15 @@ fn a_killed_rank_is_restarted_from_its_checkpoint() {
 }
 
 #[test]
+fn a_code_of_0_before_the_end_is_no_end() {
+    let run = Run::new(7, "1 6 quit");
+    let output = run.launch("");
+    assert_eq!(output.status.code(), Some(0), "{}", text(&output));
+    assert!(text(&output).contains("summary.json the run is not over") && text(&output).contains("[0] resume from 4"), "{}", text(&output));
+    assert_eq!(run.events(), ["started", "failed", "restarting", "started", "ended"]);
+}
+
+#[test]
 fn a_half_run_is_put_aside_and_begun_again() {
     let run = Run::new(5, "0 2 kill");
     let output = run.launch("");
