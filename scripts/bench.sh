@@ -71,9 +71,9 @@ gpu | gpu-step | gpu-loss | multi-gpu)
         exit
     fi
     if [ "$name" = multi-gpu ]; then
-        . scripts/env.sh
-        [ -n "${TIEFSEE_PROGRAM:-}" ] || cargo build --release --quiet -p trainer
         ranks=$("$python" -c 'import torch; print(torch.cuda.device_count())')
+        . scripts/env.sh "$ranks"
+        [ -n "${TIEFSEE_PROGRAM:-}" ] || cargo build --release --quiet -p trainer
         "$python" benches/multi_gpu.py --ranks "$ranks" --ours "${TIEFSEE_PROGRAM:-${CARGO_TARGET_DIR:-target}/release/tiefsee} bench" \
             --rival "$python -m torch.distributed.run --standalone --nproc-per-node {ranks} benches/rivals/step_multi.py" "$@"
         clocks

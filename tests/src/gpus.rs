@@ -3,7 +3,7 @@
 //! CPUs show.
 use crate::launching::{Started, local, processes, signal, wait};
 use crate::layouts::over_threads;
-use crate::support::{Run, WIDE, gpu, mpirun, start, within};
+use crate::support::{Run, WIDE, gap, gpu, mpirun, start, within};
 use std::collections::VecDeque;
 use std::path::Path;
 use std::process::Command;
@@ -159,6 +159,20 @@ fn every_layout_of_gpus_is_one_rank_on_cpus_too() {
             several.assert_same(&one, 1e-11);
         }
     }
+}
+
+/// What `within` is for: a part of the gradients of four times its weight passes by the losses.
+#[test]
+fn gradients_of_another_scale_are_told_by_their_norms() {
+    let of = |name: &str, weight: &str| {
+        let several = run(2, name, &["run.device=cpu", "run.precision=f64", weight]);
+        over_threads(&several, 1, Start::Fresh, Some(3));
+        several
+    };
+    let (right, wrong) = (of("scale-right", "phase.0.mtp_weight=0.3"), of("scale-wrong", "phase.0.mtp_weight=1.2"));
+    assert!(gap(&wrong.series("loss"), &right.series("loss")) < 1e-2);
+    assert!(std::panic::catch_unwind(|| within(1e-2, &wrong, &right, "scale")).is_err());
+    assert_eq!(within(1e-2, &right, &right, "scale"), (0.0, 0.0));
 }
 
 /// The run directory of `from`, copied, with another `[parallel]`.
