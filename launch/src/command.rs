@@ -68,7 +68,8 @@ fn mpirun(args: &Args, environment: &Environment, layout: &Layout, ranked: &Rank
     let many = layout.ranks_per_node > environment.cores || layout.ranks_per_node == environment.cores && alone;
     let ranks = layout.ranks_per_node;
     if alone {
-        // Nor look for an allocation, for ssh, or for another network than the loopback: what 5 does of itself, or refuses.
+        // Nor look for an allocation, for ssh, or for another network than the loopback. 5 needs no ssh, and its own connections
+        // refuse the loopback.
         add(&["--host", &format!("localhost:{ranks}"), "--mca", "ras", "^slurm", "--mca", "btl_tcp_if_include", "lo"]);
         if environment.mpi_major < 5 {
             add(&["--mca", "plm", "isolated", "--mca", "oob_tcp_if_include", "lo"]);
@@ -89,7 +90,6 @@ fn mpirun(args: &Args, environment: &Environment, layout: &Layout, ranked: &Rank
     add(&["--mca", "odls_base_num_threads", "0"]);
     if let Some(interface) = &args.interface {
         add(&["--mca", "btl_tcp_if_include", interface]);
-        // 5 takes the loopback of itself where there is no other way, and refuses to be told.
         if environment.mpi_major < 5 || interface != "lo" {
             add(&["--mca", "oob_tcp_if_include", interface]);
         }

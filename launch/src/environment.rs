@@ -54,16 +54,17 @@ fn exported(set: impl Iterator<Item = String>) -> Vec<String> {
 
 impl Environment {
     pub fn read() -> Self {
+        let (gpus, visible_devices) = devices();
         Environment {
             root: nix::unistd::Uid::effective().is_root(),
             host: host_name(),
             cores: std::thread::available_parallelism().map_or(1, |cores| cores.get()),
-            gpus: gpus(),
+            gpus,
             numa_nodes: numbered("/sys/devices/system/node", "node").max(1),
             exported: exported(std::env::vars_os().filter_map(|(name, _)| name.into_string().ok())),
             slurm: slurm(),
             mpi_major: mpi_major(),
-            visible_devices: var("CUDA_VISIBLE_DEVICES").ok(),
+            visible_devices,
         }
     }
 }
@@ -78,7 +79,7 @@ impl Slurm {
 
 /// `mpirun (Open MPI) 5.0.8` → 5; 4 where it says nothing of the kind.
 fn mpi_major() -> u32 {
-    let said = Command::new("mpirun").arg("--version").stdin(Stdio::null()).output();
+    let said = Command::new("timeout").args(["10", "mpirun", "--version"]).stdin(Stdio::null()).output();
     let text = said.map(|said| String::from_utf8_lossy(&said.stdout).into_owned()).unwrap_or_default();
     text.split_once("(Open MPI) ").and_then(|(_, version)| version.split('.').next()?.parse().ok()).unwrap_or(4)
 }
@@ -87,9 +88,11 @@ fn is_preempted(shown: &str) -> bool {
     shown.split_whitespace().any(|word| word.strip_prefix("PreemptTime=").is_some_and(|time| time.starts_with(|letter: char| letter.is_ascii_digit())))
 }
 
-fn gpus() -> usize {
-    let here = numbered("/dev", "nvidia");
-    var("CUDA_VISIBLE_DEVICES").map_or(here, |visible| visible.split(',').filter(|device| !device.trim().is_empty()).count().min(here))
+/// How many GPUs the ranks of this host may use, and which: CUDA_VISIBLE_DEVICES.
+pub fn devices() -> (usize, Option<String>) {
+    let (here, visible) = (numbered("/dev", "nvidia"), var("CUDA_VISIBLE_DEVICES").ok());
+    let named = |visible: &String| visible.split(',').filter(|device| !device.trim().is_empty()).count();
+    (visible.as_ref().map_or(here, |visible| named(visible).min(here)), visible)
 }
 
 /// What a rank's own process is told of its place, by Open MPI or SLURM.

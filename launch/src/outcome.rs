@@ -197,7 +197,7 @@ fn word(text: &str) -> Option<String> {
     Some(text.split_whitespace().next()?.trim_end_matches(':').to_string())
 }
 
-/// `code`: mpirun's or srun's, where no better one is known. `asked`: we had forwarded a request to stop. `oom_kills`: the control group's count rose.
+/// Of a run that is not over. `code`: mpirun's or srun's, where no better one is known. `asked`: we had forwarded a request to stop. `oom_kills`: the control group's count rose.
 /// `host_of`: where a rank ran.
 pub fn classify(code: i32, evidence: &Evidence, (asked, oom_kills): (bool, bool), host_of: impl Fn(usize) -> Option<String>) -> Outcome {
     let code = evidence.exit_code.filter(|_| code != 0).unwrap_or(code);
@@ -218,8 +218,6 @@ pub fn classify(code: i32, evidence: &Evidence, (asked, oom_kills): (bool, bool)
         Outcome { down: evidence.down, ..outcome }
     };
     match (code, killed) {
-        // Open MPI 5 ends with 0 where it has lost a daemon.
-        (0, _) if !evidence.daemon_lost => Outcome::new(Class::Finished, "finished"),
         (STATE_LOST, _) => {
             let words = evidence.reason.clone().unwrap_or_else(|| "memory was damaged".to_string());
             let damaged = words.split_once("state lost: rank ").and_then(|(_, rest)| number(rest)).and_then(&host_of);
@@ -229,7 +227,8 @@ pub fn classify(code: i32, evidence: &Evidence, (asked, oom_kills): (bool, bool)
         (75, _) => Outcome::new(Class::Stopped, "stopped on request, with a checkpoint"),
         (_, Some(SIGUSR1)) if asked => Outcome::new(Class::Stopped, "stopped on request, before the ranks had begun"),
         (DAEMON_LOST, _) => lost(),
-        _ if evidence.daemon_lost => lost(),
+        // Open MPI 5 says so as well of one that it cannot start.
+        _ if evidence.daemon_lost && evidence.cannot_start.is_none() => lost(),
         (_, Some(SIGKILL)) if oom_kills => Outcome::new(Class::OutOfMemory, format!("the kernel killed {who} for its memory{because}")).at(host),
         (_, Some(signal)) if signal != SIGABRT || !evidence.out_of_memory => {
             let hint = if signal == SIGKILL { "; where nobody did that, the host was short of memory" } else { "" };
@@ -240,6 +239,7 @@ pub fn classify(code: i32, evidence: &Evidence, (asked, oom_kills): (bool, bool)
         (126 | 127, _) => Outcome::new(Class::CannotStart, "the ranks could not be started"),
         (2, _) => Outcome::new(Class::Usage, format!("{who} does not take this command or its config{because}")).at(host),
         _ if evidence.aborted_rank.is_some() => Outcome::new(Class::Abort, format!("{who} aborted with code {code}{because}")).at(host),
+        (0, _) => Outcome::new(Class::LinkLost, format!("the ranks ended with code 0, but the run's summary.json does not say that it is over{because}")),
         // Open MPI's own words of it may be missing.
         (1, _) if because.starts_with(": error (") => Outcome::new(Class::Abort, format!("{who} ended with code {code}{because}")).at(host),
         _ => Outcome::new(Class::Error, format!("{who} ended with code {code}{because}")).at(host),
@@ -263,7 +263,8 @@ mod tests {
     #[test]
     fn every_code_has_its_word() {
         for (code, lines, expected) in [
-            (0, &[][..], Class::Finished),
+            (0, &[][..], Class::LinkLost),
+            (0, &["tiefsee-launch: cannot start /agent: not there", "PRTE has lost communication with a remote daemon."], Class::CannotStart),
             (75, &[], Class::Stopped),
             (5, &[], Class::Error),
             (1, &["error (rank 0): phase.0: batch 4 is not a multiple of 3"], Class::Abort),

@@ -1,6 +1,6 @@
 //! What a rank's process does before it becomes `tiefsee`: `tiefsee-launch @rank WORDS PROGRAM…`, with words by comma.
 use crate::binding::{bind_near, visible_devices};
-use crate::environment::{Environment, NAME, OWN, RankPlace, raise_file_limit};
+use crate::environment::{NAME, OWN, RankPlace, devices, raise_file_limit};
 use crate::guard::{CANNOT_START, become_program, tie};
 use crate::heartbeat::{BEAT, VARIABLE};
 use nix::sys::signal::Signal;
@@ -48,8 +48,9 @@ pub fn rank(words: &str, program: &[String]) -> u8 {
     }
     let mut set = Vec::new();
     if asked(Word::Gpu) {
-        let environment = Environment::read();
-        if let Some(devices) = visible_devices(environment.visible_devices.as_deref(), environment.gpus, place.local) {
+        // Of the environment no more: a rank of many must not ask SLURM or mpirun.
+        let (gpus, visible) = devices();
+        if let Some(devices) = visible_devices(visible.as_deref(), gpus, place.local) {
             if let Some(own) = devices.split(',').next().and_then(|own| own.parse().ok()) {
                 bind_near(own);
             }

@@ -4,7 +4,7 @@ use anyhow::{Context, Result, ensure};
 use std::fs::{self, File, TryLockError};
 use std::io;
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 /// So long nothing is said of a wait.
 const PATIENCE: Duration = Duration::from_secs(2);
@@ -54,10 +54,16 @@ fn has_checkpoint(folder: &Path) -> Result<bool> {
     Ok(false)
 }
 
-/// By its summary, the run is over; also where that cannot be read now, so that nobody begins again what may be done.
-pub fn is_over(run_dir: &Path) -> bool {
+/// When the run's summary was written, if it has one.
+pub fn summarised(run_dir: &Path) -> Option<SystemTime> {
+    fs::metadata(run_dir.join("summary.json")).and_then(|file| file.modified()).ok()
+}
+
+/// The run is over, by a summary that was written since (a run that was over may have gone on); also where that cannot be read
+/// now, so that nobody begins again what may be done.
+pub fn is_over(run_dir: &Path, since: Option<SystemTime>) -> bool {
     match fs::read(run_dir.join("summary.json")) {
-        Ok(bytes) => serde_json::from_slice::<serde_json::Value>(&bytes).is_ok_and(|summary| summary["finished"] == true),
+        Ok(bytes) => summarised(run_dir) != since && serde_json::from_slice::<serde_json::Value>(&bytes).is_ok_and(|summary| summary["finished"] == true),
         Err(error) => error.kind() != io::ErrorKind::NotFound,
     }
 }
@@ -194,10 +200,11 @@ mod tests {
     #[test]
     fn a_run_is_over_by_its_summary() {
         let folder = tempfile::tempdir().expect("a folder");
-        assert!(!is_over(folder.path()));
+        assert!(!is_over(folder.path(), None));
         for (text, over) in [(r#"{"finished": false}"#, false), (r#"{"finished": true}"#, true), (r#"{"finis"#, false)] {
             fs::write(folder.path().join("summary.json"), text).expect("a file");
-            assert_eq!(is_over(folder.path()), over, "{text}");
+            assert_eq!(is_over(folder.path(), None), over, "{text}");
+            assert!(!is_over(folder.path(), summarised(folder.path())), "of before");
         }
     }
 

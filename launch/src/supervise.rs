@@ -264,6 +264,7 @@ impl Supervisor {
         let named = if layout.hosts.len() > 1 { format!(" ({})", layout.hosts.join(", ")) } else { String::new() };
         self.incidents.add("started", None, format!("{} rank(s) on {} host(s){named}: {}", layout.ranks(), layout.nodes, quoted(command)));
         let kills_before = oom_kills();
+        let before = self.program.run_dir().and_then(run_dir::summarised);
         let guard_lock = self.program.run_dir().map(run_dir::guard_lock);
         let log = self.program.run_dir().map(run_dir::log);
         let limits = Limits { steps: self.args.hang_steps, floor: self.args.hang_floor, start: self.args.start_limit, save: self.args.save_limit };
@@ -282,12 +283,16 @@ impl Supervisor {
             news.into_iter().for_each(|news| self.tell(news, lookout.step, layout));
         }
         let host_of = |rank| layout.host_of(rank).map(str::to_string).or_else(|| (layout.nodes == 1).then(host_name));
-        let mut outcome = verdict.unwrap_or_else(|| classify(code, &evidence, (self.requests > 0, oom_kills() > kills_before), host_of));
+        // A code alone does not end a run: Open MPI 5's is 0 also where a daemon was lost, or ended by a scheduler.
+        let over = code == 0 && self.program.run_dir().is_none_or(|run_dir| run_dir::is_over(run_dir, before));
+        // Ranks that still made their checkpoint, or came to the end, while we lost patience did what was asked.
+        let verdict = verdict.filter(|_| code != i32::from(STOPPED) && !over);
+        let mut outcome = match verdict {
+            Some(verdict) => verdict,
+            None if over => Outcome::new(Class::Finished, "finished"),
+            None => classify(code, &evidence, (self.requests > 0, oom_kills() > kills_before), host_of),
+        };
         outcome.host = outcome.host.map(|host| layout.known(&host));
-        // A code alone does not end a run: Open MPI 5's is 0 also where a scheduler has ended its daemons.
-        if let Some(run_dir) = self.program.run_dir().filter(|run_dir| outcome.class == Class::Finished && !run_dir::is_over(run_dir)) {
-            outcome = Outcome::new(Class::LinkLost, format!("the ranks ended with code 0, but by {}/summary.json the run is not over", run_dir.display()));
-        }
         Ok(Ended { outcome, made_a_step: lookout.as_ref().is_some_and(|lookout| lookout.made_a_step), step: lookout.and_then(|lookout| lookout.step) })
     }
 
@@ -299,8 +304,7 @@ impl Supervisor {
         }
         loop {
             if let Some(code) = guarded.try_wait()? {
-                // Ranks that still made their checkpoint while we lost patience did what was asked.
-                return Ok((code, ending.verdict.filter(|_| code != 75 && code != 0)));
+                return Ok((code, ending.verdict));
             }
             let now = Instant::now();
             if self.new_requests() {

@@ -155,8 +155,14 @@ fn a_code_of_0_before_the_end_is_no_end() {
     let run = Run::new(7, "1 6 quit");
     let output = run.launch("");
     assert_eq!(output.status.code(), Some(0), "{}", text(&output));
-    assert!(text(&output).contains("summary.json the run is not over") && text(&output).contains("[0] resume from 4"), "{}", text(&output));
+    assert!(text(&output).contains("summary.json does not say that it is over") && text(&output).contains("[0] resume from 4"), "{}", text(&output));
     assert_eq!(run.events(), ["started", "failed", "restarting", "started", "ended"]);
+    // Its summary is there now, and the run goes on all the same.
+    run.write("steps", "12");
+    run.write("fault", "1 10 quit\n");
+    let output = run.launch("--auto-resume");
+    assert_eq!(output.status.code(), Some(0), "{}", text(&output));
+    assert!(text(&output).contains("[0] resume from 8"), "{}", text(&output));
 }
 
 #[test]
