@@ -10,5 +10,6 @@ cargo clippy --release --workspace --all-targets -- -D warnings
 cargo test --release --workspace "$@"
 [ $# = 0 ] || exit 0
 # Open MPI 5, whose mpirun is another program: what starts, watches and restarts ranks, and real runs of it.
-scripts/open-mpi-5.sh cargo test --release -p launch --test launcher
-scripts/open-mpi-5.sh cargo test --release -p tests --lib -- launching::a_killed_rank launching::two_ranks launching::a_cut_link launching::a_link_cut launching::nodes_that_meet runs::a_stop_signal
+# --workspace: with fewer crates cargo would build dependencies anew.
+scripts/open-mpi-5.sh cargo test --release --workspace --test launcher
+scripts/open-mpi-5.sh cargo test --release --workspace --lib -- launching::a_killed_rank launching::two_ranks launching::a_cut_link launching::a_link_cut launching::nodes_that_meet runs::a_stop_signal
