@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Every figure that the README speaks of: scripts/bench.sh NAME [OPTION…], options of the program in benches/ it calls.
 # Where there is no cargo, TIEFSEE_PROGRAM names a `tiefsee` that was built elsewhere, TIEFSEE_BENCH_GPU kernels' bench_gpu.
-#   gpu [forward] [wgrad] [grouped] [passes] [router] [sweep]   on one H100: our kernels, cuBLASLt beside each in the same run,
+#   gpu [forward] [wgrad] [grouped] [passes] [router] [attention] [sweep]   on one H100: our kernels, cuBLASLt beside each in the same run,
 #                and then what a PyTorch user has (benches/rivals/gemm.py, passes_gpu.py); card and clocks are printed
 #   gpu-step     a training step of V3's widths on one H100, ours in BF16 and FP8 beside torchtitan's, compiled, in one run:
 #                times, memory, and the kernels that the milliseconds go to

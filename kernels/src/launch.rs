@@ -119,6 +119,16 @@ impl<'a> Launch<'a> {
         self
     }
 
+    /// A tensor map of BF16 [B, H, S, D] of any strides but the last: swizzled boxes of `rows` positions × `cols` columns of one
+    /// head, 32 or 64 of them.
+    pub fn map_of_heads(mut self, heads: &Tensor, rows: usize, cols: usize) -> Self {
+        use sys::CUtensorMapSwizzle::*;
+        assert_eq!(heads.device(), self.gpu.device(), "{}: argument {}", self.kernel.name, self.args.len());
+        let swizzle = if cols == 32 { CU_TENSOR_MAP_SWIZZLE_64B } else { CU_TENSOR_MAP_SWIZZLE_128B };
+        self.args.push(Arg::Map(encode(heads, &[1, 1, rows, cols], swizzle)));
+        self
+    }
+
     /// A tensor map of FP32 matrices [E, M, N] to write through: swizzled boxes of `rows` rows × 32 columns of one matrix.
     pub fn map_of_stack(mut self, stack: &Tensor, rows: usize) -> Self {
         assert_eq!(stack.device(), self.gpu.device(), "{}: argument {}", self.kernel.name, self.args.len());
@@ -178,6 +188,7 @@ fn encode(tensor: &Tensor, boxes: &[usize], swizzle: sys::CUtensorMapSwizzle) ->
     use sys::CUtensorMapDataType::*;
     let (element, kind) = match tensor.kind() {
         Kind::Float8e4m3fn => (1, CU_TENSOR_MAP_DATA_TYPE_UINT8),
+        Kind::BFloat16 => (2, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16),
         Kind::Float => (4, CU_TENSOR_MAP_DATA_TYPE_FLOAT32),
         other => panic!("no tensor map for {other:?}"),
     };

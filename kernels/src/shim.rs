@@ -39,12 +39,10 @@ pub struct Memory {
     pub reserved: i64,
 }
 
-/// What cuDNN's backward needs beside q, k, v.
+/// What the backward needs beside q, k, v.
 pub struct CudnnAttention {
     pub out: Tensor, // [B, H, S, Dv]
-    pub log_sum_exp: Tensor,
-    /// Of a dropout that never happens; the backward asks for them.
-    pub random_state: [Tensor; 2],
+    pub log_sum_exp: Tensor, // [B, H, S], FP32
 }
 
 fn check(error: *const c_char) -> Result<(), TorchError> {
@@ -57,12 +55,12 @@ fn check(error: *const c_char) -> Result<(), TorchError> {
 
 /// cuDNN's causal attention: q, k [B, H, S, Dk], v [B, H, S, Dv], BF16 on a GPU, the last dim contiguous.
 pub fn cudnn_attention(q: &Tensor, k: &Tensor, v: &Tensor, scale: f64) -> Result<CudnnAttention, TorchError> {
-    let mut made = [std::ptr::null_mut(); 4];
-    // SAFETY: three live tensors, and places for four.
+    let mut made = [std::ptr::null_mut(); 2];
+    // SAFETY: three live tensors, and places for two.
     check(unsafe { tiefsee_cudnn_attention(q.as_ptr(), k.as_ptr(), v.as_ptr(), true, scale, made.as_mut_ptr()) })?;
     // SAFETY: each was made for us with new, as tch's own are; nobody else frees it.
-    let [out, log_sum_exp, seed, offset] = made.map(|tensor| unsafe { Tensor::from_ptr(tensor) });
-    Ok(CudnnAttention { out, log_sum_exp, random_state: [seed, offset] })
+    let [out, log_sum_exp] = made.map(|tensor| unsafe { Tensor::from_ptr(tensor) });
+    Ok(CudnnAttention { out, log_sum_exp })
 }
 
 fn index(device: Device) -> c_int {

@@ -2,7 +2,7 @@
 //! NVRTC, and cuobjdump to look into the cubins, are in the test venv (scripts/test-venv.sh), or TIEFSEE_NVRTC names the lib folder
 //! of another CUDA.
 use kernels::jit::{Jit, JitError, Source};
-use kernels::ops::{adamw, checksum, cross_entropy, gate, gemm_fp8, gradient_norm, mla_heads, normal, quantise, rms_norm, routes, swiglu, unpermute, wide_linear};
+use kernels::ops::{adamw, attention, checksum, cross_entropy, gate, gemm_fp8, gradient_norm, mla_heads, normal, quantise, rms_norm, routes, swiglu, unpermute, wide_linear};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -49,13 +49,13 @@ fn check(folder: &Path, jit: &Jit, cache: &Path, (source, entry): &(Source, &str
     let Some(sass) = cuobjdump(folder, &file, "-sass") else {
         return false;
     };
-    let multiplies = source.name.starts_with("gemm");
-    assert_eq!(sass.contains("QGMMA"), multiplies, "{variant}: FP8 matrix instructions");
-    assert!(!multiplies || sass.contains("UTMALDG"), "{variant}: no bulk copies");
-    // The compiler may make each wait for the one before, and only warns of it.
+    let (fp8, bf16) = (source.name.starts_with("gemm"), source.name == "attention_backward");
     let count = |what| sass.matches(what).count();
-    assert!(2 * count("WARPGROUP.DEPBAR") <= count("QGMMA"), "{variant}: multiplications wait for each other");
-    if multiplies {
+    assert_eq!((count("QGMMA") > 0, count("HGMMA") > 0), (fp8, bf16), "{variant}: FP8 and BF16 matrix instructions");
+    assert!(!(fp8 || bf16) || sass.contains("UTMALDG"), "{variant}: no bulk copies");
+    // The compiler may make each wait for the one before, and only warns of it.
+    assert!(2 * count("WARPGROUP.DEPBAR") <= count("QGMMA") + count("HGMMA"), "{variant}: multiplications wait for each other");
+    if fp8 {
         let adds: Vec<&str> = sass.lines().filter(|line| line.contains("FFMA")).collect();
         let kept = adds.iter().filter(|line| line.contains(".reuse")).count();
         assert!(3 * kept >= 2 * adds.len(), "{variant}: {kept} of {} additions keep their factor", adds.len());
@@ -72,7 +72,7 @@ fn every_kernel_compiles_without_spills() {
     let jit = Jit::load(Some(&folder), &cache).expect("NVRTC is there");
     let fused =
         [quantise::sources(), rms_norm::sources(), swiglu::sources(), adamw::sources(), checksum::sources(), gradient_norm::sources()];
-    let others = [wide_linear::sources(), unpermute::sources(), cross_entropy::sources(), mla_heads::sources(), normal::sources(), routes::sources(), gate::sources(), gemm_fp8::sources()];
+    let others = [attention::sources(), wide_linear::sources(), unpermute::sources(), cross_entropy::sources(), mla_heads::sources(), normal::sources(), routes::sources(), gate::sources(), gemm_fp8::sources()];
     let sources: Vec<_> = fused.into_iter().chain(others).flatten().collect();
     let num_seen = sources.iter().filter(|source| check(&folder, &jit, &cache, source)).count();
     println!("{} kernels compiled, {num_seen} disassembled", sources.len());

@@ -45,8 +45,6 @@ const LATENT_EPS: f64 = 1e-6;
 pub struct Positions {
     pub table: Rc<RopeTable>,
     pub softmax_scale: f64,
-    /// Attention's backward gives the same bits every time, on a GPU too, where that is slower.
-    pub repeatable: bool,
     /// As `MicroBatch` has them.
     pub documents: Option<Rc<Vec<Vec<i64>>>>,
 }
@@ -212,7 +210,7 @@ impl Mla {
 fn each_of_attention(saved: &attention::Saved, see: See) {
     match saved {
         attention::Saved::Probabilities(probabilities) => see(PROBABILITIES, probabilities),
-        attention::Saved::Cudnn { made, .. } => [&made.out, &made.log_sum_exp].into_iter().for_each(|tensor| see("attention's output", tensor)),
+        attention::Saved::Fused(made) => [&made.out, &made.log_sum_exp].into_iter().for_each(|tensor| see("attention's output", tensor)),
         attention::Saved::Documents(list) => list.iter().for_each(|(_, saved)| each_of_attention(saved, see)),
     }
 }
@@ -251,10 +249,10 @@ impl Layer for Mla {
         let latent = self.kv_norm.operand(w, &kv_norm, self.latent_wants(), &[self.kv_b.weight]);
         let rotary_key = parts[1].contiguous();
         let (k, v) = self.keys_and_values(w, &latent, &rotary_key, sequences, &positions);
-        let (scale, repeatable) = (positions.softmax_scale, positions.repeatable);
+        let scale = positions.softmax_scale;
         let (context, attention) = match &positions.documents {
-            None => attention::forward(&q, &k, &v, scale, repeatable), // [B, H, S, Dv]
-            Some(documents) => attention::forward_within(documents, [&q, &k, &v], scale, repeatable),
+            None => attention::forward(&q, &k, &v, scale), // [B, H, S, Dv]
+            Some(documents) => attention::forward_within(documents, [&q, &k, &v], scale),
         };
         let context = self.tokens(&context);
         let out_in = self.out_in(w, context.shallow_clone(), Want::ROWS);

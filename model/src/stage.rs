@@ -150,7 +150,7 @@ impl Positions {
     pub fn new(config: &ModelConfig, scaling: Option<&RopeScaling>, length: i64, options: (Kind, Device)) -> Self {
         let table = RopeTable::new(length, config.qk_rope_head_dim, config.rope_theta, scaling, options);
         let softmax_scale = scaling.map_or(1.0, RopeScaling::softmax_scale) / (config.qk_head_dim() as f64).sqrt();
-        Positions { table: Rc::new(table), softmax_scale, repeatable: true, documents: None }
+        Positions { table: Rc::new(table), softmax_scale, documents: None }
     }
 }
 

@@ -24,8 +24,7 @@ use tch::{Kind, Tensor};
 pub struct ChecksSection {
     /// Weights, masters and moments against the checksums that AdamW left, at every step.
     pub memory: bool,
-    /// Every so many steps a random micro-batch is computed twice and compared bit for bit; 0: never. On a GPU this needs
-    /// run.deterministic.
+    /// Every so many steps a random micro-batch is computed twice and compared bit for bit; 0: never.
     pub recompute_every: u64,
 }
 

@@ -48,7 +48,6 @@ pub struct Trainer {
     pub groups: Groups,
     /// What runs on threads of its own while the next step's gradients are computed.
     pub beside: Vec<StateReader>,
-    deterministic: bool,
     pub document_boundaries: bool,
     biases: Vec<Option<ParamId>>,
     positions: Option<(PositionsKey, Positions)>,
@@ -147,7 +146,6 @@ impl Trainer {
             max_grad_norm: config.optimizer.max_grad_norm,
             groups,
             beside: Vec::new(),
-            deterministic: config.run.deterministic,
             document_boundaries: config.attention.document_boundaries,
             positions: None,
         })
@@ -168,7 +166,7 @@ impl Trainer {
             sequences: batch as i64,
             mtp_weight: moment.phase.mtp_weight,
             balance_weight: moment.phase.balance_weight,
-            positions: Positions { repeatable: self.deterministic, ..positions },
+            positions,
             experts: self.groups.expert.clone(),
         }
     }

@@ -1,12 +1,13 @@
 //! FP8 GEMMs at V3's shapes beside cuBLASLt's block-scaled FP8 (through torch) in the same run; correctness first.
 //!
-//! `bench_gpu [forward] [wgrad] [grouped] [passes] [router] [sweep]`: which tables; `sweep` times every tile.
+//! `bench_gpu [forward] [wgrad] [grouped] [passes] [router] [attention] [sweep]`: which tables; `sweep` times every tile.
 use kernels::device::{self, Found, Gpu};
 use kernels::fp8::{ScaleRule, relative_error};
 use kernels::ops::gemm_fp8::{self, FORWARD_PLANS, Options, Plan, WGRAD_PLANS, Write};
 use kernels::ops::{gemm_grouped, quantise};
 use tch::{Kind, Tensor};
 
+mod attention;
 mod passes;
 mod router;
 
@@ -200,7 +201,7 @@ fn main() {
     println!("{}, {} multiprocessors, {:?}", gpu.name(), gpu.num_sms(), gpu.memory().expect("the device works"));
     let wanted: Vec<String> = std::env::args().skip(1).collect();
     let has = |name: &str| wanted.iter().any(|w| w == name);
-    let all = !["forward", "wgrad", "grouped", "passes", "router"].into_iter().any(has);
+    let all = !["forward", "wgrad", "grouped", "passes", "router", "attention"].into_iter().any(has);
     let large = Tensor::rand([1 << 28], (Kind::Float, gpu.device()));
     let bench = Bench { gpu, large, sweep: has("sweep") };
     let run = |name: &str, table: fn(&Bench)| {
@@ -213,4 +214,5 @@ fn main() {
     run("grouped", Bench::grouped);
     run("passes", Bench::passes);
     run("router", Bench::router);
+    run("attention", Bench::attention);
 }

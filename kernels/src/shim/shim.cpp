@@ -23,16 +23,13 @@ static const char* guarded(Work work) {
 
 extern "C" {
 
-// out: attention [B, H, S, Dv], log-sum-exp, and two words of the random state that dropout would have used; the caller
-// owns the four.
+// out: attention [B, H, S, Dv], and log-sum-exp; the caller owns the two.
 const char* tiefsee_cudnn_attention(const at::Tensor* q, const at::Tensor* k, const at::Tensor* v, bool causal, double scale,
                                     at::Tensor** out) {
   return guarded([&] {
     auto made = at::_scaled_dot_product_cudnn_attention(*q, *k, *v, std::nullopt, true, 0.0, causal, false, scale);
     out[0] = new at::Tensor(std::get<0>(made));
     out[1] = new at::Tensor(std::get<1>(made));
-    out[2] = new at::Tensor(std::get<6>(made));
-    out[3] = new at::Tensor(std::get<7>(made));
   });
 }
 

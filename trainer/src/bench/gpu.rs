@@ -66,7 +66,7 @@ pub fn run(args: &super::Args, config: &RunConfig) -> Result<()> {
         json!({
             "device": gpu.name(), "precision": config.run.precision, "parameters": trainer.weights.table.numel(), "loss": loss,
             "tokens": moment.batch * moment.phase.sequence_length, "fwd_bwd_ms": median(gradients), "step_ms": median(steps),
-            "memory": memory, "kept": kept, "gemms": gemms, "deterministic": config.run.deterministic,
+            "memory": memory, "kept": kept, "gemms": gemms,
             "copy_tb_per_s": copy / 1e12, "optimizer_floor_ms": floor,
         })
     );

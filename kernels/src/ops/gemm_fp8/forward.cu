@@ -80,12 +80,6 @@ static __device__ __forceinline__ void promote(float (&sum)[BN / 2], const float
   }
 }
 
-static __device__ __forceinline__ u32 bf16_pair(float low, float high) {
-  u32 pair;
-  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
-  return pair;
-}
-
 // A warp's 16 rows straight from its registers, without a wait: the stores are under way while the next products are
 // made. A lane holds pairs of neighbours, of every fourth pair of columns. INTERLEAVED, the copy engine has put B's rows
 // in such an order that the pairs of 32 columns are eight neighbours: 16 bytes a lane, 64 a row.

@@ -1,4 +1,4 @@
-// Hopper's parts that the FP8 GEMMs are made of: barriers in shared memory, the bulk copy engine, clusters of two.
+// Hopper's parts that the FP8 GEMMs and attention's backward are made of: barriers in shared memory, the bulk copy engine, clusters of two.
 // No header is included, so that NVRTC needs no CUDA installation.
 
 using u8 = unsigned char;
@@ -11,6 +11,14 @@ using u64 = unsigned long long;
 static __device__ __forceinline__ void begin() {
   asm volatile("griddepcontrol.launch_dependents;\ngriddepcontrol.wait;" ::: "memory");
 }
+
+static __device__ __forceinline__ u32 bf16_pair(float low, float high) {
+  u32 pair;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  return pair;
+}
+static __device__ __forceinline__ float low_bf16(u32 pair) { return __uint_as_float(pair << 16); }
+static __device__ __forceinline__ float high_bf16(u32 pair) { return __uint_as_float(pair & 0xFFFF0000u); }
 
 // A tensor map is an opaque 128-byte kernel parameter.
 struct __align__(64) TensorMap { u8 bytes[128]; };

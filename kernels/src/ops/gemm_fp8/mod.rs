@@ -17,7 +17,7 @@ mod plan;
 mod wgmma;
 pub use plan::{FORWARD_PLANS, Plan, WGRAD_PLANS};
 
-const HOPPER: &str = include_str!("hopper.cuh");
+pub(crate) const HOPPER: &str = include_str!("hopper.cuh");
 const FORWARD: &str = include_str!("forward.cu");
 const WGRAD: &str = include_str!("wgrad.cu");
 
