@@ -155,6 +155,15 @@ fn another_model_is_set_from_where_the_command_is_given() {
     assert!(format!("{error:#}").contains("cannot read the config nowhere.toml"), "{error:#}");
 }
 
+/// Run directories that older versions made have it in their config.
+#[test]
+fn what_no_longer_is_a_choice_is_read_and_not_written() {
+    let set = ["run.deterministic=false".to_string()];
+    let config = RunConfig::load(&root().join("configs/run/tiny.toml"), &set).expect("an older config");
+    assert_eq!(config, RunConfig::load(&root().join("configs/run/tiny.toml"), &[]).expect("a config"));
+    assert!(!config.to_toml().expect("TOML").contains("deterministic"));
+}
+
 #[test]
 fn what_transformers_5_writes_of_rope_is_read() {
     let yarn: RopeScaling = serde_json::from_value(json!({"factor": 4.0, "original_max_position_embeddings": 128})).expect("YaRN");
