@@ -123,7 +123,8 @@ impl<'a> Launch<'a> {
     /// head, 32 or 64 of them.
     pub fn map_of_heads(mut self, heads: &Tensor, rows: usize, cols: usize) -> Self {
         use sys::CUtensorMapSwizzle::*;
-        assert_eq!(heads.device(), self.gpu.device(), "{}: argument {}", self.kernel.name, self.args.len());
+        assert_eq!((heads.device(), heads.kind()), (self.gpu.device(), Kind::BFloat16), "{}: argument {}", self.kernel.name, self.args.len());
+        assert!(cols == 32 || cols == 64, "{}: boxes of {cols} columns", self.kernel.name);
         let swizzle = if cols == 32 { CU_TENSOR_MAP_SWIZZLE_64B } else { CU_TENSOR_MAP_SWIZZLE_128B };
         self.args.push(Arg::Map(encode(heads, &[1, 1, rows, cols], swizzle)));
         self

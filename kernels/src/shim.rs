@@ -42,7 +42,7 @@ pub struct Memory {
 /// What the backward needs beside q, k, v.
 pub struct CudnnAttention {
     pub out: Tensor, // [B, H, S, Dv]
-    pub log_sum_exp: Tensor, // [B, H, S], FP32
+    pub log_sum_exp: Tensor, // [B, H, S, 1], FP32
 }
 
 fn check(error: *const c_char) -> Result<(), TorchError> {

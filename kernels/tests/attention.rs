@@ -75,7 +75,7 @@ fn on_a_gpu_it_is_the_formula() {
         return;
     };
     // V3's widths, others that are whole panels, and some that are filled up to them.
-    for (positions, width, value) in [(200, 192, 128), (512, 192, 128), (65, 192, 128), (64, 128, 128), (321, 64, 64), (130, 96, 40), (200, 72, 128)] {
+    for (positions, width, value) in [(200, 192, 128), (512, 192, 128), (65, 192, 128), (64, 128, 128), (321, 64, 64), (130, 96, 40), (200, 72, 128), (96, 40, 96)] {
         let [q, k] = [0.1, -0.1].map(|mean| random(gpu, &[2, 4, positions, width], mean));
         let [v, dout] = [0.2, 0.0].map(|mean| random(gpu, &[2, 4, positions, value], mean));
         let inputs = [q, k, v, dout];

@@ -51,7 +51,7 @@ pub struct SecondTier {
     /// Where the copy of this rank's shard goes, and whose come here.
     to: Option<usize>,
     from: Vec<usize>,
-    /// Tells this start's copies from those of another, which took other roundings where the run is not deterministic.
+    /// Tells this start's copies from those of another.
     attempt: String,
     staging: Staging,
     /// The copy that the thread waits for, until somebody makes it.

@@ -1,5 +1,5 @@
-// The backward of causal softmax attention, whose queries and keys are wider than its values: q, k [B, H, S, DK], v, dout
-// [B, H, S, DV], BF16, of any strides. Follows parts.cuh.
+// The backward of causal softmax attention, whose queries and keys may be wider than its values: q, k [B, H, S, DK], v, dout
+// [B, H, S, DV], BF16, the last dimension contiguous. Follows parts.cuh.
 //
 // A block owns 128 keys of a head, 64 a warpgroup, and goes over the queries that see them, 64 at a time. Scores stand with the
 // keys along the rows, so that what the registers hold of them multiplies from the left as it is: dV += Pᵀ · dout,

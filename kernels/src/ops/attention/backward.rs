@@ -43,7 +43,7 @@ fn around_source(width: i64, value: i64) -> Source {
 
 /// Variants, V3's first, for a test that compiles them.
 pub fn sources() -> Vec<(Source, &'static str)> {
-    let widths = [(192, 128), (128, 128), (64, 64)];
+    let widths = [(192, 128), (128, 128), (128, 64), (64, 128), (64, 64)];
     widths.iter().flat_map(|&(width, value)| [(backward_source(width, value), "attention_backward"), (around_source(width, value), "attention_finish")]).collect()
 }
 

@@ -62,7 +62,7 @@ static __device__ __forceinline__ void barrier_arrive_here(u32 barrier) {
 }
 
 // Without a cluster-wide acquire, which would empty the L1 cache each time: what the barriers guard is written by the
-// copy engine and read by the matrix unit, and neither goes through L1.
+// copy engine and read by the matrix unit, or from shared memory, and neither goes through L1.
 static __device__ __forceinline__ void barrier_wait(u32 barrier, u32 parity) {
   asm volatile(
       "{\n.reg .pred done;\nAGAIN:\n"
