@@ -75,6 +75,24 @@ static __device__ __forceinline__ void put_sums(u32 to, const float (&dq)[HALF /
   }
 }
 
+// Of 64 keys, from the registers; and half the columns of dQ, from both warpgroups' dSᵀ.
+static __device__ __forceinline__ void add_value_gradients(float (&dv)[DV / 2], const u32 (&p)[QUERIES / 4], u32 dout) {
+#pragma unroll
+  for (int j = 0; j < QUERIES / 16; j++) add_values(dv, p[4 * j], p[4 * j + 1], p[4 * j + 2], p[4 * j + 3], wide(dout + j * (16 * 128 / 16)));
+  wgmma_commit();
+}
+static __device__ __forceinline__ void add_key_gradients(float (&dk)[DK / 2], const u32 (&ds)[QUERIES / 4], u32 q) {
+#pragma unroll
+  for (int j = 0; j < QUERIES / 16; j++) add_keys(dk, ds[4 * j], ds[4 * j + 1], ds[4 * j + 2], ds[4 * j + 3], wide(q + j * (16 * 128 / 16)));
+  wgmma_commit();
+}
+static __device__ __forceinline__ void query_gradients(float (&dq)[HALF / 2], u32 ds, u32 k) {
+  product_queries(dq, wide(ds), narrow(k));
+#pragma unroll
+  for (int j = 1; j < KEYS / 16; j++) add_queries(dq, wide(ds + j * (16 * 128 / 16)), narrow(k + j * (16 * 64 / 16)));
+  wgmma_commit();
+}
+
 struct Outputs {
   float* dq_sums;  // [B, H, blocks of queries, SUMS]
   int* turns;      // [B, H, blocks, 2]
@@ -118,9 +136,7 @@ static __device__ __forceinline__ void work(const Shared& at, const TensorMap& m
     if (i < KEYS / QUERIES) hide_future(p, i * QUERIES + lane % 4 * 2 - (WARPGROUP * 64 + warp * 16 + lane / 4));
     wgmma_wait<0>();  // dPᵀ
     wgmma_fence();
-#pragma unroll
-    for (int j = 0; j < QUERIES / 16; j++) add_values(dv, p[4 * j], p[4 * j + 1], p[4 * j + 2], p[4 * j + 3], wide(dout + j * (16 * 128 / 16)));
-    wgmma_commit();
+    add_value_gradients(dv, p, dout);
     score_gradients(ds, p, dp, delta);
     if (i > 0) meet<2 + WARPGROUP, 256>();  // the other warpgroup has read the last dS
     const int me = thread();
@@ -130,13 +146,8 @@ static __device__ __forceinline__ void work(const Shared& at, const TensorMap& m
     if (me == SENDER) boxes_read();  // the last dQ
     meet<1, 256>();
     wgmma_fence();
-    product_queries(dq, wide(all_ds), narrow(half_k));
-#pragma unroll
-    for (int j = 1; j < KEYS / 16; j++) add_queries(dq, wide(all_ds + j * (16 * 128 / 16)), narrow(half_k + j * (16 * 64 / 16)));
-    wgmma_commit();
-#pragma unroll
-    for (int j = 0; j < QUERIES / 16; j++) add_keys(dk, ds[4 * j], ds[4 * j + 1], ds[4 * j + 2], ds[4 * j + 3], wide(q + j * (16 * 128 / 16)));
-    wgmma_commit();
+    query_gradients(dq, all_ds, half_k);
+    add_key_gradients(dk, ds, q);
     if (me == SENDER && i > 0) end_turn(to.turns + 2 * (block + i - 1) + WARPGROUP);
     wgmma_wait<1>();  // dQ
     if (i + 1 < count) pass<3 - WARPGROUP, 256>();
