@@ -1,7 +1,7 @@
 // What goes before and after backward.cu. Follows hopper.cuh.
 //
-// Defined from outside: DK, DV. A block has 64 queries of one head; its neighbours have
-// the other heads', which lie beside them in memory.
+// Defined from outside: DK, DV. A block has 64 queries of one head; its neighbours have the other heads', which lie beside them in
+// memory.
 constexpr int QUERIES = 64, THREADS = 256, SUMS = QUERIES * DK, TILES = DK / 8;
 constexpr float LOG2E = 1.4426950408889634f;
 

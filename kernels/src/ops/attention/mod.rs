@@ -4,7 +4,7 @@
 //! backward of our own, since cuDNN's adds as threads come: both give the same bits every time. Documents that must not see each
 //! other are so many attentions.
 //!
-//! Legend: B sequences, H heads, S positions, Dk / Dv head widths, N = B · H.
+//! Legend: B sequences, H heads, S positions, Dk / Dv head widths.
 use super::wide;
 use crate::launch::aligned;
 use crate::shim::{CudnnAttention, cudnn_attention};
