@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # Every figure that the README speaks of: scripts/bench.sh NAME [OPTION…], options of the program in benches/ it calls.
 # Where there is no cargo, TIEFSEE_PROGRAM names a `tiefsee` that was built elsewhere, TIEFSEE_BENCH_GPU kernels' bench_gpu.
-#   gpu [forward] [wgrad] [grouped] [passes] [router] [attention] [sweep]   on one H100: our kernels, cuBLASLt beside each in the same run,
-#                and then what a PyTorch user has (benches/rivals/gemm.py, passes_gpu.py); card and clocks are printed
+#   gpu [forward] [wgrad] [grouped] [passes] [router] [attention] [sweep] [warm]   on one H100: our kernels, cuBLASLt beside each in
+#                the same run, and then what a PyTorch user has (benches/rivals/gemm.py, passes_gpu.py); card and clocks are printed.
+#                Products are timed after a second of rest, `warm`: after a second of the same, at the card's power limit
 #   gpu-step     a training step of V3's widths on one H100, ours in BF16 and FP8 beside torchtitan's, compiled, in one run:
 #                times, memory, and the kernels that the milliseconds go to
 #   gpu-loss     a 150M model over 1050 steps of real text (--corpus DIR of `prepare --vocab 16384`) in BF16, BF16 with other

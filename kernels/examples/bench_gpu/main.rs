@@ -1,10 +1,14 @@
 //! FP8 GEMMs at V3's shapes beside cuBLASLt's block-scaled FP8 (through torch) in the same run; correctness first.
 //!
-//! `bench_gpu [forward] [wgrad] [grouped] [passes] [router] [attention] [sweep]`: which tables; `sweep` times every tile.
+//! `bench_gpu [forward] [wgrad] [grouped] [passes] [router] [attention] [sweep] [warm]`: which tables; `sweep` times every tile.
+//! A GPU at its power limit has lower clocks, and may exceed the limit for a moment: each row of products is timed after a second
+//! of rest, or `warm`, after a second of the same.
 use kernels::device::{self, Found, Gpu};
 use kernels::fp8::{ScaleRule, relative_error};
 use kernels::ops::gemm_fp8::{self, FORWARD_PLANS, Options, Plan, WGRAD_PLANS, Write};
 use kernels::ops::{gemm_grouped, quantise};
+use std::thread;
+use std::time::{Duration, Instant};
 use tch::{Kind, Tensor};
 
 mod attention;
@@ -22,26 +26,31 @@ struct Bench {
     /// written back.
     large: Tensor,
     sweep: bool,
+    warm: bool,
 }
 
 impl Bench {
     /// Median milliseconds of one call of each, taken in turns: clocks and heat are the same for all.
     fn race(&self, works: &[&dyn Fn()]) -> Vec<f64> {
-        let mut times = vec![Vec::new(); works.len()];
-        for round in 0..17 {
-            for (work, times) in works.iter().zip(&mut times) {
+        let turn = || -> Vec<f32> {
+            let one = |work: &&dyn Fn()| {
                 let _ = self.large.narrow(0, 0, 1 << 26).sum(Kind::Float);
-                let time = self.gpu.time_ms(work).expect("the device works");
-                if round >= 2 {
-                    times.push(time);
-                }
-            }
+                self.gpu.time_ms(work).expect("the device works")
+            };
+            works.iter().map(one).collect()
+        };
+        let begin = Instant::now();
+        thread::sleep(Duration::from_secs(u64::from(!self.warm)));
+        while begin.elapsed() < Duration::from_secs(1) {
+            turn();
         }
-        let median = |mut times: Vec<f32>| {
+        let turns: Vec<Vec<f32>> = (0..17).map(|_| turn()).skip(2).collect();
+        let median = |of: usize| {
+            let mut times: Vec<f32> = turns.iter().map(|turn| turn[of]).collect();
             times.sort_by(f32::total_cmp);
             f64::from(times[times.len() / 2])
         };
-        times.into_iter().map(median).collect()
+        (0..works.len()).map(median).collect()
     }
 
     fn random(&self, size: &[i64]) -> Tensor {
@@ -203,7 +212,8 @@ fn main() {
     let has = |name: &str| wanted.iter().any(|w| w == name);
     let all = !["forward", "wgrad", "grouped", "passes", "router", "attention"].into_iter().any(has);
     let large = Tensor::rand([1 << 28], (Kind::Float, gpu.device()));
-    let bench = Bench { gpu, large, sweep: has("sweep") };
+    let bench = Bench { gpu, large, sweep: has("sweep"), warm: has("warm") };
+    println!("products timed after a second of {}", if bench.warm { "the same" } else { "rest" });
     let run = |name: &str, table: fn(&Bench)| {
         if all || has(name) {
             table(&bench);

@@ -34,7 +34,8 @@ static __device__ __forceinline__ int quotient(int a, int b) {
 }
 
 // Clusters' tiles in the order in which they are computed: expert by expert, bands of GROUP of them along M (they share
-// B in L2).
+// B in L2). A last tile whose second subtile has no rows takes half the time: such tiles are a band of their own, and clusters take
+// every other round of tiles from its end, or the same few would get most of them.
 struct Walk {
   const int* counts;
   int num_rows, num_experts, num_columns;
@@ -55,7 +56,12 @@ struct Walk {
       count = rows_of(expert);
     }
     int local = unit - first_unit;
-    const int band = quotient(local, GROUP * num_columns), height = min(GROUP, tiles() - band * GROUP);
+    const int whole = tiles() - (SUBTILES == 2 && !ALONG_M && count - (tiles() - 1) * BM <= BM / 2);
+    if (local >= whole * num_columns) {
+      row = whole * BM, column = local - whole * num_columns;
+      return true;
+    }
+    const int band = quotient(local, GROUP * num_columns), height = min(GROUP, whole - band * GROUP);
     local -= band * GROUP * num_columns;
     column = quotient(local, height);
     row = (band * GROUP + local - column * height) * (HIGH * BM);
@@ -130,7 +136,8 @@ static __device__ __forceinline__ void produce(const Shared& at, const TensorMap
                                                int num_k, u32 rank) {
   const int blocks_n = (N + 127) / 128;
   Ring<STAGES> ring;
-  for (int unit = blockIdx.x / 2; walk.seek(unit); unit += gridDim.x / 2) {
+  const int clusters = gridDim.x / 2, mine = blockIdx.x / 2;
+  for (int round = 0; walk.seek(round * clusters + (round % 2 ? clusters - 1 - mine : mine)); round++) {
     const int row = walk.first_row + walk.tile_row(rank), column = walk.tile_column(rank);
     const int block = min(column / 128, blocks_n - 1), b_row = walk.expert * N + column;
     const float* b = scale_b + (long long)(walk.expert * blocks_n + block) * num_k;

@@ -132,20 +132,25 @@ pub(crate) fn wgrad_into(
     }
     let gpu = device::gpu(gradient.device());
     let num_sms = options.num_sms.unwrap_or(gpu.num_sms());
-    let plan = options.plan.unwrap_or_else(|| Plan::wgrad([m, n, groups.rows], groups.num(), num_sms));
-    let kernel = wgrad_kernel(plan, write, gradient.device());
-    Launch::new(gpu, &kernel).early()
-        .map(&dy.values, plan.box_a(), 128)
-        .map(&dy.scales, 1, plan.rows())
-        .map(&x.values, plan.box_b(), 128)
-        .map(&x.scales, 1, plan.width)
-        .map_of_stack(&gradient.view([groups.num(), m, n]), plan.box_d())
-        .tensor_or_null(groups.counts, Kind::Int)
-        .int(groups.rows)
-        .int(groups.num())
-        .int(m)
-        .int(n)
-        .run(plan.shape(num_sms, plan.wgrad_bytes()));
+    let given = options.plan.map(|plan| vec![(plan, 0..i64::from(i32::MAX))]);
+    for (plan, rows) in given.unwrap_or_else(|| Plan::wgrads([m, n, groups.rows], groups.num(), write, num_sms)) {
+        let kernel = wgrad_kernel(plan, write, gradient.device());
+        Launch::new(gpu, &kernel)
+            .early()
+            .map(&dy.values, plan.box_a(), 128)
+            .map(&dy.scales, 1, plan.rows())
+            .map(&x.values, plan.box_b(), 128)
+            .map(&x.scales, 1, plan.width)
+            .map_of_stack(&gradient.view([groups.num(), m, n]), plan.box_d())
+            .tensor_or_null(groups.counts, Kind::Int)
+            .int(groups.rows)
+            .int(groups.num())
+            .int(rows.start)
+            .int(rows.end)
+            .int(m)
+            .int(n)
+            .run(plan.shape(num_sms, plan.wgrad_bytes()));
+    }
 }
 
 fn flag(on: bool) -> String {

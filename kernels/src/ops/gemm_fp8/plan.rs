@@ -1,5 +1,7 @@
 //! Which tile a GEMM uses: a small model (waves × cost of a tile), no search at run time.
+use super::Write;
 use crate::launch::Shape;
+use std::ops::Range;
 
 /// A tile: each of two warpgroups takes `subtiles` of 64 rows; `width` columns.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -20,7 +22,11 @@ const fn plan(subtiles: usize, width: usize, along_m: bool) -> Plan {
 /// large tile asks least of L2; the others fill a last wave.
 pub const FORWARD_PLANS: [Plan; 4] = [plan(2, 128, false), plan(1, 192, true), plan(1, 128, false), plan(1, 64, false)];
 pub const WGRAD_PLANS: [Plan; 4] =
-    [plan(1, 128, false), plan(1, 160, true), plan(1, 160, false), Plan { reload: true, ..plan(1, 128, true) }];
+    [plan(1, 128, false), plan(1, 160, true), plan(1, 160, false), RELOADING];
+const RELOADING: Plan = Plan { reload: true, ..plan(1, 128, true) };
+
+/// Experts of fewer rows reload their gradients: by `wgrad_cost`, both ways take as long at 16 times 128.
+const FEW_ROWS: i64 = 2048;
 
 /// Shared memory of a block on Hopper, less 1 KiB to align the ring and room for its barriers.
 const SHARED_BYTES: usize = 227 * 1024 - 1024 - 256;
@@ -52,8 +58,19 @@ impl Plan {
         })
     }
 
+    /// For [M, N, rows]: which tiles for experts of how many rows. The counts are on the device: where some may have few rows and
+    /// others many, and gradients are added to, there is a launch for either.
+    pub(super) fn wgrads([m, n, rows]: [i64; 3], num_experts: i64, write: Write, num_sms: usize) -> Vec<(Plan, Range<i64>)> {
+        let all = 0..i64::from(i32::MAX);
+        if num_experts == 1 || write == Write::Assign || rows / num_experts > 2 * FEW_ROWS {
+            return vec![(Plan::wgrad([m, n, rows], num_experts, num_sms), all)];
+        }
+        let many = Plan::wgrad([m, n, 2 * FEW_ROWS], 1, num_sms);
+        vec![(many, FEW_ROWS..all.end), (RELOADING, 0..FEW_ROWS)]
+    }
+
     /// For [M, N, rows]: every expert has a gradient of its own.
-    pub(super) fn wgrad([m, n, rows]: [i64; 3], num_experts: i64, num_sms: usize) -> Plan {
+    fn wgrad([m, n, rows]: [i64; 3], num_experts: i64, num_sms: usize) -> Plan {
         best(&WGRAD_PLANS, |plan| {
             let down = (m as f64 / (plan.cluster().0 * plan.rows()) as f64).ceil() * num_experts as f64;
             let [of_k, once] = plan.wgrad_cost();
@@ -164,6 +181,11 @@ mod tests {
         assert_eq!(Plan::wgrad([7168, 16384, 4096], 1, 132), plan(1, 160, true));
         // Of few rows the gradient is most of the work.
         assert!(Plan::wgrad([4096, 7168, 32768], 32, 132).reload && !Plan::wgrad([4096, 7168, 32768], 4, 132).reload);
+        let wgrads = |experts, write| Plan::wgrads([4096, 7168, 32768], experts, write, 132);
+        assert!(wgrads(1, Write::Accumulate).len() == 1 && wgrads(4, Write::Accumulate).len() == 1 && wgrads(32, Write::Assign).len() == 1);
+        // Each number of rows has its launch, and one only.
+        let [(many, above), (few, below)] = &wgrads(32, Write::Accumulate)[..] else { panic!("two launches") };
+        assert!(!many.reload && few.reload && below.start == 0 && below.end == above.start && above.end == i64::from(i32::MAX));
         // A narrow output is cut into more tiles, not fewer.
         assert_eq!(Plan::forward([256, 512, 7168], 1, 132).width, 64);
     }

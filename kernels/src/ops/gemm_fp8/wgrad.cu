@@ -1,5 +1,6 @@
 // D[e][M, N] (+)= A[M, P] · B[N, P]ᵀ over the columns of expert e, both operands scaled 1×128 along P, FP32 out.
-// Each expert's columns start on a tile of 128 and end in zeros. Follows hopper.cuh and wgmma().
+// Each expert's columns start on a tile of 128 and end in zeros. A launch makes the gradients of those experts that have `least` rows
+// or more, and fewer than `most`. Follows hopper.cuh and wgmma().
 //
 // Defined from outside: BN columns of a tile, ALONG_M (the blocks of a cluster), STAGES of the ring, ACCUMULATE, RELOAD.
 //
@@ -13,7 +14,8 @@ constexpr int STAGE_BYTES = A_BYTES + B_BYTES + SA_BYTES + BN * 4;
 
 // Epilogue, in boxes of 32 columns swizzled over 128 bytes. Else each warp has a place for a box of 16 rows, sent at once to
 // be added in L2. RELOAD, for experts of few rows, whose gradients are most of the traffic: a place for the whole tile,
-// into which a thread of its own reads the gradient while the tile is multiplied, and from where it writes the sum.
+// into which a thread of its own reads the gradient while the tile is multiplied, and from where it writes the sum. All of a
+// tile at once: memory is slower where reads and writes take turns more often.
 constexpr int BOX_ROWS = RELOAD ? BM : 16, BOX_BYTES = BOX_ROWS * 32 * 4;
 constexpr int OUT_BYTES = RELOAD ? BN / 32 * BOX_BYTES : CONSUMER_WARPS * BOX_BYTES;
 static_assert(BN % 32 == 0, "a tile is written in boxes of 32 columns");
@@ -26,27 +28,46 @@ struct Shared {
   u32 a, b, scales_a, scales_b, out, full, empty, room, written;
 };
 
+// The experts, of which a launch takes some.
+struct Experts {
+  const int* counts;
+  int num_rows, number, least, most;
+  __device__ __forceinline__ int rows_of(int expert) const { return counts ? load_count(counts + expert) : num_rows; }
+  __device__ __forceinline__ bool takes(int rows) const { return rows >= least && rows < most; }
+  __device__ __forceinline__ int taken() const {
+    int sum = 0;
+#pragma unroll 8
+    for (int expert = 0; expert < number; expert++) sum += takes(rows_of(expert));
+    return sum;
+  }
+};
+
 // Clusters' tiles expert by expert; within one, bands of GROUP of them along M.
 struct Walk {
-  const int* counts;
-  int num_rows, num_experts, num_tiles, num_columns;
-  int expert = 0, first_k = 0, num_k = 0;  // of the current expert, in tiles of 128 columns
-  int row = 0, column = 0;                 // of the cluster's tiles: the first row, the place along N
-  int turn = -1, held = 0;                 // held: what was left of the first tile
-  int from = 0, count = 0;                 // the part of num_k whose turn it is
-  bool adds = false;                       // to what the tile's other part has assigned
+  Experts experts;
+  int num_taken, num_tiles, num_columns;
+  int expert = -1, place = -1, first_k = 0, num_k = 0;  // the current one, its place among those taken, its tiles of 128 columns
+  int row = 0, column = 0;                              // of the cluster's tiles: the first row, the place along N
+  int turn = -1, held = 0;                              // held: what was left of the first tile
+  int from = 0, count = 0;                              // the part of num_k whose turn it is
+  bool adds = false;                                    // to what the tile's other part has assigned
 
-  __device__ __forceinline__ Walk(const int* counts, int num_rows, int num_experts, int num_tiles, int num_columns)
-      : counts(counts), num_rows(num_rows), num_experts(num_experts), num_tiles(num_tiles), num_columns(num_columns) {
-    num_k = tiles_of(0);
-  }
-  __device__ __forceinline__ int tiles_of(int expert) const {
-    return ((counts ? load_count(counts + expert) : num_rows) + BK - 1) / BK;
-  }
+  __device__ __forceinline__ Walk(Experts experts, int num_tiles, int num_columns)
+      : experts(experts), num_taken(experts.taken()), num_tiles(num_tiles), num_columns(num_columns) {}
   __device__ __forceinline__ void seek(int unit) {
     const int target = unit / (num_tiles * num_columns);
-    while (expert < target) first_k += num_k, num_k = tiles_of(++expert);
-    while (expert > target) num_k = tiles_of(--expert), first_k -= num_k;
+    for (; place < target; place++) {
+      for (bool taken = false; !taken;) {
+        const int rows = experts.rows_of(++expert);
+        first_k += num_k, num_k = (rows + BK - 1) / BK, taken = experts.takes(rows);
+      }
+    }
+    for (; place > target; place--) {
+      for (bool taken = false; !taken;) {
+        const int rows = experts.rows_of(--expert);
+        num_k = (rows + BK - 1) / BK, first_k -= num_k, taken = experts.takes(rows);
+      }
+    }
     int local = unit - target * num_tiles * num_columns;
     const int band = local / (GROUP * num_columns), height = min(GROUP, num_tiles - band * GROUP);
     local -= band * GROUP * num_columns;
@@ -55,7 +76,7 @@ struct Walk {
   }
   __device__ __forceinline__ bool next() {
     const int mine = blockIdx.x / 2, unit = mine + ++turn * (gridDim.x / 2);
-    const bool past = unit >= num_experts * num_tiles * num_columns;
+    const bool past = unit >= num_taken * num_tiles * num_columns;
     if (past && held == 0) return false;
     seek(past ? mine : unit);
     from = 0, count = past ? held : num_k, adds = past, held = past ? 0 : held;
@@ -228,11 +249,12 @@ static __device__ __forceinline__ void consume(const Shared& at, const TensorMap
 }
 
 // a [M, P], scale_a [P/128, M], b [N, P], scale_b [P/128, N], d [experts, M, N]; counts is null for one expert with
-// num_rows columns.
+// num_rows columns, and then has them all.
 extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1)
     gemm_wgrad(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap map_sa,
                const __grid_constant__ TensorMap map_b, const __grid_constant__ TensorMap map_sb,
-               const __grid_constant__ TensorMap map_d, const int* counts, int num_rows, int num_experts, int M, int N) {
+               const __grid_constant__ TensorMap map_d, const int* counts, int num_rows, int num_experts, int least, int most, int M,
+               int N) {
   extern __shared__ u8 raw[];
   Shared at;
   at.a = (shared_address(raw) + 1023) & ~1023u;  // the swizzle repeats every 1024 bytes
@@ -256,19 +278,20 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1)
   }
   cluster_sync();
   begin();
+  const Experts experts = {counts, num_rows, num_experts, least, most};
   const int num_tiles = (M + HIGH * BM - 1) / (HIGH * BM), num_columns = (N + WIDE * BN - 1) / (WIDE * BN);
   if (threadIdx.x < 128) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
-    const Walk walk(counts, num_rows, num_experts, num_tiles, num_columns);
+    const Walk walk(experts, num_tiles, num_columns);
     if (threadIdx.x == 0) produce(at, map_a, map_sa, map_b, map_sb, walk, rank);
     if (RELOAD && threadIdx.x == 32) exchange(at, map_d, walk, rank);
   } else if (threadIdx.x < 256) {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
-    const Walk walk(counts, num_rows, num_experts, num_tiles, num_columns);
+    const Walk walk(experts, num_tiles, num_columns);
     consume<0>(at, map_d, walk, rank);
   } else {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
-    const Walk walk(counts, num_rows, num_experts, num_tiles, num_columns);
+    const Walk walk(experts, num_tiles, num_columns);
     consume<1>(at, map_d, walk, rank);
   }
   __syncwarp();
