@@ -133,7 +133,9 @@ fn every_tile_agrees() {
 }
 
 /// The last: experts of many rows and of few, whose weight gradients are made in other ways.
-const COUNTS: [&[i64]; 6] = [&[0, 300, 1, 128, 0, 515, 0], &[0, 0], &[0], &[7], &[129, 0, 0, 1000], &[2100, 0, 130, 2047, 2048]];
+const COUNTS: [&[i64]; 6] = [&[0, 300, 1, 128, 0, 515, 0], &[0, 0], &[0], &[7], &[129, 0, 0, 1000], &[4200, 0, 130, 2047, 2048]];
+/// All multiprocessors have a tile at most of such small products; six have many, one after another.
+const SMS: [Option<usize>; 2] = [None, Some(6)];
 
 #[test]
 fn grouped_forward_takes_any_counts() {
@@ -142,15 +144,15 @@ fn grouped_forward_takes_any_counts() {
     };
     let k = 720;
     // Also where 50 rows belong to nobody.
-    let plans = FORWARD_PLANS.into_iter().map(Some).chain([None]);
+    let plans = FORWARD_PLANS.into_iter().map(Some).chain([None]).flat_map(|plan| SMS.map(|num_sms| (plan, num_sms)));
     let sizes = COUNTS.into_iter().flat_map(|counts| [(counts, 400, 50), (counts, 416, 50), (counts, 416, 0)]);
-    for ((counts, n, more), plan) in sizes.flat_map(|size| plans.clone().map(move |plan| (size, plan))) {
+    for ((counts, n, more), (plan, num_sms)) in sizes.flat_map(|size| plans.clone().map(move |plan| (size, plan))) {
         let rows: i64 = counts.iter().sum::<i64>() + more;
         let a = quantise::rows(&random(gpu, &[rows, k], 0.2), ScaleRule::Amax);
         let (b, _) = quantise::weights(&random(gpu, &[counts.len() as i64, n, k], 0.2), ScaleRule::Amax);
         let forward = |out_fp32| {
             poison(gpu);
-            let options = gemm_fp8::Options { out_fp32, plan, ..Default::default() };
+            let options = gemm_fp8::Options { out_fp32, plan, num_sms, ..Default::default() };
             gemm_grouped::forward(&a, &b, &counts_tensor(gpu, counts), options)
         };
         let (got, rounded) = (forward(true), forward(false));
@@ -177,14 +179,15 @@ fn wgrad_accumulates_and_assigns() {
     let (m, n) = (208, 336);
     for counts in COUNTS {
         let both = |plan| [Write::Accumulate, Write::Assign].map(|write| (write, plan));
-        for (write, plan) in WGRAD_PLANS.into_iter().map(Some).chain([None]).flat_map(both) {
+        let plans = WGRAD_PLANS.into_iter().map(Some).chain([None]).flat_map(both);
+        for ((write, plan), num_sms) in plans.flat_map(|plan| SMS.map(|num_sms| (plan, num_sms))) {
             let rows = counts.iter().sum::<i64>();
             let tensor = counts_tensor(gpu, counts);
             let q = |size, mean| quantise::columns(&random(gpu, &[rows, size], mean), Some(&tensor), ScaleRule::Amax);
             let (dy, x) = (q(m, 0.5), q(n, 0.5));
             let before = Tensor::randn([counts.len() as i64, m, n], (Kind::Float, gpu.device()));
             let mut gradient = if write == Write::Assign { before.full_like(f64::NAN) } else { before.copy() };
-            let options = gemm_fp8::Options { plan, ..Default::default() };
+            let options = gemm_fp8::Options { plan, num_sms, ..Default::default() };
             gemm_grouped::wgrad(&dy, &x, &tensor, &mut gradient, write, options);
             let (a, b) = (dy.dequantise(Kind::Double), x.dequantise(Kind::Double));
             let mut from = 0;

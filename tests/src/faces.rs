@@ -343,6 +343,22 @@ fn tensorboard_reads_every_scalar_of_every_step() {
     }
 }
 
+/// The launcher takes any line of a log for a sign of life.
+#[test]
+fn a_long_validation_tells_every_rank_s_log_how_far_it_is() {
+    let validate = |name: &str, micro_batch: &str| {
+        let run = Run::new(name, &["validation.sequences=80", "run.stop_after=1", &format!("phase.0.micro_batch={micro_batch}")]);
+        mpirun(2, &run.train_args(), 75);
+        let logs = [0, 1].map(|rank| fs::read_to_string(run.dir().join(format!("log/rank-{rank}.jsonl"))).expect("a log"));
+        let of = |key: &str| logs.each_ref().map(|log| log.lines().filter_map(|line| serde_json::from_str::<Value>(line).expect("JSON")[key].as_f64()).collect::<Vec<_>>());
+        (of("validated_micro_batches"), of("validation_loss")[0][0])
+    };
+    let (told, loss) = validate("long-validation", "1");
+    let (none, whole) = validate("short-validation", "2");
+    assert_eq!((told, none), ([vec![32.0], vec![32.0]], [vec![], vec![]]));
+    assert!((loss / whole - 1.0).abs() < 1e-12, "{loss} in parts, {whole} at once");
+}
+
 #[test]
 fn parameters_are_counted_as_released() {
     let counts = |name: &str| {

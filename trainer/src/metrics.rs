@@ -66,6 +66,13 @@ pub struct ValidationLine {
     pub validation_loss: f64,
 }
 
+/// In the middle of a validation, for the launcher's watchdog.
+#[derive(Clone, Debug, Serialize)]
+struct ValidatingLine {
+    step: u64,
+    validated_micro_batches: usize,
+}
+
 /// What befell the run, for the launcher's timeline. `step` steps were done by then.
 #[derive(Clone, Debug, Serialize)]
 struct EventLine<'a> {
@@ -129,6 +136,10 @@ impl Metrics {
             line.step, front.total_steps, line.loss, line.grad_norm, line.lr, line.load_max, line.step_ms, line.busy_ms, short(line.tokens_per_s)
         ));
         front.bar.set_position(line.step);
+    }
+
+    pub fn validating(&mut self, step: u64, validated_micro_batches: usize) {
+        write_line(&mut self.jsonl, &ValidatingLine { step, validated_micro_batches });
     }
 
     pub fn validation(&mut self, line: &ValidationLine) {

@@ -102,7 +102,8 @@ impl Run<'_> {
         let first = plan.at(0).expect("a run has a first phase");
         let phase = Phase { rope_scaling: self.rope_scaling.clone(), ..first.phase.clone() };
         let moment = Moment { phase: &phase, ..first };
-        let loss = held_out_loss(&mut self.trainer, held_out, &moment, self.config.validation.sequences)?;
+        let (metrics, step) = (&mut self.metrics, self.state.step);
+        let loss = held_out_loss(&mut self.trainer, held_out, &moment, self.config.validation.sequences, |done| metrics.validating(step, done))?;
         self.state.progress.val_loss_start.get_or_insert(loss);
         self.state.progress.val_loss = Some(loss);
         self.state.progress.validated = Some(self.state.step);
