@@ -96,6 +96,8 @@ impl Bench {
             self.show(&format!("rms norm {T}x{d} both and bf16, statistics known"), 6 * T * d, copy, time);
             let time = self.steady(|i| rms_norm::statistics(&x[i], 1e-6));
             self.show(&format!("statistics alone {T}x{d}"), 2 * T * d, copy, time);
+            let time = self.steady(|i| rms_norm::quantised(&x[i], &rms_norm::statistics(&x[i], 1e-6), &weight, make));
+            self.show(&format!("rms norm {T}x{d} both, with its statistics"), 4 * T * d, copy, time);
         }
         for (rows, i, experts) in [(T, 18432, 1), (T * ROUTES, 2048, EXPERTS)] {
             let n = rows * i;

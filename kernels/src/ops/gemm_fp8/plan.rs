@@ -62,7 +62,7 @@ impl Plan {
     /// others many, and gradients are added to, there is a launch for either.
     pub(super) fn wgrads([m, n, rows]: [i64; 3], num_experts: i64, write: Write, num_sms: usize) -> Vec<(Plan, Range<i64>)> {
         let all = 0..i64::from(i32::MAX);
-        if num_experts == 1 || write == Write::Assign || rows / num_experts > 2 * FEW_ROWS {
+        if num_experts < 2 || write == Write::Assign || rows / num_experts > 2 * FEW_ROWS {
             return vec![(Plan::wgrad([m, n, rows], num_experts, num_sms), all)];
         }
         let many = Plan::wgrad([m, n, 2 * FEW_ROWS], 1, num_sms);
