@@ -146,7 +146,9 @@ fn experts_are_separate_gemms() {
     let dx = gemm_grouped::forward(&quantise::rows(&dy, ScaleRule::Amax), &transposed, &on_device, Default::default());
     let mut gradient = Tensor::ones([5, n, k], (Kind::Float, Device::Cpu));
     let columns = |t: &Tensor| quantise::columns(t, Some(&on_device), ScaleRule::Amax);
-    gemm_grouped::wgrad(&columns(&dy), &columns(&x), &on_device, &mut gradient, Write::Accumulate, Default::default());
+    let mut wgrad = |experts| gemm_grouped::wgrad(&columns(&dy), &columns(&x), (&on_device, experts), &mut gradient, Write::Accumulate, Default::default());
+    wgrad(2..5);
+    wgrad(0..2);
     let mut from = 0;
     for (expert, count) in counts.into_iter().enumerate() {
         let (expert, part) = (expert as i64, |t: &Tensor| t.narrow(0, from, count));

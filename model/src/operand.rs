@@ -12,6 +12,7 @@ use kernels::ops::gemm_fp8::{self, Options, Write};
 use kernels::ops::quantise::{self, Quantised, Want};
 use kernels::ops::{gemm_grouped, linear};
 use parallel::dispatch::Rows;
+use std::ops::Range;
 use tch::{Kind, Tensor};
 
 pub enum Operand {
@@ -188,15 +189,17 @@ pub fn backward_weight(grads: &mut Grads, weight: ParamId, dy: &Operand, x: &Ope
 /// grads[weight][e] += dyᵀ · x over the rows of each expert e.
 pub fn grouped_backward_weight(grads: &mut Grads, weight: ParamId, dy: &Operand, x: &Operand, counts: &RowCounts) {
     let (dy, x, own) = match both(&grads.sentinel, weight, dy, x) {
-        Sides::Own(dy, x) => return grads.accumulate_product(weight, dy.kind(), |gradient, fresh| grouped_gradient(gradient, fresh, dy, x, counts)),
+        Sides::Own(dy, x) => {
+            return grads.accumulate_products(weight, dy.kind(), |gradient, fresh, experts| grouped_gradient(gradient, fresh, (dy, x), counts, experts));
+        }
         Sides::Fp8 { dy, x, own } => (dy, x, own),
     };
-    let product = |gradient: &mut Tensor, write: Write| gemm_grouped::wgrad(dy, x, &counts.device, gradient, write, Options::default());
-    grads.accumulate_product(weight, Kind::Float8e4m3fn, |gradient, fresh| product(gradient, write(fresh)));
-    if let Some((dy, x)) = own {
-        let (mut alone, mut exact) = (grads.empty(weight), grads.empty(weight));
-        product(&mut alone, Write::Assign);
-        grouped_gradient(&mut exact, true, dy, x, counts);
+    let product = |gradient: &mut Tensor, write: Write, experts: Range<i64>| gemm_grouped::wgrad(dy, x, (&counts.device, experts), gradient, write, Options::default());
+    grads.accumulate_products(weight, Kind::Float8e4m3fn, |gradient, fresh, experts| product(gradient, write(fresh), experts));
+    if let Some(own) = own {
+        let (mut alone, mut exact, all) = (grads.empty(weight), grads.empty(weight), 0..counts.host.len() as i64);
+        product(&mut alone, Write::Assign, all.clone());
+        grouped_gradient(&mut exact, true, own, counts, all);
         grads.sentinel.record(Product::Wgrad, &alone, &exact);
     }
 }
@@ -220,12 +223,12 @@ fn both<'a>(sentinel: &Sentinel, weight: ParamId, dy: &'a Operand, x: &'a Operan
     }
 }
 
-/// gradient [E, O, I] = (`fresh`) or += dyᵀ · x, expert by expert.
-fn grouped_gradient(gradient: &mut Tensor, fresh: bool, dy: &Tensor, x: &Tensor, counts: &RowCounts) {
-    for expert in (0..counts.host.len()).filter(|&expert| fresh && counts.host[expert] == 0) {
-        let _ = gradient.select(0, expert as i64).zero_();
+/// gradient [E, O, I] = (`fresh`) or += dyᵀ · x, expert by expert, of these experts.
+fn grouped_gradient(gradient: &mut Tensor, fresh: bool, (dy, x): (&Tensor, &Tensor), counts: &RowCounts, experts: Range<i64>) {
+    for expert in experts.clone().filter(|&expert| fresh && counts.host[expert as usize] == 0) {
+        let _ = gradient.select(0, expert).zero_();
     }
-    for (expert, start, count) in counts.groups() {
+    for (expert, start, count) in counts.groups().filter(|(expert, ..)| experts.contains(expert)) {
         let (dy, x, mut matrix) = (dy.narrow(0, start, count), x.narrow(0, start, count), gradient.select(0, expert));
         match fresh {
             true => matrix.copy_(&linear::weight_gradient(&dy, &x)),

@@ -11,6 +11,7 @@ use kernels::fp8::{Blocks, ScaleRule};
 use kernels::ops::{linear, normal, quantise};
 use parallel::comm::CommError;
 use std::cell::OnceCell;
+use std::ops::Range;
 use std::rc::Rc;
 use tch::{Device, Kind, Tensor};
 
@@ -288,7 +289,12 @@ impl Weights {
 
 /// Takes a parameter's gradient when its last contribution is in: to reduce it under the rest of the backward.
 pub trait GradSink {
+    /// All rows are complete, or those of `leaving`: whoever made these makes the others now.
     fn complete(&mut self, id: ParamId, gradient: Tensor);
+    /// Rows that others wait for, in order: where a contribution comes in parts, these are to be made first. Else none.
+    fn leaving(&self, _: ParamId) -> Vec<Range<i64>> {
+        Vec::new()
+    }
 }
 
 /// Collects them as they come.
@@ -341,6 +347,24 @@ impl<'a> Grads<'a> {
     pub fn accumulate_product(&mut self, id: ParamId, operands: Kind, contribute: impl FnOnce(&mut Tensor, bool)) {
         self.gemms.count(operands);
         self.accumulate(id, contribute);
+    }
+    /// The same by one product for each row of dim 0 (experts): `contribute` makes those that it is asked for. On its way is what
+    /// has to leave while the rest is made.
+    pub fn accumulate_products(&mut self, id: ParamId, operands: Kind, mut contribute: impl FnMut(&mut Tensor, bool, Range<i64>)) {
+        let leaving = if self.missing[id.0] == 1 { self.sink.leaving(id) } else { Vec::new() };
+        let all = 0..self.table.spec(id).shape[0];
+        if leaving.is_empty() {
+            return self.accumulate_product(id, operands, |gradient, fresh| contribute(gradient, fresh, all));
+        }
+        let mut whole = None;
+        self.accumulate_product(id, operands, |gradient, fresh| {
+            leaving.iter().for_each(|rows| contribute(gradient, fresh, rows.clone()));
+            whole = Some((gradient.shallow_clone(), fresh));
+        });
+        let (mut gradient, fresh) = whole.expect("contributed");
+        let ends = leaving.iter().map(|rows| rows.start).chain([all.end]);
+        let stays = [all.start].into_iter().chain(leaving.iter().map(|rows| rows.end)).zip(ends).filter(|(start, end)| start < end);
+        stays.for_each(|(start, end)| contribute(&mut gradient, fresh, start..end));
     }
     /// Room for a gradient, not written yet.
     pub(crate) fn empty(&self, id: ParamId) -> Tensor {
@@ -401,6 +425,39 @@ mod tests {
         grads.finish();
         let sums: Vec<_> = made.iter().map(|(id, gradient)| (*id, gradient.sum(Kind::Double).double_value(&[]))).collect();
         assert_eq!(sums, [(used, 4.0), (unused, 0.0)]);
+    }
+
+    /// Asks for rows 1 and 3 of 5 first; what was there when it got the gradient.
+    struct Waiting(Vec<f64>);
+    impl GradSink for Waiting {
+        fn complete(&mut self, _: ParamId, gradient: Tensor) {
+            self.0 = Vec::try_from(gradient.view(-1)).expect("f64");
+        }
+        fn leaving(&self, _: ParamId) -> Vec<Range<i64>> {
+            vec![1..2, 3..4]
+        }
+    }
+
+    #[test]
+    fn what_others_wait_for_is_made_first_and_handed_over_before_the_rest() {
+        let mut table = ParamTable::default();
+        let id = table.add("experts", &[5, 1], Init::Zeros, Role::Experts);
+        let weights = Weights::initial(Rc::new(table), Precision::F64, 1, Device::Cpu);
+        let (mut sink, mut asked) = (Waiting(Vec::new()), Vec::new());
+        let mut grads = Grads::new(&weights, [id, id], &mut sink);
+        let mut whole = Tensor::new();
+        for value in [1.0, 10.0] {
+            grads.accumulate_products(id, Kind::Double, |gradient, fresh, rows| {
+                let mut rows_of = gradient.narrow(0, rows.start, rows.end - rows.start);
+                let _ = if fresh { rows_of.fill_(value) } else { rows_of.g_add_scalar_(value) };
+                asked.push(rows);
+                whole = gradient.shallow_clone();
+            });
+        }
+        grads.finish();
+        assert_eq!(asked, [0..5, 1..2, 3..4, 0..1, 2..3, 4..5], "only a last contribution is made in parts");
+        assert_eq!(sink.0, [1.0, 11.0, 1.0, 11.0, 1.0]);
+        assert_eq!(Vec::<f64>::try_from(whole.view(-1)).expect("f64"), [11.0; 5]);
     }
 
     #[test]

@@ -155,7 +155,7 @@ impl Bench {
                 let (qdy, qx) = (by_column(&dy), by_column(&x));
                 let wgrad = |plan| {
                     let options = Options { plan, ..Options::default() };
-                    gemm_grouped::wgrad(&qdy, &qx, &counts, &mut gradient.shallow_clone(), Write::Accumulate, options)
+                    gemm_grouped::wgrad(&qdy, &qx, (&counts, 0..experts), &mut gradient.shallow_clone(), Write::Accumulate, options)
                 };
                 let forwards = self.race_all(&forward_plans, &forward);
                 let wgrads = self.race_all(&wgrad_plans, &wgrad);

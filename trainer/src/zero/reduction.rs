@@ -4,6 +4,7 @@ use kernels::ops::gradient_norm::{Parts, Squares};
 use model::{GradSink, ParamId};
 use parallel::comm::{Comm, CommError, Pending};
 use std::collections::BTreeMap;
+use std::ops::Range;
 use std::rc::Rc;
 use tch::Tensor;
 
@@ -38,6 +39,14 @@ pub(super) struct Filling {
 }
 
 impl GradSink for Reduction<'_> {
+    /// The other owners' rows: while they travel, this rank's own are made, which nobody reads before all are summed.
+    fn leaving(&self, id: ParamId) -> Vec<Range<i64>> {
+        let Route::Bucket(index) = self.zero.routes[id.0] else { return Vec::new() };
+        let bucket = &self.zero.buckets[index];
+        let others = bucket.reduce.runs.iter().filter(|run| run.shard.id == id && run.owner != bucket.rank);
+        others.map(|run| run.shard.start..run.shard.start + run.shard.rows).collect()
+    }
+
     fn complete(&mut self, id: ParamId, gradient: Tensor) {
         match self.zero.routes[id.0] {
             Route::Untrained => panic!("parameter {id:?} is not trained"),

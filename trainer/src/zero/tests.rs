@@ -127,11 +127,19 @@ fn reduced(groups: &Groups, bytes: usize, alter: impl Fn(ParamId, Tensor) -> Ten
     let rank = groups.world.rank();
     let mut order = trained(&weights.table);
     order.sort_by_key(|id| Dice((id.0 * 31 + rank) as u64).below(1000));
-    let mut reduction = zero.begin(false);
+    let (mut reduction, mut later) = (zero.begin(false), Vec::new());
     for id in order {
-        reduction.complete(id, alter(id, gradient(&weights.table, id, rank)));
+        let whole = alter(id, gradient(&weights.table, id, rank));
+        // What nobody waits for may come later.
+        let part = if reduction.leaving(id).is_empty() { whole.shallow_clone() } else { whole.full_like(f64::NAN) };
+        let of = |tensor: &Tensor, rows: &Range<i64>| tensor.narrow(0, rows.start, rows.end - rows.start);
+        reduction.leaving(id).iter().for_each(|rows| of(&part, rows).copy_(&of(&whole, rows)));
+        reduction.complete(id, part.shallow_clone());
+        later.push((part, whole));
     }
-    let (sums, squares) = reduction.finish().and_then(Arriving::sum).expect("sums");
+    let arriving = reduction.finish().expect("all are complete");
+    later.into_iter().for_each(|(mut part, whole)| part.copy_(&whole));
+    let (sums, squares) = arriving.sum().expect("sums");
     let square: f64 = sums.iter().map(|sum| sum.square().sum(Kind::Double).double_value(&[])).sum();
     assert!((squares.double_value(&[]) / square - 1.0).abs() < 1e-12);
     let mut worst = 0f64;

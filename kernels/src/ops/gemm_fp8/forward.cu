@@ -27,15 +27,9 @@ struct Shared {
   u32 a, b, scales, full, empty;
 };
 
-// a / b for a below 2^23, in a quarter of a division's time: the next tile is sought while one is computed.
-static __device__ __forceinline__ int quotient(int a, int b) {
-  const int guess = (int)__fdividef((float)a, (float)b), rest = a - guess * b;
-  return guess + (rest >= b) - (rest < 0);
-}
-
 // Clusters' tiles in the order in which they are computed: expert by expert, bands of GROUP of them along M (they share
-// B in L2). A last tile whose second subtile has no rows takes half the time: such tiles are a band of their own, and clusters take
-// every other round of tiles from its end, or the same few would get most of them.
+// B in L2). An expert's last tile whose second subtile has no rows takes half the time: such tiles are a band of their own, and
+// where there are experts, clusters take every other round of tiles from its end, or the same few would get most of them.
 struct Walk {
   const int* counts;
   int num_rows, num_experts, num_columns;
@@ -47,16 +41,20 @@ struct Walk {
     count = rows_of(0);
   }
   __device__ __forceinline__ int rows_of(int expert) const { return counts ? load_count(counts + expert) : num_rows; }
-  __device__ __forceinline__ int tiles() const { return (count + HIGH * BM - 1) / (HIGH * BM); }
+  // The unit of a round.
+  __device__ __forceinline__ int unit(int round, int cluster, int clusters) const {
+    return round * clusters + (counts && round % 2 ? clusters - 1 - cluster : cluster);
+  }
   __device__ __forceinline__ bool seek(int unit) {
-    while (unit >= first_unit + tiles() * num_columns) {
-      first_unit += tiles() * num_columns;
+    int tiles;
+    while (tiles = (count + HIGH * BM - 1) / (HIGH * BM), unit >= first_unit + tiles * num_columns) {
+      first_unit += tiles * num_columns;
       first_row += count;
       if (++expert == num_experts) return false;
       count = rows_of(expert);
     }
     int local = unit - first_unit;
-    const int whole = tiles() - (SUBTILES == 2 && !ALONG_M && count - (tiles() - 1) * BM <= BM / 2);
+    const int whole = tiles - (SUBTILES == 2 && !ALONG_M && count - (tiles - 1) * BM <= BM / 2);
     if (local >= whole * num_columns) {
       row = whole * BM, column = local - whole * num_columns;
       return true;
@@ -137,18 +135,31 @@ static __device__ __forceinline__ void produce(const Shared& at, const TensorMap
   const int blocks_n = (N + 127) / 128;
   Ring<STAGES> ring;
   const int clusters = gridDim.x / 2, mine = blockIdx.x / 2;
-  for (int round = 0; walk.seek(round * clusters + (round % 2 ? clusters - 1 - mine : mine)); round++) {
-    const int row = walk.first_row + walk.tile_row(rank), column = walk.tile_column(rank);
-    const int block = min(column / 128, blocks_n - 1), b_row = walk.expert * N + column;
-    const float* b = scale_b + (long long)(walk.expert * blocks_n + block) * num_k;
-    const int other = block + 1 < blocks_n ? num_k : 0;
-    float b0 = __ldg(b), b1 = __ldg(b + other);
+  // B's scales of the next stage, in the two blocks of 128 columns that a tile may meet.
+  int b, other;
+  auto seek = [&](int round) {
+    if (!walk.seek(walk.unit(round, mine, clusters))) return false;
+    const int block = min(walk.tile_column(rank) / 128, blocks_n - 1);
+    b = (walk.expert * blocks_n + block) * num_k;
+    other = block + 1 < blocks_n ? num_k : 0;
+    return true;
+  };
+  bool more = seek(0);
+  float b0 = more ? __ldg(scale_b + b) : 0, b1 = more ? __ldg(scale_b + b + other) : 0;
+  for (int round = 1; more; round++) {
+    const int row = walk.first_row + walk.tile_row(rank), end_row = walk.first_row + walk.count;
+    const int column = walk.tile_column(rank), b_row = walk.expert * N + column;
 #pragma unroll 1
     for (int k = 0; k < num_k; k++, ring.next()) {
       const u32 full = at.full + 8 * ring.stage, a = at.a + ring.stage * A_BYTES, to_b = at.b + ring.stage * B_BYTES;
       const u32 scales = at.scales + ring.stage * SA_BYTES;
+      const float s0 = b0, s1 = b1;
+      // What the next stage needs is sought while this one is waited for.
+      b++;
+      if (k + 1 == num_k) more = seek(round);
+      if (more) b0 = __ldg(scale_b + b), b1 = __ldg(scale_b + b + other);
       barrier_wait(at.empty + 8 * ring.stage, ring.parity ^ 1);
-      put_note(scales + NOTE, b0, b1, row, walk.first_row + walk.count, column);
+      put_note(scales + NOTE, s0, s1, row, end_row, column);
       barrier_expect(full, STAGE_BYTES);
       if (ALONG_M) {
         load_box(a, map_a, full, k * BK, row);
@@ -158,8 +169,6 @@ static __device__ __forceinline__ void produce(const Shared& at, const TensorMap
         load_columns<false>(to_b, map_b, full, k * BK, b_row);
       }
       for (int i = 0; i < SUBTILES; i++) load_box(scales + i * SA_STRIDE, map_sa, full, (row & ~3) + i * 128, k);
-      b++;
-      if (k + 1 < num_k) b0 = __ldg(b), b1 = __ldg(b + other);
     }
   }
   // The consumers look one stage ahead: their last look finds an empty one.

@@ -154,6 +154,12 @@ static __device__ __forceinline__ void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
 }
 
+// a / b for a below 2^23, in a quarter of a division's time: the next tile is sought while one is computed.
+static __device__ __forceinline__ int quotient(int a, int b) {
+  const int guess = (int)__fdividef((float)a, (float)b), rest = a - guess * b;
+  return guess + (rest >= b) - (rest < 0);
+}
+
 // The ring of stages: both sides walk it in step.
 template <int LENGTH>
 struct Ring {

@@ -9,6 +9,7 @@ use crate::fp8::{Blocks, Columns, Rows, TILE};
 use crate::jit::Source;
 use crate::launch::Launch;
 use crate::sass::KEEP_FACTORS;
+use std::ops::Range;
 use std::sync::{Arc, Mutex};
 use tch::{Device, Kind, Tensor};
 
@@ -44,7 +45,7 @@ pub fn forward(a: &Rows, b: &Blocks, options: Options) -> Tensor {
 
 /// `gradient` [M, N] FP32 = or += dyᵀ · x, for `rows` rows quantised by columns.
 pub fn wgrad(dy: &Columns, x: &Columns, rows: i64, gradient: &mut Tensor, write: Write, options: Options) {
-    wgrad_into(dy, x, Groups { counts: None, rows }, gradient, write, options);
+    wgrad_into(dy, x, (Groups { counts: None, rows }, 0..1), gradient, write, options);
 }
 
 /// What Wgrad does with what lies in the gradient.
@@ -108,11 +109,11 @@ pub(crate) fn forward_into(a: &Rows, b: &Blocks, counts: Option<&Tensor>, out: &
         .run(plan.shape(num_sms, plan.forward_bytes()));
 }
 
-/// gradient [M, N] or [E, M, N].
+/// gradient [M, N] or [E, M, N], of the groups in `wanted`.
 pub(crate) fn wgrad_into(
     dy: &Columns,
     x: &Columns,
-    groups: Groups,
+    (groups, wanted): (Groups, Range<i64>),
     gradient: &mut Tensor,
     write: Write,
     options: Options,
@@ -122,18 +123,22 @@ pub(crate) fn wgrad_into(
     assert_eq!(gradient.size().iter().product::<i64>(), groups.num() * m * n, "gradient {:?}", gradient.size());
     assert!(gradient.is_contiguous(), "the gradient is written through its own memory");
     assert!(n % 8 == 0 && groups.rows <= p, "N {n} is not a multiple of 8, or {} rows in {p}", groups.rows);
-    let Device::Cuda(_) = gradient.device() else { return cpu::wgrad(dy, x, groups, gradient, write) };
+    assert!(0 <= wanted.start && wanted.start < wanted.end && wanted.end <= groups.num(), "experts {wanted:?} of {}", groups.num());
+    let Device::Cuda(_) = gradient.device() else { return cpu::wgrad(dy, x, (groups, wanted), gradient, write) };
     assert_eq!(gradient.kind(), Kind::Float, "weight gradients are FP32");
+    let num_wanted = wanted.end - wanted.start;
     if p == 0 {
         if write == Write::Assign {
-            let _ = gradient.zero_();
+            let _ = gradient.view([groups.num(), m, n]).narrow(0, wanted.start, num_wanted).zero_();
         }
         return;
     }
     let gpu = device::gpu(gradient.device());
     let num_sms = options.num_sms.unwrap_or(gpu.num_sms());
     let given = options.plan.map(|plan| vec![(plan, 0..i64::from(i32::MAX))]);
-    for (plan, rows) in given.unwrap_or_else(|| Plan::wgrads([m, n, groups.rows], groups.num(), write, num_sms)) {
+    // As many rows fall on each.
+    let rows = groups.rows * num_wanted / groups.num();
+    for (plan, rows) in given.unwrap_or_else(|| Plan::wgrads([m, n, rows], num_wanted, write, num_sms)) {
         let kernel = wgrad_kernel(plan, write, gradient.device());
         Launch::new(gpu, &kernel)
             .early()
@@ -144,7 +149,8 @@ pub(crate) fn wgrad_into(
             .map_of_stack(&gradient.view([groups.num(), m, n]), plan.box_d())
             .tensor_or_null(groups.counts, Kind::Int)
             .int(groups.rows)
-            .int(groups.num())
+            .int(wanted.start)
+            .int(wanted.end)
             .int(rows.start)
             .int(rows.end)
             .int(m)

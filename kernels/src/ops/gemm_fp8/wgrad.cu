@@ -1,6 +1,6 @@
 // D[e][M, N] (+)= A[M, P] · B[N, P]ᵀ over the columns of expert e, both operands scaled 1×128 along P, FP32 out.
-// Each expert's columns start on a tile of 128 and end in zeros. A launch makes the gradients of those experts that have `least` rows
-// or more, and fewer than `most`. Follows hopper.cuh and wgmma().
+// Each expert's columns start on a tile of 128 and end in zeros. A launch makes the gradients of those experts from `from_expert` to
+// before `to_expert` that have `least` rows or more, and fewer than `most`. Follows hopper.cuh and wgmma().
 //
 // Defined from outside: BN columns of a tile, ALONG_M (the blocks of a cluster), STAGES of the ring, ACCUMULATE, RELOAD.
 //
@@ -31,13 +31,13 @@ struct Shared {
 // The experts, of which a launch takes some.
 struct Experts {
   const int* counts;
-  int num_rows, number, least, most;
+  int num_rows, from, to, least, most;
   __device__ __forceinline__ int rows_of(int expert) const { return counts ? load_count(counts + expert) : num_rows; }
-  __device__ __forceinline__ bool takes(int rows) const { return rows >= least && rows < most; }
+  __device__ __forceinline__ bool takes(int expert, int rows) const { return expert >= from && rows >= least && rows < most; }
   __device__ __forceinline__ int taken() const {
     int sum = 0;
 #pragma unroll 8
-    for (int expert = 0; expert < number; expert++) sum += takes(rows_of(expert));
+    for (int expert = from; expert < to; expert++) sum += takes(expert, rows_of(expert));
     return sum;
   }
 };
@@ -55,24 +55,24 @@ struct Walk {
   __device__ __forceinline__ Walk(Experts experts, int num_tiles, int num_columns)
       : experts(experts), num_taken(experts.taken()), num_tiles(num_tiles), num_columns(num_columns) {}
   __device__ __forceinline__ void seek(int unit) {
-    const int target = unit / (num_tiles * num_columns);
+    const int target = quotient(unit, num_tiles * num_columns);
     for (; place < target; place++) {
       for (bool taken = false; !taken;) {
         const int rows = experts.rows_of(++expert);
-        first_k += num_k, num_k = (rows + BK - 1) / BK, taken = experts.takes(rows);
+        first_k += num_k, num_k = (rows + BK - 1) / BK, taken = experts.takes(expert, rows);
       }
     }
     for (; place > target; place--) {
       for (bool taken = false; !taken;) {
         const int rows = experts.rows_of(--expert);
-        num_k = (rows + BK - 1) / BK, first_k -= num_k, taken = experts.takes(rows);
+        num_k = (rows + BK - 1) / BK, first_k -= num_k, taken = experts.takes(expert, rows);
       }
     }
     int local = unit - target * num_tiles * num_columns;
-    const int band = local / (GROUP * num_columns), height = min(GROUP, num_tiles - band * GROUP);
+    const int band = quotient(local, GROUP * num_columns), height = min(GROUP, num_tiles - band * GROUP);
     local -= band * GROUP * num_columns;
-    row = (band * GROUP + local % height) * (HIGH * BM);
-    column = local / height;
+    column = quotient(local, height);
+    row = (band * GROUP + local - column * height) * (HIGH * BM);
   }
   __device__ __forceinline__ bool next() {
     const int mine = blockIdx.x / 2, unit = mine + ++turn * (gridDim.x / 2);
@@ -253,8 +253,8 @@ static __device__ __forceinline__ void consume(const Shared& at, const TensorMap
 extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1)
     gemm_wgrad(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap map_sa,
                const __grid_constant__ TensorMap map_b, const __grid_constant__ TensorMap map_sb,
-               const __grid_constant__ TensorMap map_d, const int* counts, int num_rows, int num_experts, int least, int most, int M,
-               int N) {
+               const __grid_constant__ TensorMap map_d, const int* counts, int num_rows, int from_expert, int to_expert,
+               int least, int most, int M, int N) {
   extern __shared__ u8 raw[];
   Shared at;
   at.a = (shared_address(raw) + 1023) & ~1023u;  // the swizzle repeats every 1024 bytes
@@ -278,7 +278,7 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1)
   }
   cluster_sync();
   begin();
-  const Experts experts = {counts, num_rows, num_experts, least, most};
+  const Experts experts = {counts, num_rows, from_expert, to_expert, least, most};
   const int num_tiles = (M + HIGH * BM - 1) / (HIGH * BM), num_columns = (N + WIDE * BN - 1) / (WIDE * BN);
   if (threadIdx.x < 128) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");

@@ -3,6 +3,7 @@
 //! The true counts are read on the device: no host wait, no padding copies, no tile that only holds padding.
 use crate::fp8::{Blocks, Columns, Rows};
 use crate::ops::gemm_fp8::{Groups, Options, Write, forward_into, out_like, wgrad_into};
+use std::ops::Range;
 use tch::Tensor;
 
 /// a [R, K], b [E, N, K], counts [E] i32 → [R, N]. Rows past the sum of the counts are not written.
@@ -12,8 +13,9 @@ pub fn forward(a: &Rows, b: &Blocks, counts: &Tensor, options: Options) -> Tenso
     out
 }
 
-/// `gradient` [E, M, N] FP32 = or += dyᵀ · x of each expert's `counts` rows, both quantised by columns.
-pub fn wgrad(dy: &Columns, x: &Columns, counts: &Tensor, gradient: &mut Tensor, write: Write, options: Options) {
+/// `gradient` [E, M, N] FP32 = or += dyᵀ · x of each expert's `counts` rows, both quantised by columns. Of these `experts`: the
+/// others' gradients are not touched.
+pub fn wgrad(dy: &Columns, x: &Columns, (counts, experts): (&Tensor, Range<i64>), gradient: &mut Tensor, write: Write, options: Options) {
     let rows = dy.values.size()[1];
-    wgrad_into(dy, x, Groups { counts: Some(counts), rows }, gradient, write, options);
+    wgrad_into(dy, x, (Groups { counts: Some(counts), rows }, experts), gradient, write, options);
 }
