@@ -28,8 +28,8 @@ struct Shared {
 };
 
 // Clusters' tiles in the order in which they are computed: expert by expert, bands of GROUP of them along M (they share
-// B in L2). An expert's last tile whose second subtile has no rows takes half the time: such tiles are a band of their own, and
-// where there are experts, clusters take every other round of tiles from its end, or the same few would get most of them.
+// B in L2). A last tile whose second subtile has no rows takes half the time: such tiles are a band of their own, and where there
+// are experts, clusters take every other round of tiles from its end, or the same few would get most of them.
 struct Walk {
   const int* counts;
   int num_rows, num_experts, num_columns;
@@ -41,20 +41,16 @@ struct Walk {
     count = rows_of(0);
   }
   __device__ __forceinline__ int rows_of(int expert) const { return counts ? load_count(counts + expert) : num_rows; }
-  // The unit of a round.
-  __device__ __forceinline__ int unit(int round, int cluster, int clusters) const {
-    return round * clusters + (counts && round % 2 ? clusters - 1 - cluster : cluster);
-  }
+  __device__ __forceinline__ int tiles() const { return (count + HIGH * BM - 1) / (HIGH * BM); }
   __device__ __forceinline__ bool seek(int unit) {
-    int tiles;
-    while (tiles = (count + HIGH * BM - 1) / (HIGH * BM), unit >= first_unit + tiles * num_columns) {
-      first_unit += tiles * num_columns;
+    while (unit >= first_unit + tiles() * num_columns) {
+      first_unit += tiles() * num_columns;
       first_row += count;
       if (++expert == num_experts) return false;
       count = rows_of(expert);
     }
     int local = unit - first_unit;
-    const int whole = tiles - (SUBTILES == 2 && !ALONG_M && count - (tiles - 1) * BM <= BM / 2);
+    const int whole = tiles() - (SUBTILES == 2 && !ALONG_M && count - (tiles() - 1) * BM <= BM / 2);
     if (local >= whole * num_columns) {
       row = whole * BM, column = local - whole * num_columns;
       return true;
@@ -122,7 +118,8 @@ static __device__ __forceinline__ void load_columns(u32 to, const TensorMap& map
   }
 }
 
-// The producer walks over the tiles and says in each stage, after the scales of A, what the consumers want to know of it.
+// The producer walks over the tiles and says in each stage, after the scales of A, what the consumers want to know of it. The
+// copies of values, which take longest, are under way before.
 static __device__ __forceinline__ void put_note(u32 at, float b0, float b1, int row, int end_row, int column) {
   asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(at), "f"(b0), "f"(b1) : "memory");
   asm volatile("st.shared.v2.b32 [%0], {%1, %2};" ::"r"(at + 8), "r"(row), "r"(end_row) : "memory");
@@ -134,33 +131,21 @@ static __device__ __forceinline__ void produce(const Shared& at, const TensorMap
                                                int num_k, u32 rank) {
   const int blocks_n = (N + 127) / 128;
   Ring<STAGES> ring;
-  const int clusters = gridDim.x / 2, mine = blockIdx.x / 2;
-  // B's scales of the next stage, in the two blocks of 128 columns that a tile may meet.
-  int b, other;
-  auto seek = [&](int round) {
-    if (!walk.seek(walk.unit(round, mine, clusters))) return false;
-    const int block = min(walk.tile_column(rank) / 128, blocks_n - 1);
-    b = (walk.expert * blocks_n + block) * num_k;
-    other = block + 1 < blocks_n ? num_k : 0;
-    return true;
-  };
-  bool more = seek(0);
-  float b0 = more ? __ldg(scale_b + b) : 0, b1 = more ? __ldg(scale_b + b + other) : 0;
-  for (int round = 1; more; round++) {
-    const int row = walk.first_row + walk.tile_row(rank), end_row = walk.first_row + walk.count;
-    const int column = walk.tile_column(rank), b_row = walk.expert * N + column;
+  // From a place of a round to that of the next one.
+  const int clusters = gridDim.x / 2;
+  int skew = walk.counts ? clusters - 1 - (int)(blockIdx.x / 2) * 2 : 0;
+  for (int unit = blockIdx.x / 2; walk.seek(unit); unit += clusters + skew, skew = -skew) {
+    const int row = walk.first_row + walk.tile_row(rank), column = walk.tile_column(rank);
+    const int block = min(column / 128, blocks_n - 1), b_row = walk.expert * N + column;
+    const float* b = scale_b + (long long)(walk.expert * blocks_n + block) * num_k;
+    const int other = block + 1 < blocks_n ? num_k : 0;
+    float b0 = __ldg(b), b1 = __ldg(b + other);
 #pragma unroll 1
     for (int k = 0; k < num_k; k++, ring.next()) {
       const u32 full = at.full + 8 * ring.stage, a = at.a + ring.stage * A_BYTES, to_b = at.b + ring.stage * B_BYTES;
       const u32 scales = at.scales + ring.stage * SA_BYTES;
-      const float s0 = b0, s1 = b1;
-      // What the next stage needs is sought while this one is waited for.
-      b++;
-      if (k + 1 == num_k) more = seek(round);
-      if (more) b0 = __ldg(scale_b + b), b1 = __ldg(scale_b + b + other);
       barrier_wait(at.empty + 8 * ring.stage, ring.parity ^ 1);
-      put_note(scales + NOTE, s0, s1, row, end_row, column);
-      barrier_expect(full, STAGE_BYTES);
+      barrier_expect_bytes(full, STAGE_BYTES);
       if (ALONG_M) {
         load_box(a, map_a, full, k * BK, row);
         load_columns<true>(to_b + rank * (B_BYTES / 2), map_b, full, k * BK, b_row + rank * (BN / 2));
@@ -168,7 +153,11 @@ static __device__ __forceinline__ void produce(const Shared& at, const TensorMap
         load_box_for_both(a + rank * (A_BYTES / 2), map_a, full, k * BK, row + rank * (BM / 2));
         load_columns<false>(to_b, map_b, full, k * BK, b_row);
       }
+      put_note(scales + NOTE, b0, b1, row, walk.first_row + walk.count, column);
+      barrier_arrive_here(full);
       for (int i = 0; i < SUBTILES; i++) load_box(scales + i * SA_STRIDE, map_sa, full, (row & ~3) + i * 128, k);
+      b++;
+      if (k + 1 < num_k) b0 = __ldg(b), b1 = __ldg(b + other);
     }
   }
   // The consumers look one stage ahead: their last look finds an empty one.
