@@ -238,7 +238,10 @@ static __device__ __forceinline__ void consume(const Shared& at, void* d, int N,
           read_scales(k + 1 == num_k ? next_row : row);
         }
         wgmma_wait<0>();
-        if (subtile == filled - 1 && lane < 2) barrier_arrive(used + 8 * STAGES, lane);
+        if (subtile == filled - 1) {
+          __syncwarp();  // all lanes have read the stage
+          if (lane < 2) barrier_arrive(used + 8 * STAGES, lane);
+        }
         if (PROMOTE || k + 1 == num_k) promote(sum[subtile], acc, s, (128 - column % 128) / 8);
       }
     }
