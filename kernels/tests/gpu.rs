@@ -188,13 +188,15 @@ fn wgrad_accumulates_and_assigns() {
             let before = Tensor::randn([counts.len() as i64, m, n], (Kind::Float, gpu.device()));
             let mut gradient = if write == Write::Assign { before.full_like(f64::NAN) } else { before.copy() };
             let options = gemm_fp8::Options { plan, num_sms, ..Default::default() };
-            // All at once, or the last ones first.
+            // All at once, or the last ones first, and one of the first by itself.
             let (all, middle) = (counts.len() as i64, if num_sms.is_some() { counts.len() as i64 / 2 } else { 0 });
             gemm_grouped::wgrad(&dy, &x, (&tensor, middle..all), &mut gradient, write, options);
             if middle > 0 {
                 let [now, then] = [&gradient, &before].map(|all| all.narrow(0, 0, middle));
                 assert!(if write == Write::Assign { bool::try_from(now.isnan().all()).unwrap() } else { same(&now, &then) }, "{counts:?}: others' were touched");
-                gemm_grouped::wgrad(&dy, &x, (&tensor, 0..middle), &mut gradient, write, options);
+                for experts in [0..1, 1..middle].into_iter().filter(|experts| !experts.is_empty()) {
+                    gemm_grouped::wgrad(&dy, &x, (&tensor, experts), &mut gradient, write, options);
+                }
             }
             let (a, b) = (dy.dequantise(Kind::Double), x.dequantise(Kind::Double));
             let mut from = 0;

@@ -287,11 +287,13 @@ impl Weights {
     }
 }
 
-/// Takes a parameter's gradient when its last contribution is in: to reduce it under the rest of the backward.
+/// Takes a parameter's gradient when its last contribution is in, or the part of it that `leaving` asks for: to reduce it under the
+/// rest of the backward.
 pub trait GradSink {
-    /// All rows are complete, or those of `leaving`: whoever made these makes the others now.
+    /// Where `leaving` named rows, only these are complete; the others may hold anything, and are to be read at the step's end.
     fn complete(&mut self, id: ParamId, gradient: Tensor);
-    /// Rows that others wait for, in order: where a contribution comes in parts, these are to be made first. Else none.
+    /// Of a last contribution that comes in parts, the rows that are to be made first, in rising order: others wait for them. None: all
+    /// at once.
     fn leaving(&self, _: ParamId) -> Vec<Range<i64>> {
         Vec::new()
     }
@@ -305,7 +307,7 @@ impl GradSink for Vec<(ParamId, Tensor)> {
 }
 
 /// The gradients of one step under way, in the masters' kind. A layer's `backward_weight` contributes exactly once to
-/// each of its parameters; the last contribution hands the gradient to the sink.
+/// each of its parameters; the last contribution hands the gradient to the sink, where that asks for it before it is all made.
 pub struct Grads<'a> {
     kind: Kind,
     device: Device,
@@ -348,8 +350,8 @@ impl<'a> Grads<'a> {
         self.gemms.count(operands);
         self.accumulate(id, contribute);
     }
-    /// The same by one product for each row of dim 0 (experts): `contribute` makes those that it is asked for. On its way is what
-    /// has to leave while the rest is made.
+    /// The same by one product for each row of dim 0 (experts): `contribute` makes those that it is asked for. The sink has what is
+    /// to leave before the rest is made.
     pub fn accumulate_products(&mut self, id: ParamId, operands: Kind, mut contribute: impl FnMut(&mut Tensor, bool, Range<i64>)) {
         let leaving = if self.missing[id.0] == 1 { self.sink.leaving(id) } else { Vec::new() };
         let all = 0..self.table.spec(id).shape[0];

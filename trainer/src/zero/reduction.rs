@@ -1,5 +1,5 @@
 //! One step's gradients on their way to their owners: each bucket starts as soon as it is full and its turn has come.
-use super::{Bucket, Lane, Route, Zero};
+use super::{Bucket, Lane, Route, Run, Zero};
 use kernels::ops::gradient_norm::{Parts, Squares};
 use model::{GradSink, ParamId};
 use parallel::comm::{Comm, CommError, Pending};
@@ -39,12 +39,22 @@ pub(super) struct Filling {
 }
 
 impl GradSink for Reduction<'_> {
-    /// The other owners' rows: while they travel, this rank's own are made, which nobody reads before all are summed.
+    /// The other owners' rows, if the bucket starts with them: while they travel, this rank's own are made, which nobody reads
+    /// before all are summed.
     fn leaving(&self, id: ParamId) -> Vec<Range<i64>> {
         let Route::Bucket(index) = self.zero.routes[id.0] else { return Vec::new() };
         let bucket = &self.zero.buckets[index];
-        let others = bucket.reduce.runs.iter().filter(|run| run.shard.id == id && run.owner != bucket.rank);
-        others.map(|run| run.shard.start..run.shard.start + run.shard.rows).collect()
+        if self.late || self.filling[index].missing > 1 || self.next[bucket.lane] < index {
+            return Vec::new();
+        }
+        let mut all: Vec<Range<i64>> = Vec::new();
+        for Run { shard, .. } in bucket.reduce.runs.iter().filter(|run| run.shard.id == id && run.owner != bucket.rank) {
+            match all.last_mut().filter(|rows| rows.end == shard.start) {
+                Some(rows) => rows.end += shard.rows,
+                None => all.push(shard.start..shard.start + shard.rows),
+            }
+        }
+        all
     }
 
     fn complete(&mut self, id: ParamId, gradient: Tensor) {

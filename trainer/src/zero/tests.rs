@@ -130,13 +130,19 @@ fn reduced(groups: &Groups, bytes: usize, alter: impl Fn(ParamId, Tensor) -> Ten
     let (mut reduction, mut later) = (zero.begin(false), Vec::new());
     for id in order {
         let whole = alter(id, gradient(&weights.table, id, rank));
-        // What nobody waits for may come later.
-        let part = if reduction.leaving(id).is_empty() { whole.shallow_clone() } else { whole.full_like(f64::NAN) };
+        // What nobody waits for comes later.
+        let leaving = reduction.leaving(id);
+        assert!(leaving.is_empty() || leaving.len() <= 2 && leaving.is_sorted_by(|a, b| a.end < b.start), "before and after this rank's own: {leaving:?}");
         let of = |tensor: &Tensor, rows: &Range<i64>| tensor.narrow(0, rows.start, rows.end - rows.start);
-        reduction.leaving(id).iter().for_each(|rows| of(&part, rows).copy_(&of(&whole, rows)));
+        let part = if leaving.is_empty() { whole.shallow_clone() } else { whole.full_like(f64::NAN) };
+        leaving.iter().for_each(|rows| of(&part, rows).copy_(&of(&whole, rows)));
         reduction.complete(id, part.shallow_clone());
-        later.push((part, whole));
+        if !leaving.is_empty() {
+            let own = zero.shards().iter().filter(|shard| shard.id == id);
+            later.extend(own.map(|shard| (shard.of(&part), shard.of(&whole))));
+        }
     }
+    assert!(groups.world.size() == 1 || bytes > 64 || !later.is_empty(), "some bucket starts with its last gradient");
     let arriving = reduction.finish().expect("all are complete");
     later.into_iter().for_each(|(mut part, whole)| part.copy_(&whole));
     let (sums, squares) = arriving.sum().expect("sums");

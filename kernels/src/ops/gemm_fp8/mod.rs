@@ -136,7 +136,7 @@ pub(crate) fn wgrad_into(
     let gpu = device::gpu(gradient.device());
     let num_sms = options.num_sms.unwrap_or(gpu.num_sms());
     let given = options.plan.map(|plan| vec![(plan, 0..i64::from(i32::MAX))]);
-    // As many rows fall on each.
+    // As if as many rows fell on each: the counts are on the device.
     let rows = groups.rows * num_wanted / groups.num();
     for (plan, rows) in given.unwrap_or_else(|| Plan::wgrads([m, n, rows], num_wanted, write, num_sms)) {
         let kernel = wgrad_kernel(plan, write, gradient.device());
