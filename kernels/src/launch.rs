@@ -108,14 +108,14 @@ impl<'a> Launch<'a> {
         self
     }
 
-    /// A tensor map of an E4M3 matrix whose rows come in another order: row 8q + 2j + e of 32 is in place 8j + 2q + e of
-    /// a box of `rows` rows × 128 columns.
-    pub fn map_interleaved(mut self, matrix: &Tensor, rows: usize) -> Self {
+    /// A tensor map of an E4M3 matrix, boxes of `rows` rows × 128 columns, with pairs of rows in another order: of each 8 · `pairs`
+    /// rows 2 · (pairs · q + j) + e is in place 8j + 2q + e.
+    pub fn map_interleaved(mut self, matrix: &Tensor, rows: usize, pairs: usize) -> Self {
         assert_eq!(matrix.device(), self.gpu.device(), "{}: argument {}", self.kernel.name, self.args.len());
         let cols = *matrix.size().last().expect("a matrix has columns");
-        let ordered = matrix.view([-1, 4, 4, 2, cols]).permute([0, 2, 1, 3, 4]);
+        let ordered = matrix.view([-1, 4, pairs as i64, 2, cols]).permute([0, 2, 1, 3, 4]);
         let swizzle = sys::CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_128B;
-        self.args.push(Arg::Map(encode(&ordered, &[rows / 32, 4, 4, 2, 128], swizzle)));
+        self.args.push(Arg::Map(encode(&ordered, &[rows / (8 * pairs), pairs, 4, 2, 128], swizzle)));
         self
     }
 

@@ -133,7 +133,7 @@ impl Bench {
     }
 
     fn grouped(&self) {
-        println!("\ngrouped, uniform and Zipf rows: TFLOP/s forward; wgrad (FP32 +=), and of its floor");
+        println!("\ngrouped, uniform and Zipf rows: TFLOP/s forward; wgrad (FP32 +=), and of its floor (FP32 =)");
         let copy = self.copy_bandwidth(i64::MAX);
         for (experts, rows_each, n, k) in GROUPED {
             let rows = experts * rows_each;
@@ -153,21 +153,24 @@ impl Bench {
                 };
                 let by_column = |x: &Tensor| quantise::columns(x, Some(&counts), ScaleRule::Amax);
                 let (qdy, qx) = (by_column(&dy), by_column(&x));
-                let wgrad = |plan| {
+                let wgrad = |plan, write| {
                     let options = Options { plan, ..Options::default() };
-                    gemm_grouped::wgrad(&qdy, &qx, (&counts, 0..experts), &mut gradient.shallow_clone(), Write::Accumulate, options)
+                    gemm_grouped::wgrad(&qdy, &qx, (&counts, 0..experts), &mut gradient.shallow_clone(), write, options)
                 };
                 let forwards = self.race_all(&forward_plans, &forward);
-                let wgrads = self.race_all(&wgrad_plans, &wgrad);
-                let [forwards, wgrads] =
-                    [forwards, wgrads].map(|times| times.iter().map(|t| tera / t).collect::<Vec<_>>());
+                let wgrads = self.race_all(&wgrad_plans, &|plan| wgrad(plan, Write::Accumulate));
+                let assigning: Vec<_> = wgrad_plans.iter().copied().filter(|plan| plan.is_none_or(|plan| plan.takes(Write::Assign))).collect();
+                let assigns = self.race_all(&assigning, &|plan| wgrad(plan, Write::Assign));
+                let [forwards, wgrads, assigns] =
+                    [forwards, wgrads, assigns].map(|times| times.iter().map(|t| tera / t).collect::<Vec<_>>());
                 let of_floor = wgrads[0] * floor_ms / tera;
                 println!(
-                    "{experts:>3} x {rows_each:<5} {n}x{k} {name:<8} {:.0}; {:.0}, {of_floor:.2}",
-                    forwards[0], wgrads[0]
+                    "{experts:>3} x {rows_each:<5} {n}x{k} {name:<8} {:.0}; {:.0}, {of_floor:.2} (assigned {:.0})",
+                    forwards[0], wgrads[0], assigns[0]
                 );
                 show_candidates(&forward_plans, &forwards, forwards[0]);
                 show_candidates(&wgrad_plans, &wgrads, wgrads[0]);
+                show_candidates(&assigning, &assigns, assigns[0]);
             }
         }
     }

@@ -20,6 +20,7 @@ constexpr int STAGE_BYTES = A_BYTES + B_BYTES + SUBTILES * SA_LOAD;
 // A tile meets two B scales at most; the boundary lies on a multiple of STEP groups of eight columns.
 static __device__ constexpr int gcd(int a, int b) { return b ? gcd(b, a % b) : a; }
 constexpr int STEP = gcd(BN, 128) / 8;
+constexpr int GROUP_OF_B = INTERLEAVED ? 32 : 8;
 constexpr bool ONE_SCALE = 128 % BN == 0;
 static_assert(STEP % 4 == 0 && 128 - 8 * STEP + BN <= 256, "a tile may meet two B scales, not three");
 
@@ -108,16 +109,6 @@ static __device__ __forceinline__ void write(const float (&sum)[BN / 2], void* d
   }
 }
 
-// Rows of B, for one block or for both.
-template <bool BOTH>
-static __device__ __forceinline__ void load_columns(u32 to, const TensorMap& map, u32 barrier, int k, int row) {
-  if constexpr (INTERLEAVED) {
-    BOTH ? load_interleaved_for_both(to, map, barrier, k, row / 32) : load_interleaved(to, map, barrier, k, row / 32);
-  } else {
-    BOTH ? load_box_for_both(to, map, barrier, k, row) : load_box(to, map, barrier, k, row);
-  }
-}
-
 // The producer walks over the tiles and says in each stage, after the scales of A, what the consumers want to know of it. The
 // copies of values, which take longest, are under way before.
 static __device__ __forceinline__ void put_note(u32 at, float b0, float b1, int row, int end_row, int column) {
@@ -148,10 +139,10 @@ static __device__ __forceinline__ void produce(const Shared& at, const TensorMap
       barrier_expect_bytes(full, STAGE_BYTES);
       if (ALONG_M) {
         load_box(a, map_a, full, k * BK, row);
-        load_columns<true>(to_b + rank * (B_BYTES / 2), map_b, full, k * BK, b_row + rank * (BN / 2));
+        load_rows<true, GROUP_OF_B>(to_b + rank * (B_BYTES / 2), map_b, full, k * BK, b_row + rank * (BN / 2));
       } else {
         load_box_for_both(a + rank * (A_BYTES / 2), map_a, full, k * BK, row + rank * (BM / 2));
-        load_columns<false>(to_b, map_b, full, k * BK, b_row);
+        load_rows<false, GROUP_OF_B>(to_b, map_b, full, k * BK, b_row);
       }
       put_note(scales + NOTE, b0, b1, row, walk.first_row + walk.count, column);
       barrier_arrive_here(full);

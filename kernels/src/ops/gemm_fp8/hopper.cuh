@@ -94,20 +94,24 @@ static __device__ __forceinline__ void load_box_for_both(u32 to, const TensorMap
       : "memory");
 }
 
-// Rows from 32·y on, each 32 of them in another order: row 8q + 2j + e of them in place 8j + 2q + e.
-static __device__ __forceinline__ void load_interleaved(u32 to, const TensorMap& map, u32 barrier, int x, int y) {
-  asm volatile(
-      "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %5, %5, %5, %4}], [%2];" ::"r"(
-          to),
-      "l"(&map), "r"(barrier), "r"(x), "r"(y), "r"(0)
-      : "memory");
-}
-static __device__ __forceinline__ void load_interleaved_for_both(u32 to, const TensorMap& map, u32 barrier, int x, int y) {
-  asm volatile(
-      "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster"
-      " [%0], [%1, {%3, %5, %5, %5, %4}], [%2], %6;" ::"r"(to),
-      "l"(&map), "r"(barrier), "r"(x), "r"(y), "r"(0), "h"((u16)3)
-      : "memory");
+// Rows of a matrix, for one block or for both, each GROUP of them, 16 or 32, in another order (map_interleaved).
+template <bool BOTH, int GROUP>
+static __device__ __forceinline__ void load_rows(u32 to, const TensorMap& map, u32 barrier, int x, int row) {
+  if constexpr (GROUP == 8) {
+    BOTH ? load_box_for_both(to, map, barrier, x, row) : load_box(to, map, barrier, x, row);
+  } else if constexpr (BOTH) {
+    asm volatile(
+        "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster"
+        " [%0], [%1, {%3, %5, %5, %5, %4}], [%2], %6;" ::"r"(to),
+        "l"(&map), "r"(barrier), "r"(x), "r"(row / GROUP), "r"(0), "h"((u16)3)
+        : "memory");
+  } else {
+    asm volatile(
+        "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %5, %5, %5, %4}], [%2];" ::"r"(
+            to),
+        "l"(&map), "r"(barrier), "r"(x), "r"(row / GROUP), "r"(0)
+        : "memory");
+  }
 }
 
 // A box at (x, y, z) of a stack of matrices.
@@ -121,12 +125,6 @@ static __device__ __forceinline__ void read_box(u32 to, const TensorMap& map, u3
 // A box from shared memory to (x, y, z) of a stack of matrices behind the thread's back; what lies outside is left out.
 static __device__ __forceinline__ void store_box(const TensorMap& map, u32 from, int x, int y, int z) {
   asm volatile("cp.async.bulk.tensor.3d.global.shared::cta.tile.bulk_group [%0, {%2, %3, %4}], [%1];" ::"l"(&map),
-               "r"(from), "r"(x), "r"(y), "r"(z)
-               : "memory");
-}
-// The same, added in L2.
-static __device__ __forceinline__ void add_box(const TensorMap& map, u32 from, int x, int y, int z) {
-  asm volatile("cp.reduce.async.bulk.tensor.3d.global.shared::cta.add.tile.bulk_group [%0, {%2, %3, %4}], [%1];" ::"l"(&map),
                "r"(from), "r"(x), "r"(y), "r"(z)
                : "memory");
 }

@@ -1,7 +1,8 @@
 //! The three FP8 GEMMs of a linear (report §3.3), dense and grouped by expert: one pair of CUDA kernels for both.
 //!
 //! K-major operands: Fprop reads x by rows and W; Dgrad dy by rows and Wᵀ; Wgrad dy and x by columns. The output of
-//! the first two is BF16; Wgrad adds into FP32. Sizes: any M ≥ 0; N a multiple of 8, K of 16 (rows of 16 bytes).
+//! the first two is BF16; Wgrad adds into FP32. Sizes: any M ≥ 0; N a multiple of 8, of Wgrad's gradient 16, K of 16 (rows of
+//! 16 bytes).
 //!
 //! Legend: M rows, N output columns, K contraction, E experts, P padded rows.
 use crate::device::{self, DeviceError, Gpu, Kernel};
@@ -97,7 +98,7 @@ pub(crate) fn forward_into(a: &Rows, b: &Blocks, counts: Option<&Tensor>, out: &
     let kernel = forward_kernel(plan, options, interleaved, a.values.device());
     let launch = Launch::new(gpu, &kernel).early().map(&a.values, plan.box_a(), 128).map(&a.scales, 1, Plan::ROW_SCALES);
     let rows = b.values.view([-1, k]);
-    let launch = if interleaved { launch.map_interleaved(&rows, plan.box_b()) } else { launch.map(&rows, plan.box_b(), 128) };
+    let launch = if interleaved { launch.map_interleaved(&rows, plan.box_b(), 4) } else { launch.map(&rows, plan.box_b(), 128) };
     launch
         .tensor(&b.scales, Kind::Float)
         .tensor(out, if options.out_fp32 { Kind::Float } else { Kind::BFloat16 })
@@ -122,7 +123,7 @@ pub(crate) fn wgrad_into(
     assert_eq!(p, px, "dy and x have different numbers of rows");
     assert_eq!(gradient.size().iter().product::<i64>(), groups.num() * m * n, "gradient {:?}", gradient.size());
     assert!(gradient.is_contiguous(), "the gradient is written through its own memory");
-    assert!(n % 8 == 0 && groups.rows <= p, "N {n} is not a multiple of 8, or {} rows in {p}", groups.rows);
+    assert!(n % 16 == 0 && groups.rows <= p, "N {n} is not a multiple of 16, or {} rows in {p}", groups.rows);
     assert!(0 <= wanted.start && wanted.start < wanted.end && wanted.end <= groups.num(), "experts {wanted:?} of {}", groups.num());
     let Device::Cuda(_) = gradient.device() else { return cpu::wgrad(dy, x, (groups, wanted), gradient, write) };
     assert_eq!(gradient.kind(), Kind::Float, "weight gradients are FP32");
@@ -140,13 +141,14 @@ pub(crate) fn wgrad_into(
     let rows = groups.rows * num_wanted / groups.num();
     for (plan, rows) in given.unwrap_or_else(|| Plan::wgrads([m, n, rows], num_wanted, write, num_sms)) {
         let kernel = wgrad_kernel(plan, write, gradient.device());
-        Launch::new(gpu, &kernel)
-            .early()
-            .map(&dy.values, plan.box_a(), 128)
-            .map(&dy.scales, 1, plan.rows())
-            .map(&x.values, plan.box_b(), 128)
+        let launch = Launch::new(gpu, &kernel).early().map(&dy.values, plan.box_a(), 128).map(&dy.scales, 1, plan.rows());
+        // A lane writes 16 bytes of a row, unless all goes through shared memory.
+        let launch =
+            if plan.reload { launch.map(&x.values, plan.box_b(), 128) } else { launch.map_interleaved(&x.values, plan.box_b(), 2) };
+        launch
             .map(&x.scales, 1, plan.width)
-            .map_of_stack(&gradient.view([groups.num(), m, n]), plan.box_d())
+            .map_of_stack(&gradient.view([groups.num(), m, n]), plan.rows())
+            .tensor(gradient, Kind::Float)
             .tensor_or_null(groups.counts, Kind::Int)
             .int(groups.rows)
             .int(wanted.start)
@@ -205,14 +207,18 @@ fn wgrad_kernel(plan: Plan, write: Write, device: Device) -> Arc<Kernel> {
     kernel.expect("our own kernels compile and load")
 }
 
+fn wgrad_variants() -> impl Iterator<Item = (Plan, Write)> {
+    let all = WGRAD_PLANS.into_iter().flat_map(|plan| [Write::Assign, Write::Accumulate].map(|write| (plan, write)));
+    all.filter(|(plan, write)| plan.takes(*write))
+}
+
 /// Compiles and loads all that training may ask for: which tile a GEMM takes depends on how many rows come to the experts, and
 /// no step is to wait for a compiler, nor to find no memory for the code.
 pub fn load_all(gpu: &Gpu) -> Result<(), DeviceError> {
     let options = Options::default();
     let forward = FORWARD_PLANS.iter().flat_map(|&plan| [true, false].map(|interleaved| (plan, interleaved)));
     let forward = forward.map(|(plan, interleaved)| (forward_key(plan, options, interleaved), "gemm_forward", forward_source(plan, options, interleaved)));
-    let wgrad = WGRAD_PLANS.iter().flat_map(|&plan| [Write::Assign, Write::Accumulate].map(|write| (plan, write)));
-    let wgrad = wgrad.map(|(plan, write)| (wgrad_key(plan, write), "gemm_wgrad", wgrad_source(plan, write)));
+    let wgrad = wgrad_variants().map(|(plan, write)| (wgrad_key(plan, write), "gemm_wgrad", wgrad_source(plan, write)));
     let queue = Mutex::new(forward.chain(wgrad).collect::<Vec<_>>());
     let next = || queue.lock().expect("nobody panics with it").pop();
     let work = || -> Result<(), DeviceError> {
@@ -237,10 +243,6 @@ pub fn sources() -> Vec<(Source, &'static str)> {
             all.push((forward_source(plan, options, interleaved), "gemm_forward"));
         }
     }
-    for plan in WGRAD_PLANS {
-        for write in [Write::Accumulate, Write::Assign] {
-            all.push((wgrad_source(plan, write), "gemm_wgrad"));
-        }
-    }
+    all.extend(wgrad_variants().map(|(plan, write)| (wgrad_source(plan, write), "gemm_wgrad")));
     all
 }

@@ -50,7 +50,7 @@ impl Plan {
 
     /// For [M, N, K] and rows that fall on `num_experts` in an unknown way.
     pub(super) fn forward([m, n, k]: [i64; 3], num_experts: i64, num_sms: usize) -> Plan {
-        best(&FORWARD_PLANS, |plan| {
+        best(FORWARD_PLANS.into_iter(), |plan| {
             // On average the last tile of an expert is half full.
             let down = m as f64 / (plan.cluster().0 * plan.rows()) as f64 + if num_experts > 1 { num_experts as f64 / 2.0 } else { 0.0 };
             let tile = k as f64 / 128.0 * plan.forward_cost() + 2.0 * plan.area();
@@ -63,22 +63,26 @@ impl Plan {
     pub(super) fn wgrads([m, n, rows]: [i64; 3], num_experts: i64, write: Write, num_sms: usize) -> Vec<(Plan, Range<i64>)> {
         let all = 0..i64::from(i32::MAX);
         if num_experts < 2 || write == Write::Assign || rows / num_experts > 2 * FEW_ROWS {
-            return vec![(Plan::wgrad([m, n, rows], num_experts, num_sms), all)];
+            return vec![(Plan::wgrad([m, n, rows], num_experts, write, num_sms), all)];
         }
-        let many = Plan::wgrad([m, n, 2 * FEW_ROWS], 1, num_sms);
+        let many = Plan::wgrad([m, n, 2 * FEW_ROWS], 1, write, num_sms);
         vec![(many, FEW_ROWS..all.end), (RELOADING, 0..FEW_ROWS)]
     }
 
     /// For [M, N, rows]: every expert has a gradient of its own.
-    fn wgrad([m, n, rows]: [i64; 3], num_experts: i64, num_sms: usize) -> Plan {
-        best(&WGRAD_PLANS, |plan| {
+    fn wgrad([m, n, rows]: [i64; 3], num_experts: i64, write: Write, num_sms: usize) -> Plan {
+        best(WGRAD_PLANS.into_iter().filter(|plan| plan.takes(write)), |plan| {
             let down = (m as f64 / (plan.cluster().0 * plan.rows()) as f64).ceil() * num_experts as f64;
-            let [of_k, once] = plan.wgrad_cost();
+            let [of_k, once] = plan.wgrad_cost(write);
             let tile = rows as f64 / num_experts as f64 / 128.0 * of_k + once;
             waves(down, plan.across(n), num_sms) * tile
         })
     }
 
+    /// What is not read needs no reloading.
+    pub fn takes(self, write: Write) -> bool {
+        !self.reload || write == Write::Accumulate
+    }
     fn across(self, n: i64) -> f64 {
         (n as f64 / (self.cluster().1 * self.width) as f64).ceil()
     }
@@ -96,26 +100,25 @@ impl Plan {
             _ => 1.0,
         }
     }
-    /// And of reading and writing the gradient once.
-    fn wgrad_cost(self) -> [f64; 2] {
-        match (self.reload, self.width, self.along_m) {
-            (true, ..) => [1.28, 5.5],
-            (_, 160, true) => [1.20, 14.0],
-            (_, 160, false) => [1.24, 14.6],
-            _ => [1.0, 10.0],
+    /// And of writing the gradient, or adding to it.
+    fn wgrad_cost(self, write: Write) -> [f64; 2] {
+        match (write, self.reload, self.width, self.along_m) {
+            (_, true, ..) => [1.35, 2.5],
+            (Write::Accumulate, _, 160, true) => [1.18, 11.0],
+            (Write::Accumulate, _, 160, false) => [1.20, 11.4],
+            (Write::Accumulate, ..) => [1.0, 8.3],
+            (Write::Assign, _, 160, true) => [1.19, 4.0],
+            (Write::Assign, _, 160, false) => [1.23, 4.4],
+            (Write::Assign, ..) => [1.0, 3.0],
         }
     }
 
     fn stages(self, stage_bytes: usize, other_bytes: usize) -> usize {
         ((SHARED_BYTES - other_bytes) / (stage_bytes + 16)).min(MOST_STAGES)
     }
-    /// A warp's 16 rows of 32 columns, or the whole tile.
+    /// The place of a tile of the gradient.
     fn wgrad_out_bytes(self) -> usize {
-        if self.reload { self.rows() * self.width * 4 } else { 8 * 16 * 32 * 4 }
-    }
-    /// Rows of a box of the gradient.
-    pub(super) fn box_d(self) -> usize {
-        if self.reload { self.rows() } else { 16 }
+        if self.reload { self.rows() * self.width * 4 } else { 0 }
     }
     /// The scales of a box of A: rows of an expert may start anywhere, and the copy engine at every fourth.
     pub(super) const ROW_SCALES: usize = 128 + 4;
@@ -153,8 +156,8 @@ fn waves(down: f64, across: f64, num_sms: usize) -> f64 {
     (down * across / (num_sms / 2) as f64).ceil()
 }
 
-fn best(plans: &[Plan], cost: impl Fn(Plan) -> f64) -> Plan {
-    *plans.iter().min_by(|a, b| cost(**a).total_cmp(&cost(**b))).expect("there is a plan")
+fn best(plans: impl Iterator<Item = Plan>, cost: impl Fn(Plan) -> f64) -> Plan {
+    plans.min_by(|a, b| cost(*a).total_cmp(&cost(*b))).expect("there is a plan")
 }
 
 #[cfg(test)]
@@ -177,10 +180,10 @@ mod tests {
         // 17 column tiles of 128 leave a third wave of large tiles almost empty.
         assert_eq!(Plan::forward([4096, 2176, 7168], 1, 132).width, 192);
         assert_eq!(Plan::forward([4096, 24576, 1536], 1, 132).subtiles, 2);
-        assert_eq!(Plan::wgrad([7168, 2048, 4096], 1, 132), plan(1, 128, false));
-        assert_eq!(Plan::wgrad([7168, 16384, 4096], 1, 132), plan(1, 160, true));
+        assert_eq!(Plan::wgrad([7168, 2048, 4096], 1, Write::Accumulate, 132), plan(1, 128, false));
+        assert_eq!(Plan::wgrad([7168, 16384, 4096], 1, Write::Accumulate, 132), plan(1, 160, true));
         // Of few rows the gradient is most of the work.
-        assert!(Plan::wgrad([4096, 7168, 32768], 32, 132).reload && !Plan::wgrad([4096, 7168, 32768], 4, 132).reload);
+        assert!(Plan::wgrad([4096, 7168, 32768], 32, Write::Accumulate, 132).reload && !Plan::wgrad([4096, 7168, 32768], 4, Write::Accumulate, 132).reload);
         let wgrads = |experts, write| Plan::wgrads([4096, 7168, 32768], experts, write, 132);
         assert!(wgrads(1, Write::Accumulate).len() == 1 && wgrads(4, Write::Accumulate).len() == 1 && wgrads(32, Write::Assign).len() == 1);
         // Each number of rows has its launch, and one only.

@@ -12,17 +12,19 @@ constexpr int GROUP = 2048 / (HIGH * BM);
 constexpr int A_BYTES = BM * BK, B_BYTES = BN * BK, SA_BYTES = BM * 4, SB_BYTES = (BN * 4 + 127) / 128 * 128;
 constexpr int STAGE_BYTES = A_BYTES + B_BYTES + SA_BYTES + BN * 4;
 
-// Epilogue, in boxes of 32 columns swizzled over 128 bytes. Else each warp has a place for a box of 16 rows, sent at once to
-// be added in L2. RELOAD, for experts of few rows, whose gradients are most of the traffic: a place for the whole tile,
-// into which a thread of its own reads the gradient while the tile is multiplied, and from where it writes the sum. All of a
-// tile at once: memory is slower where reads and writes take turns more often.
-constexpr int BOX_ROWS = RELOAD ? BM : 16, BOX_BYTES = BOX_ROWS * 32 * 4;
-constexpr int OUT_BYTES = RELOAD ? BN / 32 * BOX_BYTES : CONSUMER_WARPS * BOX_BYTES;
-static_assert(BN % 32 == 0, "a tile is written in boxes of 32 columns");
+// Gradients are assigned, or added to in L2, straight from the registers. RELOAD, for experts of few rows, whose gradients are
+// most of the traffic: in shared memory a place for the whole tile, in boxes of 32 columns swizzled over 128 bytes, into which
+// a thread of its own reads the gradient while the tile is multiplied, and from where it writes the sum. All of a tile at once:
+// memory is slower where reads and writes take turns more often.
+constexpr int BOX_BYTES = BM * 32 * 4, OUT_BYTES = RELOAD ? BN / 32 * BOX_BYTES : 0;
+static_assert(!RELOAD || (ACCUMULATE && BN % 32 == 0), "a tile is exchanged in boxes of 32 columns");
+// Neighbours that a lane holds in every 4 · LANE columns. Four: the copy engine has put B's rows in such an order that a lane's
+// pairs of 16 columns are 16 bytes.
+constexpr int LANE = RELOAD ? 2 : 4;
 constexpr bool AHEAD = !RELOAD;  // its ring is too short to look a stage ahead
-// Were all clusters done with a tile at once, all would write at once, and memory would idle between. So most begin in the
+// Were all clusters done with a tile at once, all would add to memory at once, and it would idle between. So most begin in the
 // middle of their first tile, and end with its beginning.
-constexpr int STARTS = RELOAD ? 1 : 4;
+constexpr int STARTS = ACCUMULATE && !RELOAD ? 4 : 1;
 
 struct Shared {
   u32 a, b, scales_a, scales_b, out, full, empty, room, written;
@@ -50,7 +52,6 @@ struct Walk {
   int row = 0, column = 0;                              // of the cluster's tiles: the first row, the place along N
   int turn = -1, held = 0;                              // held: what was left of the first tile
   int from = 0, count = 0;                              // the part of num_k whose turn it is
-  bool adds = false;                                    // to what the tile's other part has assigned
 
   __device__ __forceinline__ Walk(Experts experts, int num_tiles, int num_columns)
       : experts(experts), num_taken(experts.taken()), num_tiles(num_tiles), num_columns(num_columns) {}
@@ -79,7 +80,7 @@ struct Walk {
     const bool past = unit >= num_taken * num_tiles * num_columns;
     if (past && held == 0) return false;
     seek(past ? mine : unit);
-    from = 0, count = past ? held : num_k, adds = past, held = past ? 0 : held;
+    from = 0, count = past ? held : num_k, held = past ? 0 : held;
     if (turn == 0) held = from = num_k * (mine % STARTS) / STARTS, count -= from;
     return true;
   }
@@ -97,10 +98,10 @@ static __device__ __forceinline__ void produce(const Shared& at, const TensorMap
       barrier_expect(full, STAGE_BYTES);
       if (ALONG_M) {
         load_box(a, map_a, full, k * BK, row);
-        load_box_for_both(b + rank * (B_BYTES / 2), map_b, full, k * BK, column + rank * (BN / 2));
+        load_rows<true, 4 * LANE>(b + rank * (B_BYTES / 2), map_b, full, k * BK, column + rank * (BN / 2));
       } else {
         load_box_for_both(a + rank * (A_BYTES / 2), map_a, full, k * BK, row + rank * (BM / 2));
-        load_box(b, map_b, full, k * BK, column);
+        load_rows<false, 4 * LANE>(b, map_b, full, k * BK, column);
       }
       load_box(at.scales_a + ring.stage * SA_BYTES, map_sa, full, row, k);
       load_box(at.scales_b + ring.stage * SB_BYTES, map_sb, full, column, k);
@@ -112,52 +113,48 @@ static __device__ __forceinline__ void produce(const Shared& at, const TensorMap
   }
 }
 
-// Until the boxes that this thread sent are written.
-static __device__ __forceinline__ void boxes_written() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
-
 static __device__ __forceinline__ float load_one(u32 from) {
   float v;
   asm volatile("ld.shared.f32 %0, [%1];" : "=f"(v) : "r"(from) : "memory");
   return v;
 }
-static __device__ __forceinline__ float2 load_two(u32 from) {
-  float2 v;
-  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(v.x), "=f"(v.y) : "r"(from) : "memory");
-  return v;
+// A lane's neighbours.
+static __device__ __forceinline__ void load_lane(float (&v)[LANE], u32 from) {
+  if constexpr (LANE == 4) {
+    asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(v[0]), "=f"(v[1]), "=f"(v[2]), "=f"(v[3]) : "r"(from) : "memory");
+  } else {
+    asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(v[0]), "=f"(v[1]) : "r"(from) : "memory");
+  }
 }
 
-// Where a thread's two values of column group j of a box go; those of the row eight further down lie 1024 bytes on.
-static __device__ __forceinline__ u32 place_in_box(int lane, int j) {
-  return lane / 4 * 128 + lane % 2 * 8 + (((j % 4 * 2 + lane % 4 / 2) ^ lane / 4) << 4);
-}
-static __device__ __forceinline__ void put_two(u32 to, float x, float y) {
-  asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(to), "f"(x), "f"(y) : "memory");
+// Two pairs of neighbours, where `inside`.
+static __device__ __forceinline__ void write_lane(float* to, const float* low, const float* high, int inside) {
+  if constexpr (ACCUMULATE) {
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %5, 0;\n@p red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};\n}" ::"l"(to),
+                 "f"(low[0]), "f"(low[1]), "f"(high[0]), "f"(high[1]), "r"(inside)
+                 : "memory");
+  } else {
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %5, 0;\n@p st.global.v4.f32 [%0], {%1, %2, %3, %4};\n}" ::"l"(to),
+                 "f"(low[0]), "f"(low[1]), "f"(high[0]), "f"(high[1]), "r"(inside)
+                 : "memory");
+  }
 }
 
-// One warp's 16 rows at (column, row) of an expert: into shared memory, and from there through the copy engine, which adds
-// them in L2 and leaves out what lies outside. One block owns each element of a launch, and a tile's second part waits until
-// the first is written, so the order of the sum is fixed.
-static __device__ __forceinline__ void send(const float (&sum)[BN / 2], u32 buffer, const TensorMap& map_d, int column,
-                                            int row, int expert, bool adds, int lane) {
-  if (lane == 0) boxes_written();
+// Of a tile: a thread's first element in the gradient, and how many columns are left from there; none in rows outside of it.
+struct Place {
+  float* first;
+  int upper, lower;
+};
+
+// A warp's 16 rows straight from its registers, without a wait: they are under way while the next products are made. One
+// thread of a launch has each element, so the order of the sum is fixed.
+static __device__ __forceinline__ void write(const float (&sum)[BN / 2], const Place& place, int N) {
+  float* lower = place.first + 8LL * N;
 #pragma unroll
-  for (int box = 0; box < BN / 32; box++) {
-    if (lane == 0) boxes_read();
-    __syncwarp();
-#pragma unroll
-    for (int j = 0; j < 4; j++) {
-      const float* f = sum + (box * 4 + j) * 4;
-      const u32 to = buffer + place_in_box(lane, j);
-      put_two(to, f[0], f[1]), put_two(to + 8 * 128, f[2], f[3]);
-    }
-    fence_for_copies();
-    __syncwarp();
-    if (lane == 0) {
-      const int x = column + box * 32;
-      if (ACCUMULATE || adds) add_box(map_d, buffer, x, row, expert);
-      else store_box(map_d, buffer, x, row, expert);
-      boxes_commit();
-    }
+  for (int column = 0; column < BN; column += 16) {
+    const float* f = sum + column / 2;
+    write_lane(place.first + column, f, f + 4, column < place.upper);
+    write_lane(lower + column, f + 2, f + 6, column < place.lower);
   }
 }
 
@@ -165,11 +162,13 @@ static __device__ __forceinline__ void send(const float (&sum)[BN / 2], u32 buff
 static __device__ __forceinline__ void put(const float (&sum)[BN / 2], const Shared& at, int warp, int lane, u32 parity) {
   barrier_wait(at.room, parity);
 #pragma unroll
-  for (int j = 0; j < BN / 8; j++) {
-    const float* f = sum + j * 4;
-    const u32 to = at.out + j / 4 * BOX_BYTES + warp * (16 * 128) + place_in_box(lane, j);
-    const float2 none = make_float2(0, 0), upper = ACCUMULATE ? load_two(to) : none, lower = ACCUMULATE ? load_two(to + 8 * 128) : none;
-    put_two(to, f[0] + upper.x, f[1] + upper.y), put_two(to + 8 * 128, f[2] + lower.x, f[3] + lower.y);
+  for (int i = 0; i < BN / 4; i++) {
+    const int box = i / 8, group = i / 2 % 4, below = i % 2 * 8;
+    const u32 row = at.out + box * BOX_BYTES + (warp * 16 + lane / 4 + below) * 128;
+    const u32 to = row + (((group * 2 + lane % 4 / 2) ^ lane / 4) << 4) + lane % 2 * 8;
+    float v[LANE];
+    load_lane(v, to);
+    asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(to), "f"(sum[2 * i] + v[0]), "f"(sum[2 * i + 1] + v[1]) : "memory");
   }
   fence_for_copies();
   __syncwarp();
@@ -180,10 +179,10 @@ static __device__ __forceinline__ void put(const float (&sum)[BN / 2], const Sha
 static __device__ __forceinline__ void exchange(const Shared& at, const TensorMap& map_d, Walk walk, u32 rank) {
   u32 parity = 0;
   while (walk.next()) {
-    if (ACCUMULATE && walk.num_k == 0) continue;
+    if (walk.num_k == 0) continue;
     const int row = walk.row + (ALONG_M ? rank * BM : 0), column = (WIDE * walk.column + (ALONG_M ? 0 : rank)) * BN;
-    barrier_expect(at.room, ACCUMULATE ? OUT_BYTES : 0);
-    for (int box = 0; ACCUMULATE && box < BN / 32; box++) {
+    barrier_expect(at.room, OUT_BYTES);
+    for (int box = 0; box < BN / 32; box++) {
       read_box(at.out + box * BOX_BYTES, map_d, at.room, column + box * 32, row, walk.expert);
     }
     barrier_wait(at.written, parity), parity ^= 1;
@@ -194,12 +193,13 @@ static __device__ __forceinline__ void exchange(const Shared& at, const TensorMa
 }
 
 // sum += acc · scale(column) · scale(row), in runs that share a factor (sass.rs).
-static __device__ __forceinline__ void promote(float (&sum)[BN / 2], float (&acc)[BN / 2], const float2 (&scales)[BN / 8],
+static __device__ __forceinline__ void promote(float (&sum)[BN / 2], float (&acc)[BN / 2], const float (&scales)[BN / 4 / LANE][LANE],
                                                float upper, float lower) {
 #pragma unroll
-  for (int j = 0; j < BN / 8; j++) {
-    acc[4 * j] *= scales[j].x, acc[4 * j + 2] *= scales[j].x;
-    acc[4 * j + 1] *= scales[j].y, acc[4 * j + 3] *= scales[j].y;
+  for (int i = 0; i < BN / 2; i += 4) {
+    const float* of_pair = &scales[i / (2 * LANE)][i / 2 % LANE];
+    acc[i] *= of_pair[0], acc[i + 2] *= of_pair[0];
+    acc[i + 1] *= of_pair[1], acc[i + 3] *= of_pair[1];
   }
 #pragma unroll
   for (int i = 0; i < BN / 2; i += 4) sum[i] += acc[i] * upper, sum[i + 1] += acc[i + 1] * upper;
@@ -209,51 +209,62 @@ static __device__ __forceinline__ void promote(float (&sum)[BN / 2], float (&acc
 
 // As in forward.cu. The columns' scales are read before the multiplication starts: while it works, shared memory is busy.
 template <int WARPGROUP>
-static __device__ __forceinline__ void consume(const Shared& at, const TensorMap& map_d, Walk walk, u32 rank) {
+static __device__ __forceinline__ void consume(const Shared& at, float* d, int M, int N, Walk walk, u32 rank) {
   const int warp = threadIdx.x / 32 - 4, lane = threadIdx.x % 32;
-  const u32 my_scales_a = at.scales_a + (warp * 16 + lane / 4) * 4, my_scales_b = at.scales_b + lane % 4 * 8;
+  const u32 my_scales_a = at.scales_a + (warp * 16 + lane / 4) * 4, my_scales_b = at.scales_b + lane % 4 * (LANE * 4);
   u32 room_parity = 0;
   Stage<STAGES, A_BYTES, B_BYTES> stage(at.a + WARPGROUP * (64 * BK), at.b, at.full);
   float sum[BN / 2], acc[BN / 2];
-  if (AHEAD) barrier_wait(stage.full, 0);
-  while (walk.next()) {
+  Place place = {d, 0, 0};  // of the tile before; none at first
+  auto clear = [&]() {
 #pragma unroll
     for (int i = 0; i < BN / 2; i++) sum[i] = 0;
+  };
+  auto begin_tile = [&]() {
+    write(sum, place, N);
+    clear();
+    const int row = walk.row + (ALONG_M ? rank * BM : 0) + warp * 16 + lane / 4;
+    const int column = (WIDE * walk.column + (ALONG_M ? 0 : rank)) * BN + lane % 4 * LANE;
+    place = {d + ((long long)walk.expert * M + row) * N + column, row < M ? N - column : 0, row + 8 < M ? N - column : 0};
+  };
+  if (AHEAD) barrier_wait(stage.full, 0);
+  while (walk.next()) {
+    if (walk.num_k == 0) {
+      if (!ACCUMULATE) begin_tile();
+      continue;
+    }
+    if (RELOAD) clear();
 #pragma unroll 1
     for (int left = walk.count; left > 0; left--) {
       if (!AHEAD) barrier_wait(stage.full, stage.parity);
       const u32 used = stage.full, from_a = my_scales_a + stage.index * SA_BYTES, from_b = my_scales_b + stage.index * SB_BYTES;
       const float upper = load_one(from_a), lower = load_one(from_a + 32);
-      float2 scales[BN / 8];
+      float scales[BN / 4 / LANE][LANE];
 #pragma unroll
-      for (int j = 0; j < BN / 8; j++) scales[j] = load_two(from_b + j * 32);
+      for (int i = 0; i < BN / 4 / LANE; i++) load_lane(scales[i], from_b + i * (16 * LANE));
       wgmma_fence();
 #pragma unroll
       for (int step = 0; step < 4; step++) wgmma(acc, matrix(stage.a + 2 * step), matrix(stage.b + 2 * step), step > 0);
       wgmma_commit();
       stage.next();
+      if (!RELOAD && left == walk.count) begin_tile();
       if (AHEAD) barrier_wait(stage.full, stage.parity);
       wgmma_wait<0>();
+      __syncwarp();  // all lanes have read the stage
       if (lane < 2) barrier_arrive(used + 8 * STAGES, lane);
       promote(sum, acc, scales, upper, lower);
     }
-    if (ACCUMULATE && walk.num_k == 0) continue;
-    const int row = walk.row + (ALONG_M ? rank * BM : 0), column = (WIDE * walk.column + (ALONG_M ? 0 : rank)) * BN;
-    if constexpr (RELOAD) {
-      put(sum, at, warp, lane, room_parity), room_parity ^= 1;
-    } else {
-      send(sum, at.out + warp * BOX_BYTES, map_d, column, row + warp * 16, walk.expert, walk.adds, lane);
-    }
+    if (RELOAD) put(sum, at, warp, lane, room_parity), room_parity ^= 1;
   }
-  if (lane == 0) boxes_read();
+  if (!RELOAD) write(sum, place, N);
 }
 
-// a [M, P], scale_a [P/128, M], b [N, P], scale_b [P/128, N], d [experts, M, N]; counts is null for one expert with
-// num_rows columns, and then has them all.
+// a [M, P], scale_a [P/128, M], b [N, P], scale_b [P/128, N], d [experts, M, N], by map_d too; counts is null for one expert
+// with num_rows columns, and then has them all.
 extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1)
     gemm_wgrad(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap map_sa,
                const __grid_constant__ TensorMap map_b, const __grid_constant__ TensorMap map_sb,
-               const __grid_constant__ TensorMap map_d, const int* counts, int num_rows, int from_expert, int to_expert,
+               const __grid_constant__ TensorMap map_d, float* d, const int* counts, int num_rows, int from_expert, int to_expert,
                int least, int most, int M, int N) {
   extern __shared__ u8 raw[];
   Shared at;
@@ -288,11 +299,11 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1)
   } else if (threadIdx.x < 256) {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
     const Walk walk(experts, num_tiles, num_columns);
-    consume<0>(at, map_d, walk, rank);
+    consume<0>(at, d, M, N, walk, rank);
   } else {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
     const Walk walk(experts, num_tiles, num_columns);
-    consume<1>(at, map_d, walk, rank);
+    consume<1>(at, d, M, N, walk, rank);
   }
   __syncwarp();
   cluster_sync();  // the other block may still write here
