@@ -25,7 +25,7 @@ pub const WGRAD_PLANS: [Plan; 4] =
     [plan(1, 128, false), plan(1, 160, true), plan(1, 160, false), RELOADING];
 const RELOADING: Plan = Plan { reload: true, ..plan(1, 128, true) };
 
-/// Experts of fewer rows reload their gradients: by `wgrad_cost`, both ways take as long at 16 times 128.
+/// Experts of fewer rows reload their gradients: by `wgrad_cost`, both ways take as long at 17 to 22 times 128.
 const FEW_ROWS: i64 = 2048;
 
 /// Shared memory of a block on Hopper, less 1 KiB to align the ring and room for its barriers.
@@ -103,7 +103,7 @@ impl Plan {
     /// And of writing the gradient, or adding to it.
     fn wgrad_cost(self, write: Write) -> [f64; 2] {
         match (write, self.reload, self.width, self.along_m) {
-            (_, true, ..) => [1.35, 2.5],
+            (_, true, ..) => [1.18, 4.3],
             (Write::Accumulate, _, 160, true) => [1.18, 11.0],
             (Write::Accumulate, _, 160, false) => [1.20, 11.4],
             (Write::Accumulate, ..) => [1.0, 8.3],
