@@ -71,6 +71,7 @@ fn files_of_all_codecs_and_kinds_of_text_give_the_same_shards() {
     let plain = made("plain", &parquet_of(&texts));
     let codecs = [
         Compression::SNAPPY, Compression::GZIP(Default::default()), Compression::ZSTD(ZstdLevel::default()),
+        Compression::BROTLI(Default::default()), Compression::LZ4, Compression::LZ4_RAW,
     ];
     for (number, codec) in codecs.into_iter().enumerate() {
         assert!(plain == made(&number.to_string(), &parquet(STRINGS, codec, &values)), "{codec}");
