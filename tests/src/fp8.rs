@@ -86,6 +86,7 @@ fn a_layout_differs_from_one_rank_by_the_rounding_of_its_weight_gradients() {
     let one = of("fp8", layout(&[]));
     for other in [(1, 2, 2, "paired", 2, &[][..]), (2, 2, 2, "dualpipe", 1, &[]), (1, 4, 4, "1f1b", 2, &["parallel.ranks_per_node=2"])] {
         let found = of("fp8", other);
+        assert_eq!(found.losses.len(), one.losses.len(), "{other:?}");
         for (a, b) in found.losses.iter().zip(&one.losses) {
             assert!((a - b).abs() <= 1e-6 * b.abs(), "{other:?}: losses {:?}, on one rank {:?}", found.losses, one.losses);
         }
@@ -120,7 +121,9 @@ fn through<L: Layer>(
 
 /// FP8's noise is some per cent a product; a wrong scale, layout or weight of a row is not small.
 fn assert_noise(name: &str, fp8: Vec<(String, Tensor)>, exact: Vec<(String, Tensor)>) {
-    for ((what, a), (_, b)) in fp8.iter().zip(&exact) {
+    assert_eq!(fp8.len(), exact.len(), "{name}");
+    for ((what, a), (same, b)) in fp8.iter().zip(&exact) {
+        assert_eq!(what, same, "{name}");
         let apart = distance(a, b);
         assert!((1e-3..0.12).contains(&apart), "{name}, {what}: {apart} from f64's");
     }

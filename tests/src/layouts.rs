@@ -169,6 +169,7 @@ fn assert_equals_one_rank(precision: &str, limit: f64, layouts: &[Layout]) {
     assert!(one.losses[..3].iter().all(|&loss| loss > 0.0) && one.gradients.values().all(|gradient| gradient.norm().double_value(&[]) > 0.0));
     for &layout in layouts {
         let found = find(&run("parity", precision, layout), layout);
+        assert_eq!(found.losses.len(), one.losses.len(), "{layout:?}");
         for (a, b) in found.losses.iter().zip(&one.losses) {
             assert!((a - b).abs() <= limit * b.abs(), "{layout:?}: losses {:?}, on one rank {:?}", found.losses, one.losses);
         }
