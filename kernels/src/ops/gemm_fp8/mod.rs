@@ -140,6 +140,7 @@ pub(crate) fn wgrad_into(
     // As if as many rows fell on each: the counts are on the device.
     let rows = groups.rows * num_wanted / groups.num();
     for (plan, rows) in given.unwrap_or_else(|| Plan::wgrads([m, n, rows], num_wanted, write, num_sms)) {
+        assert!(plan.takes(write), "{plan:?} reloads what {write:?} does not read");
         let kernel = wgrad_kernel(plan, write, gradient.device());
         let launch = Launch::new(gpu, &kernel).early().map(&dy.values, plan.box_a(), 128).map(&dy.scales, 1, plan.rows());
         // A lane writes 16 bytes of a row, unless all goes through shared memory.
