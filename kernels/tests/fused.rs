@@ -152,12 +152,14 @@ fn rms_norm_is_the_cpus() {
             let what = format!("{t}x{d} {want:?} {rule:?}");
             assert!(same(&sum, &cpu_sum), "{what}: sum");
             // In f64: over a wide row the CPU's own FP32 sum is off by as much as is asked for.
-            let exact = |x: &Tensor| rms_norm::statistics(&x.to_kind(Kind::Double), 1e-6);
+            let exact = |x: &Tensor| (x.to_kind(Kind::Double).square().mean_dim(&[-1i64][..], true, None) + 1e-6).rsqrt();
             assert!(relative_error(&cpu(&rstd), &exact(&cpu_sum)) < 1e-6, "{what}: rstd of the sum");
-            let rstd = rms_norm::statistics(&x, 1e-6);
-            let cpu_rstd = rms_norm::statistics(&cpu(&x), 1e-6);
+            poison(gpu);
+            let (y, rstd) = rms_norm::forward(&x, &weight, 1e-6);
+            let (cpu_y, cpu_rstd) = rms_norm::forward(&cpu(&x), &cpu(&weight), 1e-6);
+            // Three roundings to BF16 in all, which of few elements may all go the same way.
+            assert!(relative_error(&cpu(&y), &cpu_y) < 3.0 * 2f64.powi(-8), "{what}: forward");
             assert!(relative_error(&cpu(&rstd), &exact(&cpu(&x))) < 1e-6, "{what}: rstd");
-            assert!(same(&rstd, &rms_norm::statistics(&x, 1e-6)), "{what}: the order of the sum is fixed");
             let (dy, residual) = (random(gpu, &[t, d], 0.1), random(gpu, &[t, d], 0.0));
             for add in [None, Some(&residual)] {
                 poison(gpu);
@@ -169,17 +171,19 @@ fn rms_norm_is_the_cpus() {
                 assert!(relative_error(&cpu(&dx), &want_dx) < 3e-3, "{what}: dx");
                 assert!(relative_error(&cpu(&dweight), &want_dweight) < 1e-5, "{what}: dweight");
             }
-            let (y, _) = rms_norm::forward(&x, &weight, 1e-6);
-            let (want_y, _) = rms_norm::forward(&cpu(&x), &cpu(&weight), 1e-6);
-            // Three roundings to BF16 in all, which of few elements may all go the same way.
-            assert!(relative_error(&cpu(&y), &want_y) < 3.0 * 2f64.powi(-8), "{what}: forward");
-            let got = rms_norm::quantised(&x, &rstd, &weight, make);
             let wanted = rms_norm::quantised(&cpu(&x), &cpu_rstd, &cpu(&weight), make);
-            assert_rows(&what, &got.quantised.rows, &wanted.quantised.rows, t);
-            assert_columns(&what, &got.quantised.columns, &wanted.quantised.columns, &[t]);
-            if let (Some(got), Some(wanted)) = (&got.y, &wanted.y) {
-                assert!(relative_error(&cpu(got), wanted) < 1e-3, "{what}: bf16");
-            }
+            let check = |what: &str, got: rms_norm::Normed| {
+                assert_rows(what, &got.quantised.rows, &wanted.quantised.rows, t);
+                assert_columns(what, &got.quantised.columns, &wanted.quantised.columns, &[t]);
+                if let (Some(got), Some(wanted)) = (&got.y, &wanted.y) {
+                    assert!(relative_error(&cpu(got), wanted) < 1e-3, "{what}: bf16");
+                }
+            };
+            poison(gpu);
+            check(&what, rms_norm::quantised(&x, &rstd, &weight, make));
+            let (got, own) = rms_norm::forward_quantised(&x, &weight, 1e-6, make);
+            assert!(same(&own, &rstd), "{what}: the order of the sum is fixed");
+            check(&format!("{what}, by its own statistics"), got);
         }
     }
 }

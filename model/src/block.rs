@@ -178,8 +178,8 @@ impl Block {
 
     /// x [T, D], up to the feed-forward.
     pub fn forward_attention(&self, w: &Weights, x: Tensor, context: &BlockContext) -> BeforeFfn {
-        let attention_norm = self.attention_norm.statistics(x.shallow_clone());
-        let (input, attention_in) = self.input(w, &self.attention_norm, &attention_norm, &self.attention.readers());
+        let (attention_norm, input) = self.attention_norm.begin(w, x.shallow_clone(), self.wants(), &self.attention.readers());
+        let attention_in = self.kept(&input);
         let mla_in = MlaIn { x: input, sequences: context.sequences, positions: context.positions.clone() };
         let (attended, attention) = self.attention.forward(w, mla_in);
         let ffn_norm = self.ffn_norm.statistics_of_sum(&x, &attended);
@@ -191,8 +191,8 @@ impl Block {
         let h = before.ffn_norm.x().shallow_clone();
         match &self.ffn {
             Ffn::Dense(mlp) => {
-                let (input, ffn_in) = self.input(w, &self.ffn_norm, &before.ffn_norm, &[mlp.gate_up.weight]);
-                before.ffn_in = ffn_in;
+                let input = self.ffn_norm.operand(w, &before.ffn_norm, self.wants(), &[mlp.gate_up.weight]);
+                before.ffn_in = self.kept(&input);
                 let (out, saved) = mlp.forward(w, input);
                 Started::Done((h + out, None, BlockSaved { before, ffn: FfnSaved::Dense(saved) }))
             }
@@ -205,12 +205,14 @@ impl Block {
         }
     }
 
-    /// A norm's output as the linears read it, and what is kept of that.
-    fn input(&self, w: &Weights, norm: &RmsNorm, saved: &NormSaved, readers: &[ParamId]) -> (Operand, Option<Operand>) {
-        let again = self.recompute.rms_norm;
-        let input = norm.operand(w, saved, if again { Want::ROWS } else { Want::BOTH }, readers);
-        let kept = (!again).then(|| input.share().for_weight());
-        (input, kept)
+    /// A norm's output as the linears read it.
+    fn wants(&self) -> Want {
+        if self.recompute.rms_norm { Want::ROWS } else { Want::BOTH }
+    }
+
+    /// What is kept of that.
+    fn kept(&self, input: &Operand) -> Option<Operand> {
+        (!self.recompute.rms_norm).then(|| input.share().for_weight())
     }
 
     /// As `Moe::send`.

@@ -32,10 +32,14 @@ impl NormSaved {
 }
 
 impl RmsNorm {
-    /// Of what is to be normed.
-    pub fn statistics(&self, x: Tensor) -> NormSaved {
-        let rstd = rms_norm::statistics(&x, self.eps);
-        NormSaved { x, rstd }
+    /// As `operand`, of what has no statistics yet.
+    pub fn begin(&self, w: &Weights, x: Tensor, want: Want, readers: &[ParamId]) -> (NormSaved, Operand) {
+        if w.precision != Precision::Fp8 {
+            let (y, saved) = self.forward(w, x);
+            return (saved, Operand::Own(y));
+        }
+        let (made, rstd) = rms_norm::forward_quantised(&x, w.get(self.weight), self.eps, self.make(w, want, readers));
+        (NormSaved { x, rstd }, Operand::Fp8 { quantised: made.quantised, own: made.y })
     }
 
     /// Of the residual sum x + y, from the pass that makes it.
@@ -49,9 +53,12 @@ impl RmsNorm {
         if w.precision != Precision::Fp8 {
             return Operand::Own(self.normed(w, saved));
         }
-        let make = Make { want, bf16: readers.iter().any(|&reader| w.sentinel.watches(reader)), rule: ScaleRule::Amax };
-        let made = rms_norm::quantised(&saved.x, &saved.rstd, w.get(self.weight), make);
+        let made = rms_norm::quantised(&saved.x, &saved.rstd, w.get(self.weight), self.make(w, want, readers));
         Operand::Fp8 { quantised: made.quantised, own: made.y }
+    }
+
+    fn make(&self, w: &Weights, want: Want, readers: &[ParamId]) -> Make {
+        Make { want, bf16: readers.iter().any(|&reader| w.sentinel.watches(reader)), rule: ScaleRule::Amax }
     }
 
     /// As `backward_input`, with the gradient of the residual stream beside the norm added to dx in the same pass.

@@ -84,7 +84,7 @@ impl Bench {
             let make = rms_norm::Make { want: Want::BOTH, bf16: false, rule: RULE };
             let time = self.steady(|i| rms_norm::add(&x[i], &x[(i + 1) % SETS], 1e-6));
             self.show(&format!("residual sum and statistics {T}x{d}"), 6 * T * d, copy, time);
-            let rstd = x.each_ref().map(|x| rms_norm::statistics(x, 1e-6));
+            let rstd = x.each_ref().map(|x| rms_norm::forward(x, &weight, 1e-6).1);
             let time = self.steady(|i| rms_norm::quantised(&x[i], &rstd[i], &weight, make));
             self.show(&format!("rms norm {T}x{d} both, statistics known"), 4 * T * d, copy, time);
             let time = self.steady(|i| {
@@ -94,10 +94,10 @@ impl Bench {
             let with_bf16 = rms_norm::Make { bf16: true, ..make };
             let time = self.steady(|i| rms_norm::quantised(&x[i], &rstd[i], &weight, with_bf16));
             self.show(&format!("rms norm {T}x{d} both and bf16, statistics known"), 6 * T * d, copy, time);
-            let time = self.steady(|i| rms_norm::statistics(&x[i], 1e-6));
-            self.show(&format!("statistics alone {T}x{d}"), 2 * T * d, copy, time);
-            let time = self.steady(|i| rms_norm::quantised(&x[i], &rms_norm::statistics(&x[i], 1e-6), &weight, make));
+            let time = self.steady(|i| rms_norm::forward_quantised(&x[i], &weight, 1e-6, make));
             self.show(&format!("rms norm {T}x{d} both, with its statistics"), 4 * T * d, copy, time);
+            let time = self.steady(|i| rms_norm::forward(&x[i], &weight, 1e-6));
+            self.show(&format!("rms norm {T}x{d} bf16, with its statistics"), 4 * T * d, copy, time);
         }
         for (rows, i, experts) in [(T, 18432, 1), (T * ROUTES, 2048, EXPERTS)] {
             let n = rows * i;

@@ -6,7 +6,7 @@ using u32 = unsigned int;
 using u64 = unsigned long long;
 
 constexpr int THREADS = 512, PARTS = 4;
-constexpr float LOG2E = 1.4426950408889634f;
+constexpr float LOG2E = 1.4426950408889634f, LN2 = 0.6931471805599453f;
 
 static __device__ __forceinline__ float exp2_fast(float x) {
   float y;
@@ -20,7 +20,16 @@ static __device__ __forceinline__ u32 bf16_pair(float low, float high) {
   return pair;
 }
 
-// Σ 2^x as 2^most · sum. The logits are taken in units of ln 2.
+static __device__ __forceinline__ u32 larger_pair(u32 a, u32 b) {
+  u32 larger;
+  asm("max.bf16x2 %0, %1, %2;" : "=r"(larger) : "r"(a), "r"(b));
+  return larger;
+}
+
+static __device__ __forceinline__ float low_bf16(u32 pair) { return __uint_as_float(pair << 16); }
+static __device__ __forceinline__ float high_bf16(u32 pair) { return __uint_as_float(pair & 0xffff0000u); }
+
+// Σ e^x as 2^most · sum.
 struct Sum {
   float most, sum;
 };
@@ -30,10 +39,11 @@ static __device__ __forceinline__ Sum join(Sum a, Sum b) {
   return {most, a.sum * exp2_fast(a.most - most) + b.sum * exp2_fast(b.most - most)};
 }
 
-static __device__ __forceinline__ void unpack(float (&v)[8], uint4 raw) {
+// e^x of eight logits, divided by 2^by.
+static __device__ __forceinline__ void powers(float (&v)[8], uint4 raw, float by) {
   const u32 words[4] = {raw.x, raw.y, raw.z, raw.w};
 #pragma unroll
-  for (int i = 0; i < 8; i++) v[i] = __uint_as_float(i % 2 ? words[i / 2] & 0xffff0000u : words[i / 2] << 16) * LOG2E;
+  for (int i = 0; i < 8; i++) v[i] = exp2_fast(fmaf(i % 2 ? high_bf16(words[i / 2]) : low_bf16(words[i / 2]), LOG2E, -by));
 }
 
 static __device__ __forceinline__ void read_part(u32 to, const u16* from, int bytes, u32 barrier) {
@@ -97,25 +107,23 @@ extern "C" __global__ void __cluster_dims__(PARTS, 1, 1) __launch_bounds__(THREA
   if (count) await(barrier_at);
   Sum mine = {-3e38f, 0};
   for (int i = threadIdx.x; i < num_pieces; i += THREADS) {
-    float v[8];
-    unpack(v, *((const uint4*)shared + i));
-    float most = mine.most;
-#pragma unroll
-    for (int c = 0; c < 8; c++) most = fmaxf(most, v[c]);
+    const uint4 raw = *((const uint4*)shared + i);
+    const u32 two = larger_pair(larger_pair(raw.x, raw.y), larger_pair(raw.z, raw.w));
+    const float most = fmaxf(mine.most, fmaxf(low_bf16(two), high_bf16(two)) * LOG2E);
     mine.sum *= exp2_fast(mine.most - most), mine.most = most;
-#pragma unroll
-    for (int c = 0; c < 8; c++) mine.sum += exp2_fast(v[c] - most);
+    float v[8];
+    powers(v, raw, most);
+    mine.sum += ((v[0] + v[1]) + (v[2] + v[3])) + ((v[4] + v[5]) + (v[6] + v[7]));
   }
   const Sum all = over_cluster(mine, rank);
   const float log_sum = all.most + __log2f(all.sum);
   for (int i = threadIdx.x; i < num_pieces; i += THREADS) {
     float v[8];
-    unpack(v, *((const uint4*)shared + i));
+    powers(v, *((const uint4*)shared + i), log_sum);
+    if (i == target_here >> 3) {
+      losses[row] = log_sum * LN2 - low_bf16(((const u16*)shared)[target_here]);
 #pragma unroll
-    for (int c = 0; c < 8; c++) {
-      const bool is_target = 8 * i + c == target_here;
-      if (is_target) losses[row] = (log_sum - v[c]) / LOG2E;
-      v[c] = exp2_fast(v[c] - log_sum) - (is_target ? 1.0f : 0.0f);
+      for (int c = 0; c < 8; c++) v[c] -= c == target_here % 8 ? 1.0f : 0.0f;
     }
     const uint4 out = make_uint4(bf16_pair(v[0], v[1]), bf16_pair(v[2], v[3]), bf16_pair(v[4], v[5]), bf16_pair(v[6], v[7]));
     *((uint4*)(dlogits + row * V + start) + i) = out;

@@ -66,8 +66,13 @@ fn on_gpu(x: &Tensor) -> bool {
 
 /// x [T, D], weight [D] → y [T, D] and rstd [T, 1], which backward needs beside x.
 pub fn forward(x: &Tensor, weight: &Tensor, eps: f64) -> (Tensor, Tensor) {
-    let rstd = statistics(x, eps);
-    (normed(x, &rstd, weight), rstd)
+    if !on_gpu(x) {
+        let rstd = cpu::rstd(x, eps);
+        return (cpu::normed(x, &rstd, weight), rstd);
+    }
+    let (x, y) = (aligned(x), Tensor::empty(x.size(), (x.kind(), x.device())));
+    let rstd = by_rows(&x, None, Some((weight, &y)), eps);
+    (y, rstd)
 }
 
 /// x [T, D] with its rstd → y [T, D].
@@ -120,11 +125,6 @@ pub fn backward_add(dy: &Tensor, x: &Tensor, rstd: &Tensor, weight: &Tensor, add
     (dx, dweight)
 }
 
-/// x [T, D] → rstd [T, 1], FP32 or f64.
-pub fn statistics(x: &Tensor, eps: f64) -> Tensor {
-    if on_gpu(x) { on_gpu_statistics(&aligned(x), None, eps) } else { cpu::rstd(x, eps) }
-}
-
 /// The residual sum x + y [T, D], and its rstd [T, 1] from the same pass.
 pub fn add(x: &Tensor, y: &Tensor, eps: f64) -> (Tensor, Tensor) {
     assert_eq!(x.size(), y.size(), "the two sides of a residual sum");
@@ -132,19 +132,22 @@ pub fn add(x: &Tensor, y: &Tensor, eps: f64) -> (Tensor, Tensor) {
         return cpu::add(x, y, eps);
     }
     let sum = Tensor::empty(x.size(), (x.kind(), x.device()));
-    let rstd = on_gpu_statistics(&aligned(x), Some((&aligned(y), &sum)), eps);
+    let rstd = by_rows(&aligned(x), Some((&aligned(y), &sum)), None, eps);
     (sum, rstd)
 }
 
-fn on_gpu_statistics(x: &Tensor, add: Option<(&Tensor, &Tensor)>, eps: f64) -> Tensor {
+/// The row's rstd from one pass over x, or over the sum that it leaves; or with the norm (weight, y) made by it.
+fn by_rows(x: &Tensor, add: Option<(&Tensor, &Tensor)>, norm: Option<(&Tensor, &Tensor)>, eps: f64) -> Tensor {
     let (t, d) = x.size2().expect("x is [T, D]");
     let rstd = Tensor::empty([t, 1], (Kind::Float, x.device()));
-    let kernel = kernel(x.device(), "statistics", ScaleRule::Amax, 1);
+    let kernel = kernel(x.device(), "by_rows", ScaleRule::Amax, 1);
     Launch::new(device::gpu(x.device()), &kernel)
         .early()
         .tensor(x, Kind::BFloat16)
         .tensor_or_null(add.map(|(y, _)| y), Kind::BFloat16)
         .tensor_or_null(add.map(|(_, sum)| sum), Kind::BFloat16)
+        .tensor_or_null(norm.map(|(weight, _)| weight), Kind::BFloat16)
+        .tensor_or_null(norm.map(|(_, y)| y), Kind::BFloat16)
         .tensor(&rstd, Kind::Float)
         .float(eps as f32)
         .int(d)
@@ -172,4 +175,10 @@ pub fn quantised(x: &Tensor, rstd: &Tensor, weight: &Tensor, make: Make) -> Norm
     let launch = quantised.tensors(launch).int(t).int(d);
     strides(launch, [t, d], 1).run(shape(tiles_of(d), tiles_of(t)));
     Normed { quantised, y }
+}
+
+/// As `quantised`, by x's own statistics: with rstd [T, 1].
+pub fn forward_quantised(x: &Tensor, weight: &Tensor, eps: f64, make: Make) -> (Normed, Tensor) {
+    let rstd = if on_gpu(x) { by_rows(&aligned(x), None, None, eps) } else { cpu::rstd(x, eps) };
+    (quantised(x, &rstd, weight, make), rstd)
 }

@@ -4,9 +4,10 @@
 // Defined from outside, for backward: ROW, the threads of a row, 8 · ROW ≥ C, and ROWS at a time.
 constexpr int ROW_THREADS = 128;
 
-// One block a row: sum = x + y in BF16 (y and sum may be null: then only x's statistics), rstd of the row as rounded.
+// One block a row: sum = x + y in BF16 (null: x is the sum), rstd of the row as rounded, and, where there is a weight, the
+// row normed by it.
 extern "C" __global__ void __launch_bounds__(ROW_THREADS)
-    statistics(const u16* x, const u16* y, u16* sum, float* rstd, float eps, int C) {
+    by_rows(const u16* x, const u16* y, u16* sum, const u16* weight, u16* normed, float* rstd, float eps, int C) {
   begin();
   const long long row = (long long)blockIdx.x * C;
   float squares = 0;
@@ -31,9 +32,19 @@ extern "C" __global__ void __launch_bounds__(ROW_THREADS)
   __shared__ float of_warp[ROW_THREADS / 32];
   if (threadIdx.x % 32 == 0) of_warp[threadIdx.x / 32] = squares;
   __syncthreads();
-  if (threadIdx.x == 0) {
-    for (int w = 1; w < ROW_THREADS / 32; w++) squares += of_warp[w];
-    rstd[blockIdx.x] = 1.0f / sqrtf(squares / C + eps);
+  squares = of_warp[0];
+#pragma unroll
+  for (int w = 1; w < ROW_THREADS / 32; w++) squares += of_warp[w];
+  const float scale = 1.0f / sqrtf(squares / C + eps);
+  if (threadIdx.x == 0) rstd[blockIdx.x] = scale;
+  if (!weight) return;
+#pragma unroll 4
+  for (int at = threadIdx.x * 8; at < C; at += ROW_THREADS * 8) {  // from L1
+    float v[8], w[8];
+    unpack_bf16(v, __ldg((const uint4*)(x + row + at))), unpack_bf16(w, __ldg((const uint4*)(weight + at)));
+#pragma unroll
+    for (int i = 0; i < 8; i++) v[i] = v[i] * scale * w[i];
+    *(uint4*)(normed + row + at) = bf16_eight(v);
   }
 }
 
