@@ -1,11 +1,13 @@
-"""Does one way of training train as another does? One model, one seed, the same samples in the same order; all runs at once.
-On one GPU: BF16, BF16 with another order of sums (over micro-batches of half as many sequences), and FP8. With --ranks N, in FP8:
-one GPU, two of other orders of sums (over micro-batches of twice and half as many sequences), and N GPUs under expert
-parallelism, the same with paired micro-batches, and DualPipe.
+"""Does one way of training train as another does? One model, and for each seed the same samples in the same order; all runs at
+once. On one GPU: BF16, BF16 with another order of sums (over micro-batches of half as many sequences), and FP8, each from --seeds
+N seeds: a single one says little, as two runs part by some tenths of a percent whatever the cause. With --ranks N, in FP8 and
+from one seed: one GPU, two of other orders of sums (over micro-batches of twice and half as many sequences), and N GPUs under
+expert parallelism, the same with paired micro-batches, and DualPipe.
 
-    python3 benches/loss_gpu.py --tiefsee "COMMAND" --corpus DIR --out DIR [--ranks N] [--mpirun COMMAND]
+    python3 benches/loss_gpu.py --tiefsee "COMMAND" --corpus DIR --out DIR [--seeds N] [--ranks N] [--mpirun COMMAND]
 
-Prints the mean loss of the last steps of each and their gaps, and draws the curves into OUT/loss.svg.
+Prints the mean loss of the last steps of each and its gap to the first of its seed, and draws the curves of the first seed into
+OUT/loss.svg. A way of training passes if its gap, the mean over the seeds, is below 0.25 % or twice the largest gap between orders.
 """
 import argparse
 import json
@@ -94,29 +96,32 @@ def main():
     parser.add_argument("--config", default="configs/run/loss-gpu.toml")
     parser.add_argument("--corpus", required=True)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--ranks", type=int, default=1)
     parser.add_argument("--mpirun", default="mpirun")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    wanted, last = (layouts(args.ranks), 100) if args.ranks > 1 else (PRECISIONS, 200)
-    runs = {name: start(args, name, sets) for name, sets in wanted.items()}
+    ways, last, seeds = (layouts(args.ranks), 100, [1]) if args.ranks > 1 else (PRECISIONS, 200, range(1, args.seeds + 1))
+    wanted = {(way, seed): [*sets, f"run.seed={seed}"] for seed in seeds for way, sets in ways.items()}
+    runs = {which: start(args, f"{which[0]}, seed {which[1]}", sets) for which, sets in wanted.items()}
     try:
-        curves = {name: losses(name, *run) for name, run in runs.items()}
+        curves = {which: losses(f"{which[0]}, seed {which[1]}", *run) for which, run in runs.items()}
     finally:
         [run.terminate() for *_, run in runs.values()]  # where one has failed
-    means = {name: sum(curve[-last:]) / len(curve[-last:]) for name, curve in curves.items()}
-    first, *_ = means.values()
-    gaps = {name: abs(mean / first - 1) for name, mean in means.items()}
-    for name, mean in means.items():
-        print(f"{name:<34} mean of the last {last} steps {mean:.5f}, {(mean / first - 1) * 100:+.3f} %")
-    orders = [first, *(mean for name, mean in means.items() if ORDER in name)]
-    between = max(orders) / min(orders) - 1
+    means = {which: sum(curve[-last:]) / len(curve[-last:]) for which, curve in curves.items()}
+    first, *others = ways
+    gaps = {way: [means[way, seed] / means[first, seed] - 1 for seed in seeds] for way in ways}
+    for (way, seed), mean in means.items():
+        print(f"{way:<34} seed {seed}: mean of the last {last} steps {mean:.5f}, {gaps[way][seed - 1] * 100:+.3f} %")
+    orders = [gaps[way] for way in ways if way == first or ORDER in way]
+    between = max(max(of_seed) - min(of_seed) for of_seed in zip(*orders))
     failed = []
-    for name in [name for name in list(wanted)[1:] if ORDER not in name]:
-        passes = gaps[name] < 0.0025 or gaps[name] < 2 * between
-        failed += [] if passes else [name]
-        print(f"{name} {'passes' if passes else 'FAILS'}: its gap is {gaps[name]:.3%}, the largest between orders of sums {between:.3%}")
-    draw({name: smooth(curve) for name, curve in curves.items()}, args.out / "loss.svg")
+    for way in [way for way in others if ORDER not in way]:
+        gap = abs(sum(gaps[way]) / len(gaps[way]))
+        passes = gap < 0.0025 or gap < 2 * between
+        failed += [] if passes else [way]
+        print(f"{way} {'passes' if passes else 'FAILS'}: its gap is {gap:.3%}, the largest between orders of sums {between:.3%}")
+    draw({way: smooth(curves[way, 1]) for way in ways}, args.out / "loss.svg")
     if failed:
         raise SystemExit(f"the curves of {', '.join(failed)} lie too far apart")
 

@@ -8,8 +8,8 @@
 #                times, memory, and the kernels that the milliseconds go to
 #   gpu-loss     a 150M model over 1050 steps of real text (--corpus DIR of `prepare --vocab 16384 --max-file-bytes 262144
 #                --extensions` as in quickstart.sh: one long file of tables among the last steps decides them) in BF16, BF16
-#                with other orders of sums, and FP8: the gaps, and the curves in --out DIR/loss.svg; with --ranks N 300 steps
-#                in FP8 on one GPU and, under mpirun, on N
+#                with other orders of sums, and FP8, each from three seeds (--seeds N): the gaps, and the first seed's curves in
+#                runs/gpu-loss/loss.svg; with --ranks N 300 steps in FP8 on one GPU and, under mpirun, on N
 #   multi-gpu    on all GPUs of a host (2, 4 or 8), under mpirun: the links by copy engine and over NCCL, and steps of V3's
 #                widths under expert, data and pipeline parallelism beside torchtitan's, with what a trace says is hidden
 #                [--only links,ep,dp,pp] [--no-rival] [--timeline FILE.svg] [--traces DIR]

@@ -2,7 +2,7 @@
 //! parameters in the compiled kernel, so a forgotten or swapped argument stops here and not on the device.
 #![allow(unsafe_code)]
 use crate::device::{Gpu, Kernel};
-use cudarc::driver::{CudaStream, sys};
+use cudarc::driver::sys;
 use std::ffi::c_void;
 use std::ptr;
 use tch::{Kind, Tensor};
@@ -35,12 +35,11 @@ pub(crate) fn aligned(tensor: &Tensor) -> Tensor {
     if (tensor.data_ptr() as usize).is_multiple_of(16) { tensor } else { tensor.copy() }
 }
 
-/// Arguments in the order of the kernel's parameters, then `run`.
+/// Arguments in the order of the kernel's parameters, then `run`, on the null stream, as torch's own kernels.
 pub struct Launch<'a> {
     gpu: &'a Gpu,
     kernel: &'a Kernel,
     args: Vec<Arg>,
-    stream: Option<&'a CudaStream>,
     early: bool,
 }
 
@@ -54,13 +53,7 @@ pub struct Shape {
 
 impl<'a> Launch<'a> {
     pub fn new(gpu: &'a Gpu, kernel: &'a Kernel) -> Self {
-        Launch { gpu, kernel, args: Vec::new(), stream: None, early: false }
-    }
-
-    /// On `stream` and not on the null stream. The caller keeps the tensors alive until the stream has passed the kernel.
-    pub fn on(mut self, stream: &'a CudaStream) -> Self {
-        self.stream = Some(stream);
-        self
+        Launch { gpu, kernel, args: Vec::new(), early: false }
     }
 
     /// Its blocks may take their places while the kernel before it on the stream ends. The text says `begin()` before it
@@ -147,7 +140,6 @@ impl<'a> Launch<'a> {
             return;
         }
         self.gpu.bind().expect("the context outlives the process");
-        let stream = self.stream.map_or(ptr::null_mut(), CudaStream::cu_stream);
         let [x, y] = shape.grid.map(|n| n as u32);
         let (block, shared) = (shape.block as u32, shape.shared_bytes as u32);
         let mut early = sys::CUlaunchAttribute {
@@ -163,7 +155,7 @@ impl<'a> Launch<'a> {
             blockDimY: 1,
             blockDimZ: 1,
             sharedMemBytes: shared,
-            hStream: stream,
+            hStream: ptr::null_mut(),
             attrs: &mut early,
             numAttrs: u32::from(self.early),
         };
