@@ -159,6 +159,8 @@ fn rms_norm_is_the_cpus() {
             let (cpu_y, cpu_rstd) = rms_norm::forward(&cpu(&x), &cpu(&weight), 1e-6);
             // Three roundings to BF16 in all, which of few elements may all go the same way.
             assert!(relative_error(&cpu(&y), &cpu_y) < 3.0 * 2f64.powi(-8), "{what}: forward");
+            poison(gpu);
+            assert!(same(&y, &rms_norm::normed(&x, &rstd, &weight)), "{what}: made again for backward");
             assert!(relative_error(&cpu(&rstd), &exact(&cpu(&x))) < 1e-6, "{what}: rstd");
             let (dy, residual) = (random(gpu, &[t, d], 0.1), random(gpu, &[t, d], 0.0));
             for add in [None, Some(&residual)] {
@@ -181,6 +183,7 @@ fn rms_norm_is_the_cpus() {
             };
             poison(gpu);
             check(&what, rms_norm::quantised(&x, &rstd, &weight, make));
+            poison(gpu);
             let (got, own) = rms_norm::forward_quantised(&x, &weight, 1e-6, make);
             assert!(same(&own, &rstd), "{what}: the order of the sum is fixed");
             check(&format!("{what}, by its own statistics"), got);

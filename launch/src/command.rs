@@ -162,13 +162,13 @@ fn srun(environment: &Environment, layout: &Layout) -> Vec<String> {
 }
 
 /// Settings that mpirun has no option for but srun's ranks need, as variables.
-pub fn variables(environment: &Environment, layout: &Layout) -> Vec<(String, String)> {
-    match layout.starter {
-        Starter::Srun if layout.ranks_per_node >= environment.cores => {
-            vec![("OMPI_MCA_mpi_yield_when_idle".to_string(), "1".to_string())]
-        }
-        _ => Vec::new(),
+pub fn variables(args: &Args, environment: &Environment, layout: &Layout) -> Vec<(String, String)> {
+    if layout.starter == Starter::Mpirun {
+        return Vec::new();
     }
+    let idle = (layout.ranks_per_node >= environment.cores).then(|| ("OMPI_MCA_mpi_yield_when_idle".to_string(), "1".to_string()));
+    let interface = args.interface.clone().map(|interface| ("OMPI_MCA_btl_tcp_if_include".to_string(), interface));
+    idle.into_iter().chain(interface).collect()
 }
 
 /// For people, a line a rank: where it runs and which GPU is its own, as far as this host can tell.
@@ -268,6 +268,9 @@ mod tests {
         let srun = line("", &slurm(true)).expect("a line");
         assert!(srun.starts_with("srun --mpi=pmix") && srun.contains("--kill-on-bad-exit=1") && srun.contains("--ntasks=8"), "{srun}");
         assert!(srun.ends_with("--ntasks-per-node=4 tiefsee resume a"), "{srun}");
+        let args = Args::parse_from("tiefsee-launch --interface 10.0.0.0/24 -- resume a".split(' '));
+        let layout = Layout::new(&args, &slurm(true), &[]).expect("a layout");
+        assert_eq!(variables(&args, &slurm(true), &layout), [("OMPI_MCA_btl_tcp_if_include".to_string(), "10.0.0.0/24".to_string())]);
         let wide = Environment { slurm: Some(Slurm { cpus_per_task: Some(12), ..slurm(true).slurm.expect("one") }), ..machine(64) };
         assert!(line("", &wide).expect("a line").contains("--cpus-per-task=12"));
         assert!(!line("--nproc-per-node 8", &wide).expect("a line").contains("cpus"), "more ranks than the allocation counts on");

@@ -68,7 +68,8 @@ fn start_beat(rank: usize) {
     };
     let mut command = Command::new(OWN);
     command.arg0(NAME).arg(BEAT).env(VARIABLE, format!("{told} {rank}")).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
-    // Not to be taken for a rank.
+    // Not to be taken for a rank, and not of its process group: mpirun sends the order to checkpoint to all of that.
+    command.process_group(0);
     if let Err(error) = command.env_remove("OMPI_COMM_WORLD_RANK").env_remove("PMIX_RANK").spawn() {
         eprintln!("tiefsee-launch: no heartbeat: {error}");
     }

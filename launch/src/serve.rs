@@ -116,7 +116,7 @@ fn run_what_is_asked(node: &Node, mut sender: Sender, mut receiver: Receiver, si
             told = Instant::now();
             let _ = sender.send(&FromNode::Alive);
         }
-        for _ in 0..signals.pending().count() {
+        if signals.pending().count() > 0 {
             requests += 1;
             match requests {
                 1 => {

@@ -42,6 +42,8 @@ pub struct Supervisor {
     restarts: VecDeque<Instant>,
     in_vain: InVain,
     requests: usize,
+    /// Signals of this launcher's own among them.
+    own_requests: usize,
     /// The run has made a step: in this launcher's time, or it holds a checkpoint.
     has_worked: bool,
     /// Asked to stop while no rank was running.
@@ -119,7 +121,7 @@ pub fn run(args: Args) -> Result<u8> {
     };
     let incidents = Incidents::open(program.run_dir().map(run_dir::log).as_deref());
     let hosts = Hosts::open(&args, &environment)?;
-    Supervisor { args, environment, hosts, program, signals, incidents, restarts: VecDeque::new(), in_vain: InVain::default(), requests: 0, has_worked: false, stopped_between: false, preempted: false, _lock: lock }.run()
+    Supervisor { args, environment, hosts, program, signals, incidents, restarts: VecDeque::new(), in_vain: InVain::default(), requests: 0, own_requests: 0, has_worked: false, stopped_between: false, preempted: false, _lock: lock }.run()
 }
 
 enum Entered {
@@ -270,7 +272,7 @@ impl Supervisor {
         let limits = Limits { steps: self.args.hang_steps, floor: self.args.hang_floor, start: self.args.start_limit, save: self.args.save_limit };
         let (steps, prints) = channel();
         let progress = log.as_ref().map(|log| Progress::follow(log, limits, prints, Instant::now())).transpose()?;
-        let mut set = variables(&self.environment, layout);
+        let mut set = variables(&self.args, &self.environment, layout);
         set.extend(self.hosts.begin(self.incidents.attempt));
         let (mut guarded, stdout, stderr) = Guarded::spawn(guard_lock.as_deref(), &line, &set).context("cannot start the guard")?;
         let mut lookout = progress.map(|progress| Lookout::start(progress, guarded.pid(), layout.ranks()));
@@ -354,10 +356,13 @@ impl Supervisor {
         }
     }
 
+    /// One more: a signal of our own, or the first that another node tells of. Whoever stops a job tells all its nodes, which is
+    /// no second request.
     fn new_requests(&mut self) -> bool {
-        let new = self.signals.pending().count() + self.hosts.stops();
-        self.requests += new;
-        new > 0
+        let (before, told) = (self.requests, self.hosts.stops() > 0);
+        self.own_requests += usize::from(self.signals.pending().count() > 0);
+        self.requests = before.max(self.own_requests).max(usize::from(told));
+        self.requests > before
     }
 
     /// After the back-off: true, go on.

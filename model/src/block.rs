@@ -178,7 +178,7 @@ impl Block {
 
     /// x [T, D], up to the feed-forward.
     pub fn forward_attention(&self, w: &Weights, x: Tensor, context: &BlockContext) -> BeforeFfn {
-        let (attention_norm, input) = self.attention_norm.begin(w, x.shallow_clone(), self.wants(), &self.attention.readers());
+        let (attention_norm, input) = self.attention_norm.begin(w, x.shallow_clone(), self.recompute.normed(), &self.attention.readers());
         let attention_in = self.kept(&input);
         let mla_in = MlaIn { x: input, sequences: context.sequences, positions: context.positions.clone() };
         let (attended, attention) = self.attention.forward(w, mla_in);
@@ -191,7 +191,7 @@ impl Block {
         let h = before.ffn_norm.x().shallow_clone();
         match &self.ffn {
             Ffn::Dense(mlp) => {
-                let input = self.ffn_norm.operand(w, &before.ffn_norm, self.wants(), &[mlp.gate_up.weight]);
+                let input = self.ffn_norm.operand(w, &before.ffn_norm, self.recompute.normed(), &[mlp.gate_up.weight]);
                 before.ffn_in = self.kept(&input);
                 let (out, saved) = mlp.forward(w, input);
                 Started::Done((h + out, None, BlockSaved { before, ffn: FfnSaved::Dense(saved) }))
@@ -205,12 +205,7 @@ impl Block {
         }
     }
 
-    /// A norm's output as the linears read it.
-    fn wants(&self) -> Want {
-        if self.recompute.rms_norm { Want::ROWS } else { Want::BOTH }
-    }
-
-    /// What is kept of that.
+    /// What is kept of a norm's output.
     fn kept(&self, input: &Operand) -> Option<Operand> {
         (!self.recompute.rms_norm).then(|| input.share().for_weight())
     }

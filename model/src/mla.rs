@@ -193,11 +193,6 @@ impl Mla {
         Operand::with_rule(w, context, want, ScaleRule::PowerOfTwo, &[self.out.weight])
     }
 
-    /// By columns where that is kept.
-    fn latent_wants(&self) -> Want {
-        if self.recompute.rms_norm { Want::ROWS } else { Want::BOTH }
-    }
-
     fn keep_latent(&self, latent: Operand) -> Option<Operand> {
         match (self.recompute.rms_norm, self.recompute.mla_up_projection) {
             (true, _) => None,
@@ -236,7 +231,7 @@ impl Layer for Mla {
                 (q.shallow_clone(), QuerySaved::Direct { q })
             }
             Query::Latent { a, norm, b } => {
-                let (saved, latent) = norm.begin(w, x.forward(w, a.weight), self.latent_wants(), &[b.weight]);
+                let (saved, latent) = norm.begin(w, x.forward(w, a.weight), self.recompute.normed(), &[b.weight]);
                 let q = self.queries(w, b, &latent, sequences, &positions);
                 let kept = keep.then(|| q.shallow_clone());
                 (q, QuerySaved::Latent { norm: saved, latent: self.keep_latent(latent), q: kept })
@@ -244,7 +239,7 @@ impl Layer for Mla {
         };
         let compressed = x.forward(w, self.kv_a.weight); // [T, Lkv + R]
         let parts = compressed.split_with_sizes([self.latent, self.rotary], 1);
-        let (kv_norm, latent) = self.kv_norm.begin(w, parts[0].contiguous(), self.latent_wants(), &[self.kv_b.weight]);
+        let (kv_norm, latent) = self.kv_norm.begin(w, parts[0].contiguous(), self.recompute.normed(), &[self.kv_b.weight]);
         let rotary_key = parts[1].contiguous();
         let (k, v) = self.keys_and_values(w, &latent, &rotary_key, sequences, &positions);
         let scale = positions.softmax_scale;

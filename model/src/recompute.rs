@@ -1,4 +1,5 @@
 //! What is computed again in backward rather than kept (report §3.2.3): cheap to make, large to hold.
+use kernels::ops::quantise::Want;
 use serde::{Deserialize, Serialize};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -10,6 +11,13 @@ pub struct Recompute {
     pub mla_up_projection: bool,
     /// The activation before the down-projection.
     pub swiglu: bool,
+}
+
+impl Recompute {
+    /// A norm's output as forward's linears read it: by columns too where that is kept for backward.
+    pub(crate) fn normed(&self) -> Want {
+        if self.rms_norm { Want::ROWS } else { Want::BOTH }
+    }
 }
 
 impl Default for Recompute {

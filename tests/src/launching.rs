@@ -375,7 +375,10 @@ fn strangers_at_the_port_start_nothing_and_stop_nothing() {
     second.says("registered at");
     assert_eq!(starts(&first), started, "the run was started again: {}", first.said());
     assert_eq!(processes(&run).iter().filter(|(_, rank, _)| rank.is_some()).count(), 2);
+    // As a scheduler does: every node is told, which is one request.
     second.signal("TERM");
+    first.wait_for("asked to stop");
+    first.signal("TERM");
     assert_eq!([first.code(), second.code()], [75, 75], "{}{}", first.said(), second.said());
     nobody_is_left(&run);
 }

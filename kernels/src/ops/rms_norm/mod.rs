@@ -70,6 +70,7 @@ pub fn forward(x: &Tensor, weight: &Tensor, eps: f64) -> (Tensor, Tensor) {
         let rstd = cpu::rstd(x, eps);
         return (cpu::normed(x, &rstd, weight), rstd);
     }
+    assert_eq!(weight.size1().expect("the weight is [D]"), x.size()[1], "the weight's width");
     let (x, y) = (aligned(x), Tensor::empty(x.size(), (x.kind(), x.device())));
     let rstd = by_rows(&x, None, Some((weight, &y)), eps);
     (y, rstd)
@@ -136,8 +137,9 @@ pub fn add(x: &Tensor, y: &Tensor, eps: f64) -> (Tensor, Tensor) {
     (sum, rstd)
 }
 
-/// The row's rstd from one pass over x, or over the sum that it leaves; or with the norm (weight, y) made by it.
+/// The rows' rstd from one pass over x, over the sum x + y that it leaves (y, sum), or over x that it norms (weight, y).
 fn by_rows(x: &Tensor, add: Option<(&Tensor, &Tensor)>, norm: Option<(&Tensor, &Tensor)>, eps: f64) -> Tensor {
+    assert!(add.is_none() || norm.is_none(), "x alone is normed");
     let (t, d) = x.size2().expect("x is [T, D]");
     let rstd = Tensor::empty([t, 1], (Kind::Float, x.device()));
     let kernel = kernel(x.device(), "by_rows", ScaleRule::Amax, 1);

@@ -4,8 +4,8 @@
 // Defined from outside, for backward: ROW, the threads of a row, 8 · ROW ≥ C, and ROWS at a time.
 constexpr int ROW_THREADS = 128;
 
-// One block a row: sum = x + y in BF16 (null: x is the sum), rstd of the row as rounded, and, where there is a weight, the
-// row normed by it.
+// One block a row: sum = x + y in BF16 (null: x is the sum), rstd of the row as rounded, and, where there is a weight and no
+// y, x normed by it.
 extern "C" __global__ void __launch_bounds__(ROW_THREADS)
     by_rows(const u16* x, const u16* y, u16* sum, const u16* weight, u16* normed, float* rstd, float eps, int C) {
   begin();
