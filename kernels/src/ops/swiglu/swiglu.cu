@@ -119,7 +119,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
   const Out act_out = {nullptr, nullptr, act_transposed, act_scales, I, P, 0, act_scale_stride};
   const Out out = {values, scales, transposed, scales_transposed, 2 * I, P, scale_stride, scale_stride_transposed};
   emit(act, act_out, place, row_tile, column_tile, scratch);
-  // One code for both: as two, it is more than the instruction cache holds.
+  // One code for both: half as much for the instruction cache.
 #pragma unroll 1
   for (int half = 0; half < 2; half++) {
 #pragma unroll
