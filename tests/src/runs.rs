@@ -279,6 +279,23 @@ fn validation_reads_what_the_mixture_weighs() {
 }
 
 #[test]
+fn phases_and_validation_speak_one_vocabulary() {
+    let other = scratch().join("spoken");
+    let args = ["prepare", "--vocab", "480", "--held-out", "0.2", "--extensions", "rs,toml", "--out"].map(String::from);
+    start(&[&args[..], &[other.display().to_string(), root().join("launch").display().to_string()]].concat(), 0);
+    let (there, here) = (other.display(), corpus().display());
+    for (name, set, first, then) in [("later", "phase.1.mixture", &here, &there), ("earlier", "phase.0.mixture", &there, &here)] {
+        let run = Run::new(&format!("spoken-{name}"), &[&format!("{set}={}", mixture(&[(&other, 1.0)])), "validation.every=0"]);
+        let said = start(&run.train_args(), 1);
+        assert!(said.contains(&format!("the sources do not share one tokenizer: {then} has ")) && said.contains(&format!(", {first} has ")), "{said}");
+        assert!(!run.dir().exists());
+    }
+    let run = Run::new("spoken-validated", &[0, 1].map(|phase| format!("phase.{phase}.mixture={}", mixture(&[(&other, 1.0)]))).each_ref().map(String::as_str));
+    let said = start(&run.train_args(), 1);
+    assert!(said.contains(&format!("do not share one tokenizer: {here} has ")), "{said}");
+}
+
+#[test]
 fn a_missing_shard_is_named_before_the_first_step() {
     let other = corpus_of("launch", "shard-gone", "0.2");
     std::fs::remove_file(other.join("train-00000.parquet")).expect("a shard");

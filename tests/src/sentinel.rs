@@ -159,6 +159,16 @@ fn a_resume_and_four_ranks_take_the_same_branches() {
     assert_eq!(parts.series("loss"), whole.series("loss"));
     assert_eq!(parts.series("grad_norm"), whole.series("grad_norm"));
 
+    // Who no longer looks has what fell back in BF16 until its steps are over.
+    let blind = run("blind", &["sentinel.every=1"]);
+    go(&blind.config(), 1, Start::Fresh, 9);
+    let mut config = blind.config();
+    config.sentinel.every = 0;
+    go(&config, 1, Start::Resume, 14);
+    assert_eq!(blind.series("loss")[..10], whole.series("loss")[..10]);
+    assert_eq!(in_bf16(&blind, QUERY)[..2], [(8, 1.0), (13, 0.0)]);
+    assert!(in_bf16(&blind, KEY).is_empty(), "its turn was never");
+
     let four = run("four", &["sentinel.every=1", "parallel.pp=2", "parallel.ep=2", "parallel.schedule=1f1b"]);
     go(&four.config(), 4, Start::Fresh, 14);
     for name in [QUERY, KEY] {

@@ -35,8 +35,8 @@ fn go_in(dir: &Path, run: &Run, start: Start, stop_after: Option<u64>) -> Result
 }
 
 fn node(dir: &Path, node: usize) -> PathBuf {
-    let of_run = fs::read_dir(dir).expect("a folder").next().expect("the run's").expect("an entry").path();
-    of_run.join(format!("node-{node}"))
+    let only = |folder: &Path| fs::read_dir(folder).expect("a folder").next().expect("one").expect("an entry").path();
+    only(&only(dir)).join(format!("node-{node}"))
 }
 
 fn newest_shard(dir: &Path, node: usize, rank: usize) -> PathBuf {
@@ -280,6 +280,24 @@ fn a_run_that_was_moved_says_where_its_copies_are_and_takes_none_of_its_original
     fs::rename(&copies, named).expect("renamed");
     go_in(&away, &run, Start::Resume, Some(9)).expect("nothing to do");
     assert!(away.join("checkpoints/step-00000010").exists(), "restored, not done again");
+}
+
+#[test]
+fn what_a_node_holds_of_a_run_that_was_removed_counts_for_nothing() {
+    let (removed, dir) = crashed("replaced");
+    let away = dir.with_file_name("tier-replaced-away");
+    let copy = |from: &Path, to: &Path| {
+        let done = std::process::Command::new("cp").args(["-a", &format!("{}/.", from.display())]).arg(to).status();
+        assert!(done.expect("cp").success());
+    };
+    copy(&dir, &away);
+    fs::remove_dir_all(removed.dir()).expect("removed");
+    let (run, _) = self::run("replaced");
+    go(&run, Start::Fresh, Some(6)).expect("six steps");
+    fs::remove_dir_all(run.newest_checkpoint()).expect("it goes");
+    copy(&away, &dir);
+    go(&run, Start::Resume, Some(5)).expect("nothing to do");
+    assert!(run.newest_checkpoint().ends_with("step-00000006"), "{}", run.newest_checkpoint().display());
 }
 
 #[test]

@@ -1,6 +1,7 @@
 //! What rank 0 does for all, over the world communicator: gives out the layout, checks that every rank runs the
 //! same thing, and (in `checkpoint::save`) commits checkpoints. Stop signals ride in each step's reduced losses.
 use anyhow::Result;
+use parallel::comm::mpi::bound_to;
 use parallel::comm::{Communicator, broadcast_bytes, gather_bytes};
 use serde::{Deserialize, Serialize};
 use std::sync::Arc;
@@ -19,11 +20,20 @@ pub fn host() -> String {
     std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default().trim().to_string()
 }
 
-/// The node of every rank: hosts, numbered in the order of their first rank. Containers on two machines may bear one name: a
-/// machine's every start has an id.
+/// Containers on two machines may bear one name: a machine's every start has an id.
+fn machine() -> String {
+    format!("{} {}", host(), std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default())
+}
+
+/// How many ranks share this rank's cores: those of its machine that are bound to the same ones.
+pub fn sharing_cores(world: &dyn Communicator) -> Result<usize> {
+    let mine = format!("{} {}", machine(), bound_to());
+    Ok(gather_bytes(world, mine.as_bytes())?.iter().filter(|theirs| *theirs == mine.as_bytes()).count())
+}
+
+/// The node of every rank: hosts, numbered in the order of their first rank.
 pub fn nodes(world: &dyn Communicator) -> Result<Vec<usize>> {
-    let start = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
-    let hosts = gather_bytes(world, format!("{} {start}", host()).as_bytes())?;
+    let hosts = gather_bytes(world, machine().as_bytes())?;
     let mut seen: Vec<&Vec<u8>> = Vec::new();
     hosts.iter().for_each(|host| if !seen.contains(&host) { seen.push(host) });
     Ok(hosts.iter().map(|host| seen.iter().position(|known| *known == host).expect("seen above")).collect())

@@ -1,7 +1,7 @@
 //! Where a rank computes: the CPU, or a GPU of its host, found and opened at the start.
 use crate::config::{DeviceChoice, RunConfig};
-use crate::coordinator::{all_or_none, nodes};
-use anyhow::{Result, bail, ensure};
+use crate::coordinator::{all_or_none, nodes, shared};
+use anyhow::{Result, bail};
 use kernels::Precision;
 use kernels::device::{self, Found, Options};
 use kernels::ops::gemm_fp8;
@@ -10,20 +10,20 @@ use parallel::mesh::{Mesh, Transport};
 use std::path::{Path, PathBuf};
 use tch::Device;
 
-/// Collective. A launcher may show each rank of a host another GPU first: then that is its own. Else they take the GPUs in
-/// turn, and share them where they are more. Opening again is free.
+/// Collective. A launcher may show each rank of a host, or each group of them, another GPU first: then that is its own. Those
+/// that are shown the same one take the GPUs in turn, and share them where they are more. Opening again is free.
 pub fn open(config: &RunConfig, world: &dyn Communicator) -> Result<Device> {
     if config.run.device == DeviceChoice::Cpu {
         return Ok(Device::Cpu);
     }
     let (nodes, first) = (nodes(world)?, gather_bytes(world, device::bus_id(0).unwrap_or_default().as_bytes())?);
-    let here: Vec<usize> = (0..world.size()).filter(|&rank| nodes[rank] == nodes[world.rank()]).collect();
-    let shown_alike = here.iter().all(|&rank| first[rank] == first[world.rank()]);
-    let local_rank = if shown_alike { here.iter().filter(|&&rank| rank < world.rank()).count() } else { 0 };
-    let nccl_carries = world.size() > 1 && match config.parallel.transport {
-        Transport::Peer => nodes.iter().any(|&host| host != nodes[0]),
-        Transport::Nccl => true,
-        Transport::Staged => false,
+    let mine = world.rank();
+    let local_rank = (0..mine).filter(|&rank| nodes[rank] == nodes[mine] && first[rank] == first[mine]).count();
+    let nccl_carries = world.size() > 1 && match (config.parallel.transport, config.parallel.ranks_per_node) {
+        (Transport::Peer, 0) => nodes.iter().any(|&host| host != nodes[0]),
+        (Transport::Peer, ranks) => ranks < world.size(),
+        (Transport::Nccl, _) => true,
+        (Transport::Staged, _) => false,
     };
     let spared_sms = if nccl_carries { config.parallel.comm_sms } else { 0 };
     let options = Options { local_rank, torch_cuda: None, nvrtc_folder: None, kernel_cache: kernel_cache(&config.run.dir), spared_sms };
@@ -56,7 +56,9 @@ pub fn connect(config: &RunConfig, mesh: &Mesh, world: Comm) -> Result<Comm> {
     gpus.sort_unstable();
     gpus.dedup();
     if gpus.len() < world.size() {
-        ensure!(transport == Transport::Peer, "parallel.transport = \"nccl\": {} ranks share {} GPU(s)", world.size(), gpus.len());
+        if transport == Transport::Nccl {
+            return Err(shared(format!("parallel.transport = \"nccl\": {} ranks share {} GPU(s)", world.size(), gpus.len())));
+        }
         if world.rank() == 0 {
             tracing::info!("{} ranks share {} GPU(s): their tensors travel through host memory", world.size(), gpus.len());
         }

@@ -5,7 +5,7 @@ mod plan;
 
 use anyhow::{Context, Result};
 use clap::{Parser, Subcommand, ValueEnum};
-use parallel::comm::{Comm, CommError};
+use parallel::comm::{Comm, CommError, Communicator};
 use parallel::comm::local::solo;
 use parallel::comm::mpi::MpiWorld;
 use std::io::{IsTerminal, Write};
@@ -14,7 +14,7 @@ use std::process::ExitCode;
 use tch::Kind;
 use trainer::checkpoint::Retention;
 use trainer::checkpoint::hf::{Format, Values};
-use trainer::coordinator::{Shared, StopSignal, all_or_none};
+use trainer::coordinator::{Shared, StopSignal, all_or_none, sharing_cores};
 use trainer::run::{GaveUp, Start, StateLost, resolved, train};
 use trainer::{RunConfig, checkpoint};
 
@@ -206,7 +206,7 @@ fn in_world(config: impl FnOnce() -> Result<RunConfig>, start: Start) -> Result<
         _ => BadConfig(format!("{error:#}")).into(),
     });
     let outcome = config.and_then(|config| {
-        tch::set_num_threads(threads(&config));
+        tch::set_num_threads(threads(&config, &*world)?);
         train(&config, world.clone(), start, &stop)
     });
     match outcome {
@@ -281,10 +281,11 @@ fn end_with_the_reader() {
     }));
 }
 
-fn threads(config: &RunConfig) -> i32 {
+/// Collective.
+fn threads(config: &RunConfig, world: &dyn Communicator) -> Result<i32> {
     let cores = std::thread::available_parallelism().map_or(1, |cores| cores.get());
-    let shared = (cores / environment::ranks_here()).max(1);
-    if config.run.threads > 0 { config.run.threads as i32 } else { shared as i32 }
+    let shared = (cores / sharing_cores(world)?).max(1);
+    Ok(if config.run.threads > 0 { config.run.threads as i32 } else { shared as i32 })
 }
 
 fn checkpoint_command(command: CheckpointCommand) -> Result<()> {

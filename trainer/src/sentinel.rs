@@ -94,7 +94,7 @@ impl Sentinel {
 
     /// Before step `number`, from 1: whose turn it is, and who is in BF16.
     pub fn begin(&mut self, number: u64, weights: &mut Weights) {
-        if self.linears.is_empty() {
+        if self.linears.is_empty() && self.state.fallen_back.is_empty() {
             return;
         }
         let fallen: Vec<&String> = self.state.fallen_back.iter().filter(|(_, back)| *back > number).map(|(name, _)| name).collect();

@@ -182,6 +182,11 @@ impl Loader {
         })
     }
 
+    /// Whether it speaks the vocabulary of `other`: one model learns from both.
+    pub fn check_alike(&self, other: &Loader) -> Result<(), DataError> {
+        source::check_alike(&[&other.sources[..1], &self.sources].concat())
+    }
+
     pub fn vocab_size(&self) -> u32 {
         self.sources[0].manifest.vocab_size
     }

@@ -115,8 +115,8 @@ pub(crate) fn check_alike(sources: &[Arc<OpenSource>]) -> Result<(), DataError> 
     };
     for source in sources {
         if source.manifest.tokenizer_blake3 != first.manifest.tokenizer_blake3 {
-            let (path, found) = (source.path.clone(), source.manifest.tokenizer_blake3.clone());
-            return Err(DataError::TokenizersDiffer { path, found, expected: first.manifest.tokenizer_blake3.clone() });
+            let [(path, found), (first, expected)] = [source, first].map(|it| (it.path.clone(), it.manifest.tokenizer_blake3.clone()));
+            return Err(DataError::TokenizersDiffer { path, found, first, expected });
         }
     }
     Ok(())

@@ -39,6 +39,12 @@ struct Shared {
     universe: Universe,
 }
 
+/// The cores that this process may use, as Linux lists them.
+pub fn bound_to() -> String {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    status.lines().find_map(|line| line.strip_prefix("Cpus_allowed_list:")).unwrap_or_default().trim().to_string()
+}
+
 impl MpiWorld {
     /// Starts MPI. Other threads may exist but only the one that called this uses it (`Serialized`).
     /// Errors: MPI was started before, or cannot live beside other threads.
@@ -52,7 +58,7 @@ impl MpiWorld {
         let group = universe.world().duplicate();
         // SAFETY: the handle is live, and MPI_ERRORS_RETURN is a predefined handler. Sub-groups inherit it.
         unsafe { ffi::MPI_Comm_set_errhandler(group.as_raw(), ffi::RSMPI_ERRORS_RETURN) };
-        let spin = progress::spin(universe.world().split_shared(universe.world().rank()).size() as usize);
+        let spin = progress::spin(&universe.world().split_shared(universe.world().rank()));
         let shared = Rc::new(Shared { in_flight: RefCell::default(), piece_bytes: Cell::new(PIECE_BYTES), spin, universe });
         Ok(MpiWorld { comm: Rc::new(MpiComm::new(Rc::new(Link { group, shared }))) })
     }

@@ -6,7 +6,7 @@ use super::second_tier::SecondTier;
 use super::shard::Summed;
 use super::{Reader, list, unfinished};
 use crate::coordinator::{all_or_none, shared};
-use anyhow::{Context, Result, anyhow, bail, ensure};
+use anyhow::{Context, Result, anyhow, ensure};
 use parallel::comm::{Communicator, broadcast_bytes, gather_bytes};
 use serde::{Deserialize, Serialize};
 use std::collections::HashMap;
@@ -122,7 +122,8 @@ pub fn load_newest(
             }
             // Not they, but the disk is to blame.
             Err(damage) if restored.is_some() => {
-                bail!("{} was whole when it was made of the second tier's copies, which are kept: {damage}", path.display());
+                let words = format!("{} was whole when it was made of the second tier's copies, which are kept: {damage}", path.display());
+                return Err(shared(words));
             }
             Err(damage) => {
                 notes.push(format!("{} is damaged and was passed over: {damage}", path.display()));
@@ -162,7 +163,7 @@ fn listed(world: &dyn Communicator, run_dir: &Path) -> Result<(Vec<PathBuf>, Vec
     .map_err(|error: anyhow::Error| format!("{error:#}"));
     let listed: Result<(Vec<PathBuf>, Vec<PathBuf>), String> =
         serde_json::from_slice(&broadcast_bytes(world, &serde_json::to_vec(&listed)?, 0)?)?;
-    let (all, unfinished) = listed.map_err(|text| anyhow::anyhow!(text))?;
+    let (all, unfinished) = listed.map_err(|text| shared(format!("rank 0: {text}")))?;
     Ok((all, unfinished.iter().map(|path| format!("{} was never finished", path.display())).collect()))
 }
 

@@ -33,6 +33,9 @@ impl Corpus {
                 Some(open_checked(config, spec).with_context(|| format!("validation.every = {every} needs a held-out split (0 does without; prepare's --held-out makes one)"))?)
             }
         };
+        let mut all = orders.values().chain(&held_out);
+        let first = all.next().expect("a run has a phase");
+        all.try_for_each(|loader| loader.check_alike(first))?;
         let unigram_entropy = held_out.as_ref().unwrap_or(&orders[&0]).unigram_entropy();
         let mut notes = streams.notes();
         notes.extend(held_out.iter().flat_map(|loader| validation_notes(config, loader)));

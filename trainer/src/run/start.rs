@@ -5,12 +5,13 @@ use super::{Run, Start, State};
 use crate::checkpoint::second_tier::{SecondTier, copies};
 use crate::checkpoint::{self, Cursor, Found, Manifest};
 use crate::config::RunConfig;
-use crate::coordinator::{all_or_none, gather_layout};
+use crate::coordinator::{all_or_none, gather_layout, shared};
 use crate::device;
 use crate::estimate::{Need, needs};
 use crate::phase::Plan;
 use crate::step::Trainer;
 use anyhow::{Context, Result, anyhow, ensure};
+use kernels::Precision;
 use parallel::comm::Comm;
 use parallel::mesh::Mesh;
 use std::collections::BTreeMap;
@@ -118,7 +119,7 @@ pub(super) fn restore((config, start, tier): Begin, world: &Comm, trainer: &mut 
     if start == Start::Fresh {
         if let Some(path) = &config.run.init_from {
             let loaded = checkpoint::load_whole(&**world, path, &mut |reader| trainer.load_weights(reader)).with_context(|| format!("run.init_from = {path:?}"))?;
-            loaded.map_err(|damage| anyhow!("run.init_from: {damage}"))?;
+            loaded.map_err(|damage| shared(format!("run.init_from: {damage}")))?;
         }
         return Ok(Restored::default());
     }
@@ -138,7 +139,10 @@ pub(super) fn restore((config, start, tier): Begin, world: &Comm, trainer: &mut 
     });
     let (path, manifest) = all_or_none(&**world, fits)?;
     trainer.guard.state = manifest.progress.guard.clone();
-    trainer.sentinel.state = manifest.progress.sentinel.clone();
+    if config.run.precision == Precision::Fp8 {
+        trainer.sentinel.state = manifest.progress.sentinel.clone();
+        trainer.sentinel.begin(manifest.step, &mut trainer.weights); // it may be that only a validation follows
+    }
     notes.push(format!("resuming from {} (step {}, {} tokens)", path.display(), manifest.step, manifest.tokens));
     if manifest.precision != config.run.precision {
         notes.push(format!("run.precision is {:?} from here on, it was {:?}", config.run.precision, manifest.precision));

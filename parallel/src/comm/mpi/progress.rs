@@ -4,8 +4,11 @@
 
 use super::{Batch, Link, Shared};
 use crate::comm::CommError;
+use ::mpi::topology::SimpleCommunicator;
+use ::mpi::traits::{Communicator as _, CommunicatorCollectives as _};
 use std::cell::RefCell;
 use std::collections::VecDeque;
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
@@ -47,8 +50,13 @@ impl State {
     }
 }
 
-/// With so many ranks on this host.
-pub(super) fn spin(ranks: usize) -> Duration {
+/// Collective over the ranks of this host: some may be bound to cores of their own.
+pub(super) fn spin(host: &SimpleCommunicator) -> Duration {
+    let mut hasher = DefaultHasher::new();
+    super::bound_to().hash(&mut hasher);
+    let (mine, mut all) = (hasher.finish(), vec![0u64; host.size() as usize]);
+    host.all_gather_into(&mine, &mut all[..]);
+    let ranks = all.iter().filter(|&&cores| cores == mine).count();
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     if cores >= 2 * ranks { SPIN_ALONE } else { SPIN }
 }
