@@ -130,7 +130,7 @@ if srun --mpi=list 2>&1 | grep -q pmix; then
     for task in $tasks; do if parent=$(ps -o ppid= -p "$task") && grep -qs slurmstepd /proc/$((parent))/cmdline; then host+=" $((parent))"; fi; done
     # shellcheck disable=SC2086
     kill -STOP $host $tasks
-    until_true "the spare node's start" 90 grep -q "host n2 is down and is left out .* 2 host(s) are left" "$state/lost.out"
+    until_true "the spare node's start" 90 grep -q "host n2 cannot be used and is left out .* 2 host(s) are left" "$state/lost.out"
     until_true "a step of it" 60 grep -q "checkpoints/step-00000100 " "$state/lost.out"
     grep -q "2 rank(s) on 2 host(s) (n1, n3): resume" "$state/lost.out" || fail "not on n1 and n3"
     # shellcheck disable=SC2086

@@ -128,7 +128,7 @@ Exit codes:
   11  a rank was killed by a signal
   12  a rank ran out of memory
   13  tiefsee ended with an error, which is printed
-  14  a host or the link to it was lost
+  14  a host or the link to it was lost, or processes there do not end
   15  hung: no rank made a step
   16  the ranks could not be started, or the run directory could not be taken
   17  another launcher is at work in this run directory

@@ -3,8 +3,10 @@
 //! It stands in its own session (a terminal's Ctrl-C and a killed process group do not reach it) and takes orders over
 //! its standard input; the end of that pipe means that the launcher is dead. Descendants that lose their parent come to
 //! it (subreaper), so it can end every one, whatever process group mpirun gave it.
-use crate::environment::{NAME, OWN, SECRET};
-use crate::processes::descendants;
+use crate::environment::{NAME, OWN, SECRET, host_name};
+use crate::incidents::say;
+use crate::outcome::STUCK;
+use crate::processes::{descendants, name, state};
 use nix::sys::prctl::{set_child_subreaper, set_pdeathsig};
 use nix::sys::signal::{Signal, kill};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
@@ -22,8 +24,12 @@ pub const GUARD: &str = "@guard";
 pub const TIED: &str = "@tied";
 /// The guard could not start its command.
 pub const CANNOT_START: u8 = 127;
+/// The command's code where KILL has not ended it: as if it had.
+const KILLED: u8 = 128 + Signal::SIGKILL as u8;
 /// A guard of a killed launcher needs as long to end its ranks; the next launcher waits for it.
 const FAREWELL: Duration = Duration::from_secs(5);
+/// What outlives KILL for so long stands in the kernel, which alone can end it.
+const GIVE_UP: Duration = Duration::from_secs(60);
 const TICK: Duration = Duration::from_millis(50);
 
 /// What the launcher can ask of its guard.
@@ -97,16 +103,21 @@ pub fn guard(args: &[String]) -> u8 {
         }
     };
     let started = Command::new(OWN).arg0(NAME).arg(TIED).args(command).stdin(Stdio::null()).spawn();
-    let child = match started {
+    let mut child = match started {
         Ok(child) => child,
         Err(error) => {
             eprintln!("tiefsee-launch: cannot start {}: {error}", command[0]);
             return CANNOT_START;
         }
     };
-    let status = watch(child, orders());
-    end_descendants();
-    status
+    let command = child.id();
+    let ended = watch(&mut child, &orders());
+    let (code, left) = end_descendants(command, Signal::SIGKILL, GIVE_UP);
+    if !left.is_empty() {
+        let (host, left, seconds) = (host_name(), left.join(", "), GIVE_UP.as_secs());
+        say(&format!("host {host}{STUCK}{left}; whatever they wait for there has not answered for {seconds} s"));
+    }
+    ended.or(code).unwrap_or(KILLED)
 }
 
 /// Shared between a run's guards one after the other: waits until the ranks of the one before are gone. Where the file system
@@ -129,17 +140,18 @@ fn orders() -> Receiver<u8> {
     receiver
 }
 
-fn watch(mut child: Child, orders: Receiver<u8>) -> u8 {
+/// The code of a command that ends; None: everything is to be killed.
+fn watch(child: &mut Child, orders: &Receiver<u8>) -> Option<u8> {
     let pid = Pid::from_raw(child.id() as i32);
     let mut ends_at = None;
     loop {
         if let Ok(Some(status)) = child.try_wait() {
-            return code(status).clamp(0, 255) as u8;
+            return Some(code(status).clamp(0, 255) as u8);
         }
         match orders.recv_timeout(TICK) {
             Ok(b'u') => send(pid, Signal::SIGUSR1),
             Ok(b't') => send(pid, Signal::SIGTERM),
-            Ok(_) => kill_descendants(),
+            Ok(_) => return None,
             Err(RecvTimeoutError::Timeout) => {}
             Err(RecvTimeoutError::Disconnected) => {
                 std::thread::sleep(TICK);
@@ -147,7 +159,7 @@ fn watch(mut child: Child, orders: Receiver<u8>) -> u8 {
                     send(pid, Signal::SIGTERM);
                 }
                 if Instant::now() >= *ends_at.get_or_insert_with(|| Instant::now() + FAREWELL) {
-                    kill_descendants();
+                    return None;
                 }
             }
         }
@@ -159,23 +171,33 @@ fn send(pid: Pid, signal: Signal) {
     let _ = kill(pid, signal);
 }
 
-fn kill_descendants() {
-    descendants(std::process::id()).into_iter().for_each(|pid| send(Pid::from_raw(pid as i32), Signal::SIGKILL));
-}
-
-/// Until none is left; what a killed process leaves behind comes to us and is killed in the next round.
-fn end_descendants() {
+/// Until none is left, or `limit` is over: the code of `command`, if it ends only here, and in words who is left. What a killed
+/// process leaves behind comes to us and gets `signal` in the next round.
+pub fn end_descendants(command: u32, signal: Signal, limit: Duration) -> (Option<u8>, Vec<String>) {
+    let (start, command, mut code) = (Instant::now(), Pid::from_raw(command as i32), None);
     loop {
-        kill_descendants();
+        let alive = descendants(std::process::id());
+        alive.iter().for_each(|pid| send(Pid::from_raw(*pid as i32), signal));
         loop {
             match waitpid(None, Some(WaitPidFlag::WNOHANG)) {
                 Ok(WaitStatus::StillAlive) => break,
+                Ok(WaitStatus::Exited(pid, exited)) if pid == command => code = Some(exited as u8),
+                Ok(WaitStatus::Signaled(pid, signal, _)) if pid == command => code = Some(128 + signal as u8),
                 Ok(_) => {}
-                Err(_) => return,
+                Err(_) => return (code, Vec::new()),
             }
+        }
+        if start.elapsed() >= limit {
+            return (code, alive.into_iter().filter_map(shown).collect());
         }
         std::thread::sleep(TICK);
     }
+}
+
+/// For people. None: it is gone, or has ended and waits for a parent that does not take note.
+fn shown(pid: u32) -> Option<String> {
+    let state = state(pid).filter(|state| *state != 'Z')?;
+    Some(format!("{pid} ({}, state {state})", name(pid)?))
 }
 
 /// Becomes `command`, which gets TERM when its parent dies. Returns only if it cannot.

@@ -108,7 +108,8 @@ impl Hosts {
         Some((host, words))
     }
 
-    /// One more failure of a host, which is left out after some; at once where it is `down`. What follows from it, in words.
+    /// One more failure of a host, which is left out after some; at once where no start can have it (`down`). What follows from it,
+    /// in words.
     pub fn blame(&mut self, (host, down): (&str, bool), args: &Args, now: Instant) -> Option<String> {
         let all = match &self.source {
             Source::Listed(listed) => listed.clone(),
@@ -125,7 +126,7 @@ impl Hosts {
         if failures < TOO_MANY || !all.iter().filter(usable).any(|name| name == host) {
             return None;
         }
-        let how = if down { "is down".to_string() } else { format!("failed {failures} times") };
+        let how = if down { "cannot be used".to_string() } else { format!("failed {failures} times") };
         let left = all.iter().filter(usable).filter(|name| *name != host).count();
         let least = args.nnodes.map_or(all.len(), |nodes| nodes.least);
         if left < least {
@@ -202,7 +203,7 @@ mod tests {
     #[test]
     fn a_host_that_is_down_is_left_out_at_once() {
         let (args, mut hosts) = hosts("--hosts a,b,c --nnodes 2");
-        assert!(hosts.blame(("b", true), &args, Instant::now()).expect("words").contains("host b is down and is left out"));
+        assert!(hosts.blame(("b", true), &args, Instant::now()).expect("words").contains("host b cannot be used and is left out"));
         assert_eq!(hosts.gather(&args, || false).expect("hosts").expect("not stopped"), ["a", "c"]);
     }
 

@@ -17,6 +17,8 @@ const GAVE_UP: i32 = 77;
 const DAEMON_LOST: i32 = 205;
 /// How a transfer's failure begins that a rank met: another rank may be at fault, or the link.
 const TOLD: &str = "error (told by rank ";
+/// A guard's word of processes that it cannot end, between the host and them.
+pub const STUCK: &str = " has processes that SIGKILL does not end: ";
 const SIGABRT: i32 = 6;
 const SIGKILL: i32 = 9;
 const SIGUSR1: i32 = 10;
@@ -48,7 +50,7 @@ pub struct Outcome {
     pub words: String,
     /// Where it began, if that is known.
     pub host: Option<String>,
-    /// SLURM has it down: no further start can have it.
+    /// No further start can have it: SLURM has it down, or processes on it do not end.
     pub down: bool,
 }
 
@@ -116,6 +118,8 @@ pub struct Evidence {
     /// By SLURM's word.
     pub down: bool,
     pub cannot_start: Option<String>,
+    /// A host with processes that nobody can end, and what its guard says of them.
+    pub stuck: Option<(String, String)>,
 }
 
 impl Evidence {
@@ -152,6 +156,9 @@ impl Evidence {
             self.down = down.is_some();
             self.lost_host = down.or_else(|| behind("tiefsee-launch: cannot reach host ").or_else(|| behind("Remote daemon: ")?.split_once(" on node ").map(|(_, rest)| rest)).and_then(word));
             self.daemon_lost |= self.lost_host.is_some();
+        }
+        if let Some(words) = line.strip_prefix("tiefsee-launch: ").filter(|words| words.contains(STUCK)) {
+            self.stuck = words.strip_prefix("host ").and_then(word).map(|host| (host, words.to_string()));
         }
         if self.aborted_rank.is_none() {
             self.aborted_rank = behind("MPI_ABORT was invoked on rank ").and_then(number);
@@ -226,6 +233,10 @@ pub fn classify(code: i32, evidence: &Evidence, (asked, oom_kills): (bool, bool)
         (GAVE_UP, _) => Outcome::new(Class::GaveUp, evidence.reason.clone().unwrap_or_else(|| "too many steps were skipped".to_string())),
         (75, _) => Outcome::new(Class::Stopped, "stopped on request, with a checkpoint"),
         (_, Some(SIGUSR1)) if asked => Outcome::new(Class::Stopped, "stopped on request, before the ranks had begun"),
+        // Whatever else ended: until it is seen to, nothing can be started there.
+        _ if let Some((host, words)) = &evidence.stuck => {
+            Outcome { class: Class::LinkLost, words: words.clone(), host: Some(host.clone()), down: true }
+        }
         (DAEMON_LOST, _) => lost(),
         // Open MPI 5 says so as well of one that it cannot start.
         _ if evidence.daemon_lost && evidence.cannot_start.is_none() => lost(),
@@ -355,6 +366,17 @@ mod tests {
             let outcome = classify(143, &evidence, (false, false), |_| None);
             assert_eq!((outcome.class, outcome.host.as_deref(), outcome.down), (Class::LinkLost, host, host.is_some()));
         }
+    }
+
+    #[test]
+    fn a_host_whose_processes_do_not_end_is_to_blame() {
+        let said = format!("host n2{STUCK}4711 (tiefsee, state D)");
+        let mut evidence = Evidence::default();
+        ["[1,3]<stderr>:error (rank 3): no room", &format!("tiefsee-launch: {said}")].iter().for_each(|line| evidence.read(line));
+        let outcome = |code| classify(code, &evidence, (false, false), |_| Some("n1".to_string()));
+        let expected = Outcome { class: Class::LinkLost, words: said.clone(), host: Some("n2".to_string()), down: true };
+        assert_eq!([137, 1, 205].map(outcome), [137, 1, 205].map(|_| expected.clone()));
+        assert_eq!(outcome(75).class, Class::Stopped, "what was asked for is done");
     }
 
     #[test]

@@ -8,9 +8,11 @@ use std::path::{Path, PathBuf};
 use std::sync::mpsc::Sender;
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 /// Logs open at a time, of any number of ranks.
 const OPEN: usize = 64;
+const TICK: Duration = Duration::from_millis(10);
 
 /// The readers of one attempt.
 pub struct Output {
@@ -35,12 +37,17 @@ impl Output {
         Output { shared, readers }
     }
 
-    /// Both pipes are at their end: every process of the attempt is gone.
+    /// Until both pipes are at their end: every process of the attempt is gone then. One that nobody can end may keep them open.
     pub fn finish(self) -> Evidence {
-        for reader in self.readers {
-            reader.join().expect("a reader does not panic");
+        loop {
+            let read = self.readers.iter().all(JoinHandle::is_finished);
+            let mut shared = self.shared.lock().expect("a reader does not panic");
+            if read || shared.evidence.stuck.is_some() {
+                return std::mem::take(&mut shared.evidence);
+            }
+            drop(shared);
+            std::thread::sleep(TICK);
         }
-        std::mem::take(&mut self.shared.lock().expect("a reader does not panic").evidence)
     }
 }
 
@@ -119,6 +126,7 @@ fn printed_step(line: &str) -> Option<u64> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::outcome::STUCK;
 
     #[test]
     fn many_ranks_need_few_files() {
@@ -132,6 +140,15 @@ mod tests {
             let text = std::fs::read_to_string(folder.path().join(format!("rank-{rank}.log"))).expect("a log");
             assert_eq!(text, "line 0\nline 1\nline 2\n", "rank {rank}");
         }
+    }
+
+    #[test]
+    fn pipes_that_a_process_holds_for_ever_are_left() {
+        let (never_read, held) = std::io::pipe().expect("a pipe");
+        let said = format!("tiefsee-launch: host n2{STUCK}4711 (tiefsee, state D)\n");
+        let evidence = Output::read(4, None, std::sync::mpsc::channel().0, never_read, std::io::Cursor::new(said)).finish();
+        assert_eq!(evidence.stuck.expect("read").0, "n2");
+        drop(held);
     }
 
     #[test]

@@ -1,5 +1,6 @@
 //! The process table, as far as our own descendants go.
 use std::fs;
+use std::path::Path;
 
 /// Every living descendant of `ancestor`, parents first.
 pub fn descendants(ancestor: u32) -> Vec<u32> {
@@ -36,9 +37,20 @@ pub fn parent(pid: u32) -> Option<u32> {
     status.lines().find_map(|line| line.strip_prefix("PPid:")?.trim().parse().ok())
 }
 
+/// State letter of a process: of the first of its threads that lives, for one that stands in the kernel keeps all that have ended.
+pub fn state(pid: u32) -> Option<char> {
+    let tasks = fs::read_dir(format!("/proc/{pid}/task")).ok()?.flatten();
+    let states = tasks.filter_map(|task| Some(stat(&task.path())?.0));
+    states.min_by_key(|state| *state == 'Z')
+}
+
 /// State letter and CPU ticks of a process.
 pub fn activity(pid: u32) -> Option<(char, u64)> {
-    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    stat(Path::new(&format!("/proc/{pid}")))
+}
+
+fn stat(process: &Path) -> Option<(char, u64)> {
+    let stat = fs::read_to_string(process.join("stat")).ok()?;
     // The name in parentheses may hold anything; fields count from behind it.
     let fields: Vec<&str> = stat.rsplit_once(") ")?.1.split(' ').collect();
     Some((fields.first()?.chars().next()?, fields.get(11)?.parse::<u64>().ok()? + fields.get(12)?.parse::<u64>().ok()?))

@@ -73,7 +73,11 @@ pub fn serve(node: &Node, mut signals: Signals) -> Result<u8> {
         std::thread::sleep(PERIOD);
     }
     say(&format!("node 0 at {} was not found within {:.0} s", node.rdzv, node.search.as_secs_f64()));
-    Ok(Outcome::new(Class::LinkLost, "").exit_code())
+    Ok(lost())
+}
+
+fn lost() -> u8 {
+    Outcome::new(Class::LinkLost, "").exit_code()
 }
 
 /// A connection, or node 0's reason against one.
@@ -108,9 +112,14 @@ fn run_what_is_asked(node: &Node, mut sender: Sender, mut receiver: Receiver, si
             Ok(None) => {}
             Err(error) => over = Some(Over::Lost(format!("{error:#}"))),
         }
-        for (id, code) in ended(&mut jobs)? {
+        let (codes, stuck) = ended(&mut jobs)?;
+        for (id, code) in codes {
             // If it cannot be told, the next receive fails too.
             let _ = sender.send(&FromNode::Ended { id, code });
+        }
+        // Node 0 shall go on without this one.
+        if stuck {
+            over = Some(Over::Code(lost()));
         }
         if told.elapsed() >= PERIOD {
             told = Instant::now();
@@ -135,7 +144,9 @@ fn run_what_is_asked(node: &Node, mut sender: Sender, mut receiver: Receiver, si
             jobs.values_mut().for_each(|job| job.guarded.order(Order::Kill));
             patience += PERIOD;
         }
-        ended(&mut jobs)?;
+        if ended(&mut jobs)?.1 && matches!(over, Some(Over::Lost(_))) {
+            over = Some(Over::Code(lost()));
+        }
         std::thread::sleep(TICK);
     }
     Ok(over.expect("the loop's end"))
@@ -155,9 +166,10 @@ impl Job {
     }
 }
 
-/// Codes of those that have ended; those that were asked to and do not are killed.
-fn ended(jobs: &mut BTreeMap<u64, Job>) -> Result<Vec<(u64, i32)>> {
-    let mut codes = Vec::new();
+/// Codes of those that have ended, and whether one left processes here that nobody can end; those that were asked to end and do
+/// not are killed.
+fn ended(jobs: &mut BTreeMap<u64, Job>) -> Result<(Vec<(u64, i32)>, bool)> {
+    let (mut codes, mut stuck) = (Vec::new(), false);
     for (id, job) in jobs.iter_mut() {
         if let Some(code) = job.guarded.try_wait()? {
             codes.push((*id, code));
@@ -167,8 +179,8 @@ fn ended(jobs: &mut BTreeMap<u64, Job>) -> Result<Vec<(u64, i32)>> {
     }
     for (id, _) in &codes {
         if let Some(job) = jobs.remove(id) {
-            job.output.finish();
+            stuck |= job.output.finish().stuck.is_some();
         }
     }
-    Ok(codes)
+    Ok((codes, stuck))
 }

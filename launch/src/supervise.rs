@@ -287,8 +287,9 @@ impl Supervisor {
         let host_of = |rank| layout.host_of(rank).map(str::to_string).or_else(|| (layout.nodes == 1).then(host_name));
         // A code alone does not end a run: Open MPI 5's is 0 also where a daemon was lost, or ended by a scheduler.
         let over = code == 0 && self.program.run_dir().is_none_or(|run_dir| run_dir::is_over(run_dir, before));
-        // Ranks that still made their checkpoint, or came to the end, while we lost patience did what was asked.
-        let verdict = verdict.filter(|_| code != i32::from(STOPPED) && !over);
+        // Ranks that still made their checkpoint, or came to the end, while we lost patience did what was asked. Processes that do not
+        // end are worse than what they were to be ended for.
+        let verdict = verdict.filter(|_| code != i32::from(STOPPED) && !over && evidence.stuck.is_none());
         let mut outcome = match verdict {
             Some(verdict) => verdict,
             None if over => Outcome::new(Class::Finished, "finished"),
@@ -316,8 +317,8 @@ impl Supervisor {
                     ending.ask(guarded, self.args.grace);
                     self.incidents.add("stop_requested", step, "asked to stop: the ranks checkpoint");
                 } else if !ending.begun() {
-                    self.incidents.add("stop_requested", step, "asked again: the ranks are ended");
                     ending.end(guarded, self.args.kill_after, Outcome::new(Class::StoppedLate, "ended on request, without a checkpoint of the last steps"));
+                    self.incidents.add("stop_requested", step, "asked again: the ranks are ended");
                 }
             }
             if !ending.begun()
@@ -333,9 +334,9 @@ impl Supervisor {
                 lookout.late(Duration::from_secs_f64(self.args.hang_floor.max(LATE))).iter().for_each(|words| say(words));
                 news.into_iter().for_each(|news| self.tell(news, lookout.step, layout));
                 if let Some(Hung { words, last_rank }) = hung.filter(|_| !ending.begun() && !ending.asked()) {
-                    self.incidents.add("hung", lookout.step, words.clone());
                     let host = last_rank.and_then(|rank| layout.host_of(rank)).map(str::to_string);
-                    ending.end(guarded, self.args.kill_after, Outcome::new(Class::Hung, words).at(host));
+                    ending.end(guarded, self.args.kill_after, Outcome::new(Class::Hung, words.clone()).at(host));
+                    self.incidents.add("hung", lookout.step, words);
                 }
             }
             ending.tick(guarded, self.args.kill_after, now);
