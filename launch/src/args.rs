@@ -131,7 +131,7 @@ Exit codes:
   14  a host or the link to it was lost, or processes there do not end
   15  hung: no rank made a step
   16  the ranks could not be started, or the run directory could not be taken
-  17  another launcher is at work in this run directory
+  17  another launcher is at work in this run directory; one on another host is waited for first, as that may be gone
   18  stopped on request, or pre-empted by SLURM, but the ranks did not checkpoint in time; an older checkpoint may be there
   19  what the ranks held in memory was damaged, and no copy of that step was left
   20  too many steps in a row were skipped (guard.max_skipped): a restart would skip them again

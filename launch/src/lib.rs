@@ -23,6 +23,7 @@ pub mod heartbeat;
 pub mod hosts;
 pub mod incidents;
 pub mod layout;
+pub mod locks;
 pub mod lookout;
 pub mod outcome;
 pub mod output;

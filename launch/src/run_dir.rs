@@ -1,15 +1,9 @@
-//! What a run directory holds, who works in it, and how a run that never reached a checkpoint is put aside.
-use crate::incidents::say;
-use anyhow::{Context, Result, ensure};
-use std::fs::{self, File, TryLockError};
+//! What a run directory holds, and how a run that never reached a checkpoint is put aside.
+use anyhow::{Context, Result};
+use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant, SystemTime};
-
-/// So long nothing is said of a wait.
-const PATIENCE: Duration = Duration::from_secs(2);
-/// So long is waited for a lock. Ranks whose launcher has died end in seconds; a file system may go on holding what a dead host held.
-pub const LOCK_LIMIT: Duration = Duration::from_secs(180);
+use std::time::SystemTime;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Holds {
@@ -76,55 +70,6 @@ pub fn newest(run_dir: &Path) -> Option<String> {
 
 pub fn log(run_dir: &Path) -> PathBuf {
     run_dir.join("log")
-}
-
-/// Held by a run's guard; see `guard.rs`.
-pub fn guard_lock(run_dir: &Path) -> PathBuf {
-    log(run_dir).join("guard.lock")
-}
-
-/// Held by the ranks of a world, whoever started it.
-pub fn world_lock(run_dir: &Path) -> PathBuf {
-    log(run_dir).join("run.lock")
-}
-
-/// None: another launcher is at work here. The system frees the lock when its holder dies.
-pub fn lock(run_dir: &Path) -> io::Result<Option<File>> {
-    let path = log(run_dir).join("launcher.lock");
-    let file = File::options().create(true).append(true).open(&path)?;
-    let free = is_free(file.try_lock()).unwrap_or_else(|error| {
-        say(&format!("cannot lock {}: {error}; see to it yourself that no other launcher works there", path.display()));
-        true
-    });
-    Ok(free.then_some(file))
-}
-
-/// Whether nobody else has the lock. An error: this file system has no locks.
-fn is_free(tried: Result<(), TryLockError>) -> io::Result<bool> {
-    match tried {
-        Ok(()) => Ok(true),
-        Err(TryLockError::WouldBlock) => Ok(false),
-        Err(TryLockError::Error(error)) => Err(error),
-    }
-}
-
-/// Waits until the lock at `path` is free. False: `stop` said so meanwhile. Errors: it is still held after `limit`.
-pub fn wait_for(path: &Path, (holder, limit): (&str, Duration), mut stop: impl FnMut() -> bool) -> Result<bool> {
-    let file = File::options().create(true).append(true).open(path).with_context(|| format!("cannot open {}", path.display()))?;
-    let start = Instant::now();
-    let mut said = false;
-    // One that no file system tells of cannot be waited for.
-    while !is_free(file.try_lock()).unwrap_or(true) {
-        if stop() {
-            return Ok(false);
-        }
-        ensure!(start.elapsed() < limit, "{} is still held after {:.0} s, by {holder} or by the file system for a host that is gone", path.display(), limit.as_secs_f64());
-        if start.elapsed() > PATIENCE && !std::mem::replace(&mut said, true) {
-            say(&format!("waiting for {holder} to end: {} is held", path.display()));
-        }
-        std::thread::sleep(Duration::from_millis(50));
-    }
-    Ok(true)
 }
 
 /// Moves what a fresh start would stumble over into RUN_DIR/half-run-N. Nothing is deleted.
@@ -206,34 +151,5 @@ mod tests {
             assert_eq!(is_over(folder.path(), None), over, "{text}");
             assert!(!is_over(folder.path(), summarised(folder.path())), "of before");
         }
-    }
-
-    #[test]
-    fn a_wait_for_a_guard_can_be_stopped_and_has_an_end() {
-        let folder = tempfile::tempdir().expect("a folder");
-        fs::create_dir_all(log(folder.path())).expect("a folder");
-        let held = File::create(guard_lock(folder.path())).expect("a file");
-        held.lock().expect("locked");
-        assert!(!wait_for(&guard_lock(folder.path()), ("the guard", LOCK_LIMIT), || true).expect("a lock"));
-        let error = wait_for(&guard_lock(folder.path()), ("the guard", Duration::ZERO), || false).expect_err("held").to_string();
-        assert!(error.contains("guard.lock is still held after 0 s, by the guard"), "{error}");
-        drop(held);
-        assert!(wait_for(&guard_lock(folder.path()), ("the guard", LOCK_LIMIT), || false).expect("a lock"));
-    }
-
-    #[test]
-    fn a_file_system_without_locks_is_no_other_launcher() {
-        assert!(is_free(Err(TryLockError::Error(io::ErrorKind::Unsupported.into()))).is_err());
-        assert_eq!((is_free(Ok(())).ok(), is_free(Err(TryLockError::WouldBlock)).ok()), (Some(true), Some(false)));
-    }
-
-    #[test]
-    fn one_launcher_a_run() {
-        let folder = tempfile::tempdir().expect("a folder");
-        fs::create_dir_all(log(folder.path())).expect("a folder");
-        let first = lock(folder.path()).expect("a lock");
-        assert!(first.is_some() && lock(folder.path()).expect("a lock").is_none());
-        drop(first);
-        assert!(lock(folder.path()).expect("a lock").is_some());
     }
 }

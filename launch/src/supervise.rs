@@ -7,12 +7,13 @@ use crate::guard::Guarded;
 use crate::hosts::{Hosts, shared_secret, silence};
 use crate::incidents::{Incidents, say};
 use crate::layout::{Layout, listed};
+use crate::locks::{self, Lock};
 use crate::lookout::{Hung, Lookout, News};
 use crate::outcome::{CANNOT_START, Class, Outcome, STOPPED, STOPPED_LATE, TAKEN, USAGE, classify};
 use crate::output::Output;
 use crate::program::{Kind, Program};
 use crate::progress::{Limits, Progress, Slow};
-use crate::run_dir::{self, Holds, LOCK_LIMIT};
+use crate::run_dir::{self, Holds};
 use crate::serve::{Node, serve};
 use crate::work::Worked;
 use anyhow::{Context, Result, bail};
@@ -110,7 +111,7 @@ pub fn run(args: Args) -> Result<u8> {
     } else {
         Layout::new(&args, &environment, &listed(&args, &environment)?)?;
     }
-    let lock = match enter(&program, &args, || signals.pending().count() > 0) {
+    let lock = match enter(&program, &args, &environment.host, || signals.pending().count() > 0) {
         Ok(Entered::In(lock)) => lock,
         Ok(Entered::No(code)) => return Ok(code),
         // The command is right, and the file system may be back.
@@ -131,8 +132,8 @@ enum Entered {
     No(u8),
 }
 
-/// Takes the run directory, once the ranks of an earlier launcher are gone.
-fn enter(program: &Program, args: &Args, stop: impl FnMut() -> bool) -> Result<Entered> {
+/// Takes the run directory, once the ranks of an earlier launcher are gone. `own`: this host's name.
+fn enter(program: &Program, args: &Args, own: &str, mut stop: impl FnMut() -> bool) -> Result<Entered> {
     let mut lock = None;
     if let Some(run_dir) = program.run_dir() {
         let holds = run_dir::holds(run_dir)?;
@@ -147,12 +148,15 @@ fn enter(program: &Program, args: &Args, stop: impl FnMut() -> bool) -> Result<E
         }
         let log = run_dir::log(run_dir);
         std::fs::create_dir_all(&log).with_context(|| format!("cannot make {}", log.display()))?;
-        lock = run_dir::lock(run_dir).with_context(|| format!("cannot lock {}", run_dir.display()))?;
-        if lock.is_none() {
-            say(&format!("another launcher is at work in {}", run_dir.display()));
-            return Ok(Entered::No(TAKEN));
+        match locks::launcher(run_dir, own, locks::LIMIT, &mut stop)? {
+            Lock::Ours(file) => lock = Some(file),
+            Lock::Held(holder) => {
+                say(&format!("{}: {holder} is at work there: stop it first, or name another run.dir", run_dir.display()));
+                return Ok(Entered::No(TAKEN));
+            }
+            Lock::Stopped => return Ok(Entered::No(STOPPED)),
         }
-        if !run_dir::wait_for(&run_dir::guard_lock(run_dir), ("the ranks of an earlier launcher", LOCK_LIMIT), stop)? {
+        if !locks::wait_for(&locks::guard(run_dir), ("the ranks of an earlier launcher", locks::LIMIT), stop)? {
             return Ok(Entered::No(STOPPED));
         }
     }
@@ -241,7 +245,7 @@ impl Supervisor {
         };
         let signals = &mut self.signals;
         let stop = || signals.pending().count() > 0;
-        if run_dir::holds(run_dir)? == Holds::HalfRun && !run_dir::wait_for(&run_dir::world_lock(run_dir), ("another world in this run directory", LOCK_LIMIT), stop)? {
+        if run_dir::holds(run_dir)? == Holds::HalfRun && !locks::wait_for(&locks::world(run_dir), ("another world in this run directory", locks::LIMIT), stop)? {
             return Ok(None);
         }
         match run_dir::holds(run_dir)? {
@@ -267,7 +271,7 @@ impl Supervisor {
         self.incidents.add("started", None, format!("{} rank(s) on {} host(s){named}: {}", layout.ranks(), layout.nodes, quoted(command)));
         let kills_before = oom_kills();
         let before = self.program.run_dir().and_then(run_dir::summarised);
-        let guard_lock = self.program.run_dir().map(run_dir::guard_lock);
+        let guard_lock = self.program.run_dir().map(locks::guard);
         let log = self.program.run_dir().map(run_dir::log);
         let limits = Limits { steps: self.args.hang_steps, floor: self.args.hang_floor, start: self.args.start_limit, save: self.args.save_limit };
         let (steps, prints) = channel();

@@ -355,6 +355,20 @@ fn a_killed_launcher_leaves_nobody_and_another_goes_on() {
 }
 
 #[test]
+fn what_a_host_that_is_gone_had_locked_is_waited_for() {
+    let run = Run::new(3, "");
+    fs::create_dir_all(run.dir().join("log")).expect("a folder");
+    run.write("log/launcher.lock", "elsewhere 1\n");
+    let held = fs::File::options().append(true).open(run.dir().join("log/launcher.lock")).expect("a file");
+    held.lock().expect("free");
+    let child = Started(Some(run.command("").spawn().expect("a launcher")));
+    std::thread::sleep(Duration::from_secs(1));
+    drop(held);
+    let output = child.output();
+    assert_eq!(output.status.code(), Some(0), "{}", text(&output));
+}
+
+#[test]
 fn a_program_that_is_not_there_is_said() {
     let output = Command::new(env!("CARGO_BIN_EXE_tiefsee-launch")).args(["--standalone", "--program", "/nowhere/tiefsee", "--", "plan", "x"]).output().expect("a launcher");
     assert_eq!(output.status.code(), Some(16), "{}", text(&output));
