@@ -89,6 +89,12 @@ impl Layout {
         self.hosts.get(rank / self.ranks_per_node).map(String::as_str)
     }
 
+    /// Whether rank 0, which writes a run's summary, is known to run on this host, `own`.
+    pub fn begins_at(&self, own: &str) -> bool {
+        let alone = self.nodes == 1 && self.starter == Starter::Mpirun;
+        self.hosts.first().map_or(alone, |first| is_own(first, own))
+    }
+
     /// The name that we have for a host which calls itself `name`: with or without its domain.
     pub fn known(&self, name: &str) -> String {
         let exact = self.hosts.iter().find(|host| *host == name);
@@ -167,5 +173,7 @@ mod tests {
         assert_eq!(hosts(&["n3", "n1", "n2", "n4"]), ["n2", "n3", "n1", "n4"]);
         assert_eq!(hosts(&["192.0.2.7", "127.0.0.1"]), ["127.0.0.1", "192.0.2.7"]);
         assert_eq!(hosts(&["n3", "n1"]), ["n3", "n1"]);
+        assert_eq!(["n3", "n3.site", "n1"].map(|own| layout("", &["n3", "n1"]).expect("a layout").begins_at(own)), [true, true, false]);
+        assert!(layout("", &[]).expect("a layout").begins_at("n2"), "it alone");
     }
 }

@@ -3,7 +3,11 @@ use anyhow::{Context, Result};
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
-use std::time::SystemTime;
+use std::time::{Duration, Instant, SystemTime};
+
+/// Longer than an NFS client believes by default what it knows of a folder.
+pub const STALE: Duration = Duration::from_secs(65);
+const TICK: Duration = Duration::from_millis(500);
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Holds {
@@ -59,6 +63,22 @@ pub fn is_over(run_dir: &Path, since: Option<SystemTime>) -> bool {
     match fs::read(run_dir.join("summary.json")) {
         Ok(bytes) => summarised(run_dir) != since && serde_json::from_slice::<serde_json::Value>(&bytes).is_ok_and(|summary| summary["finished"] == true),
         Err(error) => error.kind() != io::ErrorKind::NotFound,
+    }
+}
+
+/// As [`is_over`], where another host writes the summary: over NFS we may go on for `limit` to see none, as we saw none before.
+pub fn is_over_within(limit: Duration, run_dir: &Path, since: Option<SystemTime>, mut stop: impl FnMut() -> bool) -> bool {
+    let start = Instant::now();
+    loop {
+        if is_over(run_dir, since) {
+            return true;
+        }
+        if start.elapsed() >= limit || stop() {
+            return false;
+        }
+        // Who lists a folder asks the server what is in it.
+        let _ = fs::read_dir(run_dir).map(Iterator::count);
+        std::thread::sleep(TICK);
     }
 }
 
@@ -151,5 +171,21 @@ mod tests {
             assert_eq!(is_over(folder.path(), None), over, "{text}");
             assert!(!is_over(folder.path(), summarised(folder.path())), "of before");
         }
+    }
+
+    #[test]
+    fn a_summary_that_is_seen_late_counts() {
+        let folder = tempfile::tempdir().expect("a folder");
+        assert!(!is_over_within(Duration::ZERO, folder.path(), None, || panic!("no second look")));
+        assert!(!is_over_within(STALE, folder.path(), None, || true), "asked to stop");
+        let summary = folder.path().join("summary.json");
+        let mut asked = 0;
+        // It comes after the second look.
+        let comes = || {
+            asked += 1;
+            assert!(asked < 4 && (asked != 2 || fs::write(&summary, r#"{"finished": true}"#).is_ok()));
+            false
+        };
+        assert!(is_over_within(STALE, folder.path(), None, comes));
     }
 }

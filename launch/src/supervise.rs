@@ -13,7 +13,7 @@ use crate::outcome::{CANNOT_START, Class, Outcome, STOPPED, STOPPED_LATE, TAKEN,
 use crate::output::Output;
 use crate::program::{Kind, Program};
 use crate::progress::{Limits, Progress, Slow};
-use crate::run_dir::{self, Holds};
+use crate::run_dir::{self, Holds, STALE};
 use crate::serve::{Node, serve};
 use crate::work::Worked;
 use anyhow::{Context, Result, bail};
@@ -290,7 +290,9 @@ impl Supervisor {
         }
         let host_of = |rank| layout.host_of(rank).map(str::to_string).or_else(|| (layout.nodes == 1).then(host_name));
         // A code alone does not end a run: Open MPI 5's is 0 also where a daemon was lost, or ended by a scheduler.
-        let over = code == 0 && self.program.run_dir().is_none_or(|run_dir| run_dir::is_over(run_dir, before));
+        let seen_late = if evidence.daemon_lost || layout.begins_at(&self.environment.host) { Duration::ZERO } else { STALE };
+        let run_dir = self.program.run_dir().map(Path::to_path_buf);
+        let over = code == 0 && run_dir.is_none_or(|run_dir| run_dir::is_over_within(seen_late, &run_dir, before, || self.new_requests()));
         // Ranks that still made their checkpoint, or came to the end, while we lost patience did what was asked. Processes that do not
         // end are worse than what they were to be ended for.
         let verdict = verdict.filter(|_| code != i32::from(STOPPED) && !over && evidence.stuck.is_none());
