@@ -160,7 +160,7 @@ pub fn beat(told: &str) -> Result<()> {
 
 fn first_to_answer(addresses: &[SocketAddr], secret: &Secret) -> Option<(Sender, Receiver)> {
     for _ in 0..TRIES {
-        if let Some(connection) = addresses.iter().find_map(|address| wire::connect(address, secret).ok()) {
+        if let Ok(connection) = wire::connect(addresses, secret) {
             return Some(connection);
         }
         std::thread::sleep(PERIOD);

@@ -102,12 +102,12 @@ struct Member {
     waiting: BTreeMap<u64, Answers<i32>>,
 }
 
-/// Where node 0 listens. Debian gives a host's own name a loopback address, where no other node comes to.
+/// Where node 0 listens. Debian gives a host's own name a loopback address, perhaps beside its own, where no other node comes to.
 fn reachable(address: &str, candidates: Vec<SocketAddr>) -> Vec<SocketAddr> {
     let (host, _) = address.rsplit_once(':').unwrap_or((address, ""));
     let meant = host == "localhost" || host.trim_matches(['[', ']']).parse::<IpAddr>().is_ok();
     match candidates.first() {
-        Some(first) if !meant && candidates.iter().all(|candidate| candidate.ip().is_loopback()) => {
+        Some(first) if !meant && candidates.iter().any(|candidate| candidate.ip().is_loopback()) => {
             [IpAddr::from(Ipv6Addr::UNSPECIFIED), Ipv4Addr::UNSPECIFIED.into()].map(|every| SocketAddr::new(every, first.port())).to_vec()
         }
         _ => candidates,
@@ -304,9 +304,14 @@ mod tests {
 
     #[test]
     fn a_name_for_the_loopback_is_listened_for_everywhere() {
-        let listens = |address: &str, found: &str| reachable(address, vec![found.parse().expect("an address")]).iter().map(ToString::to_string).collect::<Vec<_>>();
-        assert_eq!(listens("n1:29400", "127.0.1.1:29400"), ["[::]:29400", "0.0.0.0:29400"]);
-        assert_eq!(listens("n1:29400", "10.0.0.1:29400"), ["10.0.0.1:29400"]);
+        let listens = |address: &str, found: &str| {
+            let candidates = found.split(' ').map(|address| address.parse().expect("an address")).collect();
+            reachable(address, candidates).iter().map(ToString::to_string).collect::<Vec<_>>()
+        };
+        for found in ["127.0.1.1:29400", "127.0.1.1:29400 10.0.0.1:29400", "10.0.0.1:29400 127.0.1.1:29400"] {
+            assert_eq!(listens("n1:29400", found), ["[::]:29400", "0.0.0.0:29400"], "{found}");
+        }
+        assert_eq!(listens("n1:29400", "10.0.0.1:29400 10.1.0.1:29400"), ["10.0.0.1:29400", "10.1.0.1:29400"]);
         assert_eq!(listens("localhost:29400", "127.0.0.1:29400"), ["127.0.0.1:29400"]);
         assert_eq!(listens("127.0.0.1:29400", "127.0.0.1:29400"), ["127.0.0.1:29400"]);
     }

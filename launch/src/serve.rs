@@ -8,7 +8,7 @@ use crate::wire::{self, Receiver, Secret, Sender};
 use anyhow::{Context, Result};
 use signal_hook::iterator::Signals;
 use std::collections::BTreeMap;
-use std::net::ToSocketAddrs;
+use std::net::{SocketAddr, ToSocketAddrs};
 use std::sync::mpsc::channel;
 use std::time::{Duration, Instant};
 
@@ -82,8 +82,8 @@ fn lost() -> u8 {
 
 /// A connection, or node 0's reason against one.
 fn join(node: &Node) -> Result<Result<(Sender, Receiver), String>> {
-    let address = node.rdzv.to_socket_addrs().with_context(|| format!("--rdzv {}", node.rdzv))?.next().with_context(|| format!("--rdzv {}: no address", node.rdzv))?;
-    let (mut sender, mut receiver) = wire::connect(&address, &node.secret)?;
+    let addresses: Vec<SocketAddr> = node.rdzv.to_socket_addrs().with_context(|| format!("--rdzv {}", node.rdzv))?.collect();
+    let (mut sender, mut receiver) = wire::connect(&addresses, &node.secret).with_context(|| format!("--rdzv {}", node.rdzv))?;
     sender.send(&FromNode::Hello { node: node.number, host: node.host.clone() })?;
     match receiver.receive(Duration::from_secs(5))? {
         Some(ToNode::Welcome { name }) => say(&format!("registered at {} as {name}", node.rdzv)),

@@ -101,7 +101,20 @@ pub fn accept(stream: TcpStream, secret: &Secret) -> Result<(Sender, Receiver)> 
     halves(stream, secret, [&server, &client], ["to client", "to server"])
 }
 
-pub fn connect(address: &SocketAddr, secret: &Secret) -> Result<(Sender, Receiver)> {
+/// To the first of a peer's addresses at which it answers and knows the secret.
+pub fn connect(addresses: &[SocketAddr], secret: &Secret) -> Result<(Sender, Receiver)> {
+    let mut errors = Vec::new();
+    for address in addresses {
+        match connect_to(address, secret) {
+            Ok(connection) => return Ok(connection),
+            Err(error) => errors.push(format!("{error:#}")),
+        }
+    }
+    ensure!(!errors.is_empty(), "no address");
+    bail!(errors.join("; "))
+}
+
+fn connect_to(address: &SocketAddr, secret: &Secret) -> Result<(Sender, Receiver)> {
     let stream = TcpStream::connect_timeout(address, PATIENCE).with_context(|| format!("cannot connect to {address}"))?;
     let deadline = Instant::now() + PATIENCE;
     let mut greeting = [0; 40];
@@ -223,10 +236,15 @@ mod tests {
         (address, thread::spawn(move || accept(listener.accept().expect("a connection").0, &own)))
     }
 
+    /// Where nobody listens.
+    fn nobody() -> SocketAddr {
+        "127.0.0.1:1".parse().expect("an address")
+    }
+
     #[test]
     fn both_sides_prove_themselves_and_frames_arrive_in_order() {
         let (address, server) = server(secret("a secret of the test"));
-        let (mut to_server, mut from_server) = connect(&address, &secret(" a secret of the test\n")).expect("accepted");
+        let (mut to_server, mut from_server) = connect(&[nobody(), address], &secret(" a secret of the test\n")).expect("accepted");
         let (mut to_client, mut from_client) = server.join().expect("ends").expect("accepted");
         for number in 0..3 {
             to_server.send(&number).expect("sent");
@@ -244,8 +262,9 @@ mod tests {
     #[test]
     fn a_wrong_secret_is_refused_by_either_side() {
         let (address, server) = server(secret("a secret of the test"));
-        let error = connect(&address, &secret("another secret of ours")).err().expect("refused");
-        assert!(format!("{error:#}").contains("is its secret the same?"), "{error:#}");
+        let nobody = nobody();
+        let error = connect(&[address, nobody], &secret("another secret of ours")).err().expect("refused").to_string();
+        assert!(error.contains("is its secret the same?") && error.contains(&format!("; cannot connect to {nobody}: ")), "{error}");
         assert_eq!(server.join().expect("ends").err().expect("refused").to_string(), "a wrong secret");
         // A server that answers anything, to learn what the client would do.
         let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
@@ -256,7 +275,7 @@ mod tests {
             stream.read_exact(&mut [0; 64]).expect("an answer");
             stream.write_all(&[7; 32]).expect("sent");
         });
-        let error = connect(&address, &secret("a secret of the test")).err().expect("refused");
+        let error = connect(&[address], &secret("a secret of the test")).err().expect("refused");
         assert!(error.to_string().ends_with("does not know the secret"), "{error}");
         impostor.join().expect("ends");
     }
@@ -273,7 +292,7 @@ mod tests {
         assert_eq!(server.join().expect("ends").err().expect("refused").to_string(), "a wrong secret");
 
         let (address, server) = self::server(own.clone());
-        let (mut to_server, _from_server) = connect(&address, &own).expect("accepted");
+        let (mut to_server, _from_server) = connect(&[address], &own).expect("accepted");
         let (_to_client, mut from_client) = server.join().expect("ends").expect("accepted");
         to_server.send(&1).expect("sent");
         to_server.count = 0;
