@@ -1,9 +1,17 @@
-//! What happened to a run: RUN_DIR/log/incidents.jsonl, one line an event, and the same in words at exit.
+//! What happened to a run: RUN_DIR/log/incidents.jsonl, one line an event, and the same in words at exit. A thread of its own writes
+//! it: a run whose file system does not answer must still be ended.
 use serde::Serialize;
 use std::fs::{File, OpenOptions};
 use std::io::Write;
 use std::path::Path;
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+/// So long the last lines are waited for.
+const LAST: Duration = Duration::from_secs(5);
+const TICK: Duration = Duration::from_millis(10);
 
 #[derive(Clone, Debug, Serialize)]
 pub struct Incident {
@@ -20,7 +28,9 @@ pub struct Incident {
 
 #[derive(Default)]
 pub struct Incidents {
-    file: Option<File>,
+    lines: Option<Sender<String>>,
+    /// Lines that are not in the file yet.
+    unwritten: Arc<AtomicUsize>,
     pub attempt: usize,
     told: Vec<Incident>,
 }
@@ -32,7 +42,19 @@ impl Incidents {
             let file = OpenOptions::new().create(true).append(true).open(&path);
             file.inspect_err(|error| say(&format!("cannot open {}: {error}; what happens is said here alone", path.display()))).ok()
         };
-        Incidents { file: log.and_then(|log| open(log.join("incidents.jsonl"))), ..Self::default() }
+        let mut incidents = Self::default();
+        if let Some(file) = log.and_then(|log| open(log.join("incidents.jsonl"))) {
+            let (lines, to_write) = channel();
+            let unwritten = incidents.unwritten.clone();
+            std::thread::spawn(move || write(file, &to_write, &unwritten));
+            incidents.lines = Some(lines);
+        }
+        incidents
+    }
+
+    /// Whether all is in the file: as long as it is not, the run's file system may not answer.
+    pub fn written(&self) -> bool {
+        self.unwritten.load(Ordering::Relaxed) == 0
     }
 
     /// Written, and said at once.
@@ -45,13 +67,9 @@ impl Incidents {
     /// Written: somebody else has said it.
     pub fn note(&mut self, event: &str, step: Option<u64>, words: String) {
         let incident = Incident { time: now(), event: event.to_string(), attempt: self.attempt, step, words };
-        if let Some(file) = &mut self.file {
-            let mut line = serde_json::to_string(&incident).expect("plain fields");
-            line.push('\n');
-            // A full disk must not end the supervision of a run.
-            if let Err(error) = file.write_all(line.as_bytes()) {
-                say(&format!("cannot write incidents.jsonl: {error}"));
-            }
+        if let Some(lines) = &self.lines {
+            self.unwritten.fetch_add(1, Ordering::Relaxed);
+            lines.send(serde_json::to_string(&incident).expect("plain fields") + "\n").expect("the writer outlives us");
         }
         self.told.push(incident);
     }
@@ -59,6 +77,27 @@ impl Incidents {
     pub fn summary(&self) -> String {
         let line = |incident: &Incident| format!("\n  {} {}{}", &incident.time[11..19], at(incident.step), incident.words);
         format!("what happened, UTC:{}", self.told.iter().map(line).collect::<String>())
+    }
+}
+
+impl Drop for Incidents {
+    fn drop(&mut self) {
+        let start = Instant::now();
+        while !self.written() && start.elapsed() < LAST {
+            std::thread::sleep(TICK);
+        }
+    }
+}
+
+fn write(mut file: File, lines: &Receiver<String>, unwritten: &AtomicUsize) {
+    for line in lines {
+        // A full disk must not end the supervision of a run.
+        if let Err(error) = file.write_all(line.as_bytes()) {
+            say(&format!("cannot write incidents.jsonl: {error}"));
+        }
+        // A line that only this host's memory holds says nothing of the file system. Not every one can do it.
+        let _ = file.sync_data();
+        unwritten.fetch_sub(1, Ordering::Relaxed);
     }
 }
 
@@ -95,6 +134,7 @@ fn date(days: u64) -> (u64, u64, u64) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::io::Read;
 
     #[test]
     fn time_is_what_date_says() {
@@ -102,6 +142,25 @@ mod tests {
         assert_eq!(rfc3339(951_782_399), "2000-02-28T23:59:59Z");
         assert_eq!(rfc3339(951_782_400), "2000-02-29T00:00:00Z");
         assert_eq!(rfc3339(1_795_557_242), "2026-11-24T21:54:02Z");
+    }
+
+    #[test]
+    fn a_file_system_that_does_not_answer_holds_nobody_up() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let path = folder.path().join("incidents.jsonl");
+        assert!(std::process::Command::new("mkfifo").arg(&path).status().expect("mkfifo").success());
+        let mut pipe = OpenOptions::new().read(true).write(true).open(&path).expect("a pipe");
+        let mut incidents = Incidents::open(Some(folder.path()));
+        // More than a pipe takes.
+        incidents.note("failed", None, "x".repeat(1 << 20));
+        assert!(!incidents.written());
+        let mut line = vec![0; serde_json::to_string(&incidents.told[0]).expect("JSON").len() + 1];
+        pipe.read_exact(&mut line).expect("the line");
+        let start = Instant::now();
+        while !incidents.written() {
+            assert!(start.elapsed() < Duration::from_secs(60), "it is written");
+            std::thread::sleep(TICK);
+        }
     }
 
     #[test]

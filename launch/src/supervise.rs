@@ -29,6 +29,8 @@ use std::time::{Duration, Instant};
 const TICK: Duration = Duration::from_millis(100);
 /// Seconds that a look at the ranks' logs may take at least.
 const LATE: f64 = 10.0;
+/// So long the run directory's file system may take to write down what happened.
+const ANSWER: Duration = Duration::from_secs(60);
 const LONGEST_BACK_OFF: f64 = 60.0;
 const LONGEST_WITHOUT_A_STEP: f64 = 300.0;
 
@@ -381,9 +383,12 @@ impl Supervisor {
         while self.restarts.front().is_some_and(|&then| (now - then).as_secs_f64() > self.args.restart_window) {
             self.restarts.pop_front();
         }
-        let times = self.in_vain.times(ended.step, self.program.run_dir().and_then(run_dir::newest));
+        let answers = self.file_system_answers(now);
+        let times = self.in_vain.times(ended.step, self.program.run_dir().filter(|_| answers).and_then(run_dir::newest));
         let refusal = if self.requests > 0 {
             Some("no restart: asked to stop".to_string())
+        } else if !answers {
+            Some(format!("no restart: the file system of the run directory has not answered for {:.0} s", now.elapsed().as_secs_f64()))
         } else if self.program.run_dir().is_none() {
             Some("no restart: this command has no run directory to go on from".to_string())
         } else if let Some(why) = ended.outcome.would_come_again(self.has_worked) {
@@ -414,6 +419,14 @@ impl Supervisor {
             std::thread::sleep(TICK);
         }
         true
+    }
+
+    /// That what happened is written, or asked to stop meanwhile: whoever looks at a file system that does not answer hears no signals.
+    fn file_system_answers(&mut self, since: Instant) -> bool {
+        while !self.incidents.written() && since.elapsed() < ANSWER && !self.new_requests() {
+            std::thread::sleep(TICK);
+        }
+        self.incidents.written()
     }
 
     fn exit_code(&self, outcome: &Outcome) -> u8 {
