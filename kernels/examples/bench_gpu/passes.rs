@@ -131,8 +131,10 @@ impl Bench {
         let two = Tensor::stack(&[&Tensor::arange(T, (Kind::Int, x[0].device())), &Tensor::arange_start(T, 2 * T, (Kind::Int, x[0].device()))], 1);
         let time = self.steady(|i| quantise::pack(&x[i], &two, 2 * T));
         self.show(&format!("quantise {T}x{d} packed for two ranks"), 4 * T * d, copy, time);
-        let sent = x.each_ref().map(|x| quantise::rows(x, RULE));
-        let time = self.steady(|i| quantise::columns_of(&sent[i], Some(&source), Some(&counts), RULE));
+        // As what is sent to experts has them.
+        let rule = ScaleRule::PowerOfTwo;
+        let sent = x.each_ref().map(|x| quantise::rows(x, rule));
+        let time = self.steady(|i| quantise::columns_of(&sent[i], Some(&source), Some(&counts), rule));
         self.show(&format!("gather fp8 rows {T} x {ROUTES} x {d} and transpose"), (T + rows) * d, copy, time);
         let y = self.sets(&[rows, d]);
         let time = self.steady(|i| unpermute::forward(&y[i], &index, &[&x[i]]));

@@ -83,7 +83,7 @@ pub fn columns_of(rows: &Rows, gathered: Option<&Tensor>, counts: Option<&Tensor
     let (v, c) = rows.values.size2().expect("values are [V, C]");
     let r = gathered.map_or(v, |source| source.size1().expect("the rows' sources are [R]"));
     if !rows.values.device().is_cuda() {
-        let x = rows.dequantise(Kind::BFloat16);
+        let x = rows.dequantise(Kind::Float).to_kind(Kind::BFloat16); // in BF16 the scales would be rounded first
         let x = gathered.map_or_else(|| x.shallow_clone(), |source| cpu::gather(&x, source));
         return cpu::activation(&x, counts, Want::COLUMNS, rule).columns.expect("they were wanted");
     }

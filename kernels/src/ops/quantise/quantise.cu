@@ -66,8 +66,9 @@ static __device__ __forceinline__ u32 larger_of(u32 a, u32 b) {
   return larger;
 }
 
-// 16 rows of four columns, TILE bytes from one row to the next, as part of the eight groups of rows that lie four lanes apart
-// in the warp → 16 bytes of each column.
+// 16 rows of four columns, TILE bytes from one row to the next, as part of the eight groups of rows that eight neighbours in the
+// warp hold → 16 bytes of each column. The neighbours write 128 bytes of one column: the eight lanes that a multiprocessor sends off
+// at once fill a line of L2.
 static __device__ __forceinline__ void transpose_part(const u8* from, const float* of_row, u8* to, long long P, float* scales) {
   u32 pairs[16][2], most[2] = {0, 0};
 #pragma unroll
@@ -81,18 +82,18 @@ static __device__ __forceinline__ void transpose_part(const u8* from, const floa
     }
   }
 #pragma unroll
-  for (int lane = 4; lane < 32; lane *= 2) {
+  for (int lane = 1; lane < 8; lane *= 2) {
 #pragma unroll
     for (int i = 0; i < 2; i++) most[i] = larger_of(most[i], __shfl_xor_sync(~0u, most[i], lane));
   }
   auto half_of = [](u32 pair, int c) { return c % 2 ? high_bf16(pair) : low_bf16(pair); };
   // The eight groups need the same four scales: each works out one.
-  const int lane = threadIdx.x % 32, mine = lane / 4 % 4;
+  const int lane = threadIdx.x % 8, mine = lane % 4;
   const float scale = scale_of(fabsf(half_of(mine / 2 ? most[1] : most[0], mine))), of_column = inverse_of(scale);
-  if (lane < 16) scales[mine] = scale;
+  if (lane < 4) scales[mine] = scale;
 #pragma unroll
   for (int c = 0; c < 4; c++) {
-    const float inverse = __shfl_sync(~0u, of_column, c * 4 + lane % 4);
+    const float inverse = __shfl_sync(~0u, of_column, c, 8);
     u32 packed[4];
 #pragma unroll
     for (int i = 0; i < 4; i++) {
@@ -105,6 +106,90 @@ static __device__ __forceinline__ void transpose_part(const u8* from, const floa
   }
 }
 
+#if POWER_OF_TWO
+// A warp's rows' factors: 16 of a group, and four words that keep the groups' banks apart.
+constexpr int FACTORS = TILE / 16 * 20;
+
+static __device__ __forceinline__ u32 larger_half_of(u32 a, u32 b) {
+  u32 larger;
+  asm("max.NaN.xorsign.abs.f16x2 %0, %1, %2;" : "=r"(larger) : "r"(a), "r"(b));
+  return larger;
+}
+
+static __device__ __forceinline__ u32 times(u32 a, u32 b) {
+  u32 product;
+  asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(product) : "r"(a), "r"(b));
+  return product;
+}
+
+// A power of two between 2^-14 and 2^15, given as FP32's bits of 2^a and 2^b, in FP16: 2^(a - b).
+static __device__ __forceinline__ u32 ratio_of(u32 a, u32 b) { return (a - b + (15u << 23)) >> 13; }
+
+// As transpose_part, in fewer instructions: where all scales are powers of two and near each other, FP16 holds every
+// product that E4M3 does not round to nothing. True if so; else nothing is written. `factors` is the warp's own.
+static __device__ __forceinline__ bool transpose_in_half(const u8* from, const float* of_row, int group, u32* factors, u8* to,
+                                                         long long P, float* scales) {
+  const int lane = threadIdx.x % 32, mine = group % 4;
+  const uint4 four = *(const uint4*)(of_row + lane * 4);
+  const u32 bits[4] = {four.x, four.y, four.z, four.w};
+  // A row that is not there has scale 0, which is the largest number less one.
+  const u32 most_bits = __reduce_max_sync(~0u, max(max(bits[0], bits[1]), max(bits[2], bits[3])));
+  const u32 least = __reduce_min_sync(~0u, min(min(bits[0] - 1, bits[1] - 1), min(bits[2] - 1, bits[3] - 1))) + 1;
+  const bool powers = !((bits[0] | bits[1] | bits[2] | bits[3]) & 0x007fffffu);
+  if (!__all_sync(~0u, powers) || most_bits - least > 14u << 23) return false;
+  u32 factor[4];
+#pragma unroll
+  for (int i = 0; i < 4; i++) factor[i] = bits[i] ? ratio_of(bits[i], most_bits) * 0x10001u : 0;
+  __syncwarp();
+  *(uint4*)(factors + lane / 4 * 20 + lane % 4 * 4) = make_uint4(factor[0], factor[1], factor[2], factor[3]);
+  __syncwarp();
+  u32 pairs[16][2], most[2];
+#pragma unroll
+  for (int r = 0; r < 16; r++) {
+    u32 both[2];
+    asm("{\n.reg .b16 low, high;\nmov.b32 {low, high}, %2;\ncvt.rn.f16x2.e4m3x2 %0, low;\ncvt.rn.f16x2.e4m3x2 %1, high;\n}"
+        : "=r"(both[0]), "=r"(both[1]) : "r"(*(const u32*)(from + r * TILE)));
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+      pairs[r][i] = times(both[i], factors[group * 20 + r]);
+      most[i] = r ? larger_half_of(most[i], pairs[r][i]) : pairs[r][i];
+    }
+  }
+#pragma unroll
+  for (int step = 1; step < 8; step *= 2) {
+#pragma unroll
+    for (int i = 0; i < 2; i++) most[i] = larger_half_of(most[i], __shfl_xor_sync(~0u, most[i], step));
+  }
+  float amax;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(amax) : "h"((u16)((mine / 2 ? most[1] : most[0]) >> mine % 2 * 16 & 0x7fffu)));
+  const float scale = scale_of(amax * __uint_as_float(most_bits));
+  const u32 by = most_bits - __float_as_uint(scale);
+  // The largest is at most 448 times the largest scale, so `by` is no division.
+  if (!__all_sync(~0u, amax == 0 || by <= 15u << 23)) return false;
+  if (threadIdx.x % 8 < 4) scales[mine] = scale;
+  const u32 ratio = amax == 0 ? 0 : ratio_of(most_bits, __float_as_uint(scale));
+#pragma unroll
+  for (int i = 0; i < 2; i++) {
+    const u32 ratios = __byte_perm(__shfl_sync(~0u, ratio, 2 * i, 8), __shfl_sync(~0u, ratio, 2 * i + 1, 8), 0x5410);
+    u32 even[4], odd[4];
+#pragma unroll
+    for (int r = 0; r < 16; r += 4) {
+      u32 two[2];
+#pragma unroll
+      for (int k = 0; k < 2; k++) {
+        asm("{\n.reg .b16 first, second;\ncvt.rn.satfinite.e4m3x2.f16x2 first, %1;\ncvt.rn.satfinite.e4m3x2.f16x2 second, %2;\n"
+            "mov.b32 %0, {first, second};\n}"
+            : "=r"(two[k]) : "r"(times(pairs[r + 2 * k][i], ratios)), "r"(times(pairs[r + 2 * k + 1][i], ratios)));
+      }
+      even[r / 4] = __byte_perm(two[0], two[1], 0x6420), odd[r / 4] = __byte_perm(two[0], two[1], 0x7531);
+    }
+    *(uint4*)(to + 2 * i * P) = make_uint4(even[0], even[1], even[2], even[3]);
+    *(uint4*)(to + (2 * i + 1) * P) = make_uint4(odd[0], odd[1], odd[2], odd[3]);
+  }
+  return true;
+}
+#endif
+
 // Rows in FP8 (values [., C], a scale for each 1×128 tile) → the transposed layout of R of them, rounded to BF16 on the way.
 // `source` [R]: row r of the output is row source[r] (null: row r itself). Row tiles run fastest: what several rows of the
 // output read is the same few columns at a time, and stays in L2. A block takes every gridDim.y-th column tile; the next one
@@ -116,6 +201,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 4)
   __shared__ __align__(16) u8 raw[2][TILE * TILE];
   __shared__ __align__(16) float of_row[2][TILE];
   __shared__ int rows[TILE];  // where they lie; -1: nowhere
+#if POWER_OF_TWO
+  __shared__ __align__(16) u32 factors[THREADS / 32][FACTORS];
+#endif
   begin();
   const int row_tile = blockIdx.x;
   const Place place = find(counts, num_experts, R, row_tile);
@@ -139,7 +227,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 4)
     const int row = rows[threadIdx.x];
     fetch_four(of_row[half] + threadIdx.x, from_scales + (long long)column_tile * from_stride + max(row, 0), row >= 0);
   };
-  const int warp = threadIdx.x / 32, group = threadIdx.x % 32 / 4, quad = threadIdx.x % 4;
+  const int warp = threadIdx.x / 32, group = threadIdx.x % 8, quad = threadIdx.x % 32 / 8;
   int half = 0;
   fetch(blockIdx.y, half);
 #pragma unroll 1
@@ -151,7 +239,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 4)
     if (column >= C) continue;  // so is the whole warp's part
     u8* to = transposed + (long long)column * P + row_tile * TILE + group * 16;
     float* scales = scales_transposed + (long long)row_tile * scale_stride_transposed + column;
-    transpose_part(raw[half] + group * 16 * TILE + (warp ^ group) * 16 + quad * 4, of_row[half] + group * 16, to, P, scales);
+    const u8* part = raw[half] + group * 16 * TILE + (warp ^ group) * 16 + quad * 4;
+#if POWER_OF_TWO
+    if (transpose_in_half(part, of_row[half], group, factors[warp], to, P, scales)) continue;
+#endif
+    transpose_part(part, of_row[half] + group * 16, to, P, scales);
   }
 }
 
