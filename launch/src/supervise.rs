@@ -113,17 +113,21 @@ pub fn run(args: Args) -> Result<u8> {
     } else {
         Layout::new(&args, &environment, &listed(&args, &environment)?)?;
     }
+    // The command is right, and the file system, the name of node 0 or its port may be back.
+    let not_now = |error: &anyhow::Error| {
+        say(&format!("{error:#}"));
+        Ok(CANNOT_START)
+    };
     let lock = match enter(&program, &args, &environment.host, || signals.pending().count() > 0) {
         Ok(Entered::In(lock)) => lock,
         Ok(Entered::No(code)) => return Ok(code),
-        // The command is right, and the file system may be back.
-        Err(error) => {
-            say(&format!("{error:#}"));
-            return Ok(CANNOT_START);
-        }
+        Err(error) => return not_now(&error),
     };
     let incidents = Incidents::open(program.run_dir().map(run_dir::log).as_deref());
-    let hosts = Hosts::open(&args, &environment)?;
+    let hosts = match Hosts::open(&args, &environment) {
+        Ok(hosts) => hosts,
+        Err(error) => return not_now(&error),
+    };
     Supervisor { args, environment, hosts, program, signals, incidents, restarts: VecDeque::new(), in_vain: InVain::default(), requests: 0, own_requests: 0, has_worked: false, stopped_between: false, preempted: false, _lock: lock }.run()
 }
 

@@ -266,6 +266,16 @@ fn a_rendezvous_without_a_secret_leaves_nothing() {
 }
 
 #[test]
+fn a_port_that_is_taken_now_is_no_wrong_command() {
+    let (run, taken) = (Run::new(3, ""), std::net::TcpListener::bind("127.0.0.1:0").expect("a port"));
+    let mut command = Command::new(env!("CARGO_BIN_EXE_tiefsee-launch"));
+    command.env("TIEFSEE_SECRET", "a secret that both nodes know").args(["--nnodes", "2", "--node-rank", "0", "--rdzv", &taken.local_addr().expect("an address").to_string()]);
+    let output = command.args(["--", "train", "--config", "../configs/run/tiny.toml", "--set"]).arg(format!("run.dir={}", run.dir().display())).output().expect("a launcher");
+    assert_eq!(output.status.code(), Some(16), "{}", text(&output));
+    assert!(text(&output).contains("node 0 cannot listen at --rdzv 127.0.0.1:"), "{}", text(&output));
+}
+
+#[test]
 fn a_world_that_another_started_is_not_put_aside() {
     let run = Run::new(3, "");
     fs::create_dir_all(run.dir().join("log")).expect("a folder");

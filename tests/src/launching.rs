@@ -471,16 +471,13 @@ fn a_batch_job_is_requeued_for_eight_lost_hosts_in_a_row_and_its_grace_can_be_ra
     assert!(["10", "11", "12", "13", "15", "16", "19", "14"].iter().all(|code| requeued("7", code)));
     assert!(!requeued("7", "13"), "a ninth time");
     assert!(!["2", "20"].iter().any(|code| requeued("7", code)));
-
     // The launcher that is at work there may be its own, on a host that was lost; that of a first start is another's.
     assert!((0..8).all(|_| requeued("10", "17")) && !requeued("10", "17"), "a ninth time");
     assert_eq!(batch("10", "17").env("SLURM_RESTART_COUNT", "0").status().expect("a shell").code(), Some(17));
-
     let launched = || fs::read_to_string(folder.path().join("launched")).expect("launched");
     assert_eq!(launched(), "--auto-resume --grace 90 -- resume runs/a\n");
     assert!(batch("7", "0").env("GRACE", "900").status().expect("a shell").success());
     assert_eq!(launched(), "--auto-resume --grace 900 -- resume runs/a\n");
-
     // At its time limit: with a launcher that ends as soon as it is told, and that has made no checkpoint since.
     stand_in("scripts/launch.sh", "trap 'exit 75' USR1; touch ready; while :; do :; done");
     let at_limit = || {
