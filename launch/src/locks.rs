@@ -43,18 +43,21 @@ pub fn launcher(run_dir: &Path, own: &str, limit: Duration, stop: impl FnMut() -
     if let Err(TryLockError::Error(error)) = file.try_lock() {
         say(&format!("cannot lock {}: {error}; see to it yourself that no other launcher works there", path.display()));
     }
-    let holder = || match fs::read_to_string(&path).unwrap_or_default().trim().rsplit_once(' ') {
-        Some((host, pid)) => {
-            let here = host == own && pid.parse().is_ok_and(|pid| name(pid).is_some());
+    // A pod on another machine may have the name of the one before; a machine's every start has an id.
+    let boot = fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
+    let boot = boot.trim();
+    let holder = || match fs::read_to_string(&path).unwrap_or_default().split_whitespace().collect::<Vec<_>>()[..] {
+        [host, on, pid] => {
+            let here = host == own && on == boot && pid.parse().is_ok_and(|pid| name(pid).is_some());
             (format!("another launcher (host {host}, pid {pid})"), if here { Duration::ZERO } else { limit })
         }
-        None => ("another launcher, which has not said where it is".to_string(), limit),
+        _ => ("another launcher, which has not said where it is".to_string(), limit),
     };
     let lock = wait(file, &path, holder, stop);
     if let Lock::Ours(file) = &lock {
         let mut file: &File = file;
         // Where there is no room for it, others know all the same that the lock is held. Synced: other hosts read it.
-        let _ = file.set_len(0).and_then(|()| writeln!(file, "{own} {}", std::process::id())).and_then(|()| file.sync_all());
+        let _ = file.set_len(0).and_then(|()| writeln!(file, "{own} {boot} {}", std::process::id())).and_then(|()| file.sync_all());
     }
     Ok(lock)
 }
@@ -146,15 +149,17 @@ mod tests {
         assert!(matches!(second("n1", LIMIT, true), Lock::Held(holder) if holder == words), "at once");
         assert!(matches!(second("n2", LIMIT, true), Lock::Stopped), "it may be gone");
         assert!(matches!(second("n2", Duration::ZERO, false), Lock::Held(holder) if holder == words));
-        // Its host has been started again since, or it has not come to say where it is.
-        for said in ["n1 4294967295", ""] {
-            fs::write(log(run.path()).join("launcher.lock"), said).expect("written");
+        // It has ended, its host has been started again since, or it has not come to say where it is.
+        let there = fs::read_to_string(log(run.path()).join("launcher.lock")).expect("read");
+        let [_, boot, pid] = there.split_whitespace().collect::<Vec<_>>()[..] else { panic!("{there}") };
+        for said in [format!("n1 {boot} 4294967295"), format!("n1 other {pid}"), String::new()] {
+            fs::write(log(run.path()).join("launcher.lock"), &said).expect("written");
             assert!(matches!(second("n1", LIMIT, true), Lock::Stopped), "{said:?}");
         }
         let mut first = Some(first);
         let gone = launcher(run.path(), "n2", LIMIT, || first.take().is_none()).expect("a lock");
         assert!(matches!(gone, Lock::Ours(_)));
         let said = fs::read_to_string(log(run.path()).join("launcher.lock")).expect("read");
-        assert_eq!(said, format!("n2 {}\n", std::process::id()));
+        assert_eq!(said, format!("n2 {boot} {pid}\n"));
     }
 }

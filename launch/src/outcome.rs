@@ -118,6 +118,8 @@ pub struct Evidence {
     /// By SLURM's word.
     pub down: bool,
     pub cannot_start: Option<String>,
+    /// A rank has said that the run is.
+    pub finished: bool,
     /// A host with processes that nobody can end, and what its guard says of them.
     pub stuck: Option<(String, String)>,
 }
@@ -160,6 +162,7 @@ impl Evidence {
         if let Some(words) = line.strip_prefix("tiefsee-launch: ").filter(|words| words.contains(STUCK)) {
             self.stuck = words.strip_prefix("host ").and_then(word).map(|host| (host, words.to_string()));
         }
+        self.finished |= line.starts_with("finished at step ");
         if self.aborted_rank.is_none() {
             self.aborted_rank = behind("MPI_ABORT was invoked on rank ").and_then(number);
         }
@@ -377,6 +380,9 @@ mod tests {
         let expected = Outcome { class: Class::LinkLost, words: said.clone(), host: Some("n2".to_string()), down: true };
         assert_eq!([137, 1, 205].map(outcome), [137, 1, 205].map(|_| expected.clone()));
         assert_eq!(outcome(75).class, Class::Stopped, "what was asked for is done");
+        assert!(!evidence.finished);
+        evidence.read("finished at step 9");
+        assert!(evidence.finished);
     }
 
     #[test]

@@ -1,61 +1,84 @@
-//! What the ranks print: prefixed by rank on our own output, whole in LOG_DIR/rank-N.log, and read for evidence.
+//! What the ranks print: prefixed by rank on our own output, whole in LOG_DIR/rank-N.log, and read for evidence. The logs have a
+//! thread of their own: a file system that does not answer holds nobody up.
 use crate::incidents::say;
 use crate::outcome::Evidence;
 use std::collections::BTreeMap;
 use std::fs::{File, OpenOptions};
 use std::io::{BufRead, BufReader, Read, Write};
 use std::path::{Path, PathBuf};
-use std::sync::mpsc::Sender;
+use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// Logs open at a time, of any number of ranks.
 const OPEN: usize = 64;
+/// So long the last lines of the logs are waited for.
+const LAST: Duration = Duration::from_secs(5);
 const TICK: Duration = Duration::from_millis(10);
 
 /// The readers of one attempt.
 pub struct Output {
-    shared: Arc<Mutex<Shared>>,
+    evidence: Arc<Mutex<Evidence>>,
     readers: Vec<JoinHandle<()>>,
+    logger: Option<JoinHandle<()>>,
 }
 
-#[derive(Default)]
-struct Shared {
+/// Where what is read goes.
+#[derive(Clone)]
+struct Sink {
     tag_end: &'static str,
-    evidence: Evidence,
-    log_dir: Option<PathBuf>,
-    logs: BTreeMap<usize, File>,
+    evidence: Arc<Mutex<Evidence>>,
+    steps: Sender<u64>,
+    logs: Option<Sender<(usize, String)>>,
+}
+
+struct Logs {
+    folder: PathBuf,
+    open: BTreeMap<usize, File>,
     unwritten: bool,
 }
 
 impl Output {
     /// `steps` gets the step of every line that a rank prints after one. Open MPI from 5 on puts a blank behind a tag.
     pub fn read(mpi_major: u32, log_dir: Option<PathBuf>, steps: Sender<u64>, stdout: impl Read + Send + 'static, stderr: impl Read + Send + 'static) -> Self {
-        let shared = Arc::new(Mutex::new(Shared { tag_end: if mpi_major < 5 { ">:" } else { ">: " }, log_dir, ..Shared::default() }));
-        let readers = vec![reader(shared.clone(), steps.clone(), stdout, std::io::stdout()), reader(shared.clone(), steps, stderr, std::io::stderr())];
-        Output { shared, readers }
+        let (logs, logger) = log_dir.map(Logs::start).unzip();
+        let evidence = Arc::<Mutex<Evidence>>::default();
+        let sink = Sink { tag_end: if mpi_major < 5 { ">:" } else { ">: " }, evidence: evidence.clone(), steps, logs };
+        let readers = vec![reader(sink.clone(), stdout, std::io::stdout()), reader(sink, stderr, std::io::stderr())];
+        Output { evidence, readers, logger }
     }
 
     /// Until both pipes are at their end: every process of the attempt is gone then. One that nobody can end may keep them open.
     pub fn finish(self) -> Evidence {
         loop {
             let read = self.readers.iter().all(JoinHandle::is_finished);
-            let mut shared = self.shared.lock().expect("a reader does not panic");
-            if read || shared.evidence.stuck.is_some() {
-                return std::mem::take(&mut shared.evidence);
+            let mut evidence = self.evidence.lock().expect("a reader does not panic");
+            if evidence.stuck.is_some() {
+                return std::mem::take(&mut evidence);
             }
-            drop(shared);
+            if read {
+                self.last_lines();
+                return std::mem::take(&mut evidence);
+            }
+            drop(evidence);
+            std::thread::sleep(TICK);
+        }
+    }
+
+    fn last_lines(&self) {
+        let start = Instant::now();
+        while self.logger.as_ref().is_some_and(|logger| !logger.is_finished()) && start.elapsed() < LAST {
             std::thread::sleep(TICK);
         }
     }
 }
 
-fn reader(shared: Arc<Mutex<Shared>>, steps: Sender<u64>, from: impl Read + Send + 'static, mut to: impl Write + Send + 'static) -> JoinHandle<()> {
+fn reader(sink: Sink, from: impl Read + Send + 'static, mut to: impl Write + Send + 'static) -> JoinHandle<()> {
     std::thread::spawn(move || {
         let mut from = BufReader::new(from);
         let mut bytes = Vec::new();
-        let tag_end = shared.lock().expect("a reader does not panic").tag_end;
+        let Sink { tag_end, evidence, steps, logs } = sink;
         // A read error is the end of a pipe, too.
         while from.read_until(b'\n', &mut bytes).is_ok_and(|read| read > 0) {
             let text = String::from_utf8_lossy(&bytes);
@@ -66,25 +89,33 @@ fn reader(shared: Arc<Mutex<Shared>>, steps: Sender<u64>, from: impl Read + Send
                 // Not every command's steps are followed.
                 let _ = steps.send(step);
             }
-            let mut shared = shared.lock().expect("a reader does not panic");
-            shared.evidence.read(line);
+            // Held as long as the line is printed: the two readers' lines stay whole.
+            let mut evidence = evidence.lock().expect("a reader does not panic");
+            evidence.read(line);
             // Whoever reads us may have gone; the run goes on.
             let _ = match rank {
                 Some(rank) => writeln!(to, "[{rank}] {line}"),
                 None => writeln!(to, "{line}"),
             };
-            if let Some(rank) = rank {
-                shared.log(rank, line);
+            if let (Some(rank), Some(logs)) = (rank, &logs) {
+                logs.send((rank, line.clone())).expect("the logger outlives its readers");
             }
             bytes.clear();
         }
     })
 }
 
-impl Shared {
+impl Logs {
+    /// Ends when the last sender is gone.
+    fn start(folder: PathBuf) -> (Sender<(usize, String)>, JoinHandle<()>) {
+        let (lines, to_write): (_, Receiver<(usize, String)>) = channel();
+        let mut logs = Logs { folder, open: BTreeMap::new(), unwritten: false };
+        (lines, std::thread::spawn(move || to_write.iter().for_each(|(rank, line)| logs.log(rank, &line))))
+    }
+
     /// A full disk must not stop the run's output.
     fn log(&mut self, rank: usize, line: &str) {
-        let Some(path) = self.log_dir.as_ref().map(|folder| folder.join(format!("rank-{rank}.log"))) else { return };
+        let path = self.folder.join(format!("rank-{rank}.log"));
         if let Err(error) = self.append(rank, &path, line)
             && !std::mem::replace(&mut self.unwritten, true)
         {
@@ -93,13 +124,13 @@ impl Shared {
     }
 
     fn append(&mut self, rank: usize, path: &Path, line: &str) -> std::io::Result<()> {
-        if !self.logs.contains_key(&rank) {
-            if self.logs.len() == OPEN {
-                self.logs.clear();
+        if !self.open.contains_key(&rank) {
+            if self.open.len() == OPEN {
+                self.open.clear();
             }
-            self.logs.insert(rank, OpenOptions::new().create(true).append(true).open(path)?);
+            self.open.insert(rank, OpenOptions::new().create(true).append(true).open(path)?);
         }
-        writeln!(self.logs.get_mut(&rank).expect("just put there"), "{line}")
+        writeln!(self.open.get_mut(&rank).expect("just put there"), "{line}")
     }
 }
 
@@ -131,10 +162,10 @@ mod tests {
     #[test]
     fn many_ranks_need_few_files() {
         let folder = tempfile::tempdir().expect("a folder");
-        let mut shared = Shared { log_dir: Some(folder.path().to_path_buf()), ..Shared::default() };
+        let mut logs = Logs { folder: folder.path().to_path_buf(), open: BTreeMap::new(), unwritten: false };
         for (rank, line) in (0..3).flat_map(|line| (0..3 * OPEN).map(move |rank| (rank, line))) {
-            shared.log(rank, &format!("line {line}"));
-            assert!(shared.logs.len() <= OPEN);
+            logs.log(rank, &format!("line {line}"));
+            assert!(logs.open.len() <= OPEN);
         }
         for rank in 0..3 * OPEN {
             let text = std::fs::read_to_string(folder.path().join(format!("rank-{rank}.log"))).expect("a log");
@@ -149,6 +180,16 @@ mod tests {
         let evidence = Output::read(4, None, std::sync::mpsc::channel().0, never_read, std::io::Cursor::new(said)).finish();
         assert_eq!(evidence.stuck.expect("read").0, "n2");
         drop(held);
+    }
+
+    #[test]
+    fn a_log_that_is_not_written_holds_nobody_up() {
+        let folder = tempfile::tempdir().expect("a folder");
+        // Who opens a pipe that nobody reads waits for a reader.
+        assert!(std::process::Command::new("mkfifo").arg(folder.path().join("rank-3.log")).status().expect("mkfifo").success());
+        let said = format!("[1,3]<stdout>:a line\ntiefsee-launch: host n2{STUCK}4711 (tiefsee, state D)\n");
+        let evidence = Output::read(4, Some(folder.path().into()), std::sync::mpsc::channel().0, std::io::empty(), std::io::Cursor::new(said)).finish();
+        assert_eq!(evidence.stuck.expect("read").0, "n2");
     }
 
     #[test]

@@ -53,6 +53,8 @@ pub struct Supervisor {
     stopped_between: bool,
     /// Its nodes are SLURM's: another start would only run into the grace's end.
     preempted: bool,
+    /// As far as was seen when the last attempt ended: the run directory's file system is not dead.
+    answers: bool,
     _lock: Option<File>,
 }
 
@@ -128,7 +130,7 @@ pub fn run(args: Args) -> Result<u8> {
         Ok(hosts) => hosts,
         Err(error) => return not_now(&error),
     };
-    Supervisor { args, environment, hosts, program, signals, incidents, restarts: VecDeque::new(), in_vain: InVain::default(), requests: 0, own_requests: 0, has_worked: false, stopped_between: false, preempted: false, _lock: lock }.run()
+    Supervisor { args, environment, hosts, program, signals, incidents, restarts: VecDeque::new(), in_vain: InVain::default(), requests: 0, own_requests: 0, has_worked: false, stopped_between: false, preempted: false, answers: true, _lock: lock }.run()
 }
 
 enum Entered {
@@ -296,7 +298,7 @@ impl Supervisor {
         }
         let host_of = |rank| layout.host_of(rank).map(str::to_string).or_else(|| (layout.nodes == 1).then(host_name));
         // A code alone does not end a run: Open MPI 5's is 0 also where a daemon was lost, or ended by a scheduler.
-        let seen_late = if evidence.daemon_lost || layout.begins_at(&self.environment.host) { Duration::ZERO } else { STALE };
+        let seen_late = if evidence.finished && !layout.begins_at(&self.environment.host) { STALE } else { Duration::ZERO };
         let run_dir = self.program.run_dir().map(Path::to_path_buf);
         let over = code == 0 && run_dir.is_none_or(|run_dir| run_dir::is_over_within(seen_late, &run_dir, before, || self.new_requests()));
         // Ranks that still made their checkpoint, or came to the end, while we lost patience did what was asked. Processes that do not
@@ -388,6 +390,7 @@ impl Supervisor {
             self.restarts.pop_front();
         }
         let answers = self.file_system_answers(now);
+        self.answers = answers;
         let times = self.in_vain.times(ended.step, self.program.run_dir().filter(|_| answers).and_then(run_dir::newest));
         let refusal = if self.requests > 0 {
             Some("no restart: asked to stop".to_string())
@@ -441,7 +444,7 @@ impl Supervisor {
             // A rank that died while the others checkpointed: an older checkpoint may be there.
             Class::Killed | Class::OutOfMemory | Class::LinkLost | Class::Hung if self.requests > 0 => STOPPED_LATE,
             // The last checkpoint could not be written, or what it was to hold was damaged.
-            Class::Error | Class::Abort | Class::StateLost if self.requests > 0 && self.has_checkpoint() => STOPPED_LATE,
+            Class::Error | Class::Abort | Class::StateLost if self.requests > 0 && self.answers && self.has_checkpoint() => STOPPED_LATE,
             _ => outcome.exit_code(),
         }
     }

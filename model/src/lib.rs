@@ -29,5 +29,5 @@ pub use config::ModelConfig;
 pub use layer::Layer;
 pub use params::{ExpertShare, GradSink, Grads, ParamId, ParamTable, Weights};
 pub use recompute::Recompute;
-pub use sentinel::Sentinel;
+pub use sentinel::{Product, Sentinel};
 pub use stage::{MicroBatch, Stage, StagePart, StageStats, StepContext};

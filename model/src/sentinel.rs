@@ -42,8 +42,11 @@ impl Sentinel {
     pub fn record(&self, product: Product, fp8: &Tensor, bf16: &Tensor) {
         let norm = |x: Tensor| x.norm().to_kind(Kind::Double);
         let bf16 = bf16.to_kind(Kind::Float);
-        let error = norm(fp8.to_kind(Kind::Float) - &bf16) / norm(bf16).clamp_min(f64::MIN_POSITIVE);
+        let size = norm(bf16.shallow_clone());
+        let error = norm(fp8.to_kind(Kind::Float) - bf16) / size.clamp_min(f64::MIN_POSITIVE);
         let error = error.nan_to_num(f64::INFINITY, f64::INFINITY, f64::INFINITY);
+        // Where BF16 comes to no number either, FP8 is not to blame.
+        let error = error.masked_fill(&size.isfinite().logical_not(), 0.0);
         let worst = &mut self.errors.borrow_mut()[product as usize];
         *worst = Some(worst.as_ref().map_or_else(|| error.shallow_clone(), |worst| worst.maximum(&error)));
     }

@@ -1,11 +1,13 @@
 //! The FP8 sentinel in a run: an outlier that FP8 cannot hold beside its neighbours trips it, the linear computes in BF16,
 //! and comes back; the same on any number of ranks, and over a resume.
 use crate::support::{Run, gap, scratch};
+use model::Product;
 use parallel::comm::local::{run_local, solo};
 use parallel::mesh::Mesh;
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
+use tch::{Device, Tensor};
 use trainer::RunConfig;
 use trainer::checkpoint::{self, Manifest};
 use trainer::coordinator::StopSignal;
@@ -166,7 +168,7 @@ fn a_resume_and_four_ranks_take_the_same_branches() {
     config.sentinel.every = 0;
     go(&config, 1, Start::Resume, 14);
     assert_eq!(blind.series("loss")[..10], whole.series("loss")[..10]);
-    assert_eq!(in_bf16(&blind, QUERY)[..2], [(8, 1.0), (13, 0.0)]);
+    assert_eq!(in_bf16(&blind, QUERY), [(8, 1.0), (13, 0.0)], "back, and nobody looks");
     assert!(in_bf16(&blind, KEY).is_empty(), "its turn was never");
 
     let four = run("four", &["sentinel.every=1", "parallel.pp=2", "parallel.ep=2", "parallel.schedule=1f1b"]);
@@ -176,6 +178,16 @@ fn a_resume_and_four_ranks_take_the_same_branches() {
     }
     let [of_four, of_one] = [&four, &whole].map(|run| run.series("loss"));
     assert!(gap(&of_four, &of_one) < 1e-4, "losses {of_four:?}, of one rank {of_one:?}");
+}
+
+#[test]
+fn what_is_no_number_in_bf16_either_says_nothing_of_fp8() {
+    let (number, none) = (Tensor::from_slice(&[3f32, 4.0]), Tensor::from_slice(&[3.0, f32::NAN]));
+    let sentinel = model::Sentinel::new(Vec::new(), None);
+    sentinel.record(Product::Fprop, &none, &none);
+    sentinel.record(Product::Dgrad, &none, &number);
+    sentinel.record(Product::Wgrad, &(&number * 1.5), &number);
+    assert_eq!(Vec::<f64>::try_from(sentinel.errors(Device::Cpu)).expect("three"), [0.0, f64::INFINITY, 0.5]);
 }
 
 #[test]

@@ -134,7 +134,7 @@ fn a_damaged_copy_is_not_taken_and_without_a_whole_one_the_step_before_is() {
             let config = run.config();
             let nodes = [0, 0, 1, 1];
             let tier =
-                checkpoint::second_tier::SecondTier::new(&config.checkpoint.second_tier, run.dir(), &nodes, &*world).expect("a tier");
+                checkpoint::second_tier::SecondTier::new(&config.checkpoint.second_tier, run.dir(), &nodes, false, &*world).expect("a tier");
             let found = checkpoint::load_newest(&*world, run.dir(), Some(&tier), &mut |_| Ok(())).expect("an answer");
             (found.newest.map(|(path, _)| path), found.notes)
         })
@@ -217,7 +217,7 @@ fn a_disk_that_spoils_what_it_was_given_is_no_damage_of_the_copies() {
     let spoilt = run.dir().join("checkpoints/step-00000010").join(format!("shard-00001-of-{RANKS:05}.safetensors"));
     let errors = run_local(RANKS, |world| {
         let section = run.config().checkpoint.second_tier;
-        let tier = checkpoint::second_tier::SecondTier::new(&section, run.dir(), &[0, 0, 1, 1], &*world).expect("a tier");
+        let tier = checkpoint::second_tier::SecondTier::new(&section, run.dir(), &[0, 0, 1, 1], false, &*world).expect("a tier");
         let load = &mut |_: &mut checkpoint::Reader| {
             if world.rank() == 1 && spoilt.exists() {
                 spoil(&spoilt);
@@ -271,13 +271,13 @@ fn a_folder_that_is_not_there_is_an_error() {
 #[test]
 fn a_run_that_was_moved_says_where_its_copies_are_and_takes_none_of_its_original_s() {
     let (run, dir) = crashed("moved");
-    let (away, copies) = (run.dir().with_file_name("tier-moved-away"), fs::read_dir(&dir).expect("a folder").next().expect("the run's").expect("an entry").path());
+    let (away, copies) = (run.dir().with_file_name("tier-moved-away"), node(&dir, 0).parent().expect("the run's").to_path_buf());
     fs::rename(run.dir(), &away).expect("moved");
     let error = go_in(&away, &run, Start::Resume, Some(9)).expect_err("its copies have another name");
     let named = error.split_once("rename that folder to ").and_then(|(_, rest)| rest.split_once(" on every node")).expect(&error).0;
     assert!(error.contains(&format!("has its newest copies in {}, where", copies.display())), "{error}");
     assert!(copies.exists());
-    fs::rename(&copies, named).expect("renamed");
+    fs::create_dir_all(Path::new(named).parent().expect("a place")).and_then(|()| fs::rename(&copies, named)).expect("renamed");
     go_in(&away, &run, Start::Resume, Some(9)).expect("nothing to do");
     assert!(away.join("checkpoints/step-00000010").exists(), "restored, not done again");
 }
@@ -294,6 +294,7 @@ fn what_a_node_holds_of_a_run_that_was_removed_counts_for_nothing() {
     fs::remove_dir_all(removed.dir()).expect("removed");
     let (run, _) = self::run("replaced");
     go(&run, Start::Fresh, Some(6)).expect("six steps");
+    assert!(newest_shard(&dir, 0, 0).to_string_lossy().contains("step-00000006"), "what was there takes no room");
     fs::remove_dir_all(run.newest_checkpoint()).expect("it goes");
     copy(&away, &dir);
     go(&run, Start::Resume, Some(5)).expect("nothing to do");

@@ -22,8 +22,10 @@ pub struct MemoryReport {
     pub peak: i64,
     /// What ranks of this host write transfers into, beside torch's memory.
     pub buffers: i64,
-    /// What torch holds of the device's memory, and all there is.
+    /// What torch holds of the device's memory, what nobody holds, and all there is. What a neighbour on this host has opened stays
+    /// taken when torch gives it back.
     pub reserved: i64,
+    pub free: i64,
     pub total: i64,
 }
 
@@ -51,8 +53,9 @@ impl Trainer {
         let mut axes = vec![&g.world, &g.pipe, &g.embedding, &g.data, &g.expert_data, &g.expert.all];
         axes.dedup_by(|a, b| Rc::ptr_eq(a, b));
         let buffers = axes.iter().map(|axis| axis.buffer_bytes() as i64).sum::<i64>() + g.expert.hop_buffer_bytes() as i64;
-        let total = device::gpu(on).memory()?.total_bytes as i64;
-        Ok(Some(MemoryReport { weights, gradients, optimizer, activations, peak: held.peak, buffers, reserved: held.reserved, total }))
+        let of_device = device::gpu(on).memory()?;
+        let [free, total] = [of_device.free_bytes, of_device.total_bytes].map(|bytes| bytes as i64);
+        Ok(Some(MemoryReport { weights, gradients, optimizer, activations, peak: held.peak, buffers, reserved: held.reserved, free, total }))
     }
 }
 

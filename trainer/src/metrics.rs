@@ -153,8 +153,8 @@ impl Metrics {
     /// Of rank 0's GPU.
     pub fn memory(&mut self, step: u64, report: &MemoryReport) {
         let Some(front) = &mut self.front else { return };
-        let MemoryReport { weights, gradients, optimizer, activations, peak, buffers, reserved, .. } = *report;
-        let named = [("weights", weights), ("gradients", gradients), ("optimizer", optimizer), ("activations", activations), ("peak", peak), ("buffers", buffers), ("reserved", reserved)];
+        let MemoryReport { weights, gradients, optimizer, activations, peak, buffers, reserved, free, .. } = *report;
+        let named = [("weights", weights), ("gradients", gradients), ("optimizer", optimizer), ("activations", activations), ("peak", peak), ("buffers", buffers), ("reserved", reserved), ("free", free)];
         for (name, bytes) in named {
             front.tensorboard.scalar(&format!("memory/{name}_gib"), bytes as f64 / (1u64 << 30) as f64, step);
         }

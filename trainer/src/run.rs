@@ -109,13 +109,14 @@ pub fn train(config: &RunConfig, world: Comm, start: Start, stop: &StopSignal) -
     let _lock = all_or_none(&*world, if world.rank() == 0 { held() } else { Ok(None) })?;
     let mut trainer = Trainer::new(config, &layout, world.clone())?;
     let second = &config.checkpoint.second_tier;
-    let tier = (second.every > 0).then(|| SecondTier::new(second, &config.run.dir, &layout.nodes, &*world)).transpose()?;
+    let tier = (second.every > 0).then(|| SecondTier::new(second, &config.run.dir, &layout.nodes, start == Start::Fresh, &*world)).transpose()?;
     let Restored { state, newest: last_checkpoint, damaged, notes } = restore((config, start, tier.as_ref()), &world, &mut trainer, &corpus)?;
     let schedules = all_or_none(&*world, prove_schedules(config, &layout, state.tokens))?;
     if start == Start::Resume {
         corpus.look_for_files(&*world, state.cursor.order)?;
     }
-    tier.iter().for_each(SecondTier::clear); // the run goes on from a checkpoint, or begins again
+    // The run goes on from a checkpoint, or begins.
+    tier.iter().for_each(if start == Start::Fresh { SecondTier::clear_place } else { SecondTier::clear });
     // Only now, with everything checked, is anything written.
     let ready = match start {
         Start::Fresh if world.rank() == 0 => prepare_dir(config),

@@ -100,7 +100,7 @@ impl Sentinel {
         let fallen: Vec<&String> = self.state.fallen_back.iter().filter(|(_, back)| *back > number).map(|(name, _)| name).collect();
         let every = self.config.every;
         let turn = number.is_multiple_of(every).then(|| &self.linears[(number / every - 1) as usize % self.linears.len()]);
-        let returned = self.state.fallen_back.iter().find(|(_, back)| *back == number).map(|(name, _)| name);
+        let returned = self.state.fallen_back.iter().find(|(_, back)| *back == number).map(|(name, _)| name).filter(|_| every > 0);
         self.target = returned.or(turn).filter(|name| !fallen.contains(name)).cloned();
         let here = |name: &String| weights.table.find(name);
         let in_bf16 = fallen.into_iter().filter_map(here).collect();

@@ -8,6 +8,7 @@ pub mod hf;
 mod load;
 mod manifest;
 mod pass;
+mod place;
 mod read;
 mod reshard;
 mod retention;
@@ -19,6 +20,7 @@ mod staging;
 
 pub use load::{Found, inspect, load, load_newest, load_whole, newest_whole, verify};
 pub use manifest::{Cursor, Manifest, Mesh, Progress};
+pub use place::copies;
 pub use read::Reader;
 pub use reshard::{Resharded, reshard};
 pub use retention::{Pruned, Retention, prune};

@@ -4,11 +4,12 @@
 //! needed, so any layout resumes from it.
 //!
 //! On a node: DIR/tiefsee-PLACE/ID/node-K/step-N-ATTEMPT/rank-R/{manifest.json, one shard}, a folder for each shard, whole or
-//! absent. A step of which some shard is missing or damaged everywhere counts for nothing. ID is in the run's marker: what a
+//! absent. A step of which some shard is missing or damaged everywhere counts for nothing. ID is in the run's directory: what a
 //! node that was long away holds of a run that has had the same place counts for nothing either.
 //!
 //! Invariants: a step's copies go only after all ranks have said that those of a later one are written; and where they can
 //! become no checkpoint for a reason that is not theirs (a full disk), the run ends and they stay.
+use super::place::{MARKER, place_and_id};
 use super::{Manifest, entries};
 use super::load::{Refused, check_file, first_error};
 use super::save::{Outline, Place, Written, at_hand, begin, commit, discard, share, write_shard};
@@ -39,8 +40,6 @@ impl Default for SecondTierSection {
         SecondTierSection { every: 0, dir: PathBuf::from("/dev/shm") }
     }
 }
-
-const MARKER: &str = "second-tier";
 
 pub struct SecondTier {
     /// Of this run on this node, whatever nodes wrote there: DIR/tiefsee-PLACE/ID.
@@ -99,39 +98,9 @@ fn peers(nodes: &[usize]) -> Vec<Option<usize>> {
     peers
 }
 
-/// The name of a place's folder on the nodes: the same by whatever name a start calls the run's directory, which is there.
-fn place(run_dir: &Path) -> Result<String> {
-    let path = std::fs::canonicalize(run_dir).with_context(|| format!("cannot find {}", run_dir.display()))?;
-    Ok(format!("tiefsee-{}", &blake3::hash(path.as_os_str().as_encoded_bytes()).to_hex()[..16]))
-}
-
-/// What the run's marker says of its copies; None: there are none.
-pub fn copies(run_dir: &Path) -> Option<String> {
-    std::fs::read_to_string(run_dir.join(MARKER)).ok()
-}
-
-/// PLACE/ID of a run: as its marker has them; without one, nothing is there yet, and the ID is `new`. The copies of a run that has
-/// another name since stay, and are not taken for another's: the original of a run directory that was copied may be at work with
-/// them.
-fn place_and_id(run_dir: &Path, dir: &Path, new: &str) -> Result<String> {
-    let place = place(run_dir)?;
-    let named = copies(run_dir).and_then(|text| Some(PathBuf::from(text.trim_end().split_once(" in ")?.1)));
-    let Some((there, id)) = named.as_deref().and_then(|named| Some((named.parent()?, named.file_name()?.to_str()?))) else {
-        return Ok(format!("{place}/{new}"));
-    };
-    let here = dir.join(&place);
-    if there.parent() == Some(dir) && there != here && there.exists() {
-        bail!(
-            "{} has its newest copies in {}, where it was when it had another place or name: rename that folder to {} on every node to go on from them, or remove {} to go on from a checkpoint",
-            run_dir.display(), there.display(), here.display(), run_dir.join(MARKER).display()
-        );
-    }
-    Ok(format!("{place}/{id}"))
-}
-
 impl SecondTier {
-    /// Collective. `nodes` are as the layout has them; rank 0 sees the run's directory.
-    pub fn new(section: &SecondTierSection, run_dir: &Path, nodes: &[usize], world: &dyn Communicator) -> Result<SecondTier> {
+    /// Collective. `nodes` are as the layout has them; rank 0 sees the run's directory. `fresh`: the run begins.
+    pub fn new(section: &SecondTierSection, run_dir: &Path, nodes: &[usize], fresh: bool, world: &dyn Communicator) -> Result<SecondTier> {
         let there = section.dir.is_dir();
         let named = || anyhow!("rank {}: checkpoint.second_tier.dir = {}: there is no such folder", world.rank(), section.dir.display());
         if let Some(error) = first_error(world, if there { Ok(()) } else { Err(named()) })? {
@@ -139,7 +108,7 @@ impl SecondTier {
         }
         let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH)?.as_nanos() as u64;
         let attempt = String::from_utf8(broadcast_bytes(world, format!("{now:016x}").as_bytes(), 0)?)?;
-        let root = if world.rank() == 0 { place_and_id(run_dir, &section.dir, &attempt) } else { Ok(String::new()) };
+        let root = if world.rank() == 0 { place_and_id(run_dir, &section.dir, &attempt, fresh) } else { Ok(String::new()) };
         let root = share(world, root.map_err(|error| format!("{error:#}")))?.map_err(|error| shared(format!("rank 0: {error}")))?;
         let (peers, rank) = (peers(nodes), world.rank());
         Ok(SecondTier {
@@ -156,6 +125,15 @@ impl SecondTier {
             under_way: String::new(),
             whole: None,
         })
+    }
+
+    /// What other runs of this place left on this node: one begins here, and what they took is mostly memory.
+    pub fn clear_place(&self) {
+        let _ = std::fs::remove_dir_all(self.place());
+    }
+
+    fn place(&self) -> &Path {
+        self.root.parent().expect("an ID has a place")
     }
 
     fn node(&self) -> PathBuf {
@@ -328,10 +306,11 @@ impl SecondTier {
         Ok(shards.into_iter().filter_map(Seen::at).collect())
     }
 
-    /// What other starts of the run, and other runs of its place, left on this node: the run goes on from a checkpoint, or is over.
+    /// What other starts of the run left on this node: the run goes on from a checkpoint, or is over.
     pub fn clear(&self) {
         // Best effort, and the node's other ranks do the same.
-        let _ = std::fs::remove_dir_all(self.root.parent().expect("a place"));
+        let _ = std::fs::remove_dir_all(&self.root);
+        let _ = std::fs::remove_dir(self.place()); // once it is empty
         let _ = std::fs::remove_file(&self.marker);
     }
 }

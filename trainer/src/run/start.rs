@@ -2,8 +2,8 @@
 use super::corpus::Corpus;
 use super::save::Waiting;
 use super::{Run, Start, State};
-use crate::checkpoint::second_tier::{SecondTier, copies};
-use crate::checkpoint::{self, Cursor, Found, Manifest};
+use crate::checkpoint::second_tier::SecondTier;
+use crate::checkpoint::{self, copies, Cursor, Found, Manifest};
 use crate::config::RunConfig;
 use crate::coordinator::{all_or_none, gather_layout, shared};
 use crate::device;
@@ -141,7 +141,9 @@ pub(super) fn restore((config, start, tier): Begin, world: &Comm, trainer: &mut 
     trainer.guard.state = manifest.progress.guard.clone();
     if config.run.precision == Precision::Fp8 {
         trainer.sentinel.state = manifest.progress.sentinel.clone();
-        trainer.sentinel.begin(manifest.step, &mut trainer.weights); // it may be that only a validation follows
+        if manifest.step > 0 {
+            trainer.sentinel.begin(manifest.step, &mut trainer.weights); // it may be that only a validation follows
+        }
     }
     notes.push(format!("resuming from {} (step {}, {} tokens)", path.display(), manifest.step, manifest.tokens));
     if manifest.precision != config.run.precision {

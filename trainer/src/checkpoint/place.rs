@@ -1,0 +1,42 @@
+//! Where a run's copies of the second tier are: what its directory says of them.
+use anyhow::{Context, Result, bail};
+use std::path::{Path, PathBuf};
+
+/// There are whole copies: written when they are.
+pub(super) const MARKER: &str = "second-tier";
+/// Tells a run from another that has the same place.
+const ID: &str = "second-tier-id";
+
+/// The name of a place's folder on the nodes: the same by whatever name a start calls the run's directory, which is there.
+fn place(run_dir: &Path) -> Result<String> {
+    let path = std::fs::canonicalize(run_dir).with_context(|| format!("cannot find {}", run_dir.display()))?;
+    Ok(format!("tiefsee-{}", &blake3::hash(path.as_os_str().as_encoded_bytes()).to_hex()[..16]))
+}
+
+/// What the run's marker says of its copies; None: there are none.
+pub fn copies(run_dir: &Path) -> Option<String> {
+    std::fs::read_to_string(run_dir.join(MARKER)).ok()
+}
+
+/// PLACE/ID of a run: a `fresh` one's ID is `new`. The copies of a run that has another name since are not taken for another's: the
+/// original of a run directory that was copied may be at work with them.
+pub(super) fn place_and_id(run_dir: &Path, dir: &Path, new: &str, fresh: bool) -> Result<String> {
+    let (place, file) = (place(run_dir)?, run_dir.join(ID));
+    let id = match std::fs::read_to_string(&file) {
+        // It becomes the name of a folder that is removed: half of one, or another's word, is none.
+        Ok(id) if !fresh && id.len() == new.len() && id.bytes().all(|byte| byte.is_ascii_hexdigit()) => id,
+        _ => {
+            std::fs::write(&file, new).with_context(|| format!("cannot write {}", file.display()))?;
+            new.to_string()
+        }
+    };
+    let root = dir.join(&place).join(&id);
+    let named = copies(run_dir).and_then(|text| Some(PathBuf::from(text.trim_end().split_once(" in ")?.1)));
+    if let Some(other) = named.filter(|other| other.starts_with(dir) && *other != root && other.exists()) {
+        bail!(
+            "{} has its newest copies in {}, where it was when it had another place or name: rename that folder to {} on every node to go on from them, or remove {} to go on from a checkpoint",
+            run_dir.display(), other.display(), root.display(), run_dir.join(MARKER).display()
+        );
+    }
+    Ok(format!("{place}/{id}"))
+}
