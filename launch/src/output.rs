@@ -187,7 +187,7 @@ mod tests {
         let folder = tempfile::tempdir().expect("a folder");
         // Who opens a pipe that nobody reads waits for a reader.
         assert!(std::process::Command::new("mkfifo").arg(folder.path().join("rank-3.log")).status().expect("mkfifo").success());
-        let said = format!("[1,3]<stdout>:a line\ntiefsee-launch: host n2{STUCK}4711 (tiefsee, state D)\n");
+        let said = format!("[1,3]<stdout>:a line\n[1,3]<stdout>:another\ntiefsee-launch: host n2{STUCK}4711 (tiefsee, state D)\n");
         let evidence = Output::read(4, Some(folder.path().into()), std::sync::mpsc::channel().0, std::io::empty(), std::io::Cursor::new(said)).finish();
         assert_eq!(evidence.stuck.expect("read").0, "n2");
     }

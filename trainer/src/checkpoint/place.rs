@@ -40,3 +40,23 @@ pub(super) fn place_and_id(run_dir: &Path, dir: &Path, new: &str, fresh: bool) -
     }
     Ok(format!("{place}/{id}"))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::{ID, place_and_id};
+    use std::path::Path;
+
+    #[test]
+    fn an_id_stays_and_half_of_one_or_a_path_is_none() {
+        let run = tempfile::tempdir().unwrap();
+        let id = |new: &str, fresh: bool| place_and_id(run.path(), Path::new("/nowhere"), new, fresh).unwrap().split_once('/').unwrap().1.to_string();
+        let (first, second) = ("0123456789abcdef", "fedcba9876543210");
+        assert_eq!(id(first, true), first);
+        assert_eq!(id(second, false), first);
+        assert_eq!(id(second, true), second);
+        for odd in ["", "0123", "../../../../home"] {
+            std::fs::write(run.path().join(ID), odd).unwrap();
+            assert_eq!(id(first, false), first, "{odd:?}");
+        }
+    }
+}
