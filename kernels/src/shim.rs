@@ -1,11 +1,11 @@
 //! What tch has no call for, through a few lines of C++ (`shim/shim.cpp`, built against libtorch's headers): attention
-//! that returns its log-sum-exp, what torch's allocator holds, and a trace of what a GPU does.
+//! that returns its log-sum-exp, tensors in memory of another's, what torch's allocator holds, and a trace of what a GPU does.
 #![allow(unsafe_code)]
 mod host;
 
 pub use host::{bytes, bytes_mut};
 
-use std::ffi::{CStr, CString, c_char, c_int};
+use std::ffi::{CStr, CString, c_char, c_int, c_void};
 use std::path::Path;
 use tch::{Device, Tensor};
 use torch_sys::C_tensor;
@@ -23,6 +23,15 @@ unsafe extern "C" {
         scale: f64,
         out: *mut *mut C_tensor,
     ) -> *const c_char;
+    fn tiefsee_wrap(
+        data: *mut c_void,
+        bytes: i64,
+        device: c_int,
+        owner: *mut c_void,
+        drop: extern "C" fn(*mut c_void),
+        out: *mut *mut C_tensor,
+    ) -> *const c_char;
+    fn tiefsee_empty_cache() -> *const c_char;
     fn tiefsee_memory(device: c_int, bytes: *mut i64) -> *const c_char;
     fn tiefsee_reset_peak(device: c_int) -> *const c_char;
     fn tiefsee_profile_start() -> *const c_char;
@@ -68,6 +77,35 @@ fn index(device: Device) -> c_int {
     index as c_int
 }
 
+/// Called once, from whichever thread drops last.
+type Owner = Box<dyn FnOnce() + Send>;
+
+extern "C" fn release(owner: *mut c_void) {
+    // SAFETY: made by `wrap`, whose tensor's storage calls this once.
+    let gone = unsafe { Box::from_raw(owner.cast::<Owner>()) };
+    gone();
+}
+
+/// Bytes [N] in memory that torch did not allocate. `gone` is called when no tensor has them any more.
+///
+/// # Safety
+/// So many bytes of `device` at `data`, for which nobody else has a use until `gone` is called.
+pub unsafe fn wrap(data: *mut c_void, bytes: usize, device: Device, gone: impl FnOnce() + Send + 'static) -> Result<Tensor, TorchError> {
+    let owner: Box<Owner> = Box::new(Box::new(gone));
+    let (device, mut made) = (if device == Device::Cpu { -1 } else { index(device) }, std::ptr::null_mut());
+    // SAFETY: the memory is as the caller promises, the owner is handed over, and a place for one tensor, which is ours.
+    unsafe {
+        check(tiefsee_wrap(data, bytes as i64, device, Box::into_raw(owner).cast(), release, &mut made))?;
+        Ok(Tensor::from_ptr(made))
+    }
+}
+
+/// What torch keeps of GPU memory for later goes back to the driver. Waits for the GPU.
+pub fn empty_cache() -> Result<(), TorchError> {
+    // SAFETY: nothing goes in.
+    check(unsafe { tiefsee_empty_cache() })
+}
+
 /// Of torch's allocator on a GPU.
 pub fn memory(device: Device) -> Result<Memory, TorchError> {
     let mut bytes = [0; 3];
@@ -92,4 +130,25 @@ pub fn profile<R>(path: &Path, work: impl FnOnce() -> R) -> Result<R, TorchError
     // SAFETY: a zero-terminated path.
     check(unsafe { tiefsee_profile_stop(path.as_ptr()) })?;
     Ok(result)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::Arc;
+    use tch::Kind;
+
+    #[test]
+    fn memory_of_anothers_is_his_again_when_the_last_tensor_there_is_gone() {
+        let (mut memory, held) = (vec![0.0_f32; 6], Arc::new(()));
+        let with = held.clone();
+        // SAFETY: the vector's bytes, which nobody touches before the tensors are gone.
+        let bytes = unsafe { wrap(memory.as_mut_ptr().cast(), 24, Device::Cpu, move || drop(with)) }.expect("a tensor");
+        let mut row = bytes.view_dtype(Kind::Float).view([2, 3]).get(1);
+        drop(bytes);
+        row.copy_(&Tensor::from_slice(&[1.0_f32, 2.0, 3.0]));
+        assert_eq!(Arc::strong_count(&held), 2);
+        drop(row);
+        assert_eq!((Arc::strong_count(&held), memory), (1, vec![0.0, 0.0, 0.0, 1.0, 2.0, 3.0]));
+    }
 }

@@ -5,7 +5,7 @@
 //! and what the debug wrapper makes of ranks that disagree.
 //! `--bench N` also times the all_reduce of N f32 elements; `--panic R` and `--wrong-size` show how it fails.
 
-use kernels::device;
+use kernels::{device, shim};
 use parallel::comm::checked::checked;
 use parallel::comm::local::run_local;
 use parallel::comm::mpi::MpiWorld;
@@ -162,6 +162,7 @@ fn gpu(comm: &Comm, over: &str, expected: &Results) {
             compare(&program(On(&*carrier, on)), expected, comm.rank());
             compare(&program(On(&*checked(carrier.clone(), "world"), on)), expected, comm.rank());
             random_exchanges(&*carrier, on, 500);
+            memory_comes_back(&*carrier, on);
             if over == "peer" {
                 disagree(&*checked(carrier, "world"), on); // NCCL would wait for ever
             }
@@ -202,6 +203,24 @@ fn random_exchanges(comm: &dyn Communicator, device: Device, count: u64) {
         let _ = bad.shallow_clone().g_add_(&got[0].not_equal_tensor(&Tensor::cat(&want, 0)).sum(Kind::Int64));
     }
     assert_eq!(bad.int64_value(&[]), 0, "rank {me}: bytes that are not what was sent");
+}
+
+/// What was received and dropped can be had again, also where torch gives what it keeps back to the driver.
+fn memory_comes_back(comm: &dyn Communicator, device: Device) {
+    const BYTES: i64 = 256 << 20;
+    let free = || device::gpu(device).memory().expect("the GPU says").free_bytes;
+    let rows = vec![BYTES / 4096 / comm.size() as i64; comm.size()];
+    let mut before = 0;
+    for round in 0..16 {
+        let sent = Tensor::zeros([rows.iter().sum(), 4096], (Kind::Uint8, device));
+        drop(comm.all_to_all(vec![sent], &rows, &rows).unwrap().wait().unwrap());
+        device::gpu(device).synchronize().expect("the GPU");
+        barrier(comm).unwrap(); // what is sent from a GPU is there, too
+        shim::empty_cache().expect("torch's allocator");
+        barrier(comm).unwrap();
+        before = if round == 0 { free() } else { before };
+    }
+    assert!(free() + BYTES as usize > before, "rank {}: {before} bytes were free, now {}", comm.rank(), free());
 }
 
 /// Rank 0 sends 2 numbers where rank 1 expects 10: the next collective says so, on both.

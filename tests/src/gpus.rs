@@ -1,6 +1,6 @@
 //! Two, four and eight GPUs against one: every layout's losses, checkpoints that go from each to another, and a rank that dies
 //! or stops in the middle. With fewer GPUs each test says that it was skipped; that every layout is one, and the same run,
-//! CPUs show.
+//! CPUs show, and ranks that share what GPUs there are.
 use crate::launching::{Started, local, processes, signal, wait};
 use crate::layouts::over_threads;
 use crate::support::{Run, WIDE, gap, gpu, mpirun, start, within};
@@ -60,6 +60,11 @@ const EIGHT: &[Layout] = &[
     ("pp8-dualpipe", &["parallel.pp=8", "parallel.schedule=dualpipe"]),
 ];
 
+/// A GPU a rank.
+const OWN: [&str; 2] = ["peer", "nccl"];
+/// Through the host, and ranks may share a GPU.
+const SHARED: [&str; 1] = ["staged"];
+
 fn layouts(gpus: usize) -> &'static [Layout] {
     match gpus {
         2 => TWO,
@@ -108,42 +113,48 @@ fn side_by_side<T: Send>(jobs: impl IntoIterator<Item = T>, work: impl Fn(T) + S
     });
 }
 
-fn every_layout_is_one_gpu(test: &str, gpus: usize, (precision, limit): (&str, f64)) {
-    let Some(()) = enough(test, gpus) else { return };
+fn every_layout_is_one_gpu(test: &str, (gpus, transports): (usize, &[&str]), (precision, limit): (&str, f64)) {
+    let Some(()) = enough(test, if transports == SHARED { 1 } else { gpus }) else { return };
     let precision_set = format!("run.precision={precision}");
     let set = [&precision_set[..], "run.stop_after=10"];
-    let one = run(gpus, &format!("one-{precision}"), &set);
+    let one = run(gpus, &format!("one-{precision}-{}", transports[0]), &set);
     start(&one.train_args(), 75);
-    let jobs = ["peer", "nccl"].iter().flat_map(|transport| layouts(gpus).iter().map(move |layout| (transport, layout)));
+    let jobs = transports.iter().flat_map(|transport| layouts(gpus).iter().map(move |layout| (transport, layout)));
     side_by_side(jobs, |(transport, (layout, more))| {
         let transport_set = format!("parallel.transport={transport}");
         let several = run(gpus, &format!("{layout}-{precision}-{transport}"), &[&set[..], &[&transport_set[..]], *more].concat());
         mpirun(gpus, &several.train_args(), 75);
-        let what = format!("{gpus} GPUs, {precision}, {transport}, {layout}");
+        let what = format!("{gpus} ranks, {precision}, {transport}, {layout}");
         let (loss, norm) = within(limit, &several, &one, &what);
         println!("{what}: ten losses at most {loss:.2e} from one GPU's, gradient norms {norm:.2e}");
     });
 }
 
 macro_rules! every_layout_is_one_gpu {
-    ($($name:ident: $gpus:literal, $precision:literal, $limit:literal;)*) => {
+    ($($name:ident: $gpus:literal, $transports:ident, $precision:literal, $limit:literal;)*) => {
         $(#[test]
         fn $name() {
-            every_layout_is_one_gpu(stringify!($name), $gpus, ($precision, $limit));
+            every_layout_is_one_gpu(stringify!($name), ($gpus, &$transports), ($precision, $limit));
         })*
     };
 }
 
 every_layout_is_one_gpu! {
-    every_layout_of_two_gpus_is_one_gpu_in_f32: 2, "f32", 1e-5;
-    every_layout_of_two_gpus_is_one_gpu_in_bf16: 2, "bf16", 1e-2;
-    every_layout_of_two_gpus_is_one_gpu_in_fp8: 2, "fp8", 1e-2;
-    every_layout_of_four_gpus_is_one_gpu_in_f32: 4, "f32", 1e-5;
-    every_layout_of_four_gpus_is_one_gpu_in_bf16: 4, "bf16", 1e-2;
-    every_layout_of_four_gpus_is_one_gpu_in_fp8: 4, "fp8", 1e-2;
-    every_layout_of_eight_gpus_is_one_gpu_in_f32: 8, "f32", 1e-5;
-    every_layout_of_eight_gpus_is_one_gpu_in_bf16: 8, "bf16", 1e-2;
-    every_layout_of_eight_gpus_is_one_gpu_in_fp8: 8, "fp8", 1e-2;
+    every_layout_of_two_gpus_is_one_gpu_in_f32: 2, OWN, "f32", 1e-5;
+    every_layout_of_two_gpus_is_one_gpu_in_bf16: 2, OWN, "bf16", 1e-2;
+    every_layout_of_two_gpus_is_one_gpu_in_fp8: 2, OWN, "fp8", 1e-2;
+    every_layout_of_four_gpus_is_one_gpu_in_f32: 4, OWN, "f32", 1e-5;
+    every_layout_of_four_gpus_is_one_gpu_in_bf16: 4, OWN, "bf16", 1e-2;
+    every_layout_of_four_gpus_is_one_gpu_in_fp8: 4, OWN, "fp8", 1e-2;
+    every_layout_of_eight_gpus_is_one_gpu_in_f32: 8, OWN, "f32", 1e-5;
+    every_layout_of_eight_gpus_is_one_gpu_in_bf16: 8, OWN, "bf16", 1e-2;
+    every_layout_of_eight_gpus_is_one_gpu_in_fp8: 8, OWN, "fp8", 1e-2;
+    every_layout_of_four_ranks_that_share_gpus_is_one_gpu_in_f32: 4, SHARED, "f32", 1e-5;
+    every_layout_of_four_ranks_that_share_gpus_is_one_gpu_in_bf16: 4, SHARED, "bf16", 1e-2;
+    every_layout_of_four_ranks_that_share_gpus_is_one_gpu_in_fp8: 4, SHARED, "fp8", 1e-2;
+    every_layout_of_eight_ranks_that_share_gpus_is_one_gpu_in_f32: 8, SHARED, "f32", 1e-5;
+    every_layout_of_eight_ranks_that_share_gpus_is_one_gpu_in_bf16: 8, SHARED, "bf16", 1e-2;
+    every_layout_of_eight_ranks_that_share_gpus_is_one_gpu_in_fp8: 8, SHARED, "fp8", 1e-2;
 }
 
 /// The same settings on threads: no layout is refused, and each is the run of one rank, to rounding.
@@ -197,18 +208,20 @@ fn go_on(run: &Run, ranks: usize, last: u64) {
 type Move = (&'static Layout, usize, Layout);
 
 /// Four steps in one layout and four in another, for each of `moves`, against eight on one GPU.
-fn checkpoints_go_on(test: &str, gpus: usize, moves: impl Fn(usize) -> Vec<Move>) {
-    let Some(()) = enough(test, gpus) else { return };
-    let precision = "run.precision=f32";
-    let one = run(gpus, "one-whole", &[precision, "run.stop_after=8"]);
+fn checkpoints_go_on(test: &str, (gpus, transport): (usize, &str), moves: impl Fn(usize) -> Vec<Move>) {
+    let Some(()) = enough(test, if transport == SHARED[0] { 1 } else { gpus }) else { return };
+    let over = format!("parallel.transport={transport}");
+    let set = ["run.precision=f32", &over];
+    let named = |name: &str, more: &[&str]| run(gpus, &format!("{name}-{transport}"), &[&set[..], more].concat());
+    let one = named("one-whole", &["run.stop_after=8"]);
     start(&one.train_args(), 75);
-    let half = |(from, more): &Layout| run(gpus, &format!("half-{from}"), &[&[precision, "run.stop_after=4"][..], *more].concat());
+    let half = |(from, more): &Layout| named(&format!("half-{from}"), &[&["run.stop_after=4"][..], *more].concat());
     side_by_side(layouts(gpus), |from| drop(mpirun(gpus, &half(from).train_args(), 75)));
     let jobs = (0..layouts(gpus).len()).flat_map(moves);
     side_by_side(jobs, |(from, ranks, (to, more))| {
-        let on = moved(&half(from), gpus, &format!("{}-to-{to}", from.0), &[&[precision][..], more].concat());
+        let on = moved(&half(from), gpus, &format!("{}-to-{to}-{transport}", from.0), &[&set[..], more].concat());
         go_on(&on, ranks, 8);
-        let what = format!("{gpus} GPUs, {} to {to} on {ranks}", from.0);
+        let what = format!("{gpus} ranks, {transport}, {} to {to} on {ranks}", from.0);
         let (loss, norm) = within(1e-5, &on, &one, &what);
         println!("{what}: eight losses at most {loss:.2e} from one GPU's, gradient norms {norm:.2e}");
     });
@@ -219,7 +232,7 @@ const ONE: Layout = ("one", &[]);
 #[test]
 fn a_checkpoint_of_each_layout_goes_on_in_each() {
     let all = |from: usize| TWO.iter().map(move |&to| (&TWO[from], 2, to)).chain([(&TWO[from], 1, ONE)]).collect();
-    checkpoints_go_on("a_checkpoint_of_each_layout_goes_on_in_each", 2, all);
+    checkpoints_go_on("a_checkpoint_of_each_layout_goes_on_in_each", (2, "peer"), all);
 }
 
 /// In the next layout, in one of half the GPUs, and on one GPU.
@@ -232,12 +245,19 @@ fn around(gpus: usize) -> impl Fn(usize) -> Vec<Move> {
 
 #[test]
 fn checkpoints_of_four_gpus_go_on_in_another_layout_on_two_and_on_one() {
-    checkpoints_go_on("checkpoints_of_four_gpus_go_on_in_another_layout_on_two_and_on_one", 4, around(4));
+    checkpoints_go_on("checkpoints_of_four_gpus_go_on_in_another_layout_on_two_and_on_one", (4, "peer"), around(4));
 }
 
 #[test]
 fn checkpoints_of_eight_gpus_go_on_in_another_layout_on_four_and_on_one() {
-    checkpoints_go_on("checkpoints_of_eight_gpus_go_on_in_another_layout_on_four_and_on_one", 8, around(8));
+    checkpoints_go_on("checkpoints_of_eight_gpus_go_on_in_another_layout_on_four_and_on_one", (8, "peer"), around(8));
+}
+
+#[test]
+fn checkpoints_of_ranks_that_share_gpus_go_on_in_other_layouts() {
+    for ranks in [4, 8] {
+        checkpoints_go_on("checkpoints_of_ranks_that_share_gpus_go_on_in_other_layouts", (ranks, SHARED[0]), around(ranks));
+    }
 }
 
 #[test]

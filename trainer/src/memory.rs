@@ -22,8 +22,7 @@ pub struct MemoryReport {
     pub peak: i64,
     /// What ranks of this host write transfers into, beside torch's memory.
     pub buffers: i64,
-    /// What torch holds of the device's memory, what nobody holds, and all there is. What a neighbour on this host has opened stays
-    /// taken when torch gives it back.
+    /// What torch holds of the device's memory, what nobody holds, and all there is.
     pub reserved: i64,
     pub free: i64,
     pub total: i64,

@@ -266,7 +266,12 @@ impl Bucket {
         // Its own are written: where all of a weight is its own, so are the blocks.
         let own = self.reduce.owned(self.rank).map(|run| run.shard.of(weights.get(run.shard.id)));
         let mine: Vec<Tensor> = own.chain(sums.as_ref().map(Tensor::shallow_clone)).collect();
-        let all = sums.map(|sums| sums.repeat([comm.size() as i64, 1])); // room for everyone's
+        let everyones = |sums: Tensor| -> Result<Tensor, CommError> {
+            let all = comm.room(&[comm.size() as i64, sums.size()[1]], sums.kind(), sums.device())?;
+            all.narrow(0, self.rank as i64, 1).copy_(&sums);
+            Ok(all)
+        };
+        let all = sums.map(everyones).transpose()?;
         let sends = peers.iter().flat_map(|&peer| mine.iter().map(move |part| (peer, part.shallow_clone()))).collect();
         let mut places = Vec::new();
         for &peer in &peers {

@@ -1,7 +1,8 @@
-// What tch has no call for, over libtorch's own dispatcher: attention that returns its log-sum-exp, the allocator's
-// statistics, and a trace of what the device does. Needs no CUDA header and links to no CUDA library: libtorch_cuda registers itself when it is loaded.
+// What tch has no call for, over libtorch's own dispatcher: attention that returns its log-sum-exp, tensors in memory of
+// another's, the allocator, and a trace of what the device does. Needs no CUDA header and links to no CUDA library: libtorch_cuda registers itself when it is loaded.
 // Every function returns null, or the text of the error, which lives until the thread's next call.
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/from_blob.h>
 #include <ATen/ops/_scaled_dot_product_cudnn_attention.h>
 #include <c10/core/CachingDeviceAllocator.h>
 #include <torch/csrc/autograd/profiler_kineto.h>
@@ -31,6 +32,21 @@ const char* tiefsee_cudnn_attention(const at::Tensor* q, const at::Tensor* k, co
     out[0] = new at::Tensor(std::get<0>(made));
     out[1] = new at::Tensor(std::get<1>(made));
   });
+}
+
+// out: bytes [N] at `data`, on GPU `device` or, below 0, on the host; `drop(owner)` is called once the last tensor there is
+// gone, or none could be made. The caller owns out.
+const char* tiefsee_wrap(void* data, int64_t bytes, int device, void* owner, void (*drop)(void*), at::Tensor** out) {
+  return guarded([&] {
+    const auto on = device < 0 ? c10::Device(c10::kCPU) : c10::Device(c10::kCUDA, (c10::DeviceIndex)device);
+    const auto options = at::TensorOptions(at::kByte).device(on);
+    *out = new at::Tensor(at::for_blob(data, {bytes}).context(owner, drop).options(options).target_device(on).make_tensor());
+  });
+}
+
+// Gives back what the allocator keeps for later.
+const char* tiefsee_empty_cache() {
+  return guarded([] { c10::getDeviceAllocator(c10::DeviceType::CUDA)->emptyCache(); });
 }
 
 // bytes: allocated now, allocated at most, reserved now.

@@ -12,7 +12,7 @@ use std::cell::{Cell, RefCell};
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::panic::Location;
 use std::rc::Rc;
-use tch::Tensor;
+use tch::{Device, Kind, Tensor};
 
 /// `comm` with its calls compared across ranks; errors name `axis` (as in "data", "pipe").
 pub fn checked(comm: Comm, axis: &str) -> Comm {
@@ -181,6 +181,10 @@ impl Communicator for Checked {
     fn exchange_into(&self, sends: Vec<(usize, Tensor)>, places: Vec<(usize, Tensor)>) -> Result<Pending<()>, CommError> {
         self.expect(&sends, &specs(&places), Location::caller())?;
         self.comm.exchange_into(sends, places)
+    }
+
+    fn room(&self, shape: &[i64], kind: Kind, device: Device) -> Result<Tensor, CommError> {
+        self.comm.room(shape, kind, device)
     }
 
     fn lands_in_place(&self) -> bool {

@@ -5,7 +5,7 @@
 use super::{Comm, CommError, Communicator, Pending, Reduce, TensorSpec, Work};
 use std::cell::Cell;
 use std::rc::Rc;
-use tch::Tensor;
+use tch::{Device, Kind, Tensor};
 
 /// Bytes sent by this rank so far.
 #[derive(Debug, Default)]
@@ -117,6 +117,10 @@ impl Communicator for Counted {
     fn exchange_into(&self, sends: Vec<(usize, Tensor)>, places: Vec<(usize, Tensor)>) -> Result<Pending<()>, CommError> {
         sends.iter().for_each(|(peer, tensor)| self.add(*peer, bytes(std::slice::from_ref(tensor))));
         self.comm.exchange_into(sends, places)
+    }
+
+    fn room(&self, shape: &[i64], kind: Kind, device: Device) -> Result<Tensor, CommError> {
+        self.comm.room(shape, kind, device)
     }
 
     fn lands_in_place(&self) -> bool {

@@ -166,12 +166,17 @@ pub trait Communicator {
             Ok(())
         }))
     }
+    /// A place for what others send in an `exchange_into`, not written yet: a tensor that comes and goes is best one of these
+    /// (on GPUs, what peers have opened of torch's memory never comes back to the driver).
+    fn room(&self, shape: &[i64], kind: Kind, device: Device) -> Result<Tensor, CommError> {
+        Ok(Tensor::empty(shape, (kind, device)))
+    }
     /// Is an `exchange_into` of everyone with everyone as fast as an `all_gather`? Not between hosts, whose links it crosses
     /// once a rank.
     fn lands_in_place(&self) -> bool {
         true
     }
-    /// GPU memory that this group keeps for transfers, beside torch's.
+    /// GPU memory that this group keeps for transfers, beside torch's; the world's holds all groups' `room`, as far as used.
     fn buffer_bytes(&self) -> usize {
         0
     }

@@ -13,7 +13,7 @@ mod collectives;
 mod library;
 
 use super::local::solo;
-use super::peer::{Parts, Peers, Slots};
+use super::peer::{Arena, Parts, Peers, Slots};
 use super::{Comm, CommError, Reduce, broadcast_bytes};
 use collectives::NcclComm;
 use cudarc::driver::result as driver;
@@ -27,7 +27,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
-use tch::{Device, Tensor};
+use tch::{Device, Kind, Tensor};
 
 /// How the GPU group is made.
 #[derive(Clone, Debug, Default)]
@@ -59,12 +59,13 @@ pub fn connect(control: Comm, options: &Options) -> Result<Comm, CommError> {
     if control.size() == 1 {
         return Ok(solo());
     }
-    let axis = Axis::new(control, library, context, options)?;
+    let arena = Rc::new(Arena::new(context.clone(), options.device));
+    let axis = Axis::new(control, library, (context, arena), options)?;
     let refused = axis.peers.as_ref().map_or(0, |peers| peers.refused);
     if refused > 0 && axis.control.rank() == 0 {
         tracing::info!("{refused} pairs of GPUs of one host do not reach each other's memory: NCCL carries between them");
     }
-    Ok(Rc::new(NcclComm::new(axis)))
+    Ok(Rc::new(NcclComm::new(axis, true)))
 }
 
 /// The ranks of one axis.
@@ -72,6 +73,8 @@ struct Axis {
     peers: Option<Peers>,
     /// Absent where all are reached in memory and nobody wants NCCL's sums.
     nccl: Option<Nccl>,
+    /// For what peers write. The same on all axes.
+    arena: Rc<Arena>,
     compute: Arc<CudaStream>,
     context: Arc<CudaContext>,
     library: Rc<Library>,
@@ -153,14 +156,14 @@ impl Move {
 }
 
 impl Axis {
-    fn new(control: Comm, library: Rc<Library>, context: Arc<CudaContext>, options: &Options) -> Result<Self, CommError> {
+    fn new(control: Comm, library: Rc<Library>, (context, arena): (Arc<CudaContext>, Rc<Arena>), options: &Options) -> Result<Self, CommError> {
         let connect = || Peers::connect(&*control, &context, options.node, options.slots);
         let peers = options.peers.then(connect).transpose()?;
         let far = |rank: usize| rank != control.rank() && !peers.as_ref().is_some_and(|peers| peers.reaches(rank));
         // The same on all ranks: a pair is near or far for both.
         let any_far = super::gather_bytes(&*control, &[(0..control.size()).any(far) as u8])?.concat().contains(&1);
         let compute = context.default_stream();
-        let mut axis = Axis { peers, nccl: None, compute, context, library, control, options: options.clone(), any_far };
+        let mut axis = Axis { peers, nccl: None, arena, compute, context, library, control, options: options.clone(), any_far };
         if any_far || options.native_sums {
             axis.nccl = Some(axis.open_nccl()?);
         }
@@ -238,6 +241,14 @@ impl Axis {
             self.check(op, code)?;
         }
         mark.0.iter().try_for_each(|event| self.compute.wait(event)).map_err(|e| driver_error(&*self.control, op, e))
+    }
+
+    /// Not written yet. For all ranks of the axis alike: what goes over NCCL need not be here, but may.
+    fn room(&self, op: &'static str, shape: &[i64], kind: Kind) -> Result<Tensor, CommError> {
+        if self.peers.as_ref().is_none_or(|peers| peers.bytes == 0) {
+            return Ok(Tensor::empty(shape, (kind, Device::Cuda(self.options.device))));
+        }
+        self.arena.room(shape, kind).map_err(|e| driver_error(&*self.control, op, e))
     }
 
     /// All as one operation: none waits for another. `in_step`: every rank of the axis posts at this place of its program.

@@ -15,6 +15,7 @@
 //! (`kernels::device::many_queues`), and nothing is loaded or allocated between a flag and its wait.
 #![allow(unsafe_code)]
 
+mod arena;
 mod direct;
 
 use super::{Comm, CommError, Communicator, gather_bytes};
@@ -24,6 +25,7 @@ use std::cell::Cell;
 use std::ffi::{CString, c_char};
 use std::sync::Arc;
 
+pub use arena::Arena;
 pub use direct::Parts;
 
 /// How slots are laid out; the same on all ranks.

@@ -5,7 +5,7 @@ use std::cell::Cell;
 use std::rc::Rc;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
-use tch::Tensor;
+use tch::{Device, Kind, Tensor};
 
 /// A wait under way.
 #[derive(Clone, Debug, PartialEq)]
@@ -120,6 +120,10 @@ impl Communicator for Watched {
 
     fn exchange_into(&self, sends: Vec<(usize, Tensor)>, places: Vec<(usize, Tensor)>) -> Result<Pending<()>, CommError> {
         self.under_way(self.wait("exchange_into"), || self.comm.exchange_into(sends, places))
+    }
+
+    fn room(&self, shape: &[i64], kind: Kind, device: Device) -> Result<Tensor, CommError> {
+        self.comm.room(shape, kind, device)
     }
 
     fn lands_in_place(&self) -> bool {

@@ -33,12 +33,13 @@ impl Hop {
     pub fn back(&self, parts: Vec<Back>) -> Result<Pending<Vec<Tensor>>, CommError> {
         let (rank, size) = (self.comm.rank(), self.send.len());
         let (from, to) = (starts(&self.recv), starts(&self.send));
-        let outs: Vec<Tensor> = parts.iter().map(|part| part.room(to[size])).collect();
+        let out = |part: &Back| self.comm.room(&part.shape(to[size]), part.rows.kind(), part.rows.device());
+        let outs: Vec<Tensor> = parts.iter().map(out).collect::<Result<_, _>>()?;
         let (mut sends, mut places) = (Vec::new(), Vec::new());
         for (part, out) in parts.iter().zip(&outs) {
             for peers in [0..rank, rank + 1..size] {
                 let first = from[peers.start];
-                let made = part.room(from[peers.end] - first);
+                let made = Tensor::empty(part.shape(from[peers.end] - first), (part.rows.kind(), part.rows.device()));
                 part.make(first, &made);
                 sends.extend(peers.clone().map(|peer| (peer, made.narrow(0, from[peer] - first, self.recv[peer]))));
                 places.extend(peers.map(|peer| (peer, out.narrow(0, to[peer], self.send[peer]))));
@@ -57,11 +58,11 @@ pub(super) struct Back {
 }
 
 impl Back {
-    /// For so many rows of it.
-    fn room(&self, rows: i64) -> Tensor {
+    /// Of so many rows.
+    fn shape(&self, rows: i64) -> Vec<i64> {
         let mut shape = self.rows.size();
         shape[0] = rows;
-        Tensor::empty(&shape, (self.rows.kind(), self.rows.device()))
+        shape
     }
 
     /// Those from `first` on, as many as `out` has room for.

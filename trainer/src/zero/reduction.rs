@@ -136,8 +136,12 @@ impl Arriving {
 fn to_owners(bucket: &Bucket, comm: &Comm, gradients: BTreeMap<ParamId, Tensor>) -> Result<Pending<Vec<Parts>>, CommError> {
     let (rank, size) = (comm.rank(), comm.size());
     let sends = bucket.reduce.runs.iter().filter(|run| run.owner != rank).map(|run| (run.owner, run.shard.of(&gradients[&run.shard.id])));
-    let own = bucket.reduce.owned(rank).map(|run| Parts::of(run.shard.of(&gradients[&run.shard.id]), (rank, size)));
-    let own: Vec<Parts> = own.collect();
+    let own = bucket.reduce.owned(rank).map(|run| {
+        let own = run.shard.of(&gradients[&run.shard.id]);
+        let (kind, device) = (own.kind(), own.device());
+        Parts::of(own, (rank, size), |shape| comm.room(shape, kind, device))
+    });
+    let own: Vec<Parts> = own.collect::<Result<_, _>>()?;
     let others = (0..size).filter(|&peer| peer != rank).enumerate();
     let places = others.flat_map(|(other, peer)| own.iter().map(move |parts| (peer, parts.place(other)))).collect();
     Ok(comm.exchange_into(sends.collect(), places)?.map(|()| Ok(own)))

@@ -33,12 +33,11 @@ pub struct Parts {
 }
 
 impl Parts {
-    /// Places for what the others make.
-    pub fn of(own: Tensor, (rank, ranks): (usize, usize)) -> Parts {
+    /// Places for what the others make; `room` makes one of a shape, of own's kind and where own is.
+    pub fn of<E>(own: Tensor, (rank, ranks): (usize, usize), room: impl Fn(&[i64]) -> Result<Tensor, E>) -> Result<Parts, E> {
         assert!(ranks > 1 && rank < ranks, "rank {rank} of {ranks} adds up others' parts");
-        let room = (own.numel() as i64 + 3) / 4 * 4;
-        let rest = Tensor::empty([ranks as i64 - 2, room], (own.kind(), own.device()));
-        Parts { first: own.empty_like().contiguous(), own, rank, rest }
+        let rest = room(&[ranks as i64 - 2, (own.numel() as i64 + 3) / 4 * 4])?;
+        Ok(Parts { first: room(&own.size())?, own, rank, rest })
     }
 
     fn others(&self) -> usize {

@@ -10,10 +10,12 @@ use crate::comm::local::solo;
 use crate::comm::sum;
 use crate::comm::{Comm, CommError, Communicator, Pending, Reduce, TensorSpec, Work};
 use std::rc::Rc;
-use tch::{Device, Tensor};
+use tch::{Device, Kind, Tensor};
 
 pub(super) struct NcclComm {
     axis: Rc<Axis>,
+    /// Not split from another.
+    first: bool,
     rank: usize,
     size: usize,
 }
@@ -33,10 +35,6 @@ fn all_on_host(op: &'static str, tensors: &[Tensor]) -> Result<bool, CommError> 
     on_host(op, tensors.iter().map(Tensor::device))
 }
 
-fn empty_like(tensor: &Tensor, shape: &[i64]) -> Tensor {
-    Tensor::empty(shape, (tensor.kind(), tensor.device()))
-}
-
 fn contiguous(tensors: Vec<Tensor>) -> Vec<Tensor> {
     tch::no_grad(|| tensors.into_iter().map(|t| t.detach().contiguous()).collect())
 }
@@ -48,9 +46,9 @@ fn share(length: i64, rank: usize, size: usize) -> (i64, i64) {
 }
 
 impl NcclComm {
-    pub(super) fn new(axis: Axis) -> Self {
+    pub(super) fn new(axis: Axis, first: bool) -> Self {
         let (rank, size) = (axis.control.rank(), axis.control.size());
-        NcclComm { axis: Rc::new(axis), rank, size }
+        NcclComm { axis: Rc::new(axis), first, rank, size }
     }
 
     /// The transfers on the stream so far, as something to wait on. `kept` are the tensors they touch.
@@ -64,15 +62,24 @@ impl NcclComm {
         }))
     }
 
+    /// A place for each of `tensors` as it is here, or of the shape that `shape` makes of its.
+    fn rooms(&self, op: &'static str, tensors: &[Tensor], shape: impl Fn(&mut Vec<i64>)) -> Result<Vec<Tensor>, CommError> {
+        let room = |tensor: &Tensor| {
+            let mut size = tensor.size();
+            shape(&mut size);
+            self.axis.room(op, &size, tensor.kind())
+        };
+        tensors.iter().map(room).collect()
+    }
+
     /// Sends each rank its share of the flat tensors: `[i][p]` is rank p's part of this rank's share of tensor i.
     fn scatter(&self, op: &'static str, flats: &[Tensor]) -> Result<Vec<Vec<Tensor>>, CommError> {
-        let parts: Vec<Vec<Tensor>> = flats
-            .iter()
-            .map(|flat| {
-                let (start, mine) = share(flat.numel() as i64, self.rank, self.size);
-                (0..self.size).map(|p| if p == self.rank { flat.narrow(0, start, mine) } else { empty_like(flat, &[mine]) }).collect()
-            })
-            .collect();
+        let parts = flats.iter().map(|flat| {
+            let (start, mine) = share(flat.numel() as i64, self.rank, self.size);
+            let part = |p| if p == self.rank { Ok(flat.narrow(0, start, mine)) } else { self.axis.room(op, &[mine], flat.kind()) };
+            (0..self.size).map(part).collect()
+        });
+        let parts: Vec<Vec<Tensor>> = parts.collect::<Result<_, CommError>>()?;
         // After the allocations: their memory may still be in use by earlier work of the null stream.
         self.axis.fork(op)?;
         let mut shares = Vec::new();
@@ -96,7 +103,7 @@ impl NcclComm {
     fn ordered_all_reduce(&self, tensors: Vec<Tensor>, reduce: Reduce) -> Result<Pending<Vec<Tensor>>, CommError> {
         const OP: &str = "all_reduce";
         let flats: Vec<Tensor> = tensors.iter().map(|t| t.view([-1])).collect();
-        let outs: Vec<Tensor> = tensors.iter().map(|t| empty_like(t, &t.size())).collect();
+        let outs = self.rooms(OP, &tensors, |_| ())?;
         let parts = self.scatter(OP, &flats)?;
         self.axis.join(&self.axis.mark(OP)?, OP)?;
         let piece = |out: &Tensor, of: usize| {
@@ -157,7 +164,7 @@ impl Communicator for NcclComm {
         sum::check_reducible(OP, &tensors, reduce)?;
         let tensors = contiguous(tensors);
         let Some(nccl) = self.axis.native_sums() else { return self.ordered_all_reduce(tensors, reduce) };
-        let outs: Vec<Tensor> = tensors.iter().map(|t| empty_like(t, &t.size())).collect();
+        let outs = self.rooms(OP, &tensors, |_| ())?;
         self.axis.fork(OP)?;
         for (tensor, out) in tensors.iter().zip(&outs) {
             self.axis.native_all_reduce(nccl, tensor, out, reduce)?;
@@ -173,12 +180,7 @@ impl Communicator for NcclComm {
         sum::check_reducible(OP, &tensors, Reduce::Sum)?;
         call::check_rows(OP, &tensors, self.size)?;
         let tensors = contiguous(tensors);
-        let shape = |t: &Tensor| {
-            let mut shape = t.size();
-            shape[0] /= self.size as i64;
-            shape
-        };
-        let outs: Vec<Tensor> = tensors.iter().map(|t| empty_like(t, &shape(t))).collect();
+        let outs = self.rooms(OP, &tensors, |shape| shape[0] /= self.size as i64)?;
         if let Some(nccl) = self.axis.native_sums() {
             self.axis.fork(OP)?;
             for (tensor, out) in tensors.iter().zip(&outs) {
@@ -203,12 +205,7 @@ impl Communicator for NcclComm {
         }
         call::check_rows(OP, &tensors, 1)?;
         let tensors = contiguous(tensors);
-        let shape = |t: &Tensor| {
-            let mut shape = t.size();
-            shape[0] *= self.size as i64;
-            shape
-        };
-        let outs: Vec<Tensor> = tensors.iter().map(|t| empty_like(t, &shape(t))).collect();
+        let outs = self.rooms(OP, &tensors, |shape| shape[0] *= self.size as i64)?;
         if let Some(nccl) = &self.axis.nccl {
             self.axis.fork(OP)?;
             tensors.iter().zip(&outs).try_for_each(|(tensor, out)| self.axis.native_all_gather(nccl, tensor, out))?;
@@ -233,7 +230,7 @@ impl Communicator for NcclComm {
         if all_on_host(OP, &tensors)? {
             return self.axis.control.broadcast(tensors, root);
         }
-        let outs = if self.rank == root { contiguous(tensors) } else { tensors.iter().map(|t| empty_like(t, &t.size())).collect() };
+        let outs = if self.rank == root { contiguous(tensors) } else { self.rooms(OP, &tensors, |_| ())? };
         self.axis.fork(OP)?;
         if let Some(nccl) = &self.axis.nccl {
             outs.iter().try_for_each(|out| self.axis.native_broadcast(nccl, out, root))?;
@@ -265,16 +262,12 @@ impl Communicator for NcclComm {
         }
         let tensors = contiguous(tensors);
         let (send_at, recv_at) = (call::offsets(send), call::offsets(recv));
-        let (mut outs, mut pieces) = (Vec::new(), Vec::new());
-        for tensor in &tensors {
-            let mut shape = tensor.size();
-            let row = shape[1..].iter().product::<i64>() as usize * tensor.kind().elt_size_in_bytes();
-            shape[0] = recv.iter().sum();
-            let out = empty_like(tensor, &shape);
+        let (outs, mut pieces) = (self.rooms(OP, &tensors, |shape| shape[0] = recv.iter().sum())?, Vec::new());
+        for (tensor, out) in tensors.iter().zip(&outs) {
+            let row = tensor.size()[1..].iter().product::<i64>() as usize * tensor.kind().elt_size_in_bytes();
             let rows = |(at, _): Memory, first: i64, count: i64| (at.wrapping_byte_add(first as usize * row), count as usize * row);
-            let (from, to) = (self.axis.memory(tensor), self.axis.memory(&out));
+            let (from, to) = (self.axis.memory(tensor), self.axis.memory(out));
             pieces.extend((0..self.size).map(|p| (rows(from, send_at[p], send[p]), rows(to, recv_at[p], recv[p]), p)));
-            outs.push(out);
         }
         self.axis.fork(OP)?;
         work();
@@ -309,6 +302,13 @@ impl Communicator for NcclComm {
         Ok(self.pending(OP, kept, Vec::new)?.map(|_| Ok(())))
     }
 
+    fn room(&self, shape: &[i64], kind: Kind, device: Device) -> Result<Tensor, CommError> {
+        match device {
+            Device::Cuda(_) => self.axis.room("room", shape, kind),
+            _ => Ok(Tensor::empty(shape, (kind, device))),
+        }
+    }
+
     fn lands_in_place(&self) -> bool {
         !self.axis.any_far
     }
@@ -320,11 +320,11 @@ impl Communicator for NcclComm {
             return Ok(solo());
         }
         // Streams of its own: transfers of different axes may be under way at once.
-        Ok(Rc::new(NcclComm::new(Axis::new(control, axis.library.clone(), axis.context.clone(), &axis.options)?)))
+        Ok(Rc::new(NcclComm::new(Axis::new(control, axis.library.clone(), (axis.context.clone(), axis.arena.clone()), &axis.options)?, false)))
     }
 
     fn buffer_bytes(&self) -> usize {
-        self.axis.peers.as_ref().map_or(0, |peers| peers.bytes)
+        self.axis.peers.as_ref().map_or(0, |peers| peers.bytes) + if self.first { self.axis.arena.bytes() } else { 0 }
     }
 }
 

@@ -1,7 +1,7 @@
 //! Messages that both sides post in one call go straight to where the receiver wants them: it tells the sender the places
 //! over MPI first (some 10 µs of the host, none of the GPU), each as a piece of an allocation and that allocation's handle,
 //! which the sender opens once. What is allocated anew is another buffer to CUDA, so a place is never taken for an older
-//! one; memory that a peer has opened comes back when the process ends.
+//! one. What a peer has opened never comes back to the driver: places that come and go are in the arena (`arena.rs`).
 //!
 //! A host that waits for another's here has put everything before it on its GPU, and the only other place where a host waits
 //! is for counts in a forward: ranks of one group have their forwards behind them alike when gradients are complete, because
