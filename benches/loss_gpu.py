@@ -30,8 +30,8 @@ PRECISIONS = {
     "bf16, sums in another order": ["run.precision=bf16", *micro_batches(8)],
     "fp8": ["run.precision=fp8"],
 }
-# 300 steps of four micro-batches.
-SHORT = ["phase.1.tokens=1638400", *micro_batches(4)]
+# 300 steps of half the batch, four micro-batches.
+SHORT = ["phase.0.tokens=819200", "phase.1.tokens=1638400", "phase.0.batch=16", "phase.1.batch=16", *micro_batches(4)]
 
 
 def layouts(ranks):

@@ -98,12 +98,13 @@ fn run(gpus: usize, name: &str, set: &[&str]) -> Run {
     Run::new(&format!("gpus-{gpus}-{name}"), &[&WIDE[..], &SET, if gpus > 2 { &wider } else { &[] }, set].concat())
 }
 
-/// Four at a time: more have room, but GPUs take turns with them and are no sooner done.
-fn side_by_side<T: Send>(jobs: impl IntoIterator<Item = T>, work: impl Fn(T) + Sync) {
+/// Four at a time: more have room, but GPUs take turns with them and are no sooner done. Fewer of many ranks: 32 processes that
+/// begin at once on two GPUs get CUDA's "out of memory", whatever is free there.
+fn side_by_side<T: Send>(ranks: usize, jobs: impl IntoIterator<Item = T>, work: impl Fn(T) + Sync) {
     let queue = Mutex::new(jobs.into_iter().collect::<VecDeque<T>>());
     let next = || queue.lock().expect("nobody panics with it").pop_front();
     std::thread::scope(|scope| {
-        for _ in 0..4 {
+        for _ in 0..(16 / ranks).min(4) {
             scope.spawn(|| {
                 while let Some(job) = next() {
                     work(job);
@@ -120,7 +121,7 @@ fn every_layout_is_one_gpu(test: &str, (gpus, transports): (usize, &[&str]), (pr
     let one = run(gpus, &format!("one-{precision}-{}", transports[0]), &set);
     start(&one.train_args(), 75);
     let jobs = transports.iter().flat_map(|transport| layouts(gpus).iter().map(move |layout| (transport, layout)));
-    side_by_side(jobs, |(transport, (layout, more))| {
+    side_by_side(gpus, jobs, |(transport, (layout, more))| {
         let transport_set = format!("parallel.transport={transport}");
         let several = run(gpus, &format!("{layout}-{precision}-{transport}"), &[&set[..], &[&transport_set[..]], *more].concat());
         mpirun(gpus, &several.train_args(), 75);
@@ -216,9 +217,9 @@ fn checkpoints_go_on(test: &str, (gpus, transport): (usize, &str), moves: impl F
     let one = named("one-whole", &["run.stop_after=8"]);
     start(&one.train_args(), 75);
     let half = |(from, more): &Layout| named(&format!("half-{from}"), &[&["run.stop_after=4"][..], *more].concat());
-    side_by_side(layouts(gpus), |from| drop(mpirun(gpus, &half(from).train_args(), 75)));
+    side_by_side(gpus, layouts(gpus), |from| drop(mpirun(gpus, &half(from).train_args(), 75)));
     let jobs = (0..layouts(gpus).len()).flat_map(moves);
-    side_by_side(jobs, |(from, ranks, (to, more))| {
+    side_by_side(gpus, jobs, |(from, ranks, (to, more))| {
         let on = moved(&half(from), gpus, &format!("{}-to-{to}-{transport}", from.0), &[&set[..], more].concat());
         go_on(&on, ranks, 8);
         let what = format!("{gpus} ranks, {transport}, {} to {to} on {ranks}", from.0);
