@@ -47,9 +47,12 @@ until_true() {
 submit() {
     local run=$1 launcher=$2
     shift 2
+    local told=(--config configs/run/tiny.toml --set "run.dir=$state/$run")
+    # A config of its own names its directory.
+    [ ! -e "$state/$run.toml" ] || told=(--config "$state/$run.toml" --set run.seed=1%a)
     # 128 tokens a step: 4 sequences of 32.
     LAUNCH_OPTIONS="--launcher $launcher" sbatch --parsable --nodes=2 --ntasks-per-node=1 --output="$state/$run.out" "$@" \
-        scripts/train.sbatch train --config configs/run/tiny.toml --set "run.dir=$state/$run" --set "data.mixture.0.path=$state/corpus" \
+        scripts/train.sbatch train "${told[@]}" --set "data.mixture.0.path=$state/corpus" \
         --set phase.0.batch=4 --set "phase.0.tokens=$((steps * 128 - 4096))" --set phase.1.batch=4 --set phase.1.sequence_length=32 \
         --set phase.1.tokens=4096 --set validation.every=0 --set checkpoint.every=50
 }
@@ -81,8 +84,12 @@ echo "ok: stopped, checkpointed, requeued and resumed ($times time(s)), $steps s
 
 steps=1000000
 # The last task of an array has the array's own number: what is done to it must not be done to all.
+sed "s|^dir = .*|dir = \"$state/array\"|; s|^model = \"\.\.|model = \"$PWD/configs|" configs/run/tiny.toml >"$state/array.toml"
 job=$(submit array mpirun --array=0-1 --nodes=1 --output="$state/array-%a.out")
 until_true "the array's steps" 60 eval 'stepped1() { [ -s "$state/array/tiefsee-$job-$1/log/rank-0.jsonl" ]; }; stepped1 0 && stepped1 1'
+for task in 0 1; do
+    grep -q "^seed = 1$task" "$state/array/tiefsee-$job-$task/resolved.toml" || fail "task $task has another seed than 1$task"
+done
 scancel --batch --signal=USR1 "${job}_1"
 until_true "the requeue" 120 shows "${job}_1" Restarts=1
 sleep 2
@@ -90,7 +97,7 @@ shows "${job}_0" Restarts=0 || fail "its neighbour was requeued with it"
 shows "${job}_0" JobState=RUNNING || fail "its neighbour was ended with it"
 scancel "$job"
 until_true "the array's processes' end" 30 no_process array
-echo "ok: of an array one task is requeued alone (mpirun, 2 tasks)"
+echo "ok: of an array each task has its folder and seed, and one is requeued alone (mpirun, 2 tasks)"
 
 if srun --mpi=list 2>&1 | grep -q pmix; then launcher=srun; else launcher=mpirun; fi
 job=$(submit cancelled "$launcher")

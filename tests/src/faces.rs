@@ -64,6 +64,19 @@ fn an_unknown_key_is_named_with_the_nearest_right_one() {
 }
 
 #[test]
+fn a_run_keeps_what_it_makes_and_where_it_is_told() {
+    for (set, parts) in [
+        (["checkpoint.every=300", "checkpoint.keep_every=1000"], ["checkpoint.keep_every = 1000", "checkpoint.every = 300"]),
+        (["checkpoint.every=0", "checkpoint.keep_every=1000"], ["checkpoint.keep_every = 1000", "checkpoint.every = 0"]),
+        (["run.dir=~/runs/a", "run.seed=2"], ["run.dir = \"~/runs/a\"", "~ and $ are for a shell to replace"]),
+        (["run.dir=$SCRATCH/a", "run.seed=2"], ["run.dir = \"$SCRATCH/a\"", "~ and $ are for a shell to replace"]),
+    ] {
+        misconfigured(&Run::new("kept-where", &set), &parts);
+    }
+    assert!(!Path::new("~").exists());
+}
+
+#[test]
 fn a_run_in_a_store_is_refused() {
     for key in ["dir", "init_from"] {
         let set = format!("run.{key}=s3://bucket/run");
@@ -85,8 +98,16 @@ fn values_that_do_not_fit_together_are_refused_with_their_numbers() {
     misconfigured(&Run::new("fp8", &["run.precision=fp8"]), &["model.kv_lora_rank = 12", "multiple of 16 where run.precision = \"fp8\""]);
     misconfigured(&Run::new("patience", &["data.patience=0"]), &["data.patience = 0: must be from 1 to 86400 s"]);
     refused(&Run::new("ep", &["parallel.ep=2"]).train_args(), &["dp 1 does not divide by ep 2"]);
-    let text = mpirun(2, &Run::new("odd-validation", &["parallel.ep=2", "validation.sequences=7"]).train_args(), 1);
-    assert!(text.contains("validation.sequences = 7, of which") && text.contains("; validation.sequences = 6 would do"), "{text}");
+    for (sequences, instead) in [(7, 6), (1, 2)] {
+        let (set, said) = (format!("validation.sequences={sequences}"), format!("validation.sequences = {sequences}"));
+        let run = Run::new("odd-validation", &["parallel.ep=2", &set]);
+        let text = mpirun(2, &run.train_args(), 1);
+        let would = format!("; validation.sequences = {instead} would do");
+        assert!(text.contains(&format!("{said}, of which")) && text.contains(&would), "{text}");
+        let tiny = root().join("configs/run/tiny.toml").display().to_string();
+        let plan = words(&["plan", "run", &tiny, "--ranks", "2", "--set", "parallel.ep=2", "--set", &set]);
+        refused(&plan, &[&format!("{said}: no multiple of dp 2"), &would]);
+    }
     let moved = finished("moved-corpus");
     let kept = fs::read_to_string(moved.dir().join("resolved.toml")).expect("a config");
     fs::write(moved.dir().join("resolved.toml"), kept.replace(&corpus().display().to_string(), "/nonexistent")).expect("written");

@@ -293,6 +293,15 @@ fn phases_and_validation_speak_one_vocabulary() {
     let run = Run::new("spoken-validated", &[0, 1].map(|phase| format!("phase.{phase}.mixture={}", mixture(&[(&other, 1.0)]))).each_ref().map(String::as_str));
     let said = start(&run.train_args(), 1);
     assert!(said.contains(&format!("do not share one tokenizer: {here} has ")), "{said}");
+    // Nor do weights of the one go on with the other; those of before are told of another RoPE.
+    let first = Run::new("spoken-first", &["run.stop_after=1"]);
+    start(&first.train_args(), 75);
+    let from = format!("run.init_from={}", first.newest_checkpoint().display());
+    let said = start(&Run::new("spoken-from", &[&from, "run.stop_after=1", &format!("data.mixture={}", mixture(&[(&other, 1.0)]))]).train_args(), 1);
+    assert!(said.contains("knows the tokens of a tokenizer.json whose BLAKE3 is") && said.contains("prepare --tokenizer takes the first"), "{said}");
+    let scaled = "phase.0.rope_scaling={factor=2.0,original_max_position_embeddings=64}";
+    let said = start(&Run::new("spoken-scaled", &[&from, "run.stop_after=1", scaled]).train_args(), 75);
+    assert!(said.contains("was trained with rope_scaling none, phase 0 has {"), "{said}");
 }
 
 #[test]

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use trainer::RunConfig;
 use trainer::estimate::{Need, needs};
 use trainer::phase::Plan;
-use trainer::run::prove_schedules;
+use trainer::run::{check_validation, prove_schedules};
 
 #[derive(Parser)]
 pub struct Args {
@@ -136,6 +136,7 @@ fn schedule(chosen: Schedule, pp: usize, micro_batches: usize, svg: Option<&Path
 
 fn a_run(config: &RunConfig, mesh: &Mesh, tokens: u64, (load, room): (f64, Option<f64>)) -> Result<()> {
     let notes = prove_schedules(config, mesh, tokens)?;
+    check_validation(config, mesh, None)?;
     let plan = Plan::new(&config.phase, &config.data.mixture);
     let nodes = mesh.nodes.last().map_or(0, |last| last + 1);
     println!("{} ranks on {nodes} node(s): pp {}, dp {}, ep {}, {}", mesh.world_size(), mesh.pp, mesh.dp, mesh.ep, mesh.schedule);

@@ -13,7 +13,7 @@ pub use batch::micro_batches;
 pub use corpus::open_checked;
 pub use mend::StateLost;
 pub use record::GaveUp;
-pub use start::{prove_schedules, resolved};
+pub use start::{check_validation, prove_schedules, resolved};
 
 use crate::checkpoint::second_tier::SecondTier;
 use crate::checkpoint::{Cursor, Progress, Retention, Saver, set_aside};
@@ -30,7 +30,7 @@ use corpus::Corpus;
 use kernels::ops::rope::RopeScaling;
 use parallel::comm::watched::{Watch, watched};
 use parallel::comm::{Comm, barrier};
-use start::{Restored, binary, check_free, check_validation, prepare_dir, restore};
+use start::{Restored, binary, check_free, prepare_dir, restore};
 use std::path::PathBuf;
 use std::time::Instant;
 
@@ -100,7 +100,7 @@ pub fn train(config: &RunConfig, world: Comm, start: Start, stop: &StopSignal) -
     if start == Start::Fresh {
         corpus.look_for_files(&*world, 0)?; // a resume knows later what is still to be read
     }
-    all_or_none(&*world, check_validation(config, &corpus, &layout))?;
+    all_or_none(&*world, check_validation(config, &layout, corpus.held_out.as_ref().map(data::Loader::num_samples)))?;
     let facts = [("binary", binary()?), ("config", config.to_toml()?), ("corpus", corpus.fingerprint())];
     agree(&*world, &facts)?;
 

@@ -205,6 +205,11 @@ impl Loader {
         (weights > 0.0).then(|| sum / weights)
     }
 
+    /// Of the tokenizer.json that all sources share.
+    pub fn tokenizer_blake3(&self) -> &str {
+        &self.sources[0].manifest.tokenizer_blake3
+    }
+
     /// Of the first source; all share it.
     pub fn tokenizer_path(&self) -> &Path {
         &self.sources[0].tokenizer_path

@@ -33,6 +33,9 @@ pub struct Manifest {
     /// Fingerprint of the corpora and their orders; the cursor means nothing over another.
     #[serde(default)]
     pub corpus: String,
+    /// Of the tokenizer.json whose tokens it knows; empty: not known.
+    #[serde(default)]
+    pub tokenizer_blake3: String,
     pub progress: Progress,
     pub files: Vec<FileEntry>,
     pub tensors: BTreeMap<String, TensorEntry>,
@@ -114,10 +117,16 @@ impl Manifest {
             mesh: Mesh { world: 1, pp: 1, dp: 1, ep: 1 },
             model,
             corpus: String::new(),
+            tokenizer_blake3: String::new(),
             progress: Progress::default(),
             files: Vec::new(),
             tensors: BTreeMap::new(),
         }
+    }
+
+    /// Not a run's.
+    pub fn is_import(&self) -> bool {
+        self.corpus.is_empty() && self.step == 0
     }
 
     /// Adds a rank's shard.

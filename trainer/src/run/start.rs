@@ -3,14 +3,14 @@ use super::corpus::Corpus;
 use super::save::Waiting;
 use super::{Run, Start, State};
 use crate::checkpoint::second_tier::SecondTier;
-use crate::checkpoint::{self, copies, Cursor, Found, Manifest};
+use crate::checkpoint::{self, copies, Cursor, Found, Manifest, Reader};
 use crate::config::RunConfig;
 use crate::coordinator::{all_or_none, gather_layout, shared};
 use crate::device;
 use crate::estimate::{Need, needs};
 use crate::phase::Plan;
 use crate::step::Trainer;
-use anyhow::{Context, Result, anyhow, ensure};
+use anyhow::{Context, Result, anyhow, bail, ensure};
 use kernels::Precision;
 use parallel::comm::Comm;
 use parallel::mesh::Mesh;
@@ -90,17 +90,35 @@ pub fn prove_schedules(config: &RunConfig, mesh: &Mesh, tokens: u64) -> Result<V
     Ok(proven.into_iter().filter(|(_, schedule)| *schedule != mesh.schedule).map(note).collect())
 }
 
-/// Ranks that share experts validate in step.
-pub(super) fn check_validation(config: &RunConfig, corpus: &Corpus, mesh: &Mesh) -> Result<()> {
-    let (Some(held_out), true) = (&corpus.held_out, mesh.ep > 1) else { return Ok(()) };
-    let (wanted, there) = (config.validation.sequences, held_out.num_samples());
-    let (sequences, dp, ep) = (wanted.min(there), mesh.dp as u64, mesh.ep);
-    let instead = if sequences > dp { format!("validation.sequences = {}", sequences - sequences % dp) } else { "validation.every = 0".into() };
-    ensure!(
-        sequences % dp == 0,
-        "validation.sequences = {wanted}, of which the held-out split has {there}: {sequences} are no multiple of dp {dp}, as they must be where ep {ep} ranks share experts; {instead} would do"
-    );
-    Ok(())
+/// Ranks that share experts validate in step. `there`: in the held-out split; None: not known yet, and enough.
+pub fn check_validation(config: &RunConfig, mesh: &Mesh, there: Option<u64>) -> Result<()> {
+    let (wanted, dp, ep) = (config.validation.sequences, mesh.dp as u64, mesh.ep);
+    let sequences = there.map_or(wanted, |there| wanted.min(there));
+    if ep == 1 || config.validation.every == 0 || sequences % dp == 0 {
+        return Ok(());
+    }
+    let most = sequences.max(dp) / dp * dp;
+    let instead = if there.is_none_or(|there| most <= there) { format!("validation.sequences = {most}") } else { "validation.every = 0".into() };
+    let known = there.map_or(String::new(), |there| format!(", of which the held-out split has {there}: {sequences}"));
+    bail!("validation.sequences = {wanted}{known}: no multiple of dp {dp}, as it must be where ep {ep} ranks share experts; {instead} would do")
+}
+
+/// That weights from elsewhere know the tokens of this run's corpora. What else they may mean that the run does not, for people.
+fn check_meaning(config: &RunConfig, corpus: &Corpus, from: &Reader) -> Result<Vec<String>> {
+    let (manifest, path, mut notes) = (from.manifest(), from.path().display(), Vec::new());
+    let (theirs, ours) = (&manifest.tokenizer_blake3, corpus.loader(0).tokenizer_blake3());
+    if !theirs.is_empty() && theirs != ours {
+        let differs = format!("{path} knows the tokens of a tokenizer.json whose BLAKE3 is {theirs}, the run's corpora have one of {ours}");
+        // Released ones are often written anew, to the same tokens.
+        ensure!(manifest.is_import(), "{differs}: prepare --tokenizer takes the first");
+        notes.push(format!("{differs}: where these are not the same tokens, the weights mean nothing"));
+    }
+    let [theirs, ours] = [manifest.model.rope_scaling.clone(), config.phase[0].rope_scaling_of(&config.model)];
+    if theirs != ours {
+        let words = |scaling| toml::Value::try_from(&scaling).map_or("none".to_string(), |value: toml::Value| value.to_string());
+        notes.push(format!("{path} was trained with rope_scaling {}, phase 0 has {}", words(theirs), words(ours)));
+    }
+    Ok(notes)
 }
 
 #[derive(Default)]
@@ -117,11 +135,16 @@ type Begin<'a> = (&'a RunConfig, Start, Option<&'a SecondTier>);
 pub(super) fn restore((config, start, tier): Begin, world: &Comm, trainer: &mut Trainer, corpus: &Corpus) -> Result<Restored> {
     let _waiting = Waiting::of(&config.run.dir, world.rank());
     if start == Start::Fresh {
+        let mut notes = Vec::new();
         if let Some(path) = &config.run.init_from {
-            let loaded = checkpoint::load_whole(&**world, path, &mut |reader| trainer.load_weights(reader)).with_context(|| format!("run.init_from = {path:?}"))?;
+            let mut load = |reader: &mut Reader| {
+                notes = check_meaning(config, corpus, reader)?;
+                trainer.load_weights(reader)
+            };
+            let loaded = checkpoint::load_whole(&**world, path, &mut load).with_context(|| format!("run.init_from = {path:?}"))?;
             loaded.map_err(|damage| shared(format!("run.init_from: {damage}")))?;
         }
-        return Ok(Restored::default());
+        return Ok(Restored { notes, ..Default::default() });
     }
     let dir = &config.run.dir;
     let Found { newest, damaged, mut notes } = checkpoint::load_newest(&**world, dir, tier, &mut |reader| trainer.load_all(reader))?;

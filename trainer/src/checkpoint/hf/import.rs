@@ -37,6 +37,9 @@ pub fn import_in_files(folder: &Path, run_dir: &Path, file_bytes: usize) -> Resu
     let table = table(&model);
     let place = Place::of(run_dir, 0);
     let mut manifest = Manifest::imported(model, if kind == Kind::Double { Precision::F64 } else { Precision::F32 });
+    if let Ok(tokenizer) = std::fs::read(folder.join("tokenizer.json")) {
+        manifest.tokenizer_blake3 = blake3::hash(&tokenizer).to_hex().to_string();
+    }
     let files = share_out(table.specs(), kind, file_bytes);
     let write = |number: usize, slices: &[Slice]| -> Result<_> {
         let name = shard_name(number, files.len());
