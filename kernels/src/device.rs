@@ -4,6 +4,10 @@
 //! GPU, opened once at start; ops find it through the device of their tensors. Torch runs on the null stream, and so
 //! does every launch that names no other.
 #![allow(unsafe_code)]
+mod download;
+
+pub use download::{Arrival, Downloads};
+
 use crate::jit::{self, Jit, JitError, Source};
 use cudarc::driver::{CudaContext, CudaStream, DriverError, result, sys};
 use std::collections::HashMap;

@@ -4,7 +4,7 @@
 //! Legend: R rows routed here, E local experts, D hidden size, I expert intermediate size.
 use crate::linear::LinearWork;
 use crate::operand::{self, Operand, RowCounts};
-use crate::saved::{PUT_OFF, See};
+use crate::saved::{EXPERTS_ROWS, PUT_OFF, See};
 use crate::swiglu::{self, OfExperts, SwigluSaved};
 use crate::{Grads, Layer, ModelConfig, ParamId, ParamTable, Recompute, Weights};
 use parallel::dispatch::Rows;
@@ -37,11 +37,11 @@ impl ExpertsSaved {
     pub(crate) fn each(&self, see: See) {
         let Routed { rows, counts, weights } = &self.routed;
         match rows {
-            Rows::Own(rows) => see("experts' rows", rows),
-            Rows::Fp8(packed) => packed.tensors().into_iter().for_each(|tensor| see("experts' rows", tensor)),
+            Rows::Own(rows) => see(EXPERTS_ROWS, rows),
+            Rows::Fp8(packed) => packed.tensors().into_iter().for_each(|tensor| see(EXPERTS_ROWS, tensor)),
         }
-        see("experts' rows", &counts.device);
-        see("experts' rows", weights);
+        see(EXPERTS_ROWS, &counts.device);
+        see(EXPERTS_ROWS, weights);
         self.activation.each("experts' gate and up", see);
     }
 }

@@ -2,7 +2,7 @@
 //!
 //! Legend: B sequences, L positions, T = B·L, D hidden size, K experts a token, V rows that arrive from all ranks, R rows at
 //! the local experts, X local experts.
-use crate::saved::{LOGITS, PROBABILITIES, PUT_OFF};
+use crate::saved::{EXPERTS_ROWS, LOGITS, PROBABILITIES, PUT_OFF};
 use crate::{ModelConfig, Recompute, StagePart};
 use kernels::Precision;
 use kernels::fp8::{TILE, padded_rows, round_up};
@@ -251,10 +251,10 @@ impl Sums<'_> {
             self.add("routes", 4 * (arrived * (1 + chosen) + tokens * how.ep)); // and of those sent
         }
         match self.fp8() {
-            true => self.add("experts' rows", arrived * (config.hidden_size + 4 * tiles(config.hidden_size))),
-            false => self.own("experts' rows", rows, config.hidden_size),
+            true => self.add(EXPERTS_ROWS, arrived * (config.hidden_size + 4 * tiles(config.hidden_size))),
+            false => self.own(EXPERTS_ROWS, rows, config.hidden_size),
         }
-        self.add("experts' rows", 4 * local + rows * self.wide());
+        self.add(EXPERTS_ROWS, 4 * local + rows * self.wide());
         self.activation("experts' gate and up", rows, config.moe_intermediate_size, local);
         if config.n_shared_experts > 0 {
             self.activation("shared experts' gate and up", tokens, config.n_shared_experts * config.moe_intermediate_size, 1);

@@ -7,6 +7,7 @@ use tch::Tensor;
 pub(crate) type See<'a> = &'a mut dyn FnMut(&'static str, &Tensor);
 
 /// The logits' gradient, which FP8 leaves as it is.
+pub const EXPERTS_ROWS: &str = "experts' rows";
 pub const LOGITS: &str = "logits' gradient";
 /// What only the reference attention keeps.
 pub const PROBABILITIES: &str = "attention's probabilities";

@@ -2,6 +2,8 @@
 //! GPU each test says that it was skipped; the one that needs no GPU says so with one.
 use crate::support::{Run, WIDE, gap, gpu, mpirun, scratch, start, within};
 use kernels::device::{self, Found, Options};
+use std::collections::BTreeMap;
+use trainer::checkpoint;
 
 const TOKENS: [&str; 2] = ["phase.0.tokens=6144", "phase.1.tokens=7680"];
 
@@ -66,6 +68,31 @@ fn a_run_repeats_and_resumes_bit_for_bit() {
         }
         println!("{precision}, moments {moments}: two runs of 10 steps, and one of 5 + 5, are bit-equal: {:.6?}", whole.series("loss"));
     }
+}
+
+/// Each step's averages from those before it and its masters, bit for bit: on a GPU they are copied beside the next step.
+#[test]
+fn averages_are_of_every_update() {
+    let set = ["run.precision=bf16", "ema.decay=0.75", "checkpoint.every=1", "checkpoint.keep_last=9", "validation.every=0"];
+    let on = |device: &str| {
+        let run = run(&format!("averages-{device}"), &[&set[..], &[&format!("run.device={device}")[..]]].concat());
+        train(&run, 6, 75);
+        let mut before = BTreeMap::new();
+        for (step, path) in checkpoint::list(run.dir()).expect("a list") {
+            let (_, state) = checkpoint::load(&path, |_| true).expect("a checkpoint");
+            for (name, average) in state.iter().filter(|(name, _)| name.starts_with("ema/")) {
+                let master = &state[&name.replace("ema/", "weight/")];
+                if let Some(before) = before.insert(name.clone(), average.copy()) {
+                    assert!(average.equal(&(&before + (master - &before) * 0.25)), "{device}, step {step}: {name}");
+                    assert!(!average.equal(master), "{device}, step {step}: {name} is no average");
+                }
+            }
+        }
+        assert!(before.len() > 10, "{}", before.len());
+    };
+    on("cpu");
+    let Some(()) = gpu("averages_are_of_every_update") else { return };
+    on("cuda");
 }
 
 #[test]

@@ -320,6 +320,22 @@ fn a_rank_that_dies_or_stops_in_mid_exchange_frees_all_gpus_and_the_run_ends_as_
     }
 }
 
+/// Its peers wait for it in a transfer, and so would NCCL when it gives back what it has.
+#[test]
+fn a_rank_that_fails_says_why_and_ends_all() {
+    let fails = |device: &str, transport: &str| {
+        let set = [&format!("run.device={device}")[..], &format!("parallel.transport={transport}"), "parallel.ep=2", "run.precision=bf16"];
+        let run = run(2, &format!("fails-{device}-{transport}"), &[&set[..], &["faults.inject=[{kind=\"fail\",rank=1,step=5}]"]].concat());
+        let said = mpirun(2, &run.train_args(), 1);
+        assert!(said.contains("error (rank 1): faults.inject: a fail before step 5"), "{device}, {transport}: {said}");
+    };
+    fails("cpu", "peer");
+    let Some(()) = enough("a_rank_that_fails_says_why_and_ends_all", 2) else { return };
+    for transport in OWN {
+        fails("cuda", transport);
+    }
+}
+
 #[test]
 fn a_run_whose_rank_died_goes_on_on_half_of_the_gpus() {
     let Some(gpus) = all_gpus("a_run_whose_rank_died_goes_on_on_half_of_the_gpus") else { return };

@@ -34,7 +34,7 @@ fn reshard(trainer: &mut Trainer, run: &Run, holders: &Groups, bucket_bytes: usi
     let config = run.config();
     trainer.zero = Zero::new(holders, &trainer.weights, bucket_bytes).expect("alike on all ranks");
     trainer.optimizer = Optimizer::new(&config.optimizer, &trainer.weights, trainer.zero.shards(), config.run.seed);
-    trainer.ema = Some(trainer::ema::Ema::new(config.ema.decay, &trainer.optimizer.slots));
+    trainer.ema = Some(trainer::ema::Ema::new(config.ema.decay, &trainer.optimizer.slots).expect("averages"));
 }
 
 fn steps(trainer: &mut Trainer, mesh: &Mesh, run: &Run, count: u64) {

@@ -8,7 +8,7 @@ use kernels::Precision;
 use kernels::fp8::TILE;
 use model::kept::{How, kept, put_off};
 use model::params::{ParamSpec, Role};
-use model::saved::LOGITS;
+use model::saved::{EXPERTS_ROWS, LOGITS};
 use model::{ExpertShare, ParamTable, StagePart};
 use parallel::mesh::Mesh;
 use parallel::schedule::Action;
@@ -29,14 +29,20 @@ pub struct Need {
     /// What others made of the gradients of its share, at the end of a backward.
     pub arriving: i64,
     pub activations: Kept,
+    /// In the host's memory: its share of masters and moments, for a checkpoint's copy, and of averages.
+    pub host: i64,
+    /// All ranks are on one host.
+    one_host: bool,
 }
 
 /// Most that is kept for backwards at one time.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Kept {
     pub bytes: i64,
-    /// Of that the logits' gradients.
+    /// Of that the logits' gradients,
     pub logits: i64,
+    /// and what came from other ranks.
+    pub arrived: i64,
     /// How many micro-batches' forwards it is of,
     pub in_flight: i64,
     /// and of how many the weights' gradients that are put off.
@@ -44,9 +50,15 @@ pub struct Kept {
 }
 
 impl Need {
-    /// At the worst moment: what arrives does so when next to nothing is kept any more.
+    /// At the worst moment: gradients arrive when next to nothing is kept any more.
     pub fn most(&self) -> i64 {
-        self.weights + self.gradients + self.optimizer + self.arriving.max(self.activations.bytes)
+        let Kept { bytes, arrived, .. } = self.activations;
+        // What GPUs of a host send each other lies in memory that torch never has.
+        let beside = match self.one_host {
+            true => bytes - arrived + self.arriving.max(arrived),
+            false => self.arriving.max(bytes - arrived) + arrived,
+        };
+        self.weights + self.gradients + self.optimizer + beside
     }
 }
 
@@ -74,12 +86,16 @@ fn need((config, load): (&RunConfig, f64), mesh: &Mesh, (place, parts): (usize, 
     let master = precision.master().elt_size_in_bytes() as i64;
     let trained: i64 = table.specs().iter().filter(|spec| spec.trained()).map(ParamSpec::numel).sum();
     let shares = shares(&table, |role| holders(config, mesh, place, role), BUCKET_BYTES as i64 / master, |spec| state_bytes(config, spec));
+    let moments = 2 * moment_bytes(config);
+    let on_host = master + moments + if config.ema.decay > 0.0 { 2 * master } else { 0 };
     let mut need = Need {
         layers: stages.iter().map(|part| part.layers.clone()).collect(),
         parameters: table.numel(),
         weights: table.specs().iter().map(|spec| weight_bytes(precision, spec)).sum(),
         gradients: trained * master,
         optimizer: most_owned(mesh, place, &shares, |share, _| share.state),
+        one_host: mesh.nodes.iter().all(|&node| node == 0),
+        host: most_owned(mesh, place, &shares, |share, _| share.elements * on_host),
         arriving: most_owned(mesh, place, &shares, |share, ranks| share.elements * (ranks as i64 - 1) * master),
         ..Default::default()
     };
@@ -95,7 +111,10 @@ fn need((config, load): (&RunConfig, f64), mesh: &Mesh, (place, parts): (usize, 
         };
         let of_stage = |part: &&StagePart| {
             let parts = kept(&config.model, part, how);
-            PerMicroBatch { kept: parts.values().sum(), logits: parts.get(LOGITS).copied().unwrap_or(0), put_off: put_off(&config.model, part, how) }
+            let of = |name| parts.get(name).copied().unwrap_or(0);
+            // In BF16 they are put in order, which is a copy.
+            let arrived = if precision == Precision::Fp8 && mesh.ep > 1 { of(EXPERTS_ROWS) } else { 0 };
+            PerMicroBatch { kept: parts.values().sum(), logits: of(LOGITS), arrived, put_off: put_off(&config.model, part, how) }
         };
         let of_stage: Vec<PerMicroBatch> = stages.iter().map(of_stage).collect();
         let schedule = mesh.schedule.for_step(mesh.pp, micro_batches);
@@ -107,10 +126,11 @@ fn need((config, load): (&RunConfig, f64), mesh: &Mesh, (place, parts): (usize, 
     Ok(need)
 }
 
-/// What a stage keeps of one micro-batch, of that its logits, and what a split backward puts off.
+/// What a stage keeps of one micro-batch, of that its logits and what came, and what a split backward puts off.
 struct PerMicroBatch {
     kept: i64,
     logits: i64,
+    arrived: i64,
     put_off: i64,
 }
 
@@ -118,10 +138,12 @@ struct PerMicroBatch {
 fn most_kept(actions: &[Action], of_stage: &[PerMicroBatch]) -> Kept {
     let (mut now, mut most) = (Kept::default(), Kept::default());
     let forward = |now: &mut Kept, of: &PerMicroBatch| {
-        (now.bytes, now.logits, now.in_flight) = (now.bytes + of.kept, now.logits + of.logits, now.in_flight + 1);
+        (now.bytes, now.logits, now.arrived) = (now.bytes + of.kept, now.logits + of.logits, now.arrived + of.arrived);
+        now.in_flight += 1;
     };
     let backward = |now: &mut Kept, of: &PerMicroBatch| {
-        (now.bytes, now.logits, now.in_flight) = (now.bytes - of.kept, now.logits - of.logits, now.in_flight - 1);
+        (now.bytes, now.logits, now.arrived) = (now.bytes - of.kept, now.logits - of.logits, now.arrived - of.arrived);
+        now.in_flight -= 1;
     };
     for action in actions {
         match action {
@@ -176,11 +198,14 @@ fn most_owned(mesh: &Mesh, place: usize, shares: &[Vec<Share>], of: impl Fn(&Sha
 fn state_bytes(config: &RunConfig, spec: &ParamSpec) -> i64 {
     let master = config.run.precision.master();
     let own = if spec.kind(config.run.precision) == master { 0 } else { master.elt_size_in_bytes() as i64 };
-    let moment = match config.optimizer.moments {
-        Moments::F32 => master.elt_size_in_bytes() as i64,
+    own + 2 * moment_bytes(config)
+}
+
+fn moment_bytes(config: &RunConfig) -> i64 {
+    match config.optimizer.moments {
+        Moments::F32 => config.run.precision.master().elt_size_in_bytes() as i64,
         Moments::Bf16 => 2,
-    };
-    own + 2 * moment
+    }
 }
 
 /// Of a parameter, and of its blocks where GEMMs read it in FP8: all matrices but the head's and MTP's projection.

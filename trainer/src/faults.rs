@@ -5,7 +5,7 @@ mod memory;
 pub use memory::flip_any;
 
 use anyhow::{Context, Result, ensure};
-use parallel::comm::{CommError, Communicator, TensorSpec};
+use parallel::comm::{Communicator, TensorSpec};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeSet;
 use std::fs::OpenOptions;
@@ -54,6 +54,8 @@ pub enum FaultKind {
     Kill,
     /// The rank stops for ever before the step.
     Hang,
+    /// It fails before the step, alone.
+    Fail,
     /// It works `ms` longer in each of `steps` steps.
     Slow,
     /// It waits for a message that never comes.
@@ -195,7 +197,7 @@ impl Faults {
     }
 
     /// Before the step begins: what befalls the process.
-    pub fn before_step(&mut self, step: u64, world: &dyn Communicator) -> Result<(), CommError> {
+    pub fn before_step(&mut self, step: u64, world: &dyn Communicator) -> Result<()> {
         if self.waiting.is_empty() && self.slow.is_none() {
             return Ok(());
         }
@@ -208,6 +210,7 @@ impl Faults {
                 std::thread::park();
             }
         }
+        ensure!(self.take(FaultKind::Fail, now).is_none(), "faults.inject: a fail before step {step}");
         if self.take(FaultKind::LostMessage, now).is_some() {
             let never = TensorSpec { shape: vec![1], kind: Kind::Double, device: Device::Cpu };
             let _ = world.exchange(vec![], vec![((world.rank() + 1) % world.size(), never)])?.wait()?;

@@ -138,7 +138,7 @@ fn a_run(config: &RunConfig, mesh: &Mesh, tokens: u64, (load, room): (f64, Optio
     let notes = prove_schedules(config, mesh, tokens)?;
     check_validation(config, mesh, None)?;
     let plan = Plan::new(&config.phase, &config.data.mixture);
-    let nodes = mesh.nodes.last().map_or(0, |last| last + 1);
+    let nodes = mesh.nodes.last().map_or(1, |last| last + 1);
     println!("{} ranks on {nodes} node(s): pp {}, dp {}, ep {}, {}", mesh.world_size(), mesh.pp, mesh.dp, mesh.ep, mesh.schedule);
     let (mut steps, mut to_read) = (0, 0);
     for (moment, count) in plan.stretches(tokens) {
@@ -156,7 +156,12 @@ fn a_run(config: &RunConfig, mesh: &Mesh, tokens: u64, (load, room): (f64, Optio
         println!("{number:>6} {steps:>9} {:>18} {:>8} {:>7} {micro_batches:>20}", phase.tokens, phase.sequence_length, span(&|batch| batch));
     }
     notes.iter().for_each(|note| println!("{note}"));
-    let most = memory(&needs(config, mesh, load, tokens)?, load);
+    let needs = needs(config, mesh, load, tokens)?;
+    let most = memory(&needs, load);
+    let host = needs.iter().map(|need| need.host).max().unwrap_or(0) as f64 / (1u64 << 30) as f64;
+    let a_node = mesh.world_size().div_ceil(nodes) as f64 * host;
+    let averages = if config.ema.decay > 0.0 { " and its averages twice" } else { "" };
+    println!("on its host {host:.2} GiB a rank, {a_node:.2} a node: its masters and moments once, for checkpoints{averages}; beside it: the program, data on the way");
     ensure!(room.is_none_or(|room| most <= room), "a rank needs {most:.2} GiB and more, --gib is {}", room.unwrap_or(0.0));
     Ok(())
 }

@@ -83,11 +83,14 @@ struct State {
 pub fn train(config: &RunConfig, world: Comm, start: Start, stop: &StopSignal) -> Result<Outcome> {
     device::open(config, &*world)?; // before the long part: a machine without what it needs says so at once
     // What every rank finds alike, one of them says.
-    let layout = config.layout(&nodes(&*world)?).and_then(|layout| match start {
+    let hosts = nodes(&*world)?;
+    let layout = config.layout(&hosts).and_then(|layout| match start {
         Start::Fresh => prove_schedules(config, &layout, 0).map(|_| layout),
         Start::Resume => Ok(layout), // proven once it is known where it stands
     });
     let layout = all_or_none(&*world, layout)?;
+    // Emulated nodes are one host's, which is lost with all of them.
+    let apart = if hosts.iter().any(|&host| host > 0) { hosts } else { layout.nodes.clone() };
     let (world, watch) = watched(device::connect(config, &layout, world)?);
     let plan = Plan::new(&config.phase, &config.data.mixture);
     let free = if world.rank() == 0 && start == Start::Fresh { check_free(&config.run.dir) } else { Ok(()) };
@@ -109,7 +112,7 @@ pub fn train(config: &RunConfig, world: Comm, start: Start, stop: &StopSignal) -
     let _lock = all_or_none(&*world, if world.rank() == 0 { held() } else { Ok(None) })?;
     let mut trainer = Trainer::new(config, &layout, world.clone())?;
     let second = &config.checkpoint.second_tier;
-    let tier = (second.every > 0).then(|| SecondTier::new(second, &config.run.dir, &layout.nodes, start == Start::Fresh, &*world)).transpose()?;
+    let tier = (second.every > 0).then(|| SecondTier::new(second, &config.run.dir, &apart, start == Start::Fresh, &*world)).transpose()?;
     let Restored { state, newest: last_checkpoint, damaged, notes } = restore((config, start, tier.as_ref()), &world, &mut trainer, &corpus)?;
     let schedules = all_or_none(&*world, prove_schedules(config, &layout, state.tokens))?;
     if start == Start::Resume {
@@ -151,9 +154,13 @@ pub fn train(config: &RunConfig, world: Comm, start: Start, stop: &StopSignal) -
         memory_said: false,
     };
     let _reporter = Reporter::start(&run.watch, &config.run.dir, run.world.rank());
-    run.announce(start, &[notes, schedules, run.corpus.notes.clone()].concat())?;
-    let finished = run.steps(stop)?;
-    run.finish(finished)
+    let said = run.announce(start, &[notes, schedules, run.corpus.notes.clone()].concat());
+    let outcome = said.and_then(|()| run.steps(stop)).and_then(|finished| run.finish(finished));
+    if outcome.is_err() && run.trainer.weights.device().is_cuda() {
+        // The process is about to end. NCCL gives a communicator back together with its peers, and these wait for this rank.
+        std::mem::forget(run);
+    }
+    outcome
 }
 
 impl Run<'_> {
@@ -229,7 +236,7 @@ impl Run<'_> {
         seconds
     }
 
-    fn finish(mut self, finished: bool) -> Result<Outcome> {
+    fn finish(&mut self, finished: bool) -> Result<Outcome> {
         if finished && self.state.progress.validated != Some(self.state.step) {
             self.validate(&mut Instant::now())?;
         }

@@ -136,7 +136,7 @@ impl Trainer {
             stages,
             weights,
             zero,
-            ema: (config.ema.decay > 0.0).then(|| Ema::new(config.ema.decay, &optimizer.slots)),
+            ema: (config.ema.decay > 0.0).then(|| Ema::new(config.ema.decay, &optimizer.slots)).transpose()?,
             optimizer,
             guard: Guard::new(config.guard.clone()),
             checks: Checks::new(config.checks.clone()),
@@ -199,10 +199,9 @@ impl Trainer {
         let seen = if found.is_empty() { self.sentinel.end(self.number, &self.weights, &*self.groups.world)? } else { Seen::default() };
         if verdict == Verdict::Apply {
             let clip = if norm > self.max_grad_norm { self.max_grad_norm / norm } else { 1.0 };
+            self.ema.iter_mut().for_each(Ema::keep_up);
             self.update(&gradients, clip, moment.lr)?;
-            if let Some(ema) = &mut self.ema {
-                ema.update(&self.optimizer.slots);
-            }
+            self.ema.iter_mut().for_each(|ema| ema.update(&self.optimizer.slots));
             balance::update(&mut self.weights, &self.biases, &counts, moment.phase.bias_speed);
             self.checks.set_biases(&self.weights);
         }

@@ -243,15 +243,16 @@ impl Axis {
         mark.0.iter().try_for_each(|event| self.compute.wait(event)).map_err(|e| driver_error(&*self.control, op, e))
     }
 
-    /// Not written yet. For all ranks of the axis alike: what goes over NCCL need not be here, but may.
+    /// Not written yet; where nobody is told of it, torch's.
     fn room(&self, op: &'static str, shape: &[i64], kind: Kind) -> Result<Tensor, CommError> {
-        if self.peers.as_ref().is_none_or(|peers| peers.bytes == 0) {
+        if self.any_far || self.peers.is_none() {
             return Ok(Tensor::empty(shape, (kind, Device::Cuda(self.options.device))));
         }
         self.arena.room(shape, kind).map_err(|e| driver_error(&*self.control, op, e))
     }
 
-    /// All as one operation: none waits for another. `in_step`: every rank of the axis posts at this place of its program.
+    /// All as one operation: none waits for another. `in_step`: every rank of the axis posts at this place of its program, and
+    /// what comes has `room`.
     fn post(&self, op: &'static str, moves: &[Move], in_step: bool) -> Result<(), CommError> {
         let near = |peer: usize| self.peers.as_ref().filter(|peers| peers.reaches(peer));
         let far: Vec<&Move> = moves.iter().filter(|one| near(one.peer()).is_none()).collect();
@@ -267,7 +268,8 @@ impl Axis {
                 list[peer].push((at as u64, bytes));
             }
         }
-        if in_step {
+        // Of a group that reaches beyond a host most comes over NCCL, and the memory for all of it stays torch's.
+        if in_step && !self.any_far {
             return peers.exchange(&sends, &receives);
         }
         // A message each: the peer may post what meets them one by one.

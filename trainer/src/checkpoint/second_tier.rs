@@ -99,7 +99,7 @@ fn peers(nodes: &[usize]) -> Vec<Option<usize>> {
 }
 
 impl SecondTier {
-    /// Collective. `nodes` are as the layout has them; rank 0 sees the run's directory. `fresh`: the run begins.
+    /// Collective. `nodes`: what is lost together; rank 0 sees the run's directory. `fresh`: the run begins.
     pub fn new(section: &SecondTierSection, run_dir: &Path, nodes: &[usize], fresh: bool, world: &dyn Communicator) -> Result<SecondTier> {
         let there = section.dir.is_dir();
         let named = || anyhow!("rank {}: checkpoint.second_tier.dir = {}: there is no such folder", world.rank(), section.dir.display());

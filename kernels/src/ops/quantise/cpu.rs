@@ -32,7 +32,7 @@ pub fn pack(x: &Tensor, sent_row: &Tensor, sent: i64) -> (Tensor, Tensor) {
 pub fn gather(x: &Tensor, source: &Tensor) -> Tensor {
     let there = source.ge(0).unsqueeze(1);
     let rows = x.index_select(0, &source.clamp_min(0).to_kind(Kind::Int64));
-    rows.where_self(&there, &x.zeros_like().narrow(0, 0, 1))
+    rows.where_self(&there, &Tensor::zeros([1, x.size()[1]], (x.kind(), x.device()))) // x may have no row
 }
 
 pub fn weights(w: &Tensor, rule: ScaleRule) -> (Blocks, Blocks) {
@@ -45,4 +45,20 @@ pub fn weights(w: &Tensor, rule: ScaleRule) -> (Blocks, Blocks) {
         Blocks { values: Tensor::stack(&values, 0), scales: Tensor::stack(&scales, 0) }
     };
     (stack(false), stack(true))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::{Quantised, columns_of};
+    use super::*;
+    use tch::Device;
+
+    #[test]
+    fn a_rank_whose_experts_get_no_row_has_columns_of_none() {
+        let counts = Tensor::from_slice(&[0, 0]);
+        let Quantised { rows, .. } = activation(&Tensor::empty([0, 256], (Kind::BFloat16, Device::Cpu)), Some(&counts), Want { rows: true, columns: false }, ScaleRule::PowerOfTwo);
+        let source = Tensor::empty([0], (Kind::Int, Device::Cpu));
+        let columns = columns_of(&rows.expect("they were wanted"), Some(&source), Some(&counts), ScaleRule::PowerOfTwo);
+        assert_eq!((columns.values.size()[0], columns.values.to_kind(Kind::Float).abs().sum(Kind::Double).double_value(&[])), (256, 0.0));
+    }
 }
