@@ -82,6 +82,7 @@ gpu | gpu-step | gpu-loss | multi-gpu)
         exit
     fi
     if [ "$name" = gpu-loss ]; then
+        . scripts/env.sh 8
         "$python" benches/loss_gpu.py --tiefsee "${TIEFSEE_PROGRAM:-"cargo run --release --quiet -p trainer --"}" --out runs/gpu-loss "$@"
         exit
     fi

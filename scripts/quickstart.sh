@@ -27,6 +27,9 @@ done
 say() { echo "quickstart: $*"; }
 fail() { echo "quickstart: error: $*" >&2; exit 1; }
 
+# The program finds libtorch from where it lies, with .cargo/config.toml's flags.
+unset RUSTFLAGS CARGO_ENCODED_RUSTFLAGS
+export CARGO_TARGET_DIR=$PWD/target
 scripts/setup.sh
 cargo build --release
 . scripts/env.sh 2

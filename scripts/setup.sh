@@ -8,6 +8,9 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 started=$SECONDS
 did=0
+if [ -n "${RUSTFLAGS:-}${CARGO_ENCODED_RUSTFLAGS:-}" ]; then
+    echo "setup: warning: RUSTFLAGS is set, and cargo leaves out what .cargo/config.toml says: add its two link arguments, or unset it" >&2
+fi
 python=${PYTHON:-python3}
 torch_version=2.11.0
 # torch without its CUDA libraries, which are 3 GB and not needed to build or to run on the CPU. Pins: see Cargo.toml, tch.
@@ -22,9 +25,19 @@ missing_packages() {
     command -v pkg-config >/dev/null || echo pkg-config
     { command -v mpicc && mpicc --showme:version; } >/dev/null 2>&1 || echo libopenmpi-dev
     command -v mpirun >/dev/null || echo openmpi-bin
-    [ -n "${LIBCLANG_PATH:-}" ] || compgen -G '/usr/lib/llvm-*/lib/libclang.so*' >/dev/null || compgen -G '/usr/lib64/libclang.so*' >/dev/null || echo libclang-dev
-    "$python" -c 'import ensurepip, venv' 2>/dev/null || echo python3-venv
-    "$python" -m pip --version >/dev/null 2>&1 || echo python3-pip
+    [ -n "${LIBCLANG_PATH:-}" ] || libclang || echo libclang-dev
+    # For what is downloaded: libtorch, and the tests' Python.
+    [ -n "${LIBTORCH:-}" ] || "$python" -c 'import ensurepip, venv' 2>/dev/null || echo python3-venv
+    [ -n "${LIBTORCH:-}" ] || "$python" -m pip --version >/dev/null 2>&1 || echo python3-pip
+}
+
+# Where bindgen looks.
+libclang() {
+    local folder
+    for folder in /usr/lib/llvm-*/lib /usr/lib64 /usr/lib /usr/lib/*-linux-gnu "$(llvm-config --libdir 2>/dev/null || echo /usr/lib)"; do
+        if compgen -G "$folder/libclang.so*" >/dev/null || compgen -G "$folder/libclang-*.so*" >/dev/null; then return 0; fi
+    done
+    return 1
 }
 
 install_packages() {
@@ -36,7 +49,7 @@ install_packages() {
     as root: apt-get install -y --no-install-recommends ${packages[*]}"
         as_root=(sudo)
     fi
-    command -v apt-get >/dev/null || fail "no apt-get here; install the equivalents of: ${packages[*]}"
+    command -v apt-get >/dev/null || fail "no apt-get here; install the equivalents of: ${packages[*]} (a libclang elsewhere: LIBCLANG_PATH names its folder)"
     local start=$SECONDS
     say "downloading with apt: ${packages[*]}"
     "${as_root[@]}" apt-get update -qq || fail "apt-get update failed; needed: ${packages[*]}"

@@ -147,7 +147,10 @@ fn enter(program: &Program, args: &Args, own: &str, mut stop: impl FnMut() -> bo
         let holds = run_dir::holds(run_dir)?;
         if matches!(program.kind, Kind::Train { .. }) && !args.auto_resume && holds != Holds::Nothing {
             let shown = run_dir.display();
-            say(&format!("{shown} already holds a run: resume it (resume {shown}), add --auto-resume, or name another run.dir"));
+            say(&match holds {
+                Holds::HalfRun => format!("{shown} holds a run that ended before its first checkpoint: --auto-resume puts it aside and begins again; or name another run.dir"),
+                _ => format!("{shown} already holds a run: resume it (resume {shown}), add --auto-resume, or name another run.dir"),
+            });
             return Ok(Entered::No(USAGE));
         }
         if matches!(program.kind, Kind::Resume { .. }) && holds == Holds::Nothing {

@@ -175,6 +175,11 @@ fn a_half_run_is_put_aside_and_begun_again() {
     let again = run.launch("");
     assert_eq!(again.status.code(), Some(2), "a run that is there is not begun anew: {}", text(&again));
     assert_eq!(run.launch("--auto-resume").status.code(), Some(0));
+    // What can be done about one that nobody began again.
+    let left = Run::new(5, "0 2 kill");
+    assert_ne!(left.launch("--max-restarts 0").status.code(), Some(0));
+    let again = left.launch("");
+    assert!(again.status.code() == Some(2) && text(&again).contains("ended before its first checkpoint: --auto-resume"), "{}", text(&again));
 }
 
 #[test]
