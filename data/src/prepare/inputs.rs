@@ -1,6 +1,6 @@
 //! Which files a corpus is read from. Links are followed. Invariants: the list depends on names, sizes and the seed
 //! only, never on the order in which a folder happens to be listed or on where it lies; what is met and not listed is
-//! counted in `left_out`.
+//! counted in `left_out`, and an input in which nothing is met is an error.
 
 use std::collections::{HashMap, HashSet};
 use std::fs::{self, Metadata};
@@ -72,14 +72,14 @@ impl InputFile {
 pub(super) fn list(args: &PrepareArgs) -> Result<(Vec<InputFile>, LeftOuts), DataError> {
     let own = [args.out.clone(), args.out.with_added_extension("partial")];
     let own = own.iter().filter_map(|folder| folder.canonicalize().ok()).collect();
-    let mut found = Found { args, own, files: Vec::new(), left_out: LeftOuts::default(), visited: HashSet::new(), links: Vec::new() };
+    let mut found = Found { args, own, files: Vec::new(), left_out: LeftOuts::default(), visited: HashSet::new(), links: Vec::new(), met: 0 };
     for input in &args.inputs {
         match Location::parse(input)? {
             Location::Remote { .. } => list_remote(input, &mut found)?,
             Location::Local(path) => {
                 let meta = fs::metadata(&path).map_err(DataError::io(&path, "open"))?;
                 match meta.is_dir() {
-                    true => walk(&path, Path::new(""), &mut found)?,
+                    true => walk(&path, &mut found)?,
                     false => found.named(&path, None, meta.len(), changed(&meta))?,
                 }
             }
@@ -124,6 +124,8 @@ struct Found<'a> {
     visited: HashSet<(u64, u64)>,
     /// Links to folders under the input that is being walked.
     links: Vec<PathBuf>,
+    /// All that folders hold but folders, taken or not.
+    met: u64,
 }
 
 impl Found<'_> {
@@ -176,8 +178,12 @@ fn list_remote(input: &Path, found: &mut Found) -> Result<(), DataError> {
 }
 
 /// All below `root`, then what links lead to, unless that has been walked: a link may lead in a circle.
-fn walk(root: &Path, under: &Path, found: &mut Found) -> Result<(), DataError> {
-    walk_folder(root, under, found)?;
+fn walk(root: &Path, found: &mut Found) -> Result<(), DataError> {
+    let before = found.met;
+    walk_folder(root, Path::new(""), found)?;
+    if found.met == before {
+        return Err(DataError::BadInput { path: root.to_owned(), reason: "holds no file; if it is a mount point, mount it".into() });
+    }
     // Those that a link's own folder holds come last.
     while !found.links.is_empty() {
         let mut links = std::mem::take(&mut found.links);
@@ -203,6 +209,7 @@ fn walk_folder(root: &Path, under: &Path, found: &mut Found) -> Result<(), DataE
         // By its place in the input: the same wherever that lies.
         let name = if under == Path::new("") { Path::new(".") } else { under };
         found.left_out.add(left_out::PREPARED, name, 0);
+        found.met += 1;
         return Ok(());
     }
     let meta = fs::metadata(&folder).map_err(unreadable())?;
@@ -210,7 +217,9 @@ fn walk_folder(root: &Path, under: &Path, found: &mut Found) -> Result<(), DataE
     for entry in fs::read_dir(&folder).map_err(unreadable())? {
         let entry = entry.map_err(unreadable())?;
         let (path, name) = (entry.path(), under.join(entry.file_name()));
-        let is_link = entry.file_type().map_err(unreadable())?.is_symlink();
+        let kind = entry.file_type().map_err(unreadable())?;
+        let is_link = kind.is_symlink();
+        found.met += u64::from(!kind.is_dir());
         let meta = match fs::metadata(&path) {
             Err(_) if is_link => {
                 found.left_out.add(left_out::LINK, &name, 0);

@@ -424,3 +424,26 @@ fn no_text_of_a_document_becomes_its_end() {
         assert!(said.err().is_none_or(|said| said.contains(&format!("makes token {id}, which ends documents or their parts"))), "{name}");
     }
 }
+
+/// Such as a mount point on which nothing is mounted.
+#[test]
+fn an_input_folder_without_a_file_is_an_error_and_costs_no_work_that_was_done() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut args = some_text(folder.path(), 30);
+    let other = folder.path().join("other");
+    corpus::write_corpus(&other, 46, 30);
+    args.inputs.push(other.clone());
+    fs::write(args.inputs[0].join("z.parquet"), b"PAR1").unwrap();
+    prepare(&args).unwrap_err();
+    let spill = || folder_bytes(&work(&args).join("spill"));
+    let before = spill();
+    fs::rename(&other, folder.path().join("away")).unwrap();
+    fs::create_dir_all(other.join("deep/deeper")).unwrap();
+    let error = prepare(&args).unwrap_err();
+    assert!(matches!(&error, DataError::BadInput { path, .. } if *path == other) && error.to_string().contains("holds no file"), "{error}");
+    assert!(!before.is_empty() && before == spill());
+    // One that holds nothing but a link to what another input has is not without.
+    std::os::unix::fs::symlink(&args.inputs[0], other.join("link")).unwrap();
+    fs::remove_file(args.inputs[0].join("z.parquet")).unwrap();
+    assert_eq!(prepare(&args).unwrap().files, 30);
+}
