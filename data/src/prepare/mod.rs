@@ -8,6 +8,7 @@
 //! whatever the number of threads and interruptions.
 
 mod args;
+mod bad_lines;
 mod bpe;
 mod documents;
 mod durable;
@@ -34,6 +35,7 @@ use crate::format::manifest::{FORMAT, MANIFEST_FILE, Manifest, Recipe, TOKENIZER
 use crate::tokenizer::{Tokenizer, open_tokenizer};
 use crate::{DataError, Split};
 pub use args::PrepareArgs;
+use bad_lines::Signs;
 use encode::{Encoder, ShardDone};
 use inputs::InputFile;
 use left_out::LeftOuts;
@@ -113,10 +115,11 @@ impl<'a> Prepare<'a> {
         let text: u64 = self.files.iter().map(InputFile::text_estimate).sum();
         let units = Units::new(self.args.held_out, text, self.args.shard_mib << 20);
         let given = self.given.as_ref().filter(|_| !self.args.lossy_tokenizer);
-        let spill = Spill { folder: spills, units, seed: self.args.seed, max_bad: self.args.max_bad, part_bytes: spill::PART_BYTES, given };
+        let signs = Signs::of(&self.files, self.args.max_bad);
+        let spill = Spill { folder: spills, units, seed: self.args.seed, signs, part_bytes: spill::PART_BYTES, given };
         let groups = self.read_inputs(&spill)?;
         spill.keep_only(&groups)?;
-        spill::check_bad_lines(&groups, self.args.max_bad)?;
+        bad_lines::check(&groups, self.args.max_bad)?;
         let parts = spill.parts(&groups);
         let documents: u64 = groups.iter().map(|group| group.documents).sum();
         let mut left_out = self.left_out.clone();

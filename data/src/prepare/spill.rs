@@ -19,6 +19,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
+use super::bad_lines::Signs;
 use super::documents::{self, Met};
 use super::durable;
 use super::inputs::InputFile;
@@ -35,9 +36,6 @@ const JOINED_BY_ALL: usize = 512;
 
 /// Documents of a group that a given tokenizer is tried on.
 const CHECKED: u64 = 64;
-
-/// So many lines or rows, and none of them good, are not worth going on.
-const HOPELESS: u64 = 1000;
 
 /// Letters of a group's name, with which its files' begin.
 const NAME: usize = 32;
@@ -115,26 +113,12 @@ impl GroupDone {
     }
 }
 
-/// Refuses more than a share of `max_bad` among all groups' lines and rows, and names the first.
-pub(super) fn check_bad_lines(groups: &[GroupDone], max_bad: f64) -> Result<(), DataError> {
-    let sum = |field: fn(&GroupDone) -> u64| groups.iter().map(field).sum::<u64>();
-    let (lines, bad) = (sum(|group| group.lines), sum(|group| group.bad_lines));
-    match groups.iter().find_map(|group| group.first_bad.clone()) {
-        Some((path, reason)) if bad as f64 > max_bad * lines as f64 => {
-            let reason = format!("{reason}; {bad} of {lines} lines and rows give no text, the limit is --max-bad {max_bad}");
-            Err(DataError::BadInput { path, reason })
-        }
-        _ => Ok(()),
-    }
-}
-
 /// The folder of part files.
 pub(super) struct Spill<'a> {
     pub folder: PathBuf,
     pub units: Units,
     pub seed: u64,
-    /// The share of lines and rows that may give no text.
-    pub max_bad: f64,
+    pub signs: Signs,
     pub part_bytes: usize,
     /// The tokenizer that must give each group's first documents back.
     pub given: Option<&'a Given>,
@@ -146,6 +130,7 @@ impl Spill<'_> {
         let name = self.group_name(files, column);
         let done_file = self.folder.join(format!("{name}.json"));
         if let Some(done) = durable::read_json(&done_file)? {
+            self.signs.see(&done);
             return Ok(done);
         }
         let mut done = GroupDone { name, ..GroupDone::default() };
@@ -165,10 +150,11 @@ impl Spill<'_> {
                 Ok(())
             };
             let met = documents::read(file, column, &mut each)?;
+            let barren = met.lines > 0 && met.lines == met.bad_lines;
             done.count(file, met);
-            // A wrong --text-column should not cost a look at everything.
-            if done.bad_lines >= HOPELESS && done.bad_lines == done.lines {
-                check_bad_lines(std::slice::from_ref(&done), self.max_bad)?;
+            self.signs.see(&done);
+            if barren {
+                self.signs.weigh(file, &done)?;
             }
         }
         if gathered > 0 {
@@ -372,7 +358,7 @@ mod tests {
     fn spilled(folder: &Path, file: &InputFile, part_bytes: usize) -> (Vec<Unit>, Vec<String>) {
         fs::create_dir_all(folder).unwrap();
         let units = Units::new(0.1, 900, 100);
-        let spill = Spill { folder: folder.to_owned(), units, seed: 0, max_bad: 0.0, part_bytes, given: None };
+        let spill = Spill { folder: folder.to_owned(), units, seed: 0, signs: Signs::default(), part_bytes, given: None };
         let group = spill.add_group(std::slice::from_ref(file), "text").unwrap();
         let parts = spill.parts(&[group]);
         let units = (0..units.count()).map(|unit| Unit::load(&parts, unit).unwrap()).collect();
@@ -385,7 +371,7 @@ mod tests {
     fn buffers_hold_a_part_and_not_the_fullest_of_each_unit() {
         let folder = tempfile::tempdir().unwrap();
         let units = Units::new(0.1, 1 << 20, 1 << 10);
-        let spill = Spill { folder: folder.path().to_owned(), units, seed: 0, max_bad: 0.0, part_bytes: 1 << 16, given: None };
+        let spill = Spill { folder: folder.path().to_owned(), units, seed: 0, signs: Signs::default(), part_bytes: 1 << 16, given: None };
         let mut buffers = vec![Vec::new(); units.count() as usize];
         let mut done = GroupDone::default();
         // Each fills a part.

@@ -433,6 +433,8 @@ fn an_input_folder_without_a_file_is_an_error_and_costs_no_work_that_was_done() 
     let other = folder.path().join("other");
     corpus::write_corpus(&other, 46, 30);
     args.inputs.push(other.clone());
+    // A group of its own, which is done before the one with the bad file.
+    fs::write(args.inputs[0].join("a.txt"), "filler\n".repeat(1_300_000)).unwrap();
     fs::write(args.inputs[0].join("z.parquet"), b"PAR1").unwrap();
     prepare(&args).unwrap_err();
     let spill = || folder_bytes(&work(&args).join("spill"));
@@ -445,5 +447,19 @@ fn an_input_folder_without_a_file_is_an_error_and_costs_no_work_that_was_done() 
     // One that holds nothing but a link to what another input has is not without.
     std::os::unix::fs::symlink(&args.inputs[0], other.join("link")).unwrap();
     fs::remove_file(args.inputs[0].join("z.parquet")).unwrap();
-    assert_eq!(prepare(&args).unwrap().files, 30);
+    assert_eq!(prepare(&args).unwrap().files, 31);
+}
+
+#[test]
+fn a_file_of_bad_lines_alone_is_left_out_where_the_whole_allows_it() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut args = with_lines(folder.path(), "{\"body\": 1}\n".repeat(1500).as_bytes());
+    let good: String = (0..6000).map(|i| format!("{{\"text\": \"document {i}\"}}\n")).collect();
+    fs::write(args.inputs[0].join("b.jsonl"), good).unwrap();
+    // The bad ones come first.
+    (args.threads, args.max_bad) = (1, 0.15);
+    let said = prepare(&args).unwrap_err().to_string();
+    assert!(said.contains("a.jsonl: line 1: ") && said.contains("1500 of 7500 lines"), "{said}");
+    args.max_bad = 0.3;
+    assert_eq!(prepare(&args).unwrap().bad_lines, 1500);
 }
