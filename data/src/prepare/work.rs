@@ -98,6 +98,11 @@ impl Work {
                 tracing::warn!(folder = %work.folder.display(), "the inputs changed since this prepare began; what was read of the others is kept");
                 work.remove_folders(&["done", "out"])?;
             }
+            // Another prepare has finished since this one looked.
+            None if out.join(MANIFEST_FILE).exists() => {
+                work.remove()?;
+                return Err(DataError::OutputExists { path: out.to_owned() });
+            }
             None => {}
         }
         durable::write_json(&job_file, job)?;
@@ -115,7 +120,7 @@ impl Work {
                 tracing::warn!(folder = %self.folder.display(), "stays: it holds files that prepare has not made");
                 Ok(())
             }
-            removed => removed.map_err(DataError::io(&self.folder, "remove")),
+            removed => gone(removed).map_err(DataError::io(&self.folder, "remove")),
         }
     }
 
@@ -170,5 +175,17 @@ mod tests {
         assert!(judge(second.try_lock(), folder.path()).unwrap_err().to_string().contains("another prepare"));
         // ENOLCK.
         judge(Err(TryLockError::Error(std::io::Error::from_raw_os_error(37))), folder.path()).unwrap();
+    }
+
+    #[test]
+    fn who_comes_just_after_the_work_is_done_does_not_take_the_corpus_for_its_own() {
+        let folder = tempfile::tempdir().unwrap();
+        let out = folder.path().join("out");
+        let job = Job { format: String::new(), options: "others".into(), inputs: String::new() };
+        fs::create_dir(&out).unwrap();
+        fs::write(out.join(MANIFEST_FILE), "{}").unwrap();
+        let refused = Work::claim(&out, &job).map(|_| ()).unwrap_err();
+        assert!(matches!(refused, DataError::OutputExists { .. }), "{refused}");
+        assert!(!folder_beside(&out).exists());
     }
 }
