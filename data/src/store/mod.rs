@@ -75,6 +75,7 @@ pub struct Store {
     inner: Arc<dyn ObjectStore>,
     prefix: StorePath,
     shown: PathBuf,
+    local: bool,
     retry: Retry,
     buffers: local::Buffers,
 }
@@ -92,13 +93,13 @@ impl Store {
                 }
                 let inner = LocalFileSystem::new_with_prefix(&folder)
                     .map_err(|e| DataError::BadInput { path: shown.clone(), reason: e.to_string() })?;
-                Ok(Store::new(Arc::new(inner), StorePath::default(), shown, retry))
+                Ok(Store { local: true, ..Store::new(Arc::new(inner), StorePath::default(), shown, retry) })
             }
         }
     }
 
     fn new(inner: Arc<dyn ObjectStore>, prefix: StorePath, shown: PathBuf, retry: Retry) -> Store {
-        Store { inner, prefix, shown, retry, buffers: local::Buffers::default() }
+        Store { inner, prefix, shown, local: false, retry, buffers: local::Buffers::default() }
     }
 
     /// Any store, as `shown` in messages: for tests, whose stores fail on purpose.
@@ -146,16 +147,15 @@ impl Store {
     /// As `list`, and what tells a file's versions apart.
     pub async fn list_versions(&self) -> Result<Vec<(String, u64, String)>, DataError> {
         let mut found: Vec<ObjectMeta> = Vec::new();
-        let mut failures = Failures::none();
+        let (mut failures, mut most) = (Failures::none(), 0);
         loop {
-            let before = found.len();
             match self.list_on(&mut found).await {
                 Ok(()) => break,
                 Err(Failure::Final(error)) => return Err(error),
                 // A failure in a long listing costs a page, not the listing.
                 Err(Failure::Passing(reason)) => {
-                    if found.len() > before {
-                        failures = Failures::none();
+                    if found.len() > most {
+                        (failures, most) = (Failures::none(), found.len());
                     }
                     self.pause("", &mut failures, reason).await?;
                 }
@@ -175,8 +175,11 @@ impl Store {
         Ok(vec![(String::new(), meta.size, version(&meta))])
     }
 
-    /// Appends what the store lists after the last of `found`.
+    /// Appends what the store lists after the last of `found`. A local folder, listed in no order, begins anew.
     async fn list_on(&self, found: &mut Vec<ObjectMeta>) -> Result<(), Failure> {
+        if self.local {
+            found.clear();
+        }
         let mut listing = match found.last() {
             Some(last) => self.inner.list_with_offset(Some(&self.prefix), &last.location),
             None => self.inner.list(Some(&self.prefix)),
@@ -317,5 +320,17 @@ mod tests {
             assert!(drawn[0] >= 0.499 * whole && drawn[0] < 0.6 * whole, "{drawn:?}");
             assert!(drawn[drawn.len() - 1] <= 1.001 * whole && drawn[drawn.len() - 1] > 0.9 * whole, "{drawn:?}");
         }
+    }
+
+    #[tokio::test]
+    async fn a_local_listing_that_broke_off_begins_anew() {
+        let folder = tempfile::tempdir().unwrap();
+        ["a", "b", "c"].iter().for_each(|name| std::fs::write(folder.path().join(name), name).unwrap());
+        let store = Store::open(folder.path(), Retry::default()).unwrap();
+        let mut found = vec![store.get("c", Some(0..0)).await.unwrap().1];
+        assert!(store.list_on(&mut found).await.is_ok());
+        let mut names: Vec<&str> = found.iter().map(|meta| meta.location.as_ref()).collect();
+        names.sort_unstable();
+        assert_eq!(names, ["a", "b", "c"]);
     }
 }
