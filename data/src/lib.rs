@@ -16,6 +16,7 @@ pub mod format;
 pub mod loader;
 pub mod order;
 pub mod prepare;
+mod runtime;
 mod store;
 mod tokenizer;
 

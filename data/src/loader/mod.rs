@@ -18,6 +18,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::format::Split;
 use crate::order::{Begun, Order, OrderKey, Place};
+use crate::runtime::Background;
 use crate::store::Retry;
 use crate::{DataError, Store};
 use cache::Cache;
@@ -106,7 +107,7 @@ pub struct Loader {
     sources: Vec<Arc<OpenSource>>,
     left_out: Vec<PathBuf>,
     cache: Arc<Cache>,
-    runtime: tokio::runtime::Runtime,
+    runtime: Background,
     options: LoaderOptions,
     fingerprint: OnceLock<String>,
 }
@@ -129,12 +130,7 @@ impl Loader {
             return Err(DataError::bad_option("sequence_length", spec.sequence_length, "must lie in 1 to 2^24"));
         }
         let (mut spec, mut left_out) = (spec, Vec::new());
-        let runtime = tokio::runtime::Builder::new_multi_thread()
-            .worker_threads(2)
-            .thread_name("tiefsee-data")
-            .enable_all()
-            .build()
-            .map_err(DataError::io("tokio", "start"))?;
+        let runtime = Background::start(2, "tiefsee-data")?;
         let opened = spec.sources.iter().zip(stores).map(|(source, store)| {
             runtime.block_on(OpenSource::open(store, source.path.clone(), spec.split)).map(Arc::new)
         });

@@ -10,6 +10,7 @@ use bytes::Bytes;
 use parquet::errors::{ParquetError, Result as ParquetResult};
 use parquet::file::reader::{ChunkReader, Length};
 
+use crate::runtime::Background;
 use crate::{DataError, Retry, Store};
 
 /// A request's size: large enough that its latency hardly counts.
@@ -18,20 +19,12 @@ const BLOCK_BYTES: u64 = 8 << 20;
 /// A prefix of a store, or one object of it.
 pub(super) struct RemoteFolder {
     store: Store,
-    runtime: tokio::runtime::Runtime,
+    runtime: Background,
 }
 
 impl RemoteFolder {
     pub fn open(location: &Path) -> Result<RemoteFolder, DataError> {
-        let runtime = tokio::runtime::Builder::new_multi_thread()
-            .worker_threads(1)
-            .thread_name("tiefsee-inputs")
-            .enable_all()
-            .build();
-        Ok(RemoteFolder {
-            store: Store::open(location, Retry::default())?,
-            runtime: runtime.map_err(DataError::io("tokio", "start"))?,
-        })
+        Ok(RemoteFolder { store: Store::open(location, Retry::default())?, runtime: Background::start(1, "tiefsee-inputs")? })
     }
 
     /// As `Store::list_versions`.
@@ -180,7 +173,7 @@ mod tests {
     #[test]
     fn a_list_holds_nothing_of_a_file_that_is_read() {
         let inner: Arc<dyn ObjectStore> = Arc::new(InMemory::new());
-        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
+        let runtime = Background::start(1, "inputs").unwrap();
         let store = Store::from_parts(inner.clone(), "", "s3://bucket".into(), Retry::default());
         let folder = Arc::new(RemoteFolder { store, runtime });
         let content = Arc::new(b"{\"text\": \"one\"}\n{\"text\": \"two\"}\n".to_vec());

@@ -21,6 +21,7 @@ use object_store::path::Path as StorePath;
 use object_store::{GetOptions, GetRange, GetResult, GetResultPayload, ObjectMeta, ObjectStore, ObjectStoreExt};
 
 use crate::DataError;
+use crate::runtime::Background;
 pub(crate) use location::Location;
 pub use location::is_url;
 
@@ -286,8 +287,7 @@ impl Store {
 
 /// A small file of a location, for callers who may wait; None if there is no such file or folder.
 pub fn fetch(location: &Path, file: &str) -> Result<Option<Bytes>, DataError> {
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
-    let runtime = runtime.map_err(DataError::io("tokio", "start"))?;
+    let runtime = Background::start(1, "tiefsee-fetch")?;
     match runtime.block_on(async { Store::open(location, Retry::default())?.read_all(file).await }) {
         Ok(bytes) => Ok(Some(bytes)),
         Err(DataError::MissingFile { .. }) => Ok(None),

@@ -2,6 +2,9 @@
 
 use std::fs;
 use std::path::Path;
+use std::process::Command;
+use std::sync::mpsc;
+use std::time::Duration;
 
 use data::{DataError, Loader, Split};
 
@@ -143,4 +146,17 @@ fn what_was_read_is_kept_until_it_is_forgotten() {
     loader.forget();
     let error = loader.read(&[0, 1]).unwrap_err().to_string();
     assert!(error.contains("train-00000.parquet"), "{error}");
+}
+
+#[test]
+fn a_file_system_that_hangs_ends_with_an_error_that_names_the_file() {
+    let folder = tempfile::tempdir().unwrap();
+    // To open it waits for a writer, who never comes.
+    assert!(Command::new("mkfifo").arg(folder.path().join("manifest.json")).status().unwrap().success());
+    let (path, mut options) = (folder.path().to_owned(), options());
+    options.retry.timeout = Duration::from_millis(100);
+    let (say, said) = mpsc::channel();
+    std::thread::spawn(move || say.send(Loader::open(spec(&[(&path, 1.0)], 8, Split::Train), options).map(|_| ())));
+    let error = said.recv_timeout(Duration::from_secs(60)).expect("opening ends").unwrap_err();
+    assert!(matches!(error, DataError::Store { .. }) && error.to_string().contains("manifest.json"), "{error}");
 }
