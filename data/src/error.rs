@@ -53,8 +53,8 @@ pub enum DataError {
     #[error("sample {index} is outside the {limit} samples of this order")]
     SampleOutOfRange { index: u64, limit: u64 },
 
-    #[error("the sources do not share one tokenizer: {} has {found}, {} has {expected}", path.display(), first.display())]
-    TokenizersDiffer { path: PathBuf, found: String, first: PathBuf, expected: String },
+    #[error("the sources do not share one {what}: {} has {found}, {} has {expected}", path.display(), first.display())]
+    SourcesDiffer { what: &'static str, path: PathBuf, found: String, first: PathBuf, expected: String },
 
     #[error("{}: not a usable location: {reason}", url.display())]
     BadUrl { url: PathBuf, reason: String },

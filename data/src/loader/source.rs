@@ -108,15 +108,22 @@ impl OpenSource {
     }
 }
 
-/// Sources of one run must speak one vocabulary.
+/// Sources of one run must speak one vocabulary, and end documents alike.
 pub(crate) fn check_alike(sources: &[Arc<OpenSource>]) -> Result<(), DataError> {
     let Some(first) = sources.first() else {
         return Err(DataError::bad_option("sources", "[]", "a run needs at least one source"));
     };
+    type Of = fn(&Manifest) -> String;
+    let shared: [(&str, Of); 2] = [
+        ("tokenizer", |manifest| manifest.tokenizer_blake3.clone()),
+        ("end token", |manifest| manifest.end_token.to_string()),
+    ];
     for source in sources {
-        if source.manifest.tokenizer_blake3 != first.manifest.tokenizer_blake3 {
-            let [(path, found), (first, expected)] = [source, first].map(|it| (it.path.clone(), it.manifest.tokenizer_blake3.clone()));
-            return Err(DataError::TokenizersDiffer { path, found, first, expected });
+        for (what, of) in shared {
+            let [(path, found), (first, expected)] = [source, first].map(|it| (it.path.clone(), of(&it.manifest)));
+            if found != expected {
+                return Err(DataError::SourcesDiffer { what, path, found, first, expected });
+            }
         }
     }
     Ok(())

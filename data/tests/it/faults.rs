@@ -160,3 +160,15 @@ fn a_file_system_that_hangs_ends_with_an_error_that_names_the_file() {
     let error = said.recv_timeout(Duration::from_secs(60)).expect("opening ends").unwrap_err();
     assert!(matches!(error, DataError::Store { .. }) && error.to_string().contains("manifest.json"), "{error}");
 }
+
+#[test]
+fn sources_that_end_documents_differently_are_not_mixed() {
+    let folder = tempfile::tempdir().unwrap();
+    let first = corpus::prepared(folder.path(), 8, 60);
+    let mut args = corpus::args(&folder.path().join("in-8"), &folder.path().join("padded"));
+    args.end_token = Some("<｜▁pad▁｜>".into());
+    let second = data::prepare(&args).unwrap().out;
+    let error = Loader::open(spec(&[(&first, 1.0), (&second, 1.0)], 8, Split::Train), options()).map(|_| ()).unwrap_err();
+    let said = error.to_string();
+    assert!(said.contains("end token") && said.contains("padded has 2") && said.contains("out-8 has 1"), "{said}");
+}

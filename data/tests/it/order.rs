@@ -54,7 +54,7 @@ fn ranks_together_read_the_one_rank_order_and_a_stop_changes_nothing() {
     args.tokenizer = Some(a.join("tokenizer.json"));
     let b_again = data::prepare(&args).unwrap().out;
     let apart = Loader::open(spec(&[(&a, 1.0), (&b, 1.0)], 32, Split::Train), options()).map(|_| ());
-    assert!(matches!(apart, Err(data::DataError::TokenizersDiffer { .. })), "{apart:?}");
+    assert!(matches!(apart, Err(data::DataError::SourcesDiffer { what: "tokenizer", .. })), "{apart:?}");
     let mut random = Random(11);
     for round in 0..6 {
         let weights = [1 + random.below(9), 1 + random.below(9)].map(|w| w as f64);
