@@ -1,7 +1,7 @@
 //! Documents out of one input file, each handed to a callback. Invariants: memory is bounded by the
 //! longest document (and a parquet row group's pages), not by the file; what gives no document is counted.
 
-use std::fs::{self, File};
+use std::fs::File;
 use std::io::{BufRead, BufReader, Read};
 use std::path::Path;
 
@@ -72,21 +72,22 @@ struct Reader<'a> {
 impl Reader<'_> {
     fn read(&mut self, remote: Option<&OpenFile>) -> Result<(), DataError> {
         let path = &self.file.path;
+        let whole = || -> Result<Box<dyn Read>, DataError> {
+            Ok(match remote {
+                Some(remote) => Box::new(RemoteReader::new(remote.clone())),
+                None => Box::new(open(path)?),
+            })
+        };
         match (self.file.kind, remote) {
-            (Kind::Text, remote) => {
-                match remote {
-                    None => self.read_text(&fs::read(path).map_err(DataError::io(path, "read"))?),
-                    Some(remote) => self.read_text(&remote.read_all()?),
-                }
+            (Kind::Text, _) => {
+                let mut bytes = Vec::with_capacity(self.file.bytes as usize);
+                whole()?.read_to_end(&mut bytes).map_err(DataError::io(path, "read"))?;
+                self.read_text(&bytes)
             }
             (Kind::Parquet, None) => self.read_parquet(open(path)?),
             (Kind::Parquet, Some(remote)) => self.read_parquet(remote.clone()),
-            (Kind::Jsonl(packing), remote) => {
-                let raw: Box<dyn Read> = match remote {
-                    Some(remote) => Box::new(RemoteReader::new(remote.clone())),
-                    None => Box::new(open(path)?),
-                };
-                let raw = BufReader::with_capacity(1 << 20, raw);
+            (Kind::Jsonl(packing), _) => {
+                let raw = BufReader::with_capacity(1 << 20, whole()?);
                 let lines: Box<dyn Read> = match packing {
                     Packing::Plain => Box::new(raw),
                     Packing::Gzip => Box::new(flate2::bufread::MultiGzDecoder::new(raw)),

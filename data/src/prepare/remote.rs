@@ -68,11 +68,6 @@ struct State {
 }
 
 impl OpenFile {
-    pub fn read_all(&self) -> Result<Bytes, DataError> {
-        let RemoteFile { folder, name, .. } = &self.file;
-        folder.runtime.block_on(folder.store.read_all(name))
-    }
-
     /// What the store answered last instead of bytes, if it did.
     pub fn failure(&self) -> Option<DataError> {
         self.state.lock().expect("no holder of this lock panics").failure.take()
@@ -153,8 +148,11 @@ impl Read for RemoteReader {
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use object_store::memory::InMemory;
     use object_store::path::Path as StorePath;
+    use object_store::throttle::{ThrottleConfig, ThrottledStore};
     use object_store::{ObjectStore, ObjectStoreExt};
 
     use super::*;
@@ -170,24 +168,25 @@ mod tests {
         }
     }
 
+    fn folder(inner: Arc<dyn ObjectStore>, retry: Retry) -> Arc<RemoteFolder> {
+        let runtime = Background::start(1, "inputs").unwrap();
+        let store = Store::from_parts(inner, "", "s3://bucket".into(), retry);
+        Arc::new(RemoteFolder { store, runtime })
+    }
+
+    fn file(folder: &Arc<RemoteFolder>, name: &str, bytes: u64, kind: Kind) -> InputFile {
+        let remote = Some(RemoteFile::new(folder.clone(), name, bytes));
+        InputFile { path: format!("s3://bucket/{name}").into(), remote, name: name.into(), bytes, version: String::new(), kind, limit: None }
+    }
+
     #[test]
     fn a_list_holds_nothing_of_a_file_that_is_read() {
         let inner: Arc<dyn ObjectStore> = Arc::new(InMemory::new());
-        let runtime = Background::start(1, "inputs").unwrap();
-        let store = Store::from_parts(inner.clone(), "", "s3://bucket".into(), Retry::default());
-        let folder = Arc::new(RemoteFolder { store, runtime });
+        let folder = folder(inner.clone(), Retry::default());
         let content = Arc::new(b"{\"text\": \"one\"}\n{\"text\": \"two\"}\n".to_vec());
         let (bytes, key) = (content.len() as u64, StorePath::from("a.jsonl"));
         folder.runtime.block_on(inner.put(&key, Bytes::from_owner(Counted(content.clone())).into())).unwrap();
-        let file = InputFile {
-            path: "s3://bucket/a.jsonl".into(),
-            remote: Some(RemoteFile::new(folder.clone(), "a.jsonl", bytes)),
-            name: "a.jsonl".into(),
-            bytes,
-            version: String::new(),
-            kind: Kind::Jsonl(Packing::Plain),
-            limit: None,
-        };
+        let file = file(&folder, "a.jsonl", bytes, Kind::Jsonl(Packing::Plain));
         let mut texts = Vec::new();
         let mut each = |_: u64, text: &str| {
             texts.push(text.to_owned());
@@ -198,5 +197,23 @@ mod tests {
         assert_eq!(Arc::strong_count(&content), 2, "the store has it");
         folder.runtime.block_on(inner.delete(&key)).unwrap();
         assert_eq!(Arc::strong_count(&content), 1, "nobody else");
+    }
+
+    /// A block takes half a second, the whole file two.
+    #[test]
+    fn a_text_whose_whole_takes_longer_than_a_request_may_is_read() {
+        let slow = ThrottleConfig { wait_get_per_byte: Duration::from_nanos(60), ..ThrottleConfig::default() };
+        let (inner, text) = (ThrottledStore::new(InMemory::new(), slow), "漢字かな".repeat(39 << 16) + "end");
+        let retry = Retry { patience: Duration::from_secs(20), first_pause: Duration::from_millis(1), timeout: Duration::from_secs(1) };
+        let (inner, key): (Arc<dyn ObjectStore>, _) = (Arc::new(inner), StorePath::from("a.txt"));
+        let folder = folder(inner.clone(), retry);
+        folder.runtime.block_on(inner.put(&key, text.clone().into())).unwrap();
+        let mut whole = false;
+        let mut each = |_: u64, read: &str| {
+            whole = read == text;
+            Ok(())
+        };
+        documents::read(&file(&folder, "a.txt", text.len() as u64, Kind::Text), "text", &mut each).unwrap();
+        assert!(whole);
     }
 }
