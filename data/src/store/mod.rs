@@ -8,7 +8,9 @@
 mod local;
 mod location;
 
+use std::error::Error;
 use std::hash::{BuildHasher, RandomState};
+use std::io;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -244,7 +246,8 @@ impl Store {
             return answer.bytes().await;
         };
         let buffers = self.buffers.clone();
-        let failed = |source| object_store::Error::Generic { store: "local", source: format!("{}: {source}", path.display()).into() };
+        let named = |error: io::Error| io::Error::new(error.kind(), format!("{}: {error}", path.display()));
+        let failed = |error| object_store::Error::Generic { store: "local", source: named(error).into() };
         tokio::task::spawn_blocking(move || buffers.read(&mut file, range)).await?.map_err(failed)
     }
 
@@ -263,13 +266,14 @@ impl Store {
 
     /// Whether asking again may help.
     fn judge(&self, file: &str, error: object_store::Error) -> Failure {
-        use object_store::Error;
+        use object_store::Error as Kind;
         let path = self.display(file);
         match error {
-            Error::NotFound { .. } => Failure::Final(DataError::MissingFile { path }),
-            Error::PermissionDenied { .. } | Error::Unauthenticated { .. } | Error::InvalidPath { .. } => {
+            Kind::NotFound { .. } => Failure::Final(DataError::MissingFile { path }),
+            Kind::PermissionDenied { .. } | Kind::Unauthenticated { .. } | Kind::InvalidPath { .. } => {
                 Failure::Final(DataError::Refused { path, reason: error.to_string() })
             }
+            error if self.local && forbids(&error) => Failure::Final(DataError::Refused { path, reason: error.to_string() }),
             _ => Failure::Passing(error.to_string()),
         }
     }
@@ -291,13 +295,19 @@ pub fn fetch(location: &Path, file: &str) -> Result<Option<Bytes>, DataError> {
     match runtime.block_on(async { Store::open(location, Retry::default())?.read_all(file).await }) {
         Ok(bytes) => Ok(Some(bytes)),
         Err(DataError::MissingFile { .. }) => Ok(None),
-        Err(DataError::Io { error, .. }) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
+        Err(DataError::Io { error, .. }) if error.kind() == io::ErrorKind::NotFound => Ok(None),
         Err(error) => Err(error),
     }
 }
 
 fn version(meta: &ObjectMeta) -> String {
     meta.e_tag.clone().unwrap_or_else(|| meta.last_modified.to_rfc3339())
+}
+
+/// Of a local file system's errors, which `object_store` has no kinds for: a file that may not be read, or lies below another.
+fn forbids(error: &(dyn Error + 'static)) -> bool {
+    let mut causes = std::iter::successors(Some(error), |&error| error.source()).filter_map(|error| error.downcast_ref::<io::Error>());
+    causes.any(|cause| matches!(cause.kind(), io::ErrorKind::PermissionDenied | io::ErrorKind::NotADirectory))
 }
 
 enum Failure {
@@ -332,5 +342,18 @@ mod tests {
         let mut names: Vec<&str> = found.iter().map(|meta| meta.location.as_ref()).collect();
         names.sort_unstable();
         assert_eq!(names, ["a", "b", "c"]);
+    }
+
+    #[tokio::test]
+    async fn what_a_local_file_system_refuses_is_not_asked_again() {
+        let folder = tempfile::tempdir().unwrap();
+        std::fs::write(folder.path().join("a"), "no folder").unwrap();
+        let retry = Retry { patience: Duration::from_millis(20), first_pause: Duration::from_millis(1), ..Retry::default() };
+        let store = Store::open(folder.path(), retry).unwrap();
+        let error = store.read_all("a/b").await.unwrap_err();
+        assert!(matches!(&error, DataError::Refused { path, .. } if path.ends_with("a/b")), "{error}");
+        let of = |kind: io::ErrorKind| object_store::Error::Generic { store: "any", source: Box::new(io::Error::from(kind)) };
+        assert!(matches!(store.judge("a", of(io::ErrorKind::PermissionDenied)), Failure::Final(_)));
+        assert!(matches!(store.judge("a", of(io::ErrorKind::TimedOut)), Failure::Passing(_)));
     }
 }
