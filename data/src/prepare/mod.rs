@@ -76,8 +76,8 @@ impl<'a> Prepare<'a> {
         if files.is_empty() {
             return Err(no_text(args, left_out.files(), &left_out, &[]));
         }
-        let hash = |value: serde_json::Value| blake3::hash(value.to_string().as_bytes()).to_hex().to_string();
-        let (options, inputs) = (hash(serde_json::json!(args)), hash(serde_json::json!([files, given.as_ref().map(|given| &given.blake3)])));
+        let given_blake3 = given.as_ref().map(|given| &given.blake3);
+        let (options, inputs) = (digest(&serde_json::json!(args)), digest(&(&files, given_blake3)));
         let work = Work::claim(&args.out, &Job { format: FORMAT.into(), options, inputs })?;
         Ok(Prepare { args, started, given, files, left_out, work })
     }
@@ -257,6 +257,13 @@ fn no_text(args: &PrepareArgs, files: u64, left_out: &LeftOuts, groups: &[GroupD
     let sum = |field: fn(&GroupDone) -> u64| groups.iter().map(field).sum();
     let left_out = format!("{left_out}{}", summary::without_text(sum(|group| group.empty_documents), sum(|group| group.bad_lines)));
     DataError::NoText { inputs: inputs.join(", "), extensions: args.extensions.join(", "), files, left_out }
+}
+
+/// As it is written down: the list of files may be long, and a tree of it would take twenty times its memory.
+fn digest(value: &impl serde::Serialize) -> String {
+    let mut hasher = blake3::Hasher::new();
+    serde_json::to_writer(&mut hasher, value).expect("plain structs serialise");
+    hasher.finalize().to_hex().to_string()
 }
 
 fn hash_file(path: &Path) -> Result<String, DataError> {
