@@ -13,6 +13,7 @@ mod bpe;
 mod documents;
 mod durable;
 mod encode;
+mod groups;
 mod inputs;
 mod left_out;
 mod line;
@@ -44,10 +45,6 @@ use tokens::Given;
 pub use summary::PrepareSummary;
 pub use transform::undo as decode_document;
 use work::{Job, Work};
-
-/// Input is read in groups of files of about this size; more where there would be too many groups.
-const GROUP_BYTES: u64 = 8 << 20;
-const MOST_GROUPS: u64 = 4096;
 
 /// See the module head. Prints what it found; shows a bar on a terminal.
 pub fn prepare(args: &PrepareArgs) -> Result<PrepareSummary, DataError> {
@@ -114,9 +111,9 @@ impl<'a> Prepare<'a> {
         [out, &spills, &done].into_iter().try_for_each(durable::make_folder)?;
         let text: u64 = self.files.iter().map(InputFile::text_estimate).sum();
         let units = Units::new(self.args.held_out, text, self.args.shard_mib << 20);
-        let given = self.given.as_ref().filter(|_| !self.args.lossy_tokenizer);
         let signs = Signs::of(&self.files, self.args.max_bad);
-        let spill = Spill { folder: spills, units, seed: self.args.seed, signs, part_bytes: spill::PART_BYTES, given };
+        let (given, lossy) = (self.given.as_ref(), self.args.lossy_tokenizer);
+        let spill = Spill { folder: spills, units, seed: self.args.seed, signs, part_bytes: spill::PART_BYTES, given, lossy };
         let groups = self.read_inputs(&spill)?;
         spill.keep_only(&groups)?;
         bad_lines::check(&groups, self.args.max_bad)?;
@@ -166,21 +163,8 @@ impl<'a> Prepare<'a> {
 
     fn read_inputs(&self, spill: &Spill) -> Result<Vec<GroupDone>, DataError> {
         let total: u64 = self.files.iter().map(|file| file.bytes).sum();
-        let size = GROUP_BYTES.max(total / MOST_GROUPS);
-        let mut groups: Vec<&[InputFile]> = Vec::new();
-        let mut rest = self.files.as_slice();
-        while !rest.is_empty() {
-            let mut bytes = 0;
-            let full = rest.iter().position(|file| {
-                bytes += file.bytes;
-                bytes >= size
-            });
-            let (group, after) = rest.split_at(full.map_or(rest.len(), |last| last + 1));
-            groups.push(group);
-            rest = after;
-        }
         let bar = bar("reading", total);
-        let read = groups.par_iter().map(|files| {
+        let read = groups::cut(&self.files).into_par_iter().map(|files| {
             let done = spill.add_group(files, &self.args.text_column)?;
             bar.inc(files.iter().map(|file| file.bytes).sum());
             Ok(done)

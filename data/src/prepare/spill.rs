@@ -22,6 +22,7 @@ use serde::{Deserialize, Serialize};
 use super::bad_lines::Signs;
 use super::documents::{self, Met};
 use super::durable;
+use super::groups::coarse;
 use super::inputs::InputFile;
 use super::left_out::{self, LeftOuts};
 use super::tokens::Given;
@@ -54,7 +55,7 @@ pub(super) struct Units {
 
 impl Units {
     pub fn new(held_out: f64, text_bytes: u64, unit_bytes: u64) -> Units {
-        let train = text_bytes.div_ceil(unit_bytes).clamp(1, 1 << 16) as u32;
+        let train = coarse(text_bytes.div_ceil(unit_bytes)).clamp(1, 1 << 16) as u32;
         let fraction = (f64::from(train) * held_out).ceil().max(1.0) as u32;
         // The cast saturates; the fraction is at most a half.
         Units { held_out: fraction, train, threshold: (held_out * 2f64.powi(64)) as u64 }
@@ -120,25 +121,29 @@ pub(super) struct Spill<'a> {
     pub seed: u64,
     pub signs: Signs,
     pub part_bytes: usize,
-    /// The tokenizer that must give each group's first documents back.
+    /// The tokenizer that must give each group's first documents back, unless it may be lossy.
     pub given: Option<&'a Given>,
+    pub lossy: bool,
 }
 
 impl Spill<'_> {
     /// Reads one group of files, unless an earlier run has.
     pub fn add_group(&self, files: &[InputFile], column: &str) -> Result<GroupDone, DataError> {
-        let name = self.group_name(files, column);
-        let done_file = self.folder.join(format!("{name}.json"));
-        if let Some(done) = durable::read_json(&done_file)? {
-            self.signs.see(&done);
-            return Ok(done);
+        let tried = self.given.filter(|_| !self.lossy);
+        let name = self.group_name(files, column, tried);
+        // A group that the tokenizer was tried on serves where it need not be, too.
+        for name in [&name, &self.group_name(files, column, self.given)] {
+            if let Some(done) = durable::read_json(&self.done_file(name))? {
+                self.signs.see(&done);
+                return Ok(done);
+            }
         }
         let mut done = GroupDone { name, ..GroupDone::default() };
         let mut buffers = vec![Vec::new(); self.units.count() as usize];
         let mut gathered = 0;
         for file in files {
             let mut each = |number: u64, text: &str| {
-                if let Some(given) = self.given.filter(|_| done.documents < CHECKED) {
+                if let Some(given) = tried.filter(|_| done.documents < CHECKED) {
                     given.check(file, number, text)?;
                 }
                 gathered += self.gather(text, &mut buffers, &mut done);
@@ -164,13 +169,13 @@ impl Spill<'_> {
         while done.parts > 1 {
             done.parts = self.join(&done.name, done.parts)?;
         }
-        durable::write_json(&done_file, &done)?;
+        durable::write_json(&self.done_file(&done.name), &done)?;
         Ok(done)
     }
 
-    fn group_name(&self, files: &[InputFile], column: &str) -> String {
+    fn group_name(&self, files: &[InputFile], column: &str, tried: Option<&Given>) -> String {
         let paths: Vec<&Path> = files.iter().map(|file| file.path.as_path()).collect();
-        let checked_with = self.given.map(|given| &given.blake3);
+        let checked_with = tried.map(|given| &given.blake3);
         let made_of = serde_json::json!([files, paths, column, self.seed, self.units, checked_with]);
         blake3::hash(made_of.to_string().as_bytes()).to_hex()[..NAME].to_owned()
     }
@@ -214,6 +219,10 @@ impl Spill<'_> {
         let left = old.len().div_ceil(joined);
         old[left..].iter().try_for_each(|path| fs::remove_file(path).map_err(DataError::io(path, "remove")))?;
         Ok(left as u32)
+    }
+
+    fn done_file(&self, group: &str) -> PathBuf {
+        self.folder.join(format!("{group}.json"))
     }
 
     fn part_file(&self, group: &str, part: u32) -> PathBuf {
@@ -358,7 +367,7 @@ mod tests {
     fn spilled(folder: &Path, file: &InputFile, part_bytes: usize) -> (Vec<Unit>, Vec<String>) {
         fs::create_dir_all(folder).unwrap();
         let units = Units::new(0.1, 900, 100);
-        let spill = Spill { folder: folder.to_owned(), units, seed: 0, signs: Signs::default(), part_bytes, given: None };
+        let spill = Spill { folder: folder.to_owned(), units, seed: 0, signs: Signs::default(), part_bytes, given: None, lossy: false };
         let group = spill.add_group(std::slice::from_ref(file), "text").unwrap();
         let parts = spill.parts(&[group]);
         let units = (0..units.count()).map(|unit| Unit::load(&parts, unit).unwrap()).collect();
@@ -371,7 +380,7 @@ mod tests {
     fn buffers_hold_a_part_and_not_the_fullest_of_each_unit() {
         let folder = tempfile::tempdir().unwrap();
         let units = Units::new(0.1, 1 << 20, 1 << 10);
-        let spill = Spill { folder: folder.path().to_owned(), units, seed: 0, signs: Signs::default(), part_bytes: 1 << 16, given: None };
+        let spill = Spill { folder: folder.path().to_owned(), units, seed: 0, signs: Signs::default(), part_bytes: 1 << 16, given: None, lossy: false };
         let mut buffers = vec![Vec::new(); units.count() as usize];
         let mut done = GroupDone::default();
         // Each fills a part.

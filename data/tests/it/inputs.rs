@@ -321,3 +321,34 @@ fn what_was_read_of_files_that_are_gone_takes_no_room() {
     assert!(said.contains("tokenizer.json"), "{said}");
     assert!(bytes() < 1_000_000, "{} bytes", bytes());
 }
+
+#[test]
+fn what_was_read_before_a_tokenizer_turned_out_to_be_lossy_is_taken_over() {
+    let folder = tempfile::tempdir().unwrap();
+    let made = corpus::prepared(folder.path(), 62, 60).join("tokenizer.json");
+    let mut lower: serde_json::Value = serde_json::from_slice(&fs::read(made).unwrap()).unwrap();
+    lower["normalizer"] = serde_json::json!({"type": "Lowercase"});
+    let (input, tokenizer) = (folder.path().join("in"), folder.path().join("lower.json"));
+    fs::create_dir(&input).unwrap();
+    fs::write(&tokenizer, lower.to_string()).unwrap();
+    // A group of its own, which is done before the one with the text that changes.
+    fs::write(input.join("a.txt"), "filler\n".repeat(1_300_000)).unwrap();
+    fs::write(input.join("b.txt"), "LATE").unwrap();
+    let mut args = corpus::args(&input, &folder.path().join("out"));
+    (args.vocab, args.tokenizer, args.threads) = (None, Some(tokenizer), 1);
+    let said = prepare(&args).unwrap_err().to_string();
+    assert!(said.contains("becomes \"late\""), "{said}");
+    let work = args.out.with_added_extension("partial");
+    let groups = || {
+        let names = fs::read_dir(work.join("spill")).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap());
+        names.filter(|name| name.ends_with(".json")).collect::<BTreeSet<_>>()
+    };
+    let before = groups();
+    assert_eq!(before.len(), 1);
+    // Stopped behind the inputs.
+    fs::create_dir_all(work.join("out/tokenizer.json")).unwrap();
+    args.lossy_tokenizer = true;
+    let said = prepare(&args).unwrap_err().to_string();
+    assert!(said.contains("tokenizer.json"), "{said}");
+    assert!(groups().is_superset(&before) && groups().len() == 2);
+}
