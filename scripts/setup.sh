@@ -26,16 +26,18 @@ missing_packages() {
     { command -v mpicc && mpicc --showme:version; } >/dev/null 2>&1 || echo libopenmpi-dev
     command -v mpirun >/dev/null || echo openmpi-bin
     [ -n "${LIBCLANG_PATH:-}" ] || libclang || echo libclang-dev
-    # For what is downloaded: libtorch, and the tests' Python.
-    [ -n "${LIBTORCH:-}" ] || "$python" -c 'import ensurepip, venv' 2>/dev/null || echo python3-venv
-    [ -n "${LIBTORCH:-}" ] || "$python" -m pip --version >/dev/null 2>&1 || echo python3-pip
+    # For downloads: the tests' Python, where it can be had, and libtorch.
+    { [ -n "${LIBTORCH:-}" ] && ! may_install; } || "$python" -c 'import ensurepip, venv' 2>/dev/null || echo python3-venv
+    { [ -n "${LIBTORCH:-}" ] && ! may_install; } || "$python" -m pip --version >/dev/null 2>&1 || echo python3-pip
 }
+
+may_install() { command -v apt-get >/dev/null && { [ "$(id -u)" = 0 ] || command -v sudo >/dev/null; }; }
 
 # Where bindgen looks.
 libclang() {
     local folder
     for folder in /usr/lib/llvm-*/lib /usr/lib64 /usr/lib /usr/lib/*-linux-gnu "$(llvm-config --libdir 2>/dev/null || echo /usr/lib)"; do
-        if compgen -G "$folder/libclang.so*" >/dev/null || compgen -G "$folder/libclang-*.so*" >/dev/null; then return 0; fi
+        if compgen -G "$folder/libclang.so*" >/dev/null || compgen -G "$folder/libclang-[0-9]*.so*" >/dev/null; then return 0; fi
     done
     return 1
 }

@@ -73,10 +73,17 @@ fn a_run_repeats_and_resumes_bit_for_bit() {
 /// Each step's averages from those before it and its masters, bit for bit: on a GPU they are copied beside the next step.
 #[test]
 fn averages_are_of_every_update() {
-    let set = ["run.precision=bf16", "ema.decay=0.75", "checkpoint.every=1", "checkpoint.keep_last=9", "validation.every=0"];
-    let on = |device: &str| {
-        let run = run(&format!("averages-{device}"), &[&set[..], &[&format!("run.device={device}")[..]]].concat());
+    let of = |device: &str, every: usize| {
+        let set = ["run.precision=bf16", "ema.decay=0.75", "checkpoint.keep_last=9", "validation.every=0"];
+        let more = [format!("run.device={device}"), format!("checkpoint.every={every}")];
+        let run = run(&format!("averages-{device}-{every}"), &[&set[..], &more.each_ref().map(String::as_str)].concat());
         train(&run, 6, 75);
+        run
+    };
+    let on = |device: &str| {
+        // A checkpoint waits for the copy; without one before the end it goes beside the step.
+        let (run, beside) = (of(device, 1), of(device, 0).state());
+        assert!(run.state().iter().all(|(name, tensor)| tensor.equal(&beside[name])), "{device}: copies beside steps differ");
         let mut before = BTreeMap::new();
         for (step, path) in checkpoint::list(run.dir()).expect("a list") {
             let (_, state) = checkpoint::load(&path, |_| true).expect("a checkpoint");

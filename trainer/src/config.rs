@@ -221,9 +221,6 @@ impl RunConfig {
         ensure!(!self.run.dir.as_os_str().is_empty(), "run.dir = \"\": must name a folder");
         let threads = self.run.threads;
         ensure!(threads <= MOST_THREADS, "run.threads = {threads}: must be from 0 to {MOST_THREADS}");
-        // Made where it is not there: nobody is to find a folder named ~.
-        let is_shells = |part: &std::ffi::OsStr| part == "~" || part.as_encoded_bytes().starts_with(b"$");
-        ensure!(!self.run.dir.iter().any(is_shells), "run.dir = {:?}: ~ and $ are for a shell to replace, and none has", self.run.dir);
         for (key, path) in [("dir", Some(&self.run.dir)), ("init_from", self.run.init_from.as_ref())] {
             if let Some(url) = path.filter(|path| data::is_url(path)) {
                 bail!("run.{key} = {url:?}: is a URL, and checkpoints are written to and read from file systems only");
@@ -258,13 +255,21 @@ impl RunConfig {
         ensure!(self.guard.window >= 1, "guard.window = 0: a median needs a step");
         ensure!(self.guard.max_skipped >= 1, "guard.max_skipped = 0: must be at least 1");
         ensure!(self.validation.sequences >= 1, "validation.sequences = 0: validation.every = 0 turns validation off");
-        let CheckpointSection { every, keep_every, .. } = self.checkpoint;
-        ensure!(
-            keep_every == 0 || every > 0 && keep_every % every == 0,
-            "checkpoint.keep_every = {keep_every}: must be a multiple of checkpoint.every = {every}, of whose checkpoints it keeps some"
-        );
         ensure!(self.checkpoint.keep_last >= 1, "checkpoint.keep_last = 0: the newest checkpoint is always kept");
         Ok(())
+    }
+
+    /// What a run that begins is held to beside: one that has begun goes on.
+    pub fn begins(self) -> Result<Self> {
+        // Made where it is not there: nobody is to find a folder named ~.
+        let is_shells = |part: &std::ffi::OsStr| part == "~" || part.as_encoded_bytes().starts_with(b"$");
+        ensure!(!self.run.dir.iter().any(is_shells), "run.dir = {:?}: ~ and $ are for a shell to replace, and none has", self.run.dir);
+        let CheckpointSection { every, keep_every, .. } = self.checkpoint;
+        ensure!(
+            keep_every == 0 || every > 0 && keep_every.is_multiple_of(every),
+            "checkpoint.keep_every = {keep_every}: must be a multiple of checkpoint.every = {every}, of whose checkpoints it keeps some"
+        );
+        Ok(self)
     }
 
     /// The layout over ranks on these nodes, for a run from its first step. Errors carry all the numbers.

@@ -10,7 +10,7 @@ use model::kept::{How, kept, put_off};
 use model::params::{ParamSpec, Role};
 use model::saved::{EXPERTS_ROWS, LOGITS};
 use model::{ExpertShare, ParamTable, StagePart};
-use parallel::mesh::Mesh;
+use parallel::mesh::{Mesh, Transport};
 use parallel::schedule::Action;
 use std::collections::BTreeSet;
 
@@ -31,8 +31,8 @@ pub struct Need {
     pub activations: Kept,
     /// In the host's memory: its share of masters and moments, for a checkpoint's copy, and of averages.
     pub host: i64,
-    /// All ranks are on one host.
-    one_host: bool,
+    /// What GPUs send each other lies in memory that torch never has: of what is kept, and of what arrives.
+    apart: [bool; 2],
 }
 
 /// Most that is kept for backwards at one time.
@@ -41,7 +41,7 @@ pub struct Kept {
     pub bytes: i64,
     /// Of that the logits' gradients,
     pub logits: i64,
-    /// and what came from other ranks.
+    /// and what came from other ranks, for forwards that are not yet gone back through.
     pub arrived: i64,
     /// How many micro-batches' forwards it is of,
     pub in_flight: i64,
@@ -53,10 +53,12 @@ impl Need {
     /// At the worst moment: gradients arrive when next to nothing is kept any more.
     pub fn most(&self) -> i64 {
         let Kept { bytes, arrived, .. } = self.activations;
-        // What GPUs of a host send each other lies in memory that torch never has.
-        let beside = match self.one_host {
-            true => bytes - arrived + self.arriving.max(arrived),
-            false => self.arriving.max(bytes - arrived) + arrived,
+        let own = bytes - arrived;
+        let beside = match self.apart {
+            [true, true] => own + arrived.max(self.arriving),
+            [true, false] => own.max(self.arriving) + arrived,
+            [false, true] => bytes + self.arriving,
+            [false, false] => bytes.max(self.arriving),
         };
         self.weights + self.gradients + self.optimizer + beside
     }
@@ -86,15 +88,16 @@ fn need((config, load): (&RunConfig, f64), mesh: &Mesh, (place, parts): (usize, 
     let master = precision.master().elt_size_in_bytes() as i64;
     let trained: i64 = table.specs().iter().filter(|spec| spec.trained()).map(ParamSpec::numel).sum();
     let shares = shares(&table, |role| holders(config, mesh, place, role), BUCKET_BYTES as i64 / master, |spec| state_bytes(config, spec));
-    let moments = 2 * moment_bytes(config);
-    let on_host = master + moments + if config.ema.decay > 0.0 { 2 * master } else { 0 };
+    // A copy for checkpoints; the averages, the newest masters and the averages' copy.
+    let on_host = master + 2 * moment_bytes(config) + if config.ema.decay > 0.0 { 3 * master } else { 0 };
+    let by_copy_engine = config.run.device == DeviceChoice::Cuda && config.parallel.transport == Transport::Peer;
     let mut need = Need {
         layers: stages.iter().map(|part| part.layers.clone()).collect(),
         parameters: table.numel(),
         weights: table.specs().iter().map(|spec| weight_bytes(precision, spec)).sum(),
         gradients: trained * master,
         optimizer: most_owned(mesh, place, &shares, |share, _| share.state),
-        one_host: mesh.nodes.iter().all(|&node| node == 0),
+        apart: [mesh.ep > 1, near(mesh, place)].map(|near| near && by_copy_engine),
         host: most_owned(mesh, place, &shares, |share, _| share.elements * on_host),
         arriving: most_owned(mesh, place, &shares, |share, ranks| share.elements * (ranks as i64 - 1) * master),
         ..Default::default()
@@ -166,6 +169,14 @@ fn most_kept(actions: &[Action], of_stage: &[PerMicroBatch]) -> Kept {
         most = most.max(now);
     }
     most
+}
+
+/// Is every group of this place that gradients cross on one host?
+fn near(mesh: &Mesh, place: usize) -> bool {
+    let places = [place, mesh.pp - 1 - place];
+    let mut nodes = places[..mesh.num_copies()].iter().flat_map(|place| &mesh.nodes[place * mesh.dp..][..mesh.dp]);
+    let first = nodes.next();
+    nodes.all(|node| Some(node) == first)
 }
 
 /// Ranks that hold a parameter alike (`zero::holders`).

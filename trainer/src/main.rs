@@ -167,7 +167,7 @@ fn run(command: Command) -> Result<ExitCode> {
         Command::Prepare(args) => {
             data::prepare(&args)?;
         }
-        Command::Train { config, set } => return in_world(|| RunConfig::load(&config, &set), Start::Fresh),
+        Command::Train { config, set } => return in_world(|| RunConfig::load(&config, &set)?.begins(), Start::Fresh),
         Command::Resume { run_dir, stop_after } => return in_world(|| load_resolved(&run_dir, stop_after), Start::Resume),
         Command::Checkpoint(command) => checkpoint_command(command)?,
         Command::Plan(args) => plan::run(args)?,

@@ -136,7 +136,6 @@ fn schedule(chosen: Schedule, pp: usize, micro_batches: usize, svg: Option<&Path
 
 fn a_run(config: &RunConfig, mesh: &Mesh, tokens: u64, (load, room): (f64, Option<f64>)) -> Result<()> {
     let notes = prove_schedules(config, mesh, tokens)?;
-    check_validation(config, mesh, None)?;
     let plan = Plan::new(&config.phase, &config.data.mixture);
     let nodes = mesh.nodes.last().map_or(1, |last| last + 1);
     println!("{} ranks on {nodes} node(s): pp {}, dp {}, ep {}, {}", mesh.world_size(), mesh.pp, mesh.dp, mesh.ep, mesh.schedule);
@@ -156,12 +155,15 @@ fn a_run(config: &RunConfig, mesh: &Mesh, tokens: u64, (load, room): (f64, Optio
         println!("{number:>6} {steps:>9} {:>18} {:>8} {:>7} {micro_batches:>20}", phase.tokens, phase.sequence_length, span(&|batch| batch));
     }
     notes.iter().for_each(|note| println!("{note}"));
+    if let Err(error) = check_validation(config, mesh, None) {
+        println!("it will not start: {error}"); // but where the held-out split has fewer
+    }
     let needs = needs(config, mesh, load, tokens)?;
     let most = memory(&needs, load);
     let host = needs.iter().map(|need| need.host).max().unwrap_or(0) as f64 / (1u64 << 30) as f64;
     let a_node = mesh.world_size().div_ceil(nodes) as f64 * host;
-    let averages = if config.ema.decay > 0.0 { " and its averages twice" } else { "" };
-    println!("on its host {host:.2} GiB a rank, {a_node:.2} a node: its masters and moments once, for checkpoints{averages}; beside it: the program, data on the way");
+    let averages = if config.ema.decay > 0.0 { " and its averages three times" } else { "" };
+    println!("on its host {host:.2} GiB a rank, {a_node:.2} a node: its masters and moments once, for checkpoints{averages}; beside it: the program, data on the way, a second tier's copies, and that memory for a GPU's copies comes in powers of two");
     ensure!(room.is_none_or(|room| most <= room), "a rank needs {most:.2} GiB and more, --gib is {}", room.unwrap_or(0.0));
     Ok(())
 }

@@ -29,7 +29,8 @@ use anyhow::{Context, Result};
 use corpus::Corpus;
 use kernels::ops::rope::RopeScaling;
 use parallel::comm::watched::{Watch, watched};
-use parallel::comm::{Comm, barrier};
+use parallel::comm::{Comm, Communicator, barrier};
+use parallel::mesh::Mesh;
 use start::{Restored, binary, check_free, prepare_dir, restore};
 use std::path::PathBuf;
 use std::time::Instant;
@@ -83,14 +84,7 @@ struct State {
 pub fn train(config: &RunConfig, world: Comm, start: Start, stop: &StopSignal) -> Result<Outcome> {
     device::open(config, &*world)?; // before the long part: a machine without what it needs says so at once
     // What every rank finds alike, one of them says.
-    let hosts = nodes(&*world)?;
-    let layout = config.layout(&hosts).and_then(|layout| match start {
-        Start::Fresh => prove_schedules(config, &layout, 0).map(|_| layout),
-        Start::Resume => Ok(layout), // proven once it is known where it stands
-    });
-    let layout = all_or_none(&*world, layout)?;
-    // Emulated nodes are one host's, which is lost with all of them.
-    let apart = if hosts.iter().any(|&host| host > 0) { hosts } else { layout.nodes.clone() };
+    let (layout, apart) = lay_out(config, &*world, start)?;
     let (world, watch) = watched(device::connect(config, &layout, world)?);
     let plan = Plan::new(&config.phase, &config.data.mixture);
     let free = if world.rank() == 0 && start == Start::Fresh { check_free(&config.run.dir) } else { Ok(()) };
@@ -154,13 +148,26 @@ pub fn train(config: &RunConfig, world: Comm, start: Start, stop: &StopSignal) -
         memory_said: false,
     };
     let _reporter = Reporter::start(&run.watch, &config.run.dir, run.world.rank());
-    let said = run.announce(start, &[notes, schedules, run.corpus.notes.clone()].concat());
-    let outcome = said.and_then(|()| run.steps(stop)).and_then(|finished| run.finish(finished));
+    let notes = [notes, schedules, run.corpus.notes.clone()].concat();
+    let outcome = run.announce(start, &notes).and_then(|()| run.steps(stop)).and_then(|finished| run.finish(finished));
     if outcome.is_err() && run.trainer.weights.device().is_cuda() {
+        run.saver.removed();
         // The process is about to end. NCCL gives a communicator back together with its peers, and these wait for this rank.
         std::mem::forget(run);
     }
     outcome
+}
+
+/// And what is lost together: emulated nodes of one host are, where there are several.
+fn lay_out(config: &RunConfig, world: &dyn Communicator, start: Start) -> Result<(Mesh, Vec<usize>)> {
+    let hosts = nodes(world)?;
+    let layout = config.layout(&hosts).and_then(|layout| match start {
+        Start::Fresh => prove_schedules(config, &layout, 0).map(|_| layout),
+        Start::Resume => Ok(layout), // proven once it is known where it stands
+    });
+    let layout = all_or_none(world, layout)?;
+    let apart = if hosts.iter().any(|&host| host > 0) { hosts } else { layout.nodes.clone() };
+    Ok((layout, apart))
 }
 
 impl Run<'_> {

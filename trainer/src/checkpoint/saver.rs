@@ -180,7 +180,8 @@ impl Saver {
         }));
     }
 
-    fn removed(&mut self) {
+    /// What is being removed is gone.
+    pub fn removed(&mut self) {
         self.removing.take().into_iter().for_each(|thread| thread.join().expect("what cannot be removed is said"));
     }
 }

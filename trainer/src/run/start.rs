@@ -94,7 +94,7 @@ pub fn prove_schedules(config: &RunConfig, mesh: &Mesh, tokens: u64) -> Result<V
 pub fn check_validation(config: &RunConfig, mesh: &Mesh, there: Option<u64>) -> Result<()> {
     let (wanted, dp, ep) = (config.validation.sequences, mesh.dp as u64, mesh.ep);
     let sequences = there.map_or(wanted, |there| wanted.min(there));
-    if ep == 1 || config.validation.every == 0 || sequences % dp == 0 {
+    if ep == 1 || config.validation.every == 0 || sequences.is_multiple_of(dp) {
         return Ok(());
     }
     let most = sequences.max(dp) / dp * dp;
