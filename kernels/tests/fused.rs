@@ -178,6 +178,7 @@ fn rms_norm_is_the_cpus() {
         (517, 7168, Want::BOTH),
         (4096, 1536, Want::COLUMNS),
         (3, 16384, Want::BOTH),
+        (300, 5120, Want::BOTH), // a row of three warps
     ] {
         for rule in RULES {
             let (x, weight) = (random(gpu, &[t, d], 0.3) * 2.0, random(gpu, &[d], 1.0));

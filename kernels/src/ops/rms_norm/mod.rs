@@ -17,6 +17,10 @@ const TEXT: &str = include_str!("rms_norm.cu");
 const BLOCKS: i64 = 132;
 /// The widest row that backward's block of threads holds, eight columns each.
 const WIDEST: i64 = 7168;
+/// Columns of a row that a warp of `by_rows` holds, and its blocks' threads at least and at most: HELD and MOST_THREADS there.
+const HELD_BY_WARP: i64 = 8 * 8 * 32;
+const BLOCK: i64 = 128;
+const MOST_THREADS: i64 = 512;
 
 /// Backward's threads of a row of `d`, and rows at a time: with more than 768 threads registers get short.
 fn backward_threads(d: i64) -> [i64; 2] {
@@ -58,10 +62,10 @@ fn kernel(device: Device, entry: &str, rule: ScaleRule, d: i64) -> Arc<Kernel> {
     device::gpu(device).kernel(&key, entry, source).expect("our own kernels compile and load")
 }
 
-/// Whether the CUDA kernels take it: BF16 rows of whole sixteens.
+/// Whether the CUDA kernels take it: BF16 rows of whole sixteens, not wider than a block holds.
 fn on_gpu(x: &Tensor) -> bool {
     let d = x.size()[x.dim() - 1];
-    x.device().is_cuda() && x.dim() == 2 && x.kind() == Kind::BFloat16 && d % 16 == 0
+    x.device().is_cuda() && x.dim() == 2 && x.kind() == Kind::BFloat16 && d % 16 == 0 && d <= MOST_THREADS / 32 * HELD_BY_WARP
 }
 
 /// x [T, D], weight [D] → y [T, D] and rstd [T, 1], which backward needs beside x.
@@ -143,6 +147,8 @@ fn by_rows(x: &Tensor, add: Option<(&Tensor, &Tensor)>, norm: Option<(&Tensor, &
     let (t, d) = x.size2().expect("x is [T, D]");
     let rstd = Tensor::empty([t, 1], (Kind::Float, x.device()));
     let kernel = kernel(x.device(), "by_rows", ScaleRule::Amax, 1);
+    let threads = 32 * ((d + HELD_BY_WARP - 1) / HELD_BY_WARP).max(1);
+    let rows = (BLOCK / threads).max(1);
     Launch::new(device::gpu(x.device()), &kernel)
         .early()
         .tensor(x, Kind::BFloat16)
@@ -152,8 +158,10 @@ fn by_rows(x: &Tensor, add: Option<(&Tensor, &Tensor)>, norm: Option<(&Tensor, &
         .tensor_or_null(norm.map(|(_, y)| y), Kind::BFloat16)
         .tensor(&rstd, Kind::Float)
         .float(eps as f32)
+        .int(t)
         .int(d)
-        .run(Shape { grid: [t as usize, 1], block: 128, shared_bytes: 0 });
+        .int(threads)
+        .run(Shape { grid: [((t + rows - 1) / rows) as usize, 1], block: (rows * threads) as usize, shared_bytes: 0 });
     rstd
 }
 

@@ -2,49 +2,62 @@
 // which fall out of the residual sum before it. Follows tile.cuh.
 //
 // Defined from outside, for backward: ROW, the threads of a row, 8 · ROW ≥ C, and ROWS at a time.
-constexpr int ROW_THREADS = 128;
 
-// One block a row: sum = x + y in BF16 (null: x is the sum), rstd of the row as rounded, and, where there is a weight and no
-// y, x normed by it.
-extern "C" __global__ void __launch_bounds__(ROW_THREADS)
-    by_rows(const u16* x, const u16* y, u16* sum, const u16* weight, u16* normed, float* rstd, float eps, int C) {
+// Eights of a row that a thread of its statistics holds at most, and threads of a block at most.
+constexpr int HELD = 8, MOST_THREADS = 512;
+
+// A row to `threads` threads, which are whole warps: sum = x + y in BF16 (null: x is the sum), rstd of the row as rounded,
+// and, where there is a weight and no y, x normed by it. All is on its way at once, and read once.
+extern "C" __global__ void __launch_bounds__(MOST_THREADS)
+    by_rows(const u16* x, const u16* y, u16* sum, const u16* weight, u16* normed, float* rstd, float eps, int R, int C,
+            int threads) {
+  __shared__ float of_warp[MOST_THREADS / 32];
+  const int group = threadIdx.x / threads, at = (threadIdx.x - group * threads) * 8, step = threads * 8;
+  const int row = blockIdx.x * (blockDim.x / threads) + group;
+  if (row >= R) return;  // all of a group, which has a barrier of its own
+  const long long first = (long long)row * C + at;
   begin();
-  const long long row = (long long)blockIdx.x * C;
+  uint4 held[HELD], more[HELD];
+#pragma unroll
+  for (int i = 0; i < HELD; i++) {
+    const bool there = at + i * step < C;
+    held[i] = load_eight(x + first + i * step, there);
+    more[i] = load_eight((y ? y : weight) + (y ? first : at) + i * step, there && (y || weight));
+  }
   float squares = 0;
-#pragma unroll 4
-  for (int at = threadIdx.x * 8; at < C; at += ROW_THREADS * 8) {
-    float v[8];
-    unpack_bf16(v, __ldg((const uint4*)(x + row + at)));
+#pragma unroll
+  for (int i = 0; i < HELD; i++) {
+    float v[8], w[8];
+    unpack_bf16(v, held[i]), unpack_bf16(w, more[i]);
     if (y) {
-      float w[8];
-      unpack_bf16(w, __ldg((const uint4*)(y + row + at)));
 #pragma unroll
-      for (int i = 0; i < 8; i++) v[i] += w[i];
-      const uint4 rounded = bf16_eight(v);
-      *(uint4*)(sum + row + at) = rounded;
-      unpack_bf16(v, rounded);
+      for (int c = 0; c < 8; c++) v[c] += w[c];
+      held[i] = bf16_eight(v);
+      if (at + i * step < C) *(uint4*)(sum + first + i * step) = held[i];
     }
+    unpack_bf16(v, held[i]);
 #pragma unroll
-    for (int i = 0; i < 8; i++) squares += v[i] * v[i];
+    for (int c = 0; c < 8; c++) squares += v[c] * v[c];
   }
 #pragma unroll
-  for (int step = 16; step; step /= 2) squares += __shfl_xor_sync(~0u, squares, step);
-  __shared__ float of_warp[ROW_THREADS / 32];
-  if (threadIdx.x % 32 == 0) of_warp[threadIdx.x / 32] = squares;
-  __syncthreads();
-  squares = of_warp[0];
-#pragma unroll
-  for (int w = 1; w < ROW_THREADS / 32; w++) squares += of_warp[w];
+  for (int lane = 16; lane; lane /= 2) squares += __shfl_xor_sync(~0u, squares, lane);
+  if (threads > 32) {
+    if (threadIdx.x % 32 == 0) of_warp[threadIdx.x / 32] = squares;
+    asm volatile("bar.sync %0, %1;" ::"r"(1 + group), "r"(threads) : "memory");
+    squares = 0;
+    for (int w = 0; w < threads / 32; w++) squares += of_warp[group * (threads / 32) + w];
+  }
   const float scale = 1.0f / sqrtf(squares / C + eps);
-  if (threadIdx.x == 0) rstd[blockIdx.x] = scale;
+  if (at == 0) rstd[row] = scale;
   if (!weight) return;
-#pragma unroll 4
-  for (int at = threadIdx.x * 8; at < C; at += ROW_THREADS * 8) {  // from L1
-    float v[8], w[8];
-    unpack_bf16(v, __ldg((const uint4*)(x + row + at))), unpack_bf16(w, __ldg((const uint4*)(weight + at)));
 #pragma unroll
-    for (int i = 0; i < 8; i++) v[i] = v[i] * scale * w[i];
-    *(uint4*)(normed + row + at) = bf16_eight(v);
+  for (int i = 0; i < HELD; i++) {
+    if (at + i * step >= C) continue;
+    float v[8], w[8];
+    unpack_bf16(v, held[i]), unpack_bf16(w, more[i]);
+#pragma unroll
+    for (int c = 0; c < 8; c++) v[c] = v[c] * scale * w[c];
+    *(uint4*)(normed + first + i * step) = bf16_eight(v);
   }
 }
 
