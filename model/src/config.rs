@@ -155,7 +155,7 @@ impl ModelConfig {
         let open = experts / self.n_group * self.topk_group;
         check((1..=open).contains(&self.num_experts_per_tok), "num_experts_per_tok", self.num_experts_per_tok, &format!("must be between 1 and the {open} experts of topk_group groups"))?;
         let renormalised = self.scoring_func == Scoring::Softmax && self.norm_topk_prob;
-        check(!renormalised, "norm_topk_prob", 1, "must be false with softmax scoring: transformers' DeepSeek-V2 does not renormalise")?;
+        check(!renormalised, "norm_topk_prob", self.norm_topk_prob, "must be false with softmax scoring: transformers' DeepSeek-V2 does not renormalise")?;
         let group_size = experts / self.n_group;
         check(self.scoring_func == Scoring::Softmax || group_size >= 2 || self.n_group == 1, "n_group", self.n_group, "sigmoid scoring sums a group's two best experts, so a group needs two")
     }

@@ -106,17 +106,13 @@ pub fn parse_config(value: &Value) -> Result<ModelConfig, serde_json::Error> {
     let pick = |from: &Value, keys: &[&str]| -> serde_json::Map<String, Value> {
         keys.iter().filter_map(|&key| from.get(key).filter(|value| !value.is_null()).map(|value| (key.to_string(), value.clone()))).collect()
     };
-    for (key, only) in [("attention_bias", json!(false)), ("rope_interleave", json!(true)), ("tie_word_embeddings", json!(false)), ("moe_layer_freq", json!(1)), ("hidden_act", json!("silu"))] {
+    for (key, only) in [("attention_bias", json!(false)), ("rope_interleave", json!(true)), ("tie_word_embeddings", json!(false)), ("moe_layer_freq", json!(1)), ("hidden_act", json!("silu")), ("mlp_bias", json!(false))] {
         if let Some(other) = value.get(key).filter(|&given| !given.is_null() && *given != only) {
             return Err(serde_json::Error::custom(format!("{key} = {other}: only {only} is implemented")));
         }
     }
     let mut ours = pick(value, &KEYS);
-    if value["model_type"] == "deepseek_v2" {
-        // transformers 5 does not write what all of that class have.
-        ours.entry("scoring_func").or_insert(json!("softmax"));
-        ours.entry("norm_topk_prob").or_insert(json!(false));
-    }
+    kind_of_model(value, &mut ours)?;
     let rope = ["rope_parameters", "rope_scaling"].iter().find_map(|&key| value.get(key).filter(|rope| rope.is_object()));
     if let Some(theta) = rope.and_then(|rope| rope.get("rope_theta")) {
         ours.insert("rope_theta".into(), theta.clone());
@@ -134,6 +130,34 @@ pub fn parse_config(value: &Value) -> Result<ModelConfig, serde_json::Error> {
         ours.insert("rope_scaling".into(), Value::Object(yarn));
     }
     serde_json::from_value(Value::Object(ours))
+}
+
+/// What transformers does not write of a class, and what of another class would be read as something else.
+fn kind_of_model(value: &Value, ours: &mut serde_json::Map<String, Value>) -> Result<(), serde_json::Error> {
+    let missing: Vec<(&str, Value)> = match (value["model_type"].as_str(), value["topk_method"].as_str()) {
+        (None, _) => Vec::new(),
+        (Some("deepseek_v3"), None | Some("noaux_tc")) => vec![("n_group", json!(8)), ("topk_group", json!(4)), ("routed_scaling_factor", json!(2.5))],
+        (Some("deepseek_v2"), method @ (None | Some("greedy" | "group_limited_greedy"))) => {
+            if method != Some("group_limited_greedy") {
+                // It has groups, and does not look at them.
+                ours.extend(["n_group", "topk_group"].map(|key| (key.to_string(), json!(1))));
+            }
+            vec![("scoring_func", json!("softmax")), ("norm_topk_prob", json!(false))]
+        }
+        (Some(kind @ ("deepseek_v2" | "deepseek_v3")), Some(method)) => {
+            let known = if kind == "deepseek_v3" { "\"noaux_tc\"" } else { "\"greedy\" or \"group_limited_greedy\"" };
+            return Err(serde_json::Error::custom(format!("topk_method = {method:?}: only {known} is implemented for {kind}")));
+        }
+        (Some(other), _) => return Err(serde_json::Error::custom(format!("model_type = {other:?}: only \"deepseek_v3\" or \"deepseek_v2\" is implemented"))),
+    };
+    for (key, default) in missing {
+        ours.entry(key).or_insert(default);
+    }
+    match &value["quantization_config"]["weight_block_size"] {
+        Value::Null => Ok(()),
+        blocks if *blocks == json!([128, 128]) => Ok(()),
+        other => Err(serde_json::Error::custom(format!("weight_block_size = {other}: only [128,128] is implemented"))),
+    }
 }
 
 /// What transformers' YaRN knows besides, where it is not what ours does.

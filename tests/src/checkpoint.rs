@@ -131,8 +131,21 @@ fn the_one_before_stays_until_somebody_answers_for_the_newest() {
     assert_eq!(steps(), [3]);
     run_beside(saver.take_copy().into_iter().collect(), || ());
     while saver.poll(&*solo()).expect("a poll").is_none() {}
+    saver.removed();
+    assert_eq!(steps(), [3, 4], "of a state that nobody has looked at since");
+    let mut skipping = head(5);
+    skipping.progress.guard.in_a_row = 1;
+    let skipped = skipping.progress.guard.clone();
+    saver.begin(&*solo(), skipping, parts()).expect("a save begins");
+    saver.wait(&*solo()).expect("an end");
+    saver.removed();
+    assert_eq!(steps(), [3, 4, 5], "the state may be the reason that a step was skipped");
+    saver.remove_old(5, &skipped);
+    saver.removed();
+    assert_eq!(steps(), [3, 4, 5]);
+    saver.remove_old(6, &skipped);
     drop(saver);
-    assert_eq!(steps(), [4], "a step has gone well meanwhile");
+    assert_eq!(steps(), [4, 5], "a step has gone well meanwhile");
 }
 
 #[test]

@@ -188,14 +188,18 @@ fn what_would_be_another_model_is_refused() {
         ("attention_bias", json!(true)),
         ("rope_interleave", json!(false)),
         ("moe_layer_freq", json!(2)),
+        ("mlp_bias", json!(true)),
+        ("model_type", json!("deepseek_v32")),
+        ("topk_method", json!("greedy")),
         ("rope_scaling", json!({"rope_type": "linear", "factor": 2.0})),
         ("rope_scaling", yarn("attention_factor", json!(1.3))),
         ("rope_scaling", yarn("truncate", json!(false))),
+        ("quantization_config", json!({"weight_block_size": [64, 64]})),
     ] {
         let mut value = config_json(&tiny(), "float32");
         value[key] = other;
         let error = parse_config(&value).expect_err(key).to_string();
-        assert!(error.contains(" is implemented") && (key == "rope_scaling" || error.contains(key)) || error.contains("linear"), "{error}");
+        assert!(error.contains(" is implemented") && (["rope_scaling", "quantization_config"].contains(&key) || error.contains(key)) || error.contains("linear"), "{error}");
     }
 }
 
@@ -219,6 +223,17 @@ fn deepseek_v2_scores_by_softmax_where_its_config_does_not_say() {
     let mut value = config_json(&softmax, "float32");
     value.as_object_mut().expect("an object").retain(|key, _| !["scoring_func", "norm_topk_prob"].contains(&key.as_str()));
     assert_eq!(parse_config(&value).expect("a config"), softmax);
+    // Its greedy routing does not look at groups.
+    value["topk_method"] = json!("greedy");
+    assert_eq!(parse_config(&value).expect("a config"), ModelConfig { n_group: 1, topk_group: 1, ..softmax });
+}
+
+#[test]
+fn deepseek_v3_has_its_own_routing_where_its_config_does_not_say() {
+    let mut value = config_json(&ModelConfig { n_routed_experts: 16, ..tiny() }, "float32");
+    value.as_object_mut().expect("an object").retain(|key, _| !["n_group", "topk_group", "routed_scaling_factor"].contains(&key.as_str()));
+    let read = parse_config(&value).expect("a config");
+    assert_eq!((read.n_group, read.topk_group, read.routed_scaling_factor), (8, 4, 2.5));
 }
 
 #[test]

@@ -145,6 +145,22 @@ fn an_import_never_enters_a_run() {
 }
 
 #[test]
+fn an_import_leaves_no_tensor_and_no_depth_out() {
+    let subject = Subject::new(&small(), Precision::F32, 65, 8);
+    let (exported, dir) = (subject.export("all-known"), scratch().join("all-known-imported"));
+    let refused = || format!("{:#}", import(&exported, &dir).expect_err("refused"));
+    let (extra, name) = (exported.join("extra.safetensors"), "model.layers.0.self_attn.indexer.wk.weight");
+    Tensor::write_safetensors(&[(name, &Tensor::zeros([2, 2], (Kind::Float, tch::Device::Cpu)))], &extra).expect("written");
+    assert!(refused().contains("holds 1 tensors that the model of its config.json does not have, such as ") && refused().contains(name), "{}", refused());
+    std::fs::remove_file(extra).expect("it goes");
+    let path = exported.join("config.json");
+    let mut config: Value = serde_json::from_slice(&std::fs::read(&path).expect("a config")).expect("JSON");
+    config["num_nextn_predict_layers"] = 2.into();
+    std::fs::write(&path, config.to_string()).expect("written");
+    assert!(refused().contains("num_nextn_predict_layers = 2: only 0 and 1"), "{}", refused());
+}
+
+#[test]
 fn an_import_in_many_files_holds_what_it_does_in_one() {
     const BYTES: i64 = 10_000;
     let subject = Subject::new(&small(), Precision::F32, 64, 8);

@@ -71,7 +71,10 @@ fn a_run_keeps_what_it_makes_and_where_it_is_told() {
         (["run.dir=~/runs/a", "run.seed=2"], ["run.dir = \"~/runs/a\"", "~ and $ are for a shell to replace"]),
         (["run.dir=$SCRATCH/a", "run.seed=2"], ["run.dir = \"$SCRATCH/a\"", "~ and $ are for a shell to replace"]),
     ] {
-        misconfigured(&Run::new("kept-where", &set), &parts);
+        let run = Run::new("kept-where", &set);
+        misconfigured(&run, &parts);
+        let args = run.train_args();
+        refused(&[&["plan".into(), "run".into(), args[2].clone()], &args[3..]].concat(), &parts);
     }
     assert!(!Path::new("~").exists());
 }

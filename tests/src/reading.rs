@@ -45,8 +45,8 @@ fn what_cannot_be_read_is_not_taken_for_damage() {
     symlink(&file, &file).expect("a link");
     for error in newest() {
         let error = error.expect_err("nothing is passed over");
-        assert!(error.starts_with(&format!("{} could not be read and may be whole", newer.display())), "{error}");
-        assert!(error.contains("on rank 1, cannot read ") && error.contains("shard-00001"), "{error}");
+        assert!(error.starts_with(&format!("rank 1: {} could not be read and may be whole", newer.display())), "{error}");
+        assert!(error.contains(": cannot read ") && error.contains("shard-00001"), "{error}");
     }
     // Gone, it is not what was written; one of which another file is damaged gives way, too.
     fs::remove_file(&file).expect("it goes");

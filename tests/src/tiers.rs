@@ -283,6 +283,22 @@ fn a_run_that_was_moved_says_where_its_copies_are_and_takes_none_of_its_original
 }
 
 #[test]
+fn newer_copies_are_not_passed_over_by_a_start_that_looks_elsewhere() {
+    let (run, dir) = crashed("elsewhere");
+    let another = scratch().join("tier-elsewhere-another");
+    fs::create_dir_all(&another).expect("a folder");
+    for (every, dir) in [(0, &dir), (1, &another)] {
+        let mut config = run.config();
+        (config.checkpoint.second_tier.every, config.checkpoint.second_tier.dir) = (every, dir.clone());
+        let resumed = || run_local(RANKS, |world| train(&config, world, Start::Resume, &StopSignal::default()).map(|_| ()));
+        let error = resumed().remove(3).expect_err("refused").to_string();
+        assert!(error.contains("has newer copies (step-00000010-") && error.contains(&format!("every = {every} and dir = {}", dir.display())), "{error}");
+    }
+    go(&run, Start::Resume, Some(10)).expect("as before");
+    assert!(run.newest_checkpoint().ends_with("step-00000010"));
+}
+
+#[test]
 fn what_a_node_holds_of_a_run_that_was_removed_counts_for_nothing() {
     let (removed, dir) = crashed("replaced");
     let away = dir.with_file_name("tier-replaced-away");

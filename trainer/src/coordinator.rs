@@ -45,15 +45,17 @@ pub fn gather_layout(world: &dyn Communicator, device: &str, threads: usize) -> 
     gather_bytes(world, &serde_json::to_vec(&mine)?)?.iter().map(|bytes| Ok(serde_json::from_slice(bytes)?)).collect()
 }
 
-/// Every rank must show the same facts (binary, config, data …); the error names the rank and the fact.
+/// Every rank must show the same facts (binary, config, data …); the error names the first other rank, the fact, and its first other line.
 pub fn agree(world: &dyn Communicator, facts: &[(&str, String)]) -> Result<()> {
     let all = gather_bytes(world, &serde_json::to_vec(facts)?)?;
     let mut verdict: Result<(), String> = Ok(());
+    let line = |text: &str, at: usize| text.lines().nth(at).unwrap_or("nothing").to_string();
     for (rank, bytes) in all.iter().enumerate() {
         let theirs: Vec<(String, String)> = serde_json::from_slice(bytes)?;
         for ((name, mine), (_, other)) in facts.iter().zip(&theirs) {
-            if world.rank() == 0 && mine != other {
-                verdict = Err(format!("rank {rank} has another {name} than rank 0: {other} against {mine}"));
+            if world.rank() == 0 && mine != other && verdict.is_ok() {
+                let at = mine.lines().zip(other.lines()).take_while(|(mine, other)| mine == other).count();
+                verdict = Err(format!("rank {rank} has another {name} than rank 0: {} against {}", line(other, at), line(mine, at)));
             }
         }
     }
@@ -99,5 +101,19 @@ impl StopSignal {
     }
     pub fn raised(&self) -> bool {
         self.0.load(Ordering::Relaxed)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::agree;
+    use parallel::comm::local::run_local;
+
+    #[test]
+    fn ranks_that_differ_are_told_by_the_first_and_its_line() {
+        let config = |rank: usize| ["[run]\nseed = 7\n", "[run]\nseed = 7\n", "[run]\nseed = 8\n", "[run]\n"][rank].to_string();
+        let said = run_local(4, |world| agree(&*world, &[("binary", "same".into()), ("config", config(world.rank()))]).expect_err("they differ").to_string());
+        assert_eq!(said, ["rank 2 has another config than rank 0: seed = 8 against seed = 7"; 4]);
+        assert!(run_local(2, |world| agree(&*world, &[("config", config(world.rank()))])).iter().all(Result::is_ok));
     }
 }

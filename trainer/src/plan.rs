@@ -98,6 +98,7 @@ pub fn run(args: Args) -> Result<()> {
             ensure!(ranks <= 1 << 20, "--ranks {ranks}: at most {}", 1 << 20);
             ensure!((1.0..=1e3).contains(&load), "--load {load}: must be from 1 to 1000");
             let config = RunConfig::load(&config, &set)?;
+            let config = if from_tokens == 0 { config.begins()? } else { config };
             let per_node = if ranks_per_node == 0 { ranks } else { ranks_per_node };
             let mesh = config.layout(&(0..ranks).map(|rank| rank / per_node).collect::<Vec<_>>())?;
             a_run(&config, &mesh, from_tokens, (load, gib))

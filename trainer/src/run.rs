@@ -16,7 +16,7 @@ pub use record::GaveUp;
 pub use start::{check_validation, prove_schedules, resolved};
 
 use crate::checkpoint::second_tier::SecondTier;
-use crate::checkpoint::{Cursor, Progress, Retention, Saver, set_aside};
+use crate::checkpoint::{Cursor, Progress, Retention, Saver};
 use crate::config::RunConfig;
 use crate::coordinator::{StopSignal, agree, all_or_none, nodes};
 use crate::device;
@@ -31,7 +31,7 @@ use kernels::ops::rope::RopeScaling;
 use parallel::comm::watched::{Watch, watched};
 use parallel::comm::{Comm, Communicator, barrier};
 use parallel::mesh::Mesh;
-use start::{Restored, binary, check_free, prepare_dir, restore};
+use start::{Restored, binary, check_free, ready_dir, restore};
 use std::path::PathBuf;
 use std::time::Instant;
 
@@ -110,17 +110,14 @@ pub fn train(config: &RunConfig, world: Comm, start: Start, stop: &StopSignal) -
     let Restored { state, newest: last_checkpoint, damaged, notes } = restore((config, start, tier.as_ref()), &world, &mut trainer, &corpus)?;
     let schedules = all_or_none(&*world, prove_schedules(config, &layout, state.tokens))?;
     if start == Start::Resume {
-        corpus.look_for_files(&*world, state.cursor.order)?;
+        // A checkpoint on an order's edge, or at the end, reads nothing more of the order that it has reached.
+        let from = plan.at(state.tokens).map_or(state.cursor.order + 1, |moment| moment.order);
+        corpus.look_for_files(&*world, from)?;
     }
     // The run goes on from a checkpoint, or begins.
     tier.iter().for_each(if start == Start::Fresh { SecondTier::clear_place } else { SecondTier::clear });
     // Only now, with everything checked, is anything written.
-    let ready = match start {
-        Start::Fresh if world.rank() == 0 => prepare_dir(config),
-        Start::Resume if world.rank() == 0 => damaged.iter().try_for_each(|path| set_aside(path).map(drop)),
-        _ => Ok(()),
-    };
-    all_or_none(&*world, ready)?;
+    ready_dir(config, start, &damaged, &*world)?;
     trainer.seal()?;
     let metrics = all_or_none(&*world, Metrics::open(&config.run.dir, (world.rank(), world.size()), state.step, plan.num_steps()))?;
     let retention = Retention { last: config.checkpoint.keep_last, every: config.checkpoint.keep_every };
@@ -195,7 +192,7 @@ impl Run<'_> {
             let report = self.trainer.step(&moment, &batches, stop.raised())?;
             self.stall_ms = self.stall_ms.map(|ms| ms + report.held_up.as_secs_f64() * 1e3);
             if !report.found.is_empty() {
-                self.mend(&report.found)?;
+                self.mend(&report.found, ", and the step is done again")?;
                 continue;
             }
             self.again = 0;
@@ -211,6 +208,7 @@ impl Run<'_> {
             self.judge(&report, moment.batch)?;
             let ended = self.saver.poll(&*self.world)?;
             self.saved(ended);
+            self.remove_old();
             if self.due(self.config.validation.every) {
                 self.validate(&mut mark)?;
             }
@@ -245,6 +243,7 @@ impl Run<'_> {
 
     fn finish(&mut self, finished: bool) -> Result<Outcome> {
         if finished && self.state.progress.validated != Some(self.state.step) {
+            self.verified()?;
             self.validate(&mut Instant::now())?;
         }
         self.save_whole()?;

@@ -148,7 +148,7 @@ pub fn load_whole(world: &dyn Communicator, path: &Path, load: &mut dyn FnMut(&m
         }
     }
     if let Some((rank, words)) = unread {
-        return Err(shared(format!("{} could not be read and may be whole (mend that, or move it away): on rank {rank}, {words}", path.display())));
+        return Err(shared(format!("rank {rank}: {} could not be read and may be whole (mend that, or move it away): {words}", path.display())));
     }
     all_or_none(world, loaded)?;
     Ok(Ok(()))

@@ -20,7 +20,7 @@ mod staging;
 
 pub use load::{Found, inspect, load, load_newest, load_whole, newest_whole, verify};
 pub use manifest::{Cursor, Manifest, Mesh, Progress};
-pub use place::copies;
+pub use place::{MARKER, copies};
 pub use read::Reader;
 pub use reshard::{Resharded, reshard};
 pub use retention::{Pruned, Retention, prune};

@@ -3,7 +3,7 @@ use anyhow::{Context, Result, bail};
 use std::path::{Path, PathBuf};
 
 /// There are whole copies: written when they are.
-pub(super) const MARKER: &str = "second-tier";
+pub const MARKER: &str = "second-tier";
 /// Tells a run from another that has the same place.
 const ID: &str = "second-tier-id";
 
@@ -41,10 +41,31 @@ pub(super) fn place_and_id(run_dir: &Path, dir: &Path, new: &str, fresh: bool) -
     Ok(format!("{place}/{id}"))
 }
 
+/// Removes the copies of a step from ROOT/node-N/step-STEP-ATTEMPT: whether there are others. Best effort, and a node's other ranks
+/// do the same.
+pub(super) fn forget(root: &Path, step: u64) -> bool {
+    let below = |folder: &Path| std::fs::read_dir(folder).into_iter().flatten().filter_map(|entry| Some(entry.ok()?.path())).collect::<Vec<_>>();
+    let name = format!("step-{step:08}-");
+    let is_one = |path: &PathBuf| path.file_name().is_some_and(|own| own.to_string_lossy().starts_with(&name));
+    let (gone, others): (Vec<_>, Vec<_>) = below(root).iter().flat_map(|node| below(node)).partition(is_one);
+    gone.iter().for_each(|path| drop(std::fs::remove_dir_all(path)));
+    !others.is_empty()
+}
+
 #[cfg(test)]
 mod tests {
-    use super::{ID, place_and_id};
+    use super::{ID, forget, place_and_id};
     use std::path::Path;
+
+    #[test]
+    fn one_step_s_copies_go_and_those_of_the_step_before_stay() {
+        let root = tempfile::tempdir().unwrap();
+        let copies = ["node-0/step-00000004-ab", "node-0/step-00000005-ab", "node-1/step-00000005-ab"].map(|path| root.path().join(path));
+        copies.iter().for_each(|path| std::fs::create_dir_all(path.join("rank-0")).unwrap());
+        assert!(forget(root.path(), 5));
+        assert_eq!(copies.each_ref().map(|path| path.exists()), [true, false, false]);
+        assert!(!forget(root.path(), 4) && !copies[0].exists());
+    }
 
     #[test]
     fn an_id_stays_and_half_of_one_or_a_path_is_none() {

@@ -69,7 +69,7 @@ impl Saver {
     /// whose end it returns; where the folder cannot be made, this one's too: nothing is under way then.
     pub fn begin(&mut self, world: &dyn Communicator, head: Manifest, parts: Vec<StatePart>) -> Result<Vec<Saved>> {
         let mut ended: Vec<Saved> = self.wait(world)?.into_iter().collect();
-        self.remove_old();
+        self.remove_old(head.step, &head.progress.guard);
         self.removed(); // before more is written
         let (place, began) = (Place::of(&self.run_dir, head.step), Instant::now());
         // One that all ranks have met is this save's; after one rank's own the others would wait for it.
@@ -109,11 +109,10 @@ impl Saver {
         Some(Box::new(move || copying.copy()))
     }
 
-    /// Collective, at the end of a step that found the state sound: the end of the save under way, once there is one. Costs a sum
-    /// of one number while one is, else nothing.
+    /// Collective: the end of the save under way, once there is one. Costs a sum of one number while one is, else nothing. What it
+    /// made too old stays until `remove_old`.
     pub fn poll(&mut self, world: &dyn Communicator) -> Result<Option<Saved>> {
         let Some(running) = &self.running else {
-            self.remove_old();
             return Ok(None);
         };
         assert!(self.copy.is_none(), "the state of step {} changed before its copy was made", running.head.step);
@@ -122,9 +121,7 @@ impl Saver {
             Stage::Committing(thread) => thread.as_ref().is_none_or(JoinHandle::is_finished),
         };
         let all = world.all_reduce(vec![Tensor::from_slice(&[done as i64])], Reduce::Min)?.wait()?;
-        let ended = if all[0].int64_value(&[0]) == 1 { self.advance(world)? } else { None };
-        self.remove_old();
-        Ok(ended)
+        if all[0].int64_value(&[0]) == 1 { self.advance(world) } else { Ok(None) }
     }
 
     /// Collective: until the save under way has ended. What it made too old stays until `remove_old`.
@@ -166,10 +163,11 @@ impl Saver {
         }
     }
 
-    /// What the newest save, whose state is sound, made too old. A large file goes slowly, and nobody has to wait for it but the
-    /// next save.
-    pub fn remove_old(&mut self) {
-        let Some(step) = self.unproven.take() else { return };
+    /// What the newest save made too old, unless its state may be why the steps after it, up to `now`, are skipped. A large file
+    /// goes slowly, and nobody has to wait for it but the next save.
+    pub fn remove_old(&mut self, now: u64, guard: &GuardState) {
+        let skipped = u64::from(guard.in_a_row);
+        let Some(step) = self.unproven.take_if(|step| skipped == 0 || *step + skipped < now) else { return };
         self.removed();
         let (run_dir, retention) = (self.run_dir.clone(), self.retention);
         self.removing = Some(spawn(move || {

@@ -9,7 +9,7 @@
 //!
 //! Invariants: a step's copies go only after all ranks have said that those of a later one are written; and where they can
 //! become no checkpoint for a reason that is not theirs (a full disk), the run ends and they stay.
-use super::place::{MARKER, place_and_id};
+use super::place::{MARKER, forget, place_and_id};
 use super::{Manifest, entries};
 use super::load::{Refused, check_file, first_error};
 use super::save::{Outline, Place, Written, at_hand, begin, commit, discard, share, write_shard};
@@ -17,7 +17,7 @@ use super::shard::{dtype, kind_named};
 use super::staging::{Copying, Piece, Staging};
 use crate::coordinator::{Shared, shared};
 use crate::state::{StatePart, StateReader};
-use anyhow::{Context, Result, anyhow, bail, ensure};
+use anyhow::{Context, Result, anyhow, ensure};
 use parallel::comm::{Communicator, TensorSpec, broadcast_bytes, gather_bytes};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -104,7 +104,7 @@ impl SecondTier {
         let there = section.dir.is_dir();
         let named = || anyhow!("rank {}: checkpoint.second_tier.dir = {}: there is no such folder", world.rank(), section.dir.display());
         if let Some(error) = first_error(world, if there { Ok(()) } else { Err(named()) })? {
-            bail!(error);
+            return Err(shared(format!("{error:#}")));
         }
         let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH)?.as_nanos() as u64;
         let attempt = String::from_utf8(broadcast_bytes(world, format!("{now:016x}").as_bytes(), 0)?)?;
@@ -130,6 +130,11 @@ impl SecondTier {
     /// What other runs of this place left on this node: one begins here, and what they took is mostly memory.
     pub fn clear_place(&self) {
         let _ = std::fs::remove_dir_all(self.place());
+    }
+
+    /// The folder of this run's copies, on every node.
+    pub fn root(&self) -> &Path {
+        &self.root
     }
 
     fn place(&self) -> &Path {
@@ -263,7 +268,7 @@ impl SecondTier {
                 Ok(plan) => plan,
                 Err(Refused { words, unread }) => {
                     discard(world, &place)?;
-                    return if unread { Err(anyhow!(words)) } else { Ok(Err(words)) };
+                    return if unread { Err(shared(words)) } else { Ok(Err(words)) };
                 }
             };
             if copied.is_empty() && refused.is_empty() {
@@ -304,6 +309,13 @@ impl SecondTier {
         let below = |above: Vec<PathBuf>| above.iter().map(|path| folders(path)).collect::<Result<Vec<_>>>().map(|all| all.concat());
         let shards = folders(&self.root).and_then(below).and_then(below)?;
         Ok(shards.into_iter().filter_map(Seen::at).collect())
+    }
+
+    /// The copies of this step on this node: of a state that nobody is to go on from.
+    pub fn forget(&self, step: u64) {
+        if !forget(&self.root, step) {
+            self.clear();
+        }
     }
 
     /// What other starts of the run left on this node: the run goes on from a checkpoint, or is over.

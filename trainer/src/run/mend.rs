@@ -2,7 +2,6 @@
 //! whole again the step is done again, on the same samples, and comes to what it would have come to.
 use super::Run;
 use crate::checkpoint::{load_whole, set_aside};
-use crate::checkpoint::second_tier::SecondTier;
 use crate::checks::{Finding, Place};
 use crate::coordinator::{all_or_none, shared};
 use anyhow::Result;
@@ -14,8 +13,8 @@ use std::path::{Path, PathBuf};
 pub struct StateLost(String);
 
 impl Run<'_> {
-    /// Collective; `found` is the same on every rank.
-    pub(super) fn mend(&mut self, found: &[Finding]) -> Result<()> {
+    /// Collective; `found` is the same on every rank. `then`: what follows, for people.
+    pub(super) fn mend(&mut self, found: &[Finding], then: &str) -> Result<()> {
         let step = self.state.step + 1;
         found.iter().for_each(|finding| self.metrics.event(self.state.step, "corruption", &format!("step {step}: {finding}")));
         self.again += 1;
@@ -24,10 +23,10 @@ impl Run<'_> {
             return Err(shared(words));
         }
         match found.iter().find(|finding| finding.place.lost()) {
-            Some(lost) => self.reload(lost)?,
+            Some(lost) => self.reload(lost, then)?,
             None if found.iter().any(|finding| finding.place == Place::Weight) => {
                 self.trainer.rewrite_weights()?;
-                let words = format!("step {step}: the weights are made again from the masters, and the step is done again");
+                let words = format!("step {step}: the weights are made again from the masters{then}");
                 self.metrics.event(self.state.step, "mended", &words);
             }
             None => self.metrics.event(self.state.step, "mended", &format!("step {step} is done again")),
@@ -38,11 +37,11 @@ impl Run<'_> {
     /// The state that is to be saved is whole, or was made so.
     pub(super) fn verified(&mut self) -> Result<()> {
         let found = self.trainer.verify()?;
-        if found.is_empty() { Ok(()) } else { self.mend(&found) }
+        if found.is_empty() { Ok(()) } else { self.mend(&found, "") }
     }
 
     /// Everything from a copy of this very step, where there is one.
-    fn reload(&mut self, lost: &Finding) -> Result<()> {
+    fn reload(&mut self, lost: &Finding, then: &str) -> Result<()> {
         let step = self.state.step;
         let lost_for_good = |why: &str| {
             let words = format!("state lost: {lost}, and {why} of step {step}; the run can go on from its newest whole checkpoint");
@@ -61,15 +60,15 @@ impl Run<'_> {
             self.set_aside(&path)?;
             return lost_for_good("so is the copy");
         }
-        self.saver.remove_old();
-        let words = format!("step {}: the state of step {step} is restored from {}, and the step is done again", step + 1, path.display());
+        self.remove_old();
+        let words = format!("step {}: the state of step {step} is restored from {}{then}", step + 1, path.display());
         self.metrics.event(step, "mended", &words);
         Ok(())
     }
 
     /// Its hashes are right, but of a state that was damaged before they were taken: nobody shall resume from it.
     fn set_aside(&mut self, path: &Path) -> Result<()> {
-        self.tier.iter().for_each(SecondTier::clear);
+        self.tier.iter().for_each(|tier| tier.forget(self.state.step)); // those of the step before may still be there
         all_or_none(&*self.world, if self.world.rank() == 0 { set_aside(path).map(drop) } else { Ok(()) })
     }
 

@@ -93,8 +93,12 @@ impl Run<'_> {
         if !whole(self) {
             return Err(shared(format!("there is no checkpoint of step {step}: see above")));
         }
-        self.saver.remove_old();
+        self.remove_old();
         Ok(())
+    }
+
+    pub(super) fn remove_old(&mut self) {
+        self.saver.remove_old(self.state.step, &self.trainer.guard.state);
     }
 
     /// No save is under way when it returns. The state that it wrote may be unsound.

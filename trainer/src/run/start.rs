@@ -3,7 +3,7 @@ use super::corpus::Corpus;
 use super::save::Waiting;
 use super::{Run, Start, State};
 use crate::checkpoint::second_tier::SecondTier;
-use crate::checkpoint::{self, copies, Cursor, Found, Manifest, Reader};
+use crate::checkpoint::{self, copies, Cursor, Found, Manifest, Reader, MARKER};
 use crate::config::RunConfig;
 use crate::coordinator::{all_or_none, gather_layout, shared};
 use crate::device;
@@ -12,11 +12,12 @@ use crate::phase::Plan;
 use crate::step::Trainer;
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use kernels::Precision;
-use parallel::comm::Comm;
+use parallel::comm::{Comm, Communicator, broadcast_bytes, gather_bytes};
 use parallel::mesh::Mesh;
 use std::collections::BTreeMap;
 use std::io::Write;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 /// BLAKE3 of the program that runs: ranks of two builds must not meet.
 pub(super) fn binary() -> Result<String> {
@@ -36,7 +37,18 @@ pub(super) fn check_free(dir: &Path) -> Result<()> {
     Ok(())
 }
 
-pub(super) fn prepare_dir(config: &RunConfig) -> Result<()> {
+/// Collective: the directory of a run that begins, or goes on without what is damaged.
+pub(super) fn ready_dir(config: &RunConfig, start: Start, damaged: &[PathBuf], world: &dyn Communicator) -> Result<()> {
+    let ready = match start {
+        Start::Fresh if world.rank() == 0 => prepare_dir(config),
+        Start::Resume if world.rank() == 0 => damaged.iter().try_for_each(|path| checkpoint::set_aside(path).map(drop)),
+        _ => Ok(()),
+    };
+    all_or_none(world, ready)?;
+    if start == Start::Fresh { all_see(world, &config.run.dir, PATIENCE) } else { Ok(()) }
+}
+
+fn prepare_dir(config: &RunConfig) -> Result<()> {
     let dir = &config.run.dir;
     remove_ours(&dir.join("log"), "rank-", ".jsonl")?;
     remove_ours(&dir.join("tensorboard"), "events.out.tfevents.", "")?;
@@ -57,6 +69,42 @@ pub(super) fn prepare_dir(config: &RunConfig) -> Result<()> {
         std::fs::File::open(dir)?.sync_all()
     };
     write().with_context(|| format!("cannot write {}", resolved.display()))
+}
+
+/// For how long a host's view of a shared file system may be an old one.
+const PATIENCE: Duration = Duration::from_secs(65);
+
+/// Collective: every rank sees what rank 0 has just written. In a directory of its own a host would write shards that no
+/// checkpoint ever gets.
+fn all_see(world: &dyn Communicator, dir: &Path, patience: Duration) -> Result<()> {
+    let (path, began) = (resolved(dir), Instant::now());
+    let read = || std::fs::read(&path).unwrap_or_default();
+    let written = broadcast_bytes(world, &if world.rank() == 0 { read() } else { Vec::new() }, 0)?;
+    let mut seen = read() == written;
+    while !seen && began.elapsed() < patience {
+        std::thread::sleep(Duration::from_millis(500));
+        seen = read() == written;
+    }
+    let unseen = || anyhow!("{} does not show what rank 0 has written there: run.dir must lie on a file system that all hosts share", path.display());
+    all_or_none(world, seen.then_some(()).ok_or_else(unseen))
+}
+
+/// Collective: newer copies are not passed over because this start looks elsewhere for them, or nowhere.
+fn check_copies(config: &RunConfig, tier: Option<&SecondTier>, reached: Option<u64>, world: &dyn Communicator) -> Result<()> {
+    let (dir, second) = (&config.run.dir, &config.checkpoint.second_tier);
+    let text = copies(dir).unwrap_or_default();
+    let text = String::from_utf8(broadcast_bytes(world, if world.rank() == 0 { text.as_bytes() } else { &[] }, 0)?)?;
+    let Some((label, root)) = text.trim_end().split_once(" in ") else { return Ok(()) };
+    let step = label.split('-').nth(1).and_then(|step| step.parse::<u64>().ok());
+    let elsewhere = tier.is_none_or(|tier| tier.root() != Path::new(root));
+    let there = gather_bytes(world, &[u8::from(elsewhere && Path::new(root).exists())])?;
+    if step <= reached || there.iter().all(|there| *there != [1]) {
+        return Ok(());
+    }
+    Err(shared(format!(
+        "{} has newer copies ({}) than its checkpoints, and with checkpoint.second_tier.every = {} and dir = {} nobody looks there: set these back to go on from them, or remove {} to do without them",
+        dir.display(), text.trim_end(), second.every, second.dir.display(), dir.join(MARKER).display()
+    )))
 }
 
 /// What an earlier try of this run wrote; nobody else's file.
@@ -148,6 +196,7 @@ pub(super) fn restore((config, start, tier): Begin, world: &Comm, trainer: &mut 
     }
     let dir = &config.run.dir;
     let Found { newest, damaged, mut notes } = checkpoint::load_newest(&**world, dir, tier, &mut |reader| trainer.load_all(reader))?;
+    check_copies(config, tier, newest.as_ref().map(|(_, manifest)| manifest.step), &**world)?;
     if newest.is_none() {
         tier.iter().for_each(|tier| tier.clear()); // the launcher is not to try again
     }
@@ -233,4 +282,34 @@ impl Run<'_> {
 /// Where `resume` finds the run's config.
 pub fn resolved(run_dir: &Path) -> PathBuf {
     run_dir.join("resolved.toml")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{all_see, resolved};
+    use parallel::comm::local::run_local;
+    use std::time::Duration;
+
+    #[test]
+    fn a_run_directory_that_is_another_on_a_host_is_told_and_a_late_view_waited_for() {
+        let folder = tempfile::tempdir().unwrap();
+        let dirs = ["0", "1", "2"].map(|rank| folder.path().join(rank));
+        dirs.iter().for_each(|dir| std::fs::create_dir(dir).unwrap());
+        let write = |rank: usize, text: &str| std::fs::write(resolved(&dirs[rank]), text).unwrap();
+        let seen = |patience| run_local(3, |world| all_see(&*world, &dirs[world.rank()], Duration::from_secs(patience)).map_err(|error| error.to_string()));
+        (0..3).for_each(|rank| write(rank, "this run"));
+        assert!(seen(0).iter().all(Result::is_ok));
+        write(1, "another run");
+        std::fs::remove_file(resolved(&dirs[2])).unwrap();
+        let said = seen(0);
+        assert!(said[0].as_ref().is_err_and(|error| error.starts_with("rank 1: ") && error.contains("share")), "{said:?}");
+        let late = std::thread::scope(|scope| {
+            scope.spawn(|| {
+                std::thread::sleep(Duration::from_millis(200));
+                (1..3).for_each(|rank| write(rank, "this run"));
+            });
+            seen(60)
+        });
+        assert!(late.iter().all(Result::is_ok), "{late:?}");
+    }
 }

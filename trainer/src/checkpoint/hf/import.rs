@@ -8,10 +8,11 @@ use crate::run::resolved;
 use anyhow::{Context, Result, ensure};
 use kernels::Precision;
 use kernels::fp8::Blocks;
-use model::hf::{Piece, parse_config, pieces};
+use model::config::ModelConfig;
+use model::hf::{Piece, copies, parse_config, pieces};
 use model::params::ParamSpec;
 use serde_json::Value;
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::path::{Path, PathBuf};
 use tch::{Device, Kind, Tensor};
 
@@ -29,12 +30,14 @@ pub fn import_in_files(folder: &Path, run_dir: &Path, file_bytes: usize) -> Resu
     let text = std::fs::read(&config_path).with_context(|| format!("cannot read {}", config_path.display()))?;
     let value: Value = serde_json::from_slice(&text).with_context(|| format!("{} is not JSON", config_path.display()))?;
     let mut model = parse_config(&value).with_context(|| format!("{}", config_path.display()))?;
-    let released = Folder::open(folder)?;
+    let (released, depth) = (Folder::open(folder)?, model.num_nextn_predict_layers);
+    ensure!(depth <= 1, "{}: num_nextn_predict_layers = {depth}: only 0 and 1 are implemented", config_path.display());
     let mtp = format!("model.layers.{}.enorm.weight", model.num_hidden_layers);
     model.num_nextn_predict_layers = released.tensors.contains_key(&mtp) as i64;
     model.validate()?;
     let kind = if released.any_double() { Kind::Double } else { Kind::Float };
     let table = table(&model);
+    released.check_all_known(&model, table.specs())?;
     let place = Place::of(run_dir, 0);
     let mut manifest = Manifest::imported(model, if kind == Kind::Double { Precision::F64 } else { Precision::F32 });
     if let Ok(tokenizer) = std::fs::read(folder.join("tokenizer.json")) {
@@ -120,6 +123,18 @@ impl Folder {
         }
         ensure!(!folder.tensors.is_empty(), "{} holds no .safetensors file", path.display());
         Ok(folder)
+    }
+
+    /// A tensor that has no place here would be left out, and the model be another one.
+    fn check_all_known(&self, model: &ModelConfig, specs: &[ParamSpec]) -> Result<()> {
+        let ours = specs.iter().flat_map(|spec| pieces(spec).into_iter().map(|piece| piece.name));
+        let known: HashSet<String> = ours.chain(copies(model).into_iter().map(|(name, _)| name)).collect();
+        // Older transformers saved what RoPE's table is made of.
+        let is_known = |name: &str| known.contains(name.strip_suffix("_scale_inv").unwrap_or(name)) || name.ends_with(".rotary_emb.inv_freq");
+        let mut unknown: Vec<&String> = self.tensors.keys().filter(|name| !is_known(name)).collect();
+        unknown.sort();
+        ensure!(unknown.is_empty(), "{} holds {} tensors that the model of its config.json does not have, such as {}", self.path.display(), unknown.len(), unknown[0]);
+        Ok(())
     }
 
     fn any_double(&self) -> bool {
