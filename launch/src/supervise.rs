@@ -97,13 +97,13 @@ impl Ended {
 
 /// The launcher's exit code.
 pub fn run(args: Args) -> Result<u8> {
-    let environment = Environment::read();
     if args.dry_run {
-        return dry_run(&args, &environment);
+        return dry_run(&args, &Environment::read());
     }
-    raise_file_limit();
-    // Before any process is started: a signal in between must not be lost.
+    // Before any process is started, also one that tells of the environment: a signal in between must not be lost.
     let mut signals = Signals::new([SIGINT, SIGTERM, SIGUSR1, SIGHUP])?;
+    let environment = Environment::read();
+    raise_file_limit();
     if let (Some(number @ 1..), Some(rdzv)) = (args.node_rank, &args.rdzv) {
         let search = if args.start_limit > 0.0 { Duration::from_secs_f64(args.start_limit) } else { Duration::MAX };
         return serve(&Node { number, host: host_name(), rdzv, secret: shared_secret(&args)?, silence: silence(&args), search }, signals);
@@ -238,6 +238,9 @@ impl Supervisor {
             Ok(None) => return Ok(None),
             Err(error) => return Ok(Some(Ended::before_a_rank(Class::CannotStart, &error))),
         };
+        if self.new_requests() {
+            return Ok(None);
+        }
         match Layout::new(&self.args, &self.environment, &hosts) {
             Ok(layout) => self.attempt(&command, &layout).map(Some),
             Err(error) => Ok(Some(Ended::before_a_rank(Class::Usage, &error))),
@@ -444,6 +447,8 @@ impl Supervisor {
             // What is there can be resumed.
             _ if self.stopped_between => STOPPED,
             _ if self.preempted => STOPPED_LATE,
+            // srun calls it so where it is told to end before its step is there.
+            Class::CannotStart if self.requests > 0 => STOPPED,
             // A rank that died while the others checkpointed: an older checkpoint may be there.
             Class::Killed | Class::OutOfMemory | Class::LinkLost | Class::Hung if self.requests > 0 => STOPPED_LATE,
             // The last checkpoint could not be written, or what it was to hold was damaged.

@@ -1,6 +1,6 @@
 //! The launcher over a real mpirun, with a stand-in for `tiefsee`: codes, restarts, hangs, signals, orphans.
 use std::fs;
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
@@ -319,6 +319,41 @@ fn signals_end_in_a_checkpoint_and_75() {
         assert!(run.dir().join("checkpoints").exists(), "{name}");
         assert_eq!(run.events(), ["started", "stop_requested", "ended"], "{name}");
     }
+}
+
+/// A stand-in for mpirun, which tells its version late.
+fn own_mpirun(run: &Run, started: &str) -> Started {
+    let (folder, dir) = (run.dir().join("bin"), run.dir().display());
+    fs::create_dir(&folder).expect("a folder");
+    let text = format!("#!/usr/bin/env bash\nif [ \"$1\" = --version ]; then touch {dir}/asked; sleep 0.5; exit; fi\n{started}\n");
+    fs::write(folder.join("mpirun"), text).expect("written");
+    fs::set_permissions(folder.join("mpirun"), fs::Permissions::from_mode(0o755)).expect("executable");
+    let path = format!("{}:{}", folder.display(), std::env::var("PATH").expect("a path"));
+    Started(Some(run.command("").env("PATH", path).spawn().expect("a launcher")))
+}
+
+#[test]
+fn a_signal_that_comes_while_the_environment_is_read_is_heard() {
+    let run = Run::new(1000, "");
+    let child = own_mpirun(&run, "exit 1");
+    wait("the question", || run.dir().join("asked").exists());
+    child.signal("USR1");
+    let output = child.output();
+    assert_eq!(output.status.code(), Some(75), "{}", text(&output));
+    assert_eq!(run.events(), ["stop_requested"]);
+}
+
+/// As srun, where it still waits for its nodes.
+#[test]
+fn ranks_that_cannot_start_because_of_a_request_are_stopped() {
+    let run = Run::new(1000, "");
+    let dir = run.dir().display();
+    let child = own_mpirun(&run, &format!("trap 'echo \"srun: error: Unable to create step for job 7: Job/step already completing\" >&2; exit 1' USR1; touch {dir}/begun; while :; do sleep 0.05; done"));
+    wait("the start", || run.dir().join("begun").exists());
+    child.signal("USR1");
+    let output = child.output();
+    assert_eq!(output.status.code(), Some(75), "{}", text(&output));
+    assert_eq!(run.events(), ["started", "stop_requested", "failed", "given_up"]);
 }
 
 /// A log that cannot be opened, as on a file system that does not answer.

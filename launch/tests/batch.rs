@@ -1,0 +1,91 @@
+//! The batch script with stand-ins for SLURM and for the launcher: what it passes on, and when it asks for another start.
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+/// Ends with 75 when told to, as one does whose ranks have checkpointed.
+const STOPS_WHEN_TOLD: &str = "trap 'exit 75' USR1 TERM; touch started; for ((tick = 0; tick < 600; tick++)); do /bin/sleep 0.05; done";
+
+/// A repository with a launcher of its own, and commands that are found before the system's.
+struct Job {
+    folder: tempfile::TempDir,
+}
+
+impl Job {
+    fn new(launcher: &str) -> Self {
+        let job = Job { folder: tempfile::tempdir().expect("a folder") };
+        job.script("scripts/launch.sh", launcher);
+        job.script("bin/scontrol", "if [ \"$1\" = requeue ]; then touch requeued; fi");
+        // Nothing ends the shell of a job that was requeued here.
+        job.script("bin/sleep", "");
+        job
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    fn script(&self, name: &str, text: &str) {
+        let path = self.path(name);
+        fs::create_dir_all(path.parent().expect("a folder's file")).expect("a folder");
+        fs::write(&path, format!("#!/usr/bin/env bash\n{text}\n")).expect("written");
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).expect("executable");
+    }
+
+    fn start(&self, words: &[&str]) -> Child {
+        let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("../scripts/train.sbatch");
+        let path = format!("{}:{}", self.path("bin").display(), std::env::var("PATH").expect("a path"));
+        let mut command = Command::new("bash");
+        command.arg(script).args(words).env("PATH", path).env("SLURM_SUBMIT_DIR", self.folder.path());
+        for (name, value) in [("SLURM_JOB_ID", "7"), ("SLURM_JOB_NAME", "tiefsee"), ("SLURM_JOB_NODELIST", "n1")] {
+            command.env(name, value);
+        }
+        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("a shell")
+    }
+
+    fn wait(&self, name: &str) {
+        let start = Instant::now();
+        while !self.path(name).exists() {
+            assert!(start.elapsed() < Duration::from_secs(60), "waited in vain for {name}");
+            std::thread::sleep(Duration::from_millis(10));
+        }
+    }
+
+    /// Told once `name` is there: its output, and whether it asked to be requeued.
+    fn told(&self, signal: &str, name: &str, words: &[&str]) -> (Output, bool) {
+        let child = self.start(words);
+        self.wait(name);
+        assert!(Command::new("kill").args([&format!("-{signal}"), &child.id().to_string()]).status().expect("kill").success());
+        let output = child.wait_with_output().expect("ended");
+        (output, fs::remove_file(self.path("requeued")).is_ok())
+    }
+}
+
+fn text(output: &Output) -> String {
+    format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr))
+}
+
+#[test]
+fn what_comes_before_the_launcher_is_passed_on() {
+    let resumed = ["resume", "run"];
+    for (signal, again) in [("USR1", true), ("TERM", false)] {
+        let job = Job::new(STOPS_WHEN_TOLD);
+        // What looks for the newest checkpoint.
+        job.script("bin/ls", "touch looked; /bin/sleep 0.5");
+        fs::create_dir(job.path("run")).expect("a folder");
+        let (output, requeued) = job.told(signal, "looked", &resumed);
+        // The launcher may have had no time to listen.
+        assert!(if again { output.status.code() == Some(75) } else { matches!(output.status.code(), Some(75 | 143)) }, "{signal}: {}", text(&output));
+        assert_eq!(requeued, again, "{signal}: {}", text(&output));
+    }
+}
+
+#[test]
+fn a_launcher_that_does_not_listen_yet_is_stopped_as_asked() {
+    let job = Job::new("touch started; for ((tick = 0; tick < 600; tick++)); do /bin/sleep 0.05; done");
+    let (output, requeued) = job.told("USR1", "started", &["train", "--set", "run.dir=run"]);
+    assert!(output.status.code() == Some(75) && requeued, "{}", text(&output));
+    assert!(text(&output).contains("it stopped without a new checkpoint, 1 time(s) in a row"), "{}", text(&output));
+}
