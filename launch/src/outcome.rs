@@ -149,8 +149,12 @@ impl Evidence {
         {
             self.signalled = number(tasks.trim_start_matches(['s', ' '])).map(|rank| (rank, host.to_string()));
         }
-        if let (None, Some((tasks, code))) = (self.exit_code, line.strip_prefix("srun: error: ").and_then(|rest| rest.split_once(": Exited with exit code "))) {
-            self.exit_code = code.trim().parse().ok();
+        // Of a killed task, a peer ends with a code that says nothing of it, but for those that all end with.
+        let counts = |code: &i32| self.signalled.is_none() || [STOPPED.into(), STATE_LOST, GAVE_UP].contains(code);
+        if let (None, Some((tasks, code))) = (self.exit_code, line.strip_prefix("srun: error: ").and_then(|rest| rest.split_once(": Exited with exit code ")))
+            && let Some(code) = code.trim().parse().ok().filter(counts)
+        {
+            self.exit_code = Some(code);
             self.exited_rank = tasks.split_once(": task").and_then(|(_, rest)| number(rest.trim_start_matches(['s', ' '])));
         }
         if self.lost_host.is_none() {
@@ -300,6 +304,10 @@ mod tests {
             (143, &["srun: error: n1: task 0: Exited with exit code 75", "srun: error: n2: task 1: Exited with exit code 1"], Class::Stopped),
             (143, &["srun: error: n1: tasks 0-3: Exited with exit code 5"], Class::Error),
             (143, &["srun: error: n2: task 1: Terminated"], Class::Killed),
+            (137, &["srun: error: n2: task 9: Killed", "srun: error: n1: task 3: Exited with exit code 1"], Class::Killed),
+            (137, &["srun: error: n2: task 9: Killed", "srun: error: n1: task 0: Exited with exit code 75"], Class::Stopped),
+            (137, &["srun: error: n2: task 9: Killed", "srun: error: n1: task 0: Exited with exit code 76"], Class::StateLost),
+            (137, &["srun: error: n1: task 3: Exited with exit code 5", "srun: error: n2: task 9: Killed"], Class::Error),
         ] {
             assert_eq!(class(code, lines, false, false), expected, "{code} {lines:?}");
         }
