@@ -143,7 +143,8 @@ fn placement(ranks: usize, environment: &Environment, many: bool) -> (String, &'
 }
 
 fn srun(environment: &Environment, layout: &Layout) -> Vec<String> {
-    let mut line = words(&["srun", "--mpi=pmix", "--label", "--unbuffered"]);
+    // Not --unbuffered: with it each piece of a line would get a label and an end of its own. Ranks print whole lines.
+    let mut line = words(&["srun", "--mpi=pmix", "--label"]);
     // Without it a dead rank leaves its peers hanging.
     line.push("--kill-on-bad-exit=1".to_string());
     line.push(format!("--nodes={}", layout.nodes));
@@ -267,6 +268,7 @@ mod tests {
         let slurm = |pmix| Environment { slurm: Some(Slurm { nodes: 2, tasks_per_node: Some(4), pmix, ..Slurm::default() }), ..machine(8) };
         let srun = line("", &slurm(true)).expect("a line");
         assert!(srun.starts_with("srun --mpi=pmix") && srun.contains("--kill-on-bad-exit=1") && srun.contains("--ntasks=8"), "{srun}");
+        assert!(srun.contains("--label") && !srun.contains("--unbuffered"), "lines come whole: {srun}");
         assert!(srun.ends_with("--ntasks-per-node=4 tiefsee resume a"), "{srun}");
         let args = Args::parse_from("tiefsee-launch --interface 10.0.0.0/24 -- resume a".split(' '));
         let layout = Layout::new(&args, &slurm(true), &[]).expect("a layout");

@@ -15,8 +15,9 @@ const STATE_LOST: i32 = 76;
 const GAVE_UP: i32 = 77;
 /// What mpirun answers when one of its daemons, or the link to it, is gone.
 const DAEMON_LOST: i32 = 205;
-/// How a transfer's failure begins that a rank met: another rank may be at fault, or the link.
-const TOLD: &str = "error (told by rank ";
+/// How a transfer's failure begins that a rank met: another rank may be at fault, or the link. Without the blank behind it: of a line
+/// that comes in pieces, one may end there.
+const TOLD: &str = "error (told by rank";
 /// A guard's word of processes that it cannot end, between the host and them.
 pub const STUCK: &str = " has processes that SIGKILL does not end: ";
 const SIGABRT: i32 = 6;
@@ -198,6 +199,7 @@ impl Evidence {
         let told = self.reason.as_ref().and_then(|reason| reason.strip_prefix("error (")?.split_once("): "));
         match told {
             Some((teller, words)) => words.strip_prefix("rank ").and_then(number).or_else(|| teller.strip_prefix("rank ").and_then(number)),
+            None if self.is_told() => None,
             None => self.aborted_rank.or(self.exited_rank),
         }
     }
@@ -364,9 +366,14 @@ mod tests {
         assert_eq!(found(&[all, aborted]), (format!("a rank aborted with code 1: {all}"), None));
         let told = "error (told by rank 2): all_reduce of 4 ranks failed at number 1 of them: NCCL error 6";
         assert_eq!(found(&[told, aborted]), (format!("a rank aborted with code 1: {told}"), None));
+        // Of a line in pieces, the first.
+        let piece = "error (told by rank ";
+        assert_eq!(found(&[piece, "2", aborted]).1, None);
         // Who says why counts, though it came later.
         let own = "error (rank 1): no room";
-        assert_eq!(found(&[told, own, told, aborted]), (format!("rank 1 on host h1 aborted with code 1: {own}"), Some("h1".to_string())));
+        for told in [told, piece] {
+            assert_eq!(found(&[told, own, told, aborted]), (format!("rank 1 on host h1 aborted with code 1: {own}"), Some("h1".to_string())));
+        }
     }
 
     #[test]

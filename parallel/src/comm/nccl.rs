@@ -21,6 +21,7 @@ use cudarc::driver::{CudaContext, CudaEvent, CudaStream, DriverError};
 use cudarc::nccl::sys;
 use library::{BYTE, Code, IN_PROGRESS, Library, SUCCESS, data_type, reduction};
 use std::ffi::{c_char, c_int, c_void};
+use std::io::Write;
 use std::path::PathBuf;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -115,7 +116,9 @@ impl Watch {
                 // SAFETY: a communicator that lives as long as this watch, and a place for one code; NCCL takes this call from any thread.
                 let asked = unsafe { async_error(raw as sys::ncclComm_t, &mut code) };
                 if let Some(code) = [asked, code].into_iter().find(|&code| code != SUCCESS && code != IN_PROGRESS) {
-                    eprintln!("error (told by rank {rank}): NCCL error {code} of a transfer under way");
+                    // In one piece: whoever starts the ranks may label each write, and the launcher reads whole lines.
+                    let words = format!("error (told by rank {rank}): NCCL error {code} of a transfer under way\n");
+                    let _ = std::io::stderr().write_all(words.as_bytes());
                     // SAFETY: no arguments. Handlers at exit could wait for the GPU.
                     unsafe { libc::_exit(1) };
                 }
