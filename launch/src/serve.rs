@@ -42,14 +42,18 @@ enum Over {
 /// The exit code that node 0 gives, or one for a node that never found or lost it.
 pub fn serve(node: &Node, mut signals: Signals) -> Result<u8> {
     let mut since = Instant::now();
-    let mut last = String::new();
+    let (mut last, mut requests) = (String::new(), 0);
     while since.elapsed() < node.search {
         if signals.pending().count() > 0 {
             return Ok(STOPPED_LATE);
         }
         match join(node) {
-            Ok(Ok((sender, receiver))) => match run_what_is_asked(node, sender, receiver, &mut signals)? {
+            Ok(Ok((sender, receiver))) => match run_what_is_asked(node, (sender, receiver), &mut signals, &mut requests)? {
                 Over::Code(code) => return Ok(code),
+                Over::Lost(why) if requests > 0 => {
+                    say(&format!("node 0 at {} is lost ({why}) after this node was asked to stop: its processes here are ended", node.rdzv));
+                    return Ok(STOPPED_LATE);
+                }
                 Over::Lost(why) => {
                     say(&format!("node 0 at {} is lost ({why}): its processes here are ended; looking for it again", node.rdzv));
                     since = Instant::now();
@@ -93,9 +97,10 @@ fn join(node: &Node) -> Result<Result<(Sender, Receiver), String>> {
     Ok(Ok((sender, receiver)))
 }
 
-fn run_what_is_asked(node: &Node, mut sender: Sender, mut receiver: Receiver, signals: &mut Signals) -> Result<Over> {
+/// `requests`: to stop, to this node.
+fn run_what_is_asked(node: &Node, (mut sender, mut receiver): (Sender, Receiver), signals: &mut Signals, requests: &mut usize) -> Result<Over> {
     let mut jobs: BTreeMap<u64, Job> = BTreeMap::new();
-    let (mut heard, mut told, mut requests) = (Instant::now(), Instant::now(), 0);
+    let (mut heard, mut told) = (Instant::now(), Instant::now());
     let mut over = None;
     while over.is_none() {
         match receiver.receive::<ToNode>(TICK) {
@@ -126,8 +131,8 @@ fn run_what_is_asked(node: &Node, mut sender: Sender, mut receiver: Receiver, si
             let _ = sender.send(&FromNode::Alive);
         }
         if signals.pending().count() > 0 {
-            requests += 1;
-            match requests {
+            *requests += 1;
+            match *requests {
                 1 => {
                     say("asked to stop: node 0 is told");
                     let _ = sender.send(&FromNode::Stop);

@@ -280,6 +280,30 @@ fn a_port_that_is_taken_now_is_no_wrong_command() {
     assert!(text(&output).contains("node 0 cannot listen at --rdzv 127.0.0.1:"), "{}", text(&output));
 }
 
+/// As where whoever stops a job ends the host of node 0 first.
+#[test]
+fn a_node_that_was_asked_to_stop_does_not_look_for_a_lost_node_0() {
+    let (run, said) = (Run::new(3, ""), tempfile::NamedTempFile::new().expect("a file"));
+    let port = std::net::TcpListener::bind("127.0.0.1:0").expect("a port").local_addr().expect("an address").to_string();
+    let start = |number: &str, to: Stdio| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_tiefsee-launch"));
+        command.env("TIEFSEE_SECRET", "a secret that both nodes know").args(["--start-limit", "10", "--nnodes", "3", "--rdzv", &port, "--node-rank", number]);
+        command.args(["--", "train", "--config", "../configs/run/tiny.toml", "--set"]).arg(format!("run.dir={}", run.dir().display()));
+        Started(Some(command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(to).spawn().expect("a launcher")))
+    };
+    let (first, other) = (start("0", Stdio::null()), start("1", said.reopen().expect("a file").into()));
+    let told = |words: &str| fs::read_to_string(said.path()).expect("a file").contains(words);
+    wait("the registration", || told("registered at"));
+    // It cannot answer any more.
+    first.signal("STOP");
+    other.signal("TERM");
+    wait("the request", || told("asked to stop: node 0 is told"));
+    drop(first);
+    let output = other.output();
+    assert_eq!(output.status.code(), Some(18), "{}", fs::read_to_string(said.path()).expect("a file"));
+    assert!(told("after this node was asked to stop"));
+}
+
 #[test]
 fn a_world_that_another_started_is_not_put_aside() {
     let run = Run::new(3, "");
