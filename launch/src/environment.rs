@@ -36,13 +36,14 @@ pub struct Slurm {
     pub restarts: u64,
 }
 
-const EXPORTED: [&str; 5] = ["LD_LIBRARY_PATH", "OMP_NUM_THREADS", "RUST_BACKTRACE", "RUST_LOG", "CUDA_DEVICE_MAX_CONNECTIONS"];
+const EXPORTED: [&str; 4] = ["LD_LIBRARY_PATH", "RUST_BACKTRACE", "RUST_LOG", "CUDA_DEVICE_MAX_CONNECTIONS"];
 
 /// The way to the stores that corpora may be in; proxies in small letters too.
 const WEB: [&str; 6] = ["HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY", "SSL_CERT_FILE", "SSL_CERT_DIR"];
 
-/// Settings of the network between GPUs, and of the stores that corpora may be in.
-const EXPORTED_BY_PREFIX: [&str; 3] = ["NCCL_", "AWS_", "GOOGLE_"];
+/// Settings of the network between GPUs and between hosts, of the stores that corpora may be in, and of what computes: where they
+/// differ between ranks, transfers fail, or sums come out otherwise.
+const EXPORTED_BY_PREFIX: [&str; 9] = ["NCCL_", "UCX_", "FI_", "AWS_", "GOOGLE_", "PYTORCH_", "TORCH_", "MKL_", "OMP_"];
 
 fn exported(set: impl Iterator<Item = String>) -> Vec<String> {
     let web = |name: &str| WEB.contains(&name) || name.ends_with("_proxy") && WEB.contains(&name.to_ascii_uppercase().as_str());
@@ -200,6 +201,8 @@ mod tests {
     fn what_ranks_on_other_hosts_need_is_passed_on() {
         let set = ["HOME", "NCCL_IB_HCA", "RUST_LOG", "AWS_REGION", "MY_AWS_KEY", "HTTPS_PROXY", "no_proxy", "ftp_proxy", SECRET].map(str::to_string);
         assert_eq!(exported(set.into_iter()), ["AWS_REGION", "HTTPS_PROXY", "NCCL_IB_HCA", "RUST_LOG", "no_proxy"]);
+        let set = ["UCX_NET_DEVICES", "FI_PROVIDER", "PYTORCH_CUDA_ALLOC_CONF", "TORCH_SHOW_CPP_STACKTRACES", "MKL_NUM_THREADS", "OMP_NUM_THREADS"].map(str::to_string);
+        assert_eq!(exported(set.clone().into_iter()).len(), set.len());
     }
 
     #[test]
