@@ -10,13 +10,13 @@ pub struct Args {
     /// the run's batches divide. Hosts beyond it are spare: one takes the place of a host that failed twice within the restarts' window.
     #[arg(long, value_parser = parse_nodes)]
     pub nnodes: Option<Nodes>,
-    /// Ranks on each host: a number, `gpu` (one each), `cpu` (one a core) or `auto` (gpu if there are any, else 1).
+    /// Ranks on each host: a number, `gpu` (one each), `cpu` (one a core) or `auto` (a hostfile's slots; gpu if there are any, else 1).
     #[arg(long, default_value = "auto", value_parser = parse_ranks)]
     pub nproc_per_node: Ranks,
     /// Hosts, by comma; the ssh names.
     #[arg(long, value_delimiter = ',', conflicts_with_all = ["hostfile", "standalone"])]
     pub hosts: Vec<String>,
-    /// A file with one host a line (`name` or `name slots=8`).
+    /// A file with one host a line: `name`, or `name slots=8`, the most ranks it takes, which are the same for all.
     #[arg(long, conflicts_with = "standalone")]
     pub hostfile: Option<PathBuf>,
     /// This host alone, also inside a SLURM allocation.
@@ -93,6 +93,10 @@ pub struct Args {
     /// train --config FILE [--set section.key=value] | resume RUN_DIR | any other tiefsee command, unsupervised
     #[arg(last = true, required = true)]
     pub command: Vec<String>,
+
+    /// The most ranks on each host, by the hostfile's word.
+    #[arg(skip)]
+    pub slots: Option<usize>,
 }
 
 /// A world of at least and at most so many hosts.

@@ -4,6 +4,7 @@ use crate::args::{Args, Launcher, Ranks};
 use crate::environment::Environment;
 use anyhow::{Context, Result, bail, ensure};
 use std::net::{IpAddr, UdpSocket};
+use std::path::Path;
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Layout {
@@ -25,7 +26,7 @@ pub fn listed(args: &Args, environment: &Environment) -> Result<Vec<String>> {
     ensure!(args.hosts.iter().all(|host| !host.trim().is_empty()), "--hosts {}: a name is empty", args.hosts.join(","));
     match (&args.hostfile, &environment.slurm) {
         (Some(path), _) => {
-            let hosts = hosts_of(&std::fs::read_to_string(path).with_context(|| format!("cannot read --hostfile {}", path.display()))?);
+            let hosts = hosts_of(&read(path)?);
             ensure!(!hosts.is_empty(), "--hostfile {}: names no host", path.display());
             Ok(hosts)
         }
@@ -44,9 +45,42 @@ pub fn starter(args: &Args, environment: &Environment) -> Starter {
     }
 }
 
+/// How many ranks each host takes by the hostfile's word, if it says so.
+pub fn slots(args: &Args) -> Result<Option<usize>> {
+    let Some(path) = &args.hostfile else { return Ok(None) };
+    slots_of(&read(path)?).with_context(|| format!("--hostfile {}", path.display()))
+}
+
+fn read(path: &Path) -> Result<String> {
+    std::fs::read_to_string(path).with_context(|| format!("cannot read --hostfile {}", path.display()))
+}
+
 /// Names of a hostfile, without comments and options.
 fn hosts_of(text: &str) -> Vec<String> {
-    text.lines().filter_map(|line| line.split('#').next()?.split_whitespace().next().map(str::to_string)).collect()
+    hosts_with_options(text).map(|(host, _)| host.to_string()).collect()
+}
+
+fn hosts_with_options(text: &str) -> impl Iterator<Item = (&str, &str)> {
+    text.lines().filter_map(|line| {
+        let line = line.split('#').next()?.trim();
+        (!line.is_empty()).then(|| line.split_once(char::is_whitespace).unwrap_or((line, "")))
+    })
+}
+
+/// The same for all hosts, as ranks are.
+fn slots_of(text: &str) -> Result<Option<usize>> {
+    let mut first: Option<(&str, Option<usize>)> = None;
+    for (host, options) in hosts_with_options(text) {
+        // Blanks around the sign are allowed.
+        let options = options.split_whitespace().collect::<Vec<_>>().join(" ").replace(" =", "=").replace("= ", "=");
+        let given = options.split(' ').find_map(|option| option.strip_prefix("slots="));
+        let number = |given: &str| given.parse().ok().filter(|&slots| slots > 0).with_context(|| format!("host {host}: slots={given} is no number from 1"));
+        let slots = given.map(number).transpose()?;
+        let (other, expected) = *first.get_or_insert((host, slots));
+        let shown = |slots: Option<usize>| slots.map_or("no slots".to_string(), |slots| format!("slots={slots}"));
+        ensure!(slots == expected, "host {host} has {}, but host {other} has {}: ranks are as many on each host", shown(slots), shown(expected));
+    }
+    Ok(first.and_then(|(_, slots)| slots))
 }
 
 impl Layout {
@@ -68,8 +102,11 @@ impl Layout {
                 bail!("--nproc-per-node gpu, but this host has no GPU")
             }
             Ranks::Gpu => environment.gpus,
-            Ranks::Auto => slurm.and_then(|slurm| slurm.tasks_per_node).unwrap_or(environment.gpus.max(1)),
+            Ranks::Auto => args.slots.or(slurm.and_then(|slurm| slurm.tasks_per_node)).unwrap_or(environment.gpus.max(1)),
         };
+        if let (Some(slots), Some(file)) = (args.slots, &args.hostfile) {
+            ensure!(ranks_per_node <= slots, "--nproc-per-node: {ranks_per_node} ranks on each host, but --hostfile {} has slots={slots}", file.display());
+        }
         let starter = starter(args, environment);
         ensure!(starter == Starter::Mpirun || environment.slurm.is_some(), "--launcher srun works only inside a SLURM allocation");
         let mut hosts: Vec<String> = hosts.iter().take(nodes).cloned().collect();
@@ -149,6 +186,27 @@ mod tests {
         std::fs::write(&file, "# none yet\n").expect("written");
         let error = said(&format!("--hostfile {}", file.path().display())).expect_err("no host");
         assert!(error.ends_with(": names no host"), "{error}");
+    }
+
+    #[test]
+    fn slots_of_a_hostfile_count() {
+        for text in ["n1 slots=8\nn2 slots=8 # spare\n", "# all\n\n n1\tmax_slots=9 slots = 8\nn2 slots =8"] {
+            assert_eq!(slots_of(text).expect("equal ones"), Some(8), "{text}");
+        }
+        assert_eq!(slots_of("n1\nn2 max_slots=9\n").expect("none"), None);
+        let refused = |text: &str| slots_of(text).expect_err("refused").to_string();
+        assert_eq!(refused("n1 slots=8\nn2 slots=4"), "host n2 has slots=4, but host n1 has slots=8: ranks are as many on each host");
+        assert_eq!(refused("n1 slots=8\nn2"), "host n2 has no slots, but host n1 has slots=8: ranks are as many on each host");
+        assert_eq!(refused("n1 slots=0"), "host n1: slots=0 is no number from 1");
+        assert_eq!(refused("n1 slots=many"), "host n1: slots=many is no number from 1");
+        let ranks = |options: &str| {
+            let args = Args::parse_from(format!("tiefsee-launch --hostfile F {options} -- resume a").split_whitespace());
+            let hosts = ["n1", "n2"].map(str::to_string);
+            let layout = Layout::new(&Args { slots: Some(4), ..args }, &Environment { cores: 8, gpus: 8, numa_nodes: 1, ..Environment::default() }, &hosts);
+            layout.map(|layout| layout.ranks_per_node).map_err(|error| error.to_string())
+        };
+        assert_eq!(["", "--nproc-per-node 4", "--nproc-per-node 2"].map(ranks), [Ok(4), Ok(4), Ok(2)]);
+        assert_eq!(ranks("--nproc-per-node gpu"), Err("--nproc-per-node: 8 ranks on each host, but --hostfile F has slots=4".to_string()));
     }
 
     #[test]

@@ -6,7 +6,7 @@ use crate::environment::{Environment, Slurm, host_name, oom_kills, own_path, rai
 use crate::guard::Guarded;
 use crate::hosts::{Hosts, shared_secret, silence};
 use crate::incidents::{Incidents, say};
-use crate::layout::{Layout, listed};
+use crate::layout::{Layout, listed, slots};
 use crate::locks::{self, Lock};
 use crate::lookout::{Hung, Lookout, News};
 use crate::outcome::{CANNOT_START, Class, Outcome, STOPPED, STOPPED_LATE, TAKEN, USAGE, classify};
@@ -96,13 +96,14 @@ impl Ended {
 }
 
 /// The launcher's exit code.
-pub fn run(args: Args) -> Result<u8> {
-    if args.dry_run {
-        return dry_run(&args, &Environment::read());
-    }
+pub fn run(mut args: Args) -> Result<u8> {
     // Before any process is started, also one that tells of the environment: a signal in between must not be lost.
     let mut signals = Signals::new([SIGINT, SIGTERM, SIGUSR1, SIGHUP])?;
     let environment = Environment::read();
+    args.slots = slots(&args)?;
+    if args.dry_run {
+        return dry_run(&args, &environment);
+    }
     raise_file_limit();
     if let (Some(number @ 1..), Some(rdzv)) = (args.node_rank, &args.rdzv) {
         let search = if args.start_limit > 0.0 { Duration::from_secs_f64(args.start_limit) } else { Duration::MAX };

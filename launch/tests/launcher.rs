@@ -133,6 +133,21 @@ fn a_launcher_that_is_built_anew_meanwhile_still_restarts() {
 }
 
 #[test]
+fn slots_of_a_hostfile_are_the_ranks_of_a_host() {
+    let file = tempfile::NamedTempFile::new().expect("a file");
+    let shown = |text: &str| {
+        fs::write(file.path(), text).expect("written");
+        let mut command = Command::new(env!("CARGO_BIN_EXE_tiefsee-launch"));
+        command.arg("--hostfile").arg(file.path()).args(["--dry-run", "--", "resume", "a"]).output().expect("a launcher")
+    };
+    let output = shown("n1 slots=3\nn2 slots=3\n");
+    assert!(text(&output).contains(" -np 6 ") && text(&output).contains("--host n1:3,n2:3 "), "{}", text(&output));
+    let output = shown("n1 slots=3\nn2 slots=4\n");
+    assert_eq!(output.status.code(), Some(2), "{}", text(&output));
+    assert!(text(&output).contains(&format!("--hostfile {}: host n2 has slots=4", file.path().display())), "{}", text(&output));
+}
+
+#[test]
 fn nothing_is_made_where_there_is_no_run_to_resume() {
     let folder = tempfile::tempdir().expect("a folder");
     let typo = folder.path().join("typo");
