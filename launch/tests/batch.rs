@@ -89,3 +89,33 @@ fn a_launcher_that_does_not_listen_yet_is_stopped_as_asked() {
     assert!(output.status.code() == Some(75) && requeued, "{}", text(&output));
     assert!(text(&output).contains("it stopped without a new checkpoint, 1 time(s) in a row"), "{}", text(&output));
 }
+
+#[test]
+fn a_run_directory_is_read_off_the_config() {
+    // Checkpoints in `run`, wherever that was found: what ends in one got somewhere.
+    let job = Job::new("trap 'mkdir -p run/checkpoints/step-00000001; exit 75' USR1; touch started; for ((tick = 0; tick < 600; tick++)); do /bin/sleep 0.05; done");
+    let in_vain = "it stopped, and whether with a new checkpoint is not known";
+    for (config, found) in [
+        ("[run]\ndir = \"run\" # ours\n", true),
+        ("[run]\nsteps = 3\n  dir='run'\n", true),
+        (" [ run ]\n\tdir   =   'run'\n[data]\ndir = \"elsewhere\"\n", true),
+        ("[data]\ndir = \"run\"\n[run]\nrun_dir = \"run\"\n", false),
+    ] {
+        fs::write(job.path("a.toml"), config).expect("written");
+        let (output, requeued) = job.told("USR1", "started", &["train", "--config", "a.toml"]);
+        assert!(requeued && text(&output).contains(in_vain) != found, "{config}: {}", text(&output));
+        assert!(!text(&output).contains("without a new checkpoint"), "{config}: {}", text(&output));
+        fs::remove_dir_all(job.path("run")).expect("a checkpoint");
+        fs::remove_file(job.path("started")).expect("a start");
+    }
+}
+
+#[test]
+fn a_run_whose_directory_is_not_known_is_not_requeued_for_ever() {
+    let job = Job::new(STOPS_WHEN_TOLD);
+    for time in 1..=9 {
+        let (output, requeued) = job.told("USR1", "started", &["train", "--config", "nowhere.toml"]);
+        assert_eq!(requeued, time < 9, "time {time}: {}", text(&output));
+        fs::remove_file(job.path("started")).expect("a start");
+    }
+}
