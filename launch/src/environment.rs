@@ -34,7 +34,12 @@ pub struct Slurm {
     pub pmix: bool,
     /// How often SLURM requeued the job.
     pub restarts: u64,
+    /// This process runs in a step of the job, as in `srun --pty bash`, which has the job's cores: one more waits for them for ever.
+    pub in_step: bool,
 }
+
+/// As SLURM numbers the steps that a batch script and salloc's shell are; these leave the cores to others.
+const SHELLS: [&str; 2] = ["4294967291", "4294967290"];
 
 const EXPORTED: [&str; 4] = ["LD_LIBRARY_PATH", "RUST_BACKTRACE", "RUST_LOG", "CUDA_DEVICE_MAX_CONNECTIONS"];
 
@@ -136,7 +141,12 @@ fn slurm() -> Option<Slurm> {
         cpus_per_task: number("SLURM_CPUS_PER_TASK"),
         pmix: has_pmix(),
         restarts: number("SLURM_RESTART_COUNT").unwrap_or(0) as u64,
+        in_step: is_in_step(var("SLURM_STEP_ID").ok().as_deref()),
     })
+}
+
+fn is_in_step(id: Option<&str>) -> bool {
+    id.is_some_and(|id| !SHELLS.contains(&id))
 }
 
 /// Of a list as `n[1-3,7]`.
@@ -203,6 +213,11 @@ mod tests {
         assert_eq!(exported(set.into_iter()), ["AWS_REGION", "HTTPS_PROXY", "NCCL_IB_HCA", "RUST_LOG", "no_proxy"]);
         let set = ["UCX_NET_DEVICES", "FI_PROVIDER", "PYTORCH_CUDA_ALLOC_CONF", "TORCH_SHOW_CPP_STACKTRACES", "MKL_NUM_THREADS", "OMP_NUM_THREADS"].map(str::to_string);
         assert_eq!(exported(set.clone().into_iter()).len(), set.len());
+    }
+
+    #[test]
+    fn shells_of_a_job_are_no_steps() {
+        assert_eq!([None, Some("4294967291"), Some("4294967290"), Some("0"), Some("3")].map(is_in_step), [false, false, false, true, true]);
     }
 
     #[test]

@@ -109,6 +109,12 @@ impl Layout {
         }
         let starter = starter(args, environment);
         ensure!(starter == Starter::Mpirun || environment.slurm.is_some(), "--launcher srun works only inside a SLURM allocation");
+        // With --overlap a step needs no cores of its own.
+        let in_step = environment.slurm.as_ref().is_some_and(|slurm| slurm.in_step) && !args.passed.iter().any(|option| option == "--overlap");
+        ensure!(
+            starter == Starter::Mpirun || !in_step,
+            "this shell is a step of its job (srun --pty), and srun would wait for the cores that it holds: --standalone for this host alone, or start from salloc or sbatch"
+        );
         let mut hosts: Vec<String> = hosts.iter().take(nodes).cloned().collect();
         // mpirun numbers the ranks of its own host first, wherever that is named.
         if let (Starter::Mpirun, Some(own)) = (starter, hosts.iter().position(|host| is_own(host, &environment.host))) {
@@ -154,6 +160,7 @@ fn is_own(host: &str, own: &str) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::environment::Slurm;
     use clap::Parser;
 
     fn layout(options: &str, hosts: &[&str]) -> Result<Layout> {
@@ -207,6 +214,22 @@ mod tests {
         };
         assert_eq!(["", "--nproc-per-node 4", "--nproc-per-node 2"].map(ranks), [Ok(4), Ok(4), Ok(2)]);
         assert_eq!(ranks("--nproc-per-node gpu"), Err("--nproc-per-node: 8 ranks on each host, but --hostfile F has slots=4".to_string()));
+    }
+
+    #[test]
+    fn no_step_is_started_inside_a_step() {
+        let started = |in_step, options: &str| {
+            let slurm = Slurm { nodes: 2, pmix: true, in_step, ..Slurm::default() };
+            let environment = Environment { cores: 8, numa_nodes: 1, slurm: Some(slurm), ..Environment::default() };
+            let args = Args::parse_from(format!("tiefsee-launch {options} -- resume a").split_whitespace());
+            Layout::new(&args, &environment, &[]).map(|layout| (layout.starter, layout.nodes)).map_err(|error| error.to_string())
+        };
+        let refused = started(true, "").expect_err("it would wait");
+        assert!(refused.contains("--standalone") && refused.contains("salloc or sbatch"), "{refused}");
+        assert!(started(true, "--launcher srun").is_err());
+        assert_eq!(started(true, "--standalone"), Ok((Starter::Mpirun, 1)));
+        assert_eq!(started(true, "--pass=--overlap"), Ok((Starter::Srun, 2)));
+        assert_eq!(started(false, ""), Ok((Starter::Srun, 2)), "a batch script");
     }
 
     #[test]

@@ -38,8 +38,8 @@ impl Job {
         let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("../scripts/train.sbatch");
         let path = format!("{}:{}", self.path("bin").display(), std::env::var("PATH").expect("a path"));
         let mut command = Command::new("bash");
-        command.arg(script).args(words).env("PATH", path).env("SLURM_SUBMIT_DIR", self.folder.path());
-        for (name, value) in [("SLURM_JOB_ID", "7"), ("SLURM_JOB_NAME", "tiefsee"), ("SLURM_JOB_NODELIST", "n1")] {
+        command.arg(script).args(words).env("PATH", path).env("SLURM_SUBMIT_DIR", self.folder.path()).env_remove("SLURM_ARRAY_TASK_ID").env_remove("TIEFSEE");
+        for (name, value) in [("SLURM_STEP_ID", "0"), ("SLURM_JOB_ID", "7"), ("SLURM_JOB_NAME", "tiefsee"), ("SLURM_JOB_NODELIST", "n1")] {
             command.env(name, value);
         }
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("a shell")
@@ -118,4 +118,11 @@ fn a_run_whose_directory_is_not_known_is_not_requeued_for_ever() {
         assert_eq!(requeued, time < 9, "time {time}: {}", text(&output));
         fs::remove_file(job.path("started")).expect("a start");
     }
+}
+
+#[test]
+fn a_step_that_called_sbatch_is_forgotten() {
+    let job = Job::new("echo \"step: ${SLURM_STEP_ID:-none}\"");
+    let output = job.start(&["train", "--set", "run.dir=run"]).wait_with_output().expect("ended");
+    assert!(output.status.success() && text(&output).contains("step: none"), "{}", text(&output));
 }
