@@ -74,7 +74,8 @@ fn a_run_keeps_what_it_makes_and_where_it_is_told() {
         let run = Run::new("kept-where", &set);
         misconfigured(&run, &parts);
         let args = run.train_args();
-        refused(&[&["plan".into(), "run".into(), args[2].clone()], &args[3..]].concat(), &parts);
+        let plan = ["plan", "run", &args[2], "--ranks", "1"].map(String::from);
+        refused(&[&plan, &args[3..]].concat(), &parts);
     }
     assert!(!Path::new("~").exists());
 }

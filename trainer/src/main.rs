@@ -239,9 +239,9 @@ fn teller(error: &anyhow::Error, rank: usize) -> String {
     }
 }
 
-/// On stderr, which may be a file on a full disk.
+/// On stderr, which may be a file on a full disk. In one piece: whoever starts the ranks may label each write.
 fn say(text: &str) {
-    let _ = writeln!(std::io::stderr(), "{text}");
+    let _ = std::io::stderr().write_all(format!("{text}\n").as_bytes());
 }
 
 fn exit_code(error: &anyhow::Error) -> u8 {
@@ -260,7 +260,7 @@ fn exit_code(error: &anyhow::Error) -> u8 {
 fn abort_on_panic(rank: usize) {
     let print = std::panic::take_hook();
     std::panic::set_hook(Box::new(move |info| {
-        eprintln!("rank {rank} panicked");
+        say(&format!("rank {rank} panicked"));
         print(info);
         std::process::abort();
     }));
