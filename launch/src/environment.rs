@@ -141,7 +141,8 @@ fn slurm() -> Option<Slurm> {
         cpus_per_task: number("SLURM_CPUS_PER_TASK"),
         pmix: has_pmix(),
         restarts: number("SLURM_RESTART_COUNT").unwrap_or(0) as u64,
-        in_step: is_in_step(var("SLURM_STEP_ID").ok().as_deref()),
+        // A batch script may have its number from the shell that called sbatch; srun by that variable wants no cores of its own.
+        in_step: is_in_step(var("SLURM_STEP_ID").ok().as_deref()) && var("ENVIRONMENT").as_deref() != Ok("BATCH") && var("SLURM_OVERLAP").is_err(),
     })
 }
 

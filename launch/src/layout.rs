@@ -48,7 +48,7 @@ pub fn starter(args: &Args, environment: &Environment) -> Starter {
 /// How many ranks each host takes by the hostfile's word, if it says so.
 pub fn slots(args: &Args) -> Result<Option<usize>> {
     let Some(path) = &args.hostfile else { return Ok(None) };
-    slots_of(&read(path)?).with_context(|| format!("--hostfile {}", path.display()))
+    slots_of(&read(path)?, args.nproc_per_node == Ranks::Auto).with_context(|| format!("--hostfile {}", path.display()))
 }
 
 fn read(path: &Path) -> Result<String> {
@@ -67,8 +67,9 @@ fn hosts_with_options(text: &str) -> impl Iterator<Item = (&str, &str)> {
     })
 }
 
-/// The same for all hosts, as ranks are.
-fn slots_of(text: &str) -> Result<Option<usize>> {
+/// The fewest of all hosts; the same for all where they are to be the ranks of each.
+fn slots_of(text: &str, same: bool) -> Result<Option<usize>> {
+    let mut least = None;
     let mut first: Option<(&str, Option<usize>)> = None;
     for (host, options) in hosts_with_options(text) {
         // Blanks around the sign are allowed.
@@ -78,9 +79,10 @@ fn slots_of(text: &str) -> Result<Option<usize>> {
         let slots = given.map(number).transpose()?;
         let (other, expected) = *first.get_or_insert((host, slots));
         let shown = |slots: Option<usize>| slots.map_or("no slots".to_string(), |slots| format!("slots={slots}"));
-        ensure!(slots == expected, "host {host} has {}, but host {other} has {}: ranks are as many on each host", shown(slots), shown(expected));
+        least = least.min(slots).or(least).or(slots);
+        ensure!(slots == expected || !same, "host {host} has {}, but host {other} has {}: ranks are as many on each host", shown(slots), shown(expected));
     }
-    Ok(first.and_then(|(_, slots)| slots))
+    Ok(least)
 }
 
 impl Layout {
@@ -102,7 +104,12 @@ impl Layout {
                 bail!("--nproc-per-node gpu, but this host has no GPU")
             }
             Ranks::Gpu => environment.gpus,
-            Ranks::Auto => args.slots.or(slurm.and_then(|slurm| slurm.tasks_per_node)).unwrap_or(environment.gpus.max(1)),
+            Ranks::Auto => match args.slots.or(slurm.and_then(|slurm| slurm.tasks_per_node)) {
+                // Slots may count cores.
+                Some(ranks) if args.slots.is_some() && environment.gpus > 0 => ranks.min(environment.gpus),
+                Some(ranks) => ranks,
+                None => environment.gpus.max(1),
+            },
         };
         if let (Some(slots), Some(file)) = (args.slots, &args.hostfile) {
             ensure!(ranks_per_node <= slots, "--nproc-per-node: {ranks_per_node} ranks on each host, but --hostfile {} has slots={slots}", file.display());
@@ -113,7 +120,7 @@ impl Layout {
         let in_step = environment.slurm.as_ref().is_some_and(|slurm| slurm.in_step) && !args.passed.iter().any(|option| option == "--overlap");
         ensure!(
             starter == Starter::Mpirun || !in_step,
-            "this shell is a step of its job (srun --pty), and srun would wait for the cores that it holds: --standalone for this host alone, or start from salloc or sbatch"
+            "this shell is a step of its job (srun --pty, by SLURM_STEP_ID), and srun would wait for the cores that it holds: --standalone for this host alone, --pass=--overlap if it holds none, or start from salloc or sbatch"
         );
         let mut hosts: Vec<String> = hosts.iter().take(nodes).cloned().collect();
         // mpirun numbers the ranks of its own host first, wherever that is named.
@@ -198,22 +205,24 @@ mod tests {
     #[test]
     fn slots_of_a_hostfile_count() {
         for text in ["n1 slots=8\nn2 slots=8 # spare\n", "# all\n\n n1\tmax_slots=9 slots = 8\nn2 slots =8"] {
-            assert_eq!(slots_of(text).expect("equal ones"), Some(8), "{text}");
+            assert_eq!(slots_of(text, true).expect("equal ones"), Some(8), "{text}");
         }
-        assert_eq!(slots_of("n1\nn2 max_slots=9\n").expect("none"), None);
-        let refused = |text: &str| slots_of(text).expect_err("refused").to_string();
+        assert_eq!(slots_of("n1\nn2 max_slots=9\n", true).expect("none"), None);
+        assert_eq!(["n1 slots=8\nn2 slots=4\nn3", "n1\nn2 slots=4\nn3 slots=5"].map(|text| slots_of(text, false).expect("unequal")), [Some(4); 2]);
+        let refused = |text: &str| slots_of(text, true).expect_err("refused").to_string();
         assert_eq!(refused("n1 slots=8\nn2 slots=4"), "host n2 has slots=4, but host n1 has slots=8: ranks are as many on each host");
         assert_eq!(refused("n1 slots=8\nn2"), "host n2 has no slots, but host n1 has slots=8: ranks are as many on each host");
         assert_eq!(refused("n1 slots=0"), "host n1: slots=0 is no number from 1");
         assert_eq!(refused("n1 slots=many"), "host n1: slots=many is no number from 1");
-        let ranks = |options: &str| {
+        let ranks = |options: &str, gpus: usize| {
             let args = Args::parse_from(format!("tiefsee-launch --hostfile F {options} -- resume a").split_whitespace());
             let hosts = ["n1", "n2"].map(str::to_string);
-            let layout = Layout::new(&Args { slots: Some(4), ..args }, &Environment { cores: 8, gpus: 8, numa_nodes: 1, ..Environment::default() }, &hosts);
+            let layout = Layout::new(&Args { slots: Some(4), ..args }, &Environment { cores: 8, gpus, numa_nodes: 1, ..Environment::default() }, &hosts);
             layout.map(|layout| layout.ranks_per_node).map_err(|error| error.to_string())
         };
-        assert_eq!(["", "--nproc-per-node 4", "--nproc-per-node 2"].map(ranks), [Ok(4), Ok(4), Ok(2)]);
-        assert_eq!(ranks("--nproc-per-node gpu"), Err("--nproc-per-node: 8 ranks on each host, but --hostfile F has slots=4".to_string()));
+        assert_eq!(["", "--nproc-per-node 4", "--nproc-per-node 2"].map(|options| ranks(options, 8)), [Ok(4), Ok(4), Ok(2)]);
+        assert_eq!([0, 2].map(|gpus| ranks("", gpus)), [Ok(4), Ok(2)], "of slots that count cores each GPU has one");
+        assert_eq!(ranks("--nproc-per-node gpu", 8), Err("--nproc-per-node: 8 ranks on each host, but --hostfile F has slots=4".to_string()));
     }
 
     #[test]

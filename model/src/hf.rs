@@ -136,7 +136,8 @@ pub fn parse_config(value: &Value) -> Result<ModelConfig, serde_json::Error> {
 fn kind_of_model(value: &Value, ours: &mut serde_json::Map<String, Value>) -> Result<(), serde_json::Error> {
     let missing: Vec<(&str, Value)> = match (value["model_type"].as_str(), value["topk_method"].as_str()) {
         (None, _) => Vec::new(),
-        (Some("deepseek_v3"), None | Some("noaux_tc")) => vec![("n_group", json!(8)), ("topk_group", json!(4)), ("routed_scaling_factor", json!(2.5))],
+        // Kimi K2 is V3's architecture under another name.
+        (Some("deepseek_v3" | "kimi_k2"), None | Some("noaux_tc")) => vec![("n_group", json!(8)), ("topk_group", json!(4)), ("routed_scaling_factor", json!(2.5))],
         (Some("deepseek_v2"), method @ (None | Some("greedy" | "group_limited_greedy"))) => {
             if method != Some("group_limited_greedy") {
                 // It has groups, and does not look at them.
@@ -144,11 +145,11 @@ fn kind_of_model(value: &Value, ours: &mut serde_json::Map<String, Value>) -> Re
             }
             vec![("scoring_func", json!("softmax")), ("norm_topk_prob", json!(false))]
         }
-        (Some(kind @ ("deepseek_v2" | "deepseek_v3")), Some(method)) => {
-            let known = if kind == "deepseek_v3" { "\"noaux_tc\"" } else { "\"greedy\" or \"group_limited_greedy\"" };
+        (Some(kind @ ("deepseek_v2" | "deepseek_v3" | "kimi_k2")), Some(method)) => {
+            let known = if kind == "deepseek_v2" { "\"greedy\" or \"group_limited_greedy\"" } else { "\"noaux_tc\"" };
             return Err(serde_json::Error::custom(format!("topk_method = {method:?}: only {known} is implemented for {kind}")));
         }
-        (Some(other), _) => return Err(serde_json::Error::custom(format!("model_type = {other:?}: only \"deepseek_v3\" or \"deepseek_v2\" is implemented"))),
+        (Some(other), _) => return Err(serde_json::Error::custom(format!("model_type = {other:?}: only \"deepseek_v3\", \"kimi_k2\" or \"deepseek_v2\" is implemented"))),
     };
     for (key, default) in missing {
         ours.entry(key).or_insert(default);

@@ -234,6 +234,8 @@ fn deepseek_v3_has_its_own_routing_where_its_config_does_not_say() {
     value.as_object_mut().expect("an object").retain(|key, _| !["n_group", "topk_group", "routed_scaling_factor"].contains(&key.as_str()));
     let read = parse_config(&value).expect("a config");
     assert_eq!((read.n_group, read.topk_group, read.routed_scaling_factor), (8, 4, 2.5));
+    value["model_type"] = json!("kimi_k2");
+    assert_eq!(parse_config(&value).expect("V3's architecture"), read);
 }
 
 #[test]

@@ -77,16 +77,24 @@ const PATIENCE: Duration = Duration::from_secs(65);
 /// Collective: every rank sees what rank 0 has just written. In a directory of its own a host would write shards that no
 /// checkpoint ever gets.
 fn all_see(world: &dyn Communicator, dir: &Path, patience: Duration) -> Result<()> {
-    let (path, began) = (resolved(dir), Instant::now());
-    let read = || std::fs::read(&path).unwrap_or_default();
-    let written = broadcast_bytes(world, &if world.rank() == 0 { read() } else { Vec::new() }, 0)?;
-    let mut seen = read() == written;
+    // Never the same twice: a directory of before may hold all else that this start writes.
+    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH)?.as_nanos().to_string();
+    let (path, began) = (dir.join("begun"), Instant::now());
+    let write = || std::fs::write(&path, &now).with_context(|| format!("cannot write {}", path.display()));
+    all_or_none(world, if world.rank() == 0 { write() } else { Ok(()) })?;
+    let written = broadcast_bytes(world, now.as_bytes(), 0)?;
+    let sees = || std::fs::read(&path).is_ok_and(|text| text == written);
+    let mut seen = sees();
     while !seen && began.elapsed() < patience {
         std::thread::sleep(Duration::from_millis(500));
-        seen = read() == written;
+        seen = sees();
     }
-    let unseen = || anyhow!("{} does not show what rank 0 has written there: run.dir must lie on a file system that all hosts share", path.display());
-    all_or_none(world, seen.then_some(()).ok_or_else(unseen))
+    let unseen = || anyhow!("{} does not show what rank 0 has written to {}: run.dir must lie on a file system that all hosts share", dir.display(), path.display());
+    let all = all_or_none(world, seen.then_some(()).ok_or_else(unseen));
+    if world.rank() == 0 {
+        let _ = std::fs::remove_file(&path); // its purpose is served
+    }
+    all
 }
 
 /// Collective: newer copies are not passed over because this start looks elsewhere for them, or nowhere.
@@ -286,30 +294,34 @@ pub fn resolved(run_dir: &Path) -> PathBuf {
 
 #[cfg(test)]
 mod tests {
-    use super::{all_see, resolved};
+    use super::all_see;
     use parallel::comm::local::run_local;
-    use std::time::Duration;
+    use std::time::{Duration, Instant};
 
     #[test]
     fn a_run_directory_that_is_another_on_a_host_is_told_and_a_late_view_waited_for() {
         let folder = tempfile::tempdir().unwrap();
-        let dirs = ["0", "1", "2"].map(|rank| folder.path().join(rank));
+        let dirs = ["0", "1"].map(|host| folder.path().join(host));
         dirs.iter().for_each(|dir| std::fs::create_dir(dir).unwrap());
-        let write = |rank: usize, text: &str| std::fs::write(resolved(&dirs[rank]), text).unwrap();
-        let seen = |patience| run_local(3, |world| all_see(&*world, &dirs[world.rank()], Duration::from_secs(patience)).map_err(|error| error.to_string()));
-        (0..3).for_each(|rank| write(rank, "this run"));
-        assert!(seen(0).iter().all(Result::is_ok));
-        write(1, "another run");
-        std::fs::remove_file(resolved(&dirs[2])).unwrap();
+        // Ranks 0 and 1 on one host, rank 2 on another.
+        let seen = |patience| run_local(3, |world| all_see(&*world, &dirs[world.rank() / 2], Duration::from_secs(patience)).map_err(|error| error.to_string()));
         let said = seen(0);
-        assert!(said[0].as_ref().is_err_and(|error| error.starts_with("rank 1: ") && error.contains("share")), "{said:?}");
+        assert!(said[0].as_ref().is_err_and(|error| error.starts_with("rank 2: ") && error.contains("share")), "{said:?}");
+        // As a shared file system shows it after a while.
         let late = std::thread::scope(|scope| {
             scope.spawn(|| {
+                let (from, began) = (dirs[0].join("begun"), Instant::now());
+                while !from.exists() && began.elapsed() < Duration::from_secs(50) {
+                    std::thread::sleep(Duration::from_millis(5));
+                }
                 std::thread::sleep(Duration::from_millis(200));
-                (1..3).for_each(|rank| write(rank, "this run"));
+                std::fs::copy(from, dirs[1].join("begun")).unwrap();
             });
             seen(60)
         });
         assert!(late.iter().all(Result::is_ok), "{late:?}");
+        assert!(!dirs[0].join("begun").exists());
+        // What another start has left there is not this one's.
+        assert!(dirs[1].join("begun").exists() && seen(0)[0].is_err());
     }
 }

@@ -31,9 +31,10 @@ pub fn import_in_files(folder: &Path, run_dir: &Path, file_bytes: usize) -> Resu
     let value: Value = serde_json::from_slice(&text).with_context(|| format!("{} is not JSON", config_path.display()))?;
     let mut model = parse_config(&value).with_context(|| format!("{}", config_path.display()))?;
     let (released, depth) = (Folder::open(folder)?, model.num_nextn_predict_layers);
-    ensure!(depth <= 1, "{}: num_nextn_predict_layers = {depth}: only 0 and 1 are implemented", config_path.display());
     let mtp = format!("model.layers.{}.enorm.weight", model.num_hidden_layers);
-    model.num_nextn_predict_layers = released.tensors.contains_key(&mtp) as i64;
+    let has_mtp = released.tensors.contains_key(&mtp);
+    ensure!(depth <= 1 || !has_mtp, "{}: num_nextn_predict_layers = {depth}: only 0 and 1 are implemented", config_path.display());
+    model.num_nextn_predict_layers = has_mtp as i64;
     model.validate()?;
     let kind = if released.any_double() { Kind::Double } else { Kind::Float };
     let table = table(&model);
