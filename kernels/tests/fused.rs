@@ -178,6 +178,8 @@ fn rms_norm_is_the_cpus() {
         (517, 7168, Want::BOTH),
         (4096, 1536, Want::COLUMNS),
         (3, 16384, Want::BOTH),
+        (45, 16384, Want::ROWS),
+        (1030, 1536, Want::ROWS),
         (300, 5120, Want::BOTH), // a row of three warps
     ] {
         for rule in RULES {

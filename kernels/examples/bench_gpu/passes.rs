@@ -96,6 +96,9 @@ impl Bench {
             self.show(&format!("rms norm {T}x{d} both and bf16, statistics known"), 6 * T * d, copy, time);
             let time = self.steady(|i| rms_norm::forward_quantised(&x[i], &weight, 1e-6, make));
             self.show(&format!("rms norm {T}x{d} both, with its statistics"), 4 * T * d, copy, time);
+            let rows = rms_norm::Make { want: Want::ROWS, ..make };
+            let time = self.steady(|i| rms_norm::forward_quantised(&x[i], &weight, 1e-6, rows));
+            self.show(&format!("rms norm {T}x{d} rows, with its statistics"), 3 * T * d, copy, time);
             let time = self.steady(|i| rms_norm::forward(&x[i], &weight, 1e-6));
             self.show(&format!("rms norm {T}x{d} bf16, with its statistics"), 4 * T * d, copy, time);
         }

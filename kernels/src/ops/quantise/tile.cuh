@@ -130,6 +130,10 @@ static __device__ __forceinline__ void set_row(Tile& t, int r, uint4 eight) {
   t.pairs[r][0] = eight.x, t.pairs[r][1] = eight.y, t.pairs[r][2] = eight.z, t.pairs[r][3] = eight.w;
 }
 
+static __device__ __forceinline__ uint4 row_of(const Tile& t, int r) {
+  return make_uint4(t.pairs[r][0], t.pairs[r][1], t.pairs[r][2], t.pairs[r][3]);
+}
+
 // The expert that owns row tile `tile`, where each expert's rows are cut into tiles of its own.
 struct Place {
   int first_row, valid_rows;  // in the tensor; valid_rows <= 0: a tile that nobody owns
@@ -207,9 +211,17 @@ static __device__ __forceinline__ Most most_of(const Tile& t) {
   return most;
 }
 
-// Every row of the tile with a scale of its own: 8 bytes a thread, 128 a row.
-static __device__ __forceinline__ void write_rows(const Tile& t, const u32 (&most)[4], const Out& out, Place place,
-                                                  int column_tile) {
+// A scale that the thread worked out for all: that of row `row` of eight, which another thread may have, too.
+struct RowScale {
+  int row;
+  bool first;  // of those that have it
+  float scale, inverse;
+  // For the work on row r.
+  __device__ __forceinline__ float inverse_of_row(int r) const { return __shfl_sync(~0u, inverse, r / 2 * 4 + r % 2, 16); }
+};
+
+// From the largest magnitudes of eight rows, of which 16 neighbours have eight elements each.
+static __device__ __forceinline__ RowScale scale_of_rows(const u32 (&most)[4]) {
   // Of the 16 threads that share the rows, four end with the same two of them, and two of these divide, one a row.
   const int lane = threadIdx.x % 32;
   u32 two[2], one;
@@ -221,19 +233,25 @@ static __device__ __forceinline__ void write_rows(const Tile& t, const u32 (&mos
   one = most_of(lane & 4 ? two[1] : two[0], __shfl_xor_sync(~0u, lane & 4 ? two[0] : two[1], 4));
   one = most_of(one, __shfl_xor_sync(~0u, one, 2));
   one = most_of(one, __shfl_xor_sync(~0u, one, 1));
-  const int mine = lane / 4 % 4 * 2 + lane % 2;
-  const float scale = scale_of(lane % 2 ? high_bf16(one) : low_bf16(one)), inverse = inverse_of(scale);
-  if (lane % 4 < 2 && t.row + mine < place.valid_rows) {
-    out.scales[(long long)column_tile * out.scale_stride + place.first_row + t.row + mine] = scale;
+  const float scale = scale_of(lane % 2 ? high_bf16(one) : low_bf16(one));
+  return {lane / 4 % 4 * 2 + lane % 2, lane % 4 < 2, scale, inverse_of(scale)};
+}
+
+// Every row of the tile with a scale of its own: 8 bytes a thread, 128 a row.
+static __device__ __forceinline__ void write_rows(const Tile& t, const u32 (&most)[4], const Out& out, Place place,
+                                                  int column_tile) {
+  const RowScale mine = scale_of_rows(most);
+  if (mine.first && t.row + mine.row < place.valid_rows) {
+    out.scales[(long long)column_tile * out.scale_stride + place.first_row + t.row + mine.row] = mine.scale;
   }
   u8* to = out.values + (long long)(place.first_row + t.row) * out.C + column_tile * TILE + t.column;
   const int there = column_tile * TILE + t.column < out.C ? place.valid_rows - t.row : 0;
 #pragma unroll
   for (int r = 0; r < 8; r++, to += out.C) {
-    const float s = __shfl_sync(~0u, inverse, r / 2 * 4 + r % 2, 16);
     float v[8];
-    unpack_bf16(v, make_uint4(t.pairs[r][0], t.pairs[r][1], t.pairs[r][2], t.pairs[r][3]));
-    if (r < there) *(uint2*)to = fp8_eight(v, s);
+    unpack_bf16(v, row_of(t, r));
+    const uint2 eight = fp8_eight(v, mine.inverse_of_row(r));
+    if (r < there) *(uint2*)to = eight;
   }
 }
 

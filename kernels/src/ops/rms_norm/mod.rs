@@ -3,7 +3,7 @@
 //!
 //! Legend: T tokens, D width.
 use crate::device::{self, Kernel};
-use crate::fp8::{ScaleRule, round_up};
+use crate::fp8::{Rows, ScaleRule, round_up};
 use crate::jit::Source;
 use crate::launch::{Launch, Shape, aligned};
 use crate::ops::quantise::tiles::{self, Quantised, Want, rule_define, shape, strides, tiles_of};
@@ -76,7 +76,7 @@ pub fn forward(x: &Tensor, weight: &Tensor, eps: f64) -> (Tensor, Tensor) {
     }
     assert_eq!(weight.size1().expect("the weight is [D]"), x.size()[1], "the weight's width");
     let (x, y) = (aligned(x), Tensor::empty(x.size(), (x.kind(), x.device())));
-    let rstd = by_rows(&x, None, Some((weight, &y)), eps);
+    let rstd = by_rows(&x, Beside { weight: Some(weight), bf16: Some(&y), ..Beside::default() }, ScaleRule::Amax, eps);
     (y, rstd)
 }
 
@@ -137,31 +137,43 @@ pub fn add(x: &Tensor, y: &Tensor, eps: f64) -> (Tensor, Tensor) {
         return cpu::add(x, y, eps);
     }
     let sum = Tensor::empty(x.size(), (x.kind(), x.device()));
-    let rstd = by_rows(&aligned(x), Some((&aligned(y), &sum)), None, eps);
+    let rstd = by_rows(&aligned(x), Beside { sum: Some([&aligned(y), &sum]), ..Beside::default() }, ScaleRule::Amax, eps);
     (sum, rstd)
 }
 
-/// The rows' rstd from one pass over x, over the sum x + y that it leaves (y, sum), or over x that it norms (weight, y).
-fn by_rows(x: &Tensor, add: Option<(&Tensor, &Tensor)>, norm: Option<(&Tensor, &Tensor)>, eps: f64) -> Tensor {
-    assert!(add.is_none() || norm.is_none(), "x alone is normed");
+/// What a pass over rows makes beside their rstd.
+#[derive(Default)]
+struct Beside<'a> {
+    /// (y, sum): x + y, whose rstd it is then.
+    sum: Option<[&'a Tensor; 2]>,
+    /// x normed by it, in one of:
+    weight: Option<&'a Tensor>,
+    bf16: Option<&'a Tensor>,
+    fp8: Option<&'a Rows>,
+}
+
+fn by_rows(x: &Tensor, made: Beside, rule: ScaleRule, eps: f64) -> Tensor {
     let (t, d) = x.size2().expect("x is [T, D]");
     let rstd = Tensor::empty([t, 1], (Kind::Float, x.device()));
-    let kernel = kernel(x.device(), "by_rows", ScaleRule::Amax, 1);
+    let kernel = kernel(x.device(), "by_rows", rule, 1);
     let threads = 32 * ((d + HELD_BY_WARP - 1) / HELD_BY_WARP).max(1);
-    let rows = (BLOCK / threads).max(1);
+    let at_a_time = (BLOCK / threads).max(1);
     Launch::new(device::gpu(x.device()), &kernel)
         .early()
         .tensor(x, Kind::BFloat16)
-        .tensor_or_null(add.map(|(y, _)| y), Kind::BFloat16)
-        .tensor_or_null(add.map(|(_, sum)| sum), Kind::BFloat16)
-        .tensor_or_null(norm.map(|(weight, _)| weight), Kind::BFloat16)
-        .tensor_or_null(norm.map(|(_, y)| y), Kind::BFloat16)
+        .tensor_or_null(made.sum.map(|[y, _]| y), Kind::BFloat16)
+        .tensor_or_null(made.sum.map(|[_, sum]| sum), Kind::BFloat16)
+        .tensor_or_null(made.weight, Kind::BFloat16)
+        .tensor_or_null(made.bf16, Kind::BFloat16)
+        .tensor_or_null(made.fp8.map(|rows| &rows.values), Kind::Float8e4m3fn)
+        .tensor_or_null(made.fp8.map(|rows| &rows.scales), Kind::Float)
         .tensor(&rstd, Kind::Float)
         .float(eps as f32)
         .int(t)
         .int(d)
+        .int(round_up(t, 4))
         .int(threads)
-        .run(Shape { grid: [((t + rows - 1) / rows) as usize, 1], block: (rows * threads) as usize, shared_bytes: 0 });
+        .run(Shape { grid: [((t + at_a_time - 1) / at_a_time) as usize, 1], block: (at_a_time * threads) as usize, shared_bytes: 0 });
     rstd
 }
 
@@ -187,8 +199,19 @@ pub fn quantised(x: &Tensor, rstd: &Tensor, weight: &Tensor, make: Make) -> Norm
     Normed { quantised, y }
 }
 
-/// As `quantised`, by x's own statistics: with rstd [T, 1].
+/// As `quantised`, by x's own statistics: with rstd [T, 1]. By rows alone it is one pass.
 pub fn forward_quantised(x: &Tensor, weight: &Tensor, eps: f64, make: Make) -> (Normed, Tensor) {
-    let rstd = if on_gpu(x) { by_rows(&aligned(x), None, None, eps) } else { cpu::rstd(x, eps) };
-    (quantised(x, &rstd, weight, make), rstd)
+    if !on_gpu(x) {
+        let rstd = cpu::rstd(x, eps);
+        return (quantised(x, &rstd, weight, make), rstd);
+    }
+    let (x, (t, d)) = (aligned(x), x.size2().expect("x is [T, D]"));
+    assert_eq!(weight.size1().expect("the weight is [D]"), d, "the weight's width");
+    if make.want != Want::ROWS || make.bf16 {
+        let rstd = by_rows(&x, Beside::default(), ScaleRule::Amax, eps);
+        return (quantised(&x, &rstd, weight, make), rstd);
+    }
+    let quantised = Quantised::empty([t, d], 1, make.want, x.device());
+    let rstd = by_rows(&x, Beside { weight: Some(weight), fp8: quantised.rows.as_ref(), ..Beside::default() }, make.rule, eps);
+    (Normed { quantised, y: None }, rstd)
 }

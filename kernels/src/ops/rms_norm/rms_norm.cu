@@ -4,13 +4,14 @@
 // Defined from outside, for backward: ROW, the threads of a row, 8 · ROW ≥ C, and ROWS at a time.
 
 // Eights of a row that a thread of its statistics holds at most, and threads of a block at most.
-constexpr int HELD = 8, MOST_THREADS = 512;
+constexpr int HELD = 8, MOST_THREADS = 512;  // HELD: as many as a Tile has rows
 
 // A row to `threads` threads, which are whole warps: sum = x + y in BF16 (null: x is the sum), rstd of the row as rounded,
-// and, where there is a weight and no y, x normed by it. All is on its way at once, and read once.
+// and, where there is a weight and no y, x normed by it: in BF16, or in FP8 with a scale for each 1×128 tile. All is on its
+// way at once, and read once.
 extern "C" __global__ void __launch_bounds__(MOST_THREADS)
-    by_rows(const u16* x, const u16* y, u16* sum, const u16* weight, u16* normed, float* rstd, float eps, int R, int C,
-            int threads) {
+    by_rows(const u16* x, const u16* y, u16* sum, const u16* weight, u16* normed, u8* values, float* scales, float* rstd,
+            float eps, int R, int C, int scale_stride, int threads) {
   __shared__ float of_warp[MOST_THREADS / 32];
   const int group = threadIdx.x / threads, at = (threadIdx.x - group * threads) * 8, step = threads * 8;
   const int row = blockIdx.x * (blockDim.x / threads) + group;
@@ -50,14 +51,26 @@ extern "C" __global__ void __launch_bounds__(MOST_THREADS)
   const float scale = 1.0f / sqrtf(squares / C + eps);
   if (at == 0) rstd[row] = scale;
   if (!weight) return;
+  Tile t;  // whose rows are pieces of this one, `step` apart
 #pragma unroll
   for (int i = 0; i < HELD; i++) {
-    if (at + i * step >= C) continue;
     float v[8], w[8];
     unpack_bf16(v, held[i]), unpack_bf16(w, more[i]);
 #pragma unroll
     for (int c = 0; c < 8; c++) v[c] = v[c] * scale * w[c];
-    *(uint4*)(normed + first + i * step) = bf16_eight(v);
+    set_row(t, i, bf16_eight(v));
+    if (normed && at + i * step < C) *(uint4*)(normed + first + i * step) = row_of(t, i);
+  }
+  if (!values) return;
+  const RowScale mine = scale_of_rows(most_of(t).of_rows);
+  const int column = at + mine.row * step;
+  if (mine.first && column < C) scales[(long long)(column / TILE) * scale_stride + row] = mine.scale;
+#pragma unroll
+  for (int i = 0; i < HELD; i++) {
+    float v[8];
+    unpack_bf16(v, row_of(t, i));
+    const uint2 eight = fp8_eight(v, mine.inverse_of_row(i));
+    if (at + i * step < C) *(uint2*)(values + first + i * step) = eight;
   }
 }
 
