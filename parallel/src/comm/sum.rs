@@ -3,6 +3,8 @@
 //! so the same layout gives the same bits over threads and over processes.
 
 use super::{CommError, Reduce};
+use std::ops::AddAssign;
+use tch::kind::Element;
 use tch::{Kind, Tensor};
 
 /// Elements added at a time on a CPU: the accumulator stays in the cache while the parts stream past it.
@@ -36,6 +38,31 @@ pub(super) fn fold(out: &Tensor, parts: &[Tensor], reduce: Reduce) {
             start += n;
         }
     });
+}
+
+/// The same of the rows of `parts` [ranks, n], on a CPU, in few calls however many ranks there are: [n].
+pub(super) fn fold_rows(parts: &Tensor, reduce: Reduce) -> Tensor {
+    match (reduce, parts.kind()) {
+        (Reduce::Max, _) => parts.amax(&[0i64][..], false),
+        (Reduce::Min, _) => parts.amin(&[0i64][..], false),
+        (Reduce::Sum, Kind::Double) => sum_rows::<f64>(parts),
+        (Reduce::Sum, Kind::Float) => sum_rows::<f32>(parts),
+        (Reduce::Sum, kind) => {
+            let out = Tensor::empty([parts.size()[1]], (kind, parts.device()));
+            fold(&out, &parts.unbind(0), reduce);
+            out
+        }
+    }
+}
+
+fn sum_rows<T: Element + Copy + Default + AddAssign>(parts: &Tensor) -> Tensor {
+    let mut values = vec![T::default(); parts.numel()];
+    parts.copy_data(&mut values, parts.numel());
+    let (sums, others) = values.split_at_mut(parts.size()[1] as usize);
+    for row in others.chunks_exact(sums.len().max(1)) {
+        sums.iter_mut().zip(row).for_each(|(sum, part)| *sum += *part);
+    }
+    Tensor::from_slice(sums)
 }
 
 fn fold_block(out: &Tensor, mut parts: impl Iterator<Item = Tensor>, reduce: Reduce) {
@@ -82,6 +109,13 @@ mod tests {
         let reordered = [parts[0].shallow_clone(), parts[2].shallow_clone(), parts[1].shallow_clone()];
         fold(&out, &reordered, Reduce::Sum);
         assert_eq!((out.min().double_value(&[]), out.max().double_value(&[])), (1.0, 1.0));
+        for (order, sum) in [([1e8, 1.0, -1e8], 0.0), ([1e8, -1e8, 1.0], 1.0)] {
+            let rows = |kind| Tensor::from_slice(&order).view([3, 1]).expand([3, 5], false).contiguous().to_kind(kind);
+            assert_eq!(fold_rows(&rows(Kind::Float), Reduce::Sum), Tensor::full([5], sum, (Kind::Float, tch::Device::Cpu)));
+            assert_eq!(fold_rows(&rows(Kind::Double), Reduce::Sum), Tensor::full([5], 1.0, (Kind::Double, tch::Device::Cpu)));
+            assert_eq!(fold_rows(&rows(Kind::Int64), Reduce::Sum), Tensor::full([5], 1, (Kind::Int64, tch::Device::Cpu)));
+            assert_eq!(fold_rows(&rows(Kind::Int64), Reduce::Min), Tensor::full([5], -100_000_000, (Kind::Int64, tch::Device::Cpu)));
+        }
     }
 
     #[test]

@@ -118,13 +118,9 @@ impl MpiComm {
         let packed = Packed::places(&tensors);
         let (batch, steps, blocks) = self.gather_blocks(packed.pack(&tensors))?;
         Ok(self.fly(batch, steps, move || {
-            let sums = tensors.iter().enumerate().map(|(i, tensor)| {
-                let parts: Vec<Tensor> = blocks.iter().map(|block| packed.part(block, i, tensor.kind())).collect();
-                let out = empty_host(&tensor.size(), tensor.kind());
-                sum::fold(&out.view([-1]), &parts, reduce);
-                out
-            });
-            home.bring(sums.collect())
+            let blocks = blocks();
+            let sum = |(i, tensor): (usize, &Tensor)| sum::fold_rows(&packed.part(&blocks, i, tensor.kind()), reduce).view(&tensor.size()[..]);
+            home.bring(tensors.iter().enumerate().map(sum).collect())
         }))
     }
 
@@ -133,20 +129,20 @@ impl MpiComm {
         let packed = Packed::places(&tensors);
         let (batch, steps, blocks) = self.gather_blocks(packed.pack(&tensors))?;
         Ok(self.fly(batch, steps, move || {
+            let blocks = blocks();
             let all = tensors.iter().enumerate().map(|(i, tensor)| {
                 let mut shape = tensor.size();
-                shape[0] *= blocks.len() as i64;
-                let parts: Vec<Tensor> = blocks.iter().map(|block| packed.part(block, i, tensor.kind())).collect();
-                Tensor::cat(&parts, 0).view(&shape[..])
+                shape[0] *= blocks.size()[0];
+                packed.part(&blocks, i, tensor.kind()).view(&shape[..])
             });
             home.bring(all.collect())
         }))
     }
 
-    /// Everyone's block of bytes, all as long, by rank, once the batch and the steps are done. Few ranks send to each other in
+    /// Everyone's block of bytes, all as long: rows by rank, to be asked for once the batch and the steps are done. Few ranks send to each other in
     /// one latency. Many would need a connection a pair: theirs go in ⌈log₂ N⌉ rounds, in the k-th of which a rank passes the
     /// 2ᵏ blocks that it has on to the rank 2ᵏ before it (Bruck et al. 1997).
-    fn gather_blocks(&self, mine: Tensor) -> Result<(Batch, Vec<Step>, Vec<Tensor>), CommError> {
+    fn gather_blocks(&self, mine: Tensor) -> Result<(Batch, Vec<Step>, impl FnOnce() -> Tensor + use<>), CommError> {
         let (rank, size, bytes) = (self.rank, self.size, mine.numel() as i64);
         let (tag, mut batch, mut steps) = (self.next_tag(), Batch::default(), Vec::new());
         // Its own first, then its successors': so that what is passed on lies together.
@@ -169,7 +165,8 @@ impl MpiComm {
                 }) as Step);
             }
         }
-        let by_rank = (0..size).map(|of| blocks(&all, (of + size - rank) % size, 1)).collect();
+        let first = size - rank; // where rank 0's lies
+        let by_rank = move || Tensor::cat(&[blocks(&all, first, rank), blocks(&all, 0, first)], 0).view([size as i64, bytes]);
         Ok((batch, steps, by_rank))
     }
 }
@@ -190,16 +187,16 @@ impl Packed {
 
     fn pack(&self, tensors: &[Tensor]) -> Tensor {
         let block = Tensor::zeros([self.0.iter().map(|(_, bytes)| (bytes + 7) / 8 * 8).sum::<i64>()], (Kind::Uint8, Device::Cpu));
-        for (i, tensor) in tensors.iter().enumerate() {
-            copy_into(self.part(&block, i, tensor.kind()), &tensor.view([-1]));
+        for (&(at, bytes), tensor) in self.0.iter().zip(tensors) {
+            copy_into(block.narrow(0, at, bytes).view_dtype(tensor.kind()), &tensor.view([-1]));
         }
         block
     }
 
-    /// The i-th tensor's elements.
-    fn part(&self, block: &Tensor, i: usize, kind: Kind) -> Tensor {
+    /// The i-th tensor's elements in blocks [ranks, bytes]: [ranks, elements].
+    fn part(&self, blocks: &Tensor, i: usize, kind: Kind) -> Tensor {
         let (at, bytes) = self.0[i];
-        block.narrow(0, at, bytes).view_dtype(kind)
+        blocks.narrow(1, at, bytes).contiguous().view_dtype(kind)
     }
 }
 
