@@ -21,9 +21,7 @@ pub struct HeadIn {
 
 pub struct HeadSaved {
     hidden: Tensor,
-    /// Without the scale.
     dlogits: Tensor, // [T, V]
-    scale: f64,
 }
 
 impl HeadSaved {
@@ -45,14 +43,14 @@ impl Layer for LmHead {
         let weight = w.get(self.weight);
         w.gemms.count(x.hidden.kind());
         let mut dlogits = linear::forward(&x.hidden, weight); // [T, V], the logits so far
-        let loss = cross_entropy::forward(dlogits.shallow_clone(), &x.targets, &mut dlogits);
-        (loss, HeadSaved { hidden: x.hidden, dlogits, scale: x.scale })
+        let loss = cross_entropy::forward(dlogits.shallow_clone(), &x.targets, x.scale, &mut dlogits);
+        (loss, HeadSaved { hidden: x.hidden, dlogits })
     }
     fn backward_input(&self, w: &Weights, _: (), saved: HeadSaved) -> (Tensor, HeadSaved) {
         w.gemms.count(saved.dlogits.kind());
-        (linear::backward_input(&saved.dlogits, w.get(self.weight)) * saved.scale, saved)
+        (linear::backward_input(&saved.dlogits, w.get(self.weight)), saved)
     }
     fn backward_weight(&self, work: HeadSaved, grads: &mut Grads) {
-        grads.add_product(self.weight, &work.dlogits, &(work.hidden * work.scale));
+        grads.add_product(self.weight, &work.dlogits, &work.hidden);
     }
 }
