@@ -2,7 +2,7 @@
 # train.sbatch under a real slurmctld and slurmd, training for real: scripts/slurm-test.sh [--long]
 #   short: a job on 2 nodes, over mpirun, is signalled as at its time limit, checkpoints, is requeued, resumes and finishes;
 #          of an array one task is requeued, and that alone; one over srun and PMIx (where that is) is cancelled and leaves no process; one over each is pre-empted and requeued; one over srun
-#          loses a node and goes on with the spare one
+#          loses a node and goes on with the spare one, also long before SLURM has it down
 #   --long: the signal is the time limit's own, as often as it takes
 # Needs root. Installs slurm-wlm and munge with apt where they are missing. Ends with 0 and SKIPPED where it cannot run.
 set -euo pipefail
@@ -21,7 +21,7 @@ cargo build --release --quiet --workspace
 # Two nodes of one host name: Open MPI must not take them for one host and share memory.
 export OMPI_MCA_btl=self,tcp OMPI_MCA_btl_tcp_if_include=lo OMPI_MCA_oob_tcp_if_include=lo
 state=$(mktemp -d)
-trap 'for one in "$state" "$state/spare"; do [ ! -d "$one/run" ] || scripts/fixtures/slurm.sh stop "$one"; done; rm -rf "$state"' EXIT
+trap 'for one in "$state" "$state"/slurm-*; do [ ! -d "$one/run" ] || scripts/fixtures/slurm.sh stop "$one"; done; rm -rf "$state"' EXIT
 "${CARGO_TARGET_DIR:-target}/release/tiefsee" prepare configs trainer --out "$state/corpus" --vocab 512 --held-out 0.2 --extensions rs,toml 2>"$state/prepare.out" >&2
 scripts/fixtures/slurm.sh start "$state" 2
 eval "$(scripts/fixtures/slurm.sh env "$state")"
@@ -124,25 +124,33 @@ for launcher in mpirun $(srun --mpi=list 2>&1 | grep -q pmix && echo srun); do
     echo "ok: pre-empted, exit code $code, requeued ($launcher, 2 nodes)"
 done
 
-# Three nodes, of which one is spare: a host that stands still takes slurmd and the ranks with it.
-if srun --mpi=list 2>&1 | grep -q pmix; then
-    scripts/fixtures/slurm.sh stop "$state"
-    scripts/fixtures/slurm.sh start "$state/spare" 3
-    eval "$(scripts/fixtures/slurm.sh env "$state/spare")"
-    job=$(submit lost "srun --nnodes 2" --no-kill --nodes=3)
-    until_true "a checkpoint" 60 test -e "$state/lost/checkpoints/step-00000050/manifest.json"
+# Three nodes, of which one is spare: a host that stands still takes slurmd and the ranks with it. With SLURM's default the launcher
+# sees that the run hangs, and what srun then says of the node, long before SLURM has it down.
+lost() {
+    local timeout=$1 run=lost-$1 options=$2 job tasks host task parent
+    export SLURMD_TIMEOUT=$timeout
+    scripts/fixtures/slurm.sh start "$state/slurm-$timeout" 3
+    eval "$(scripts/fixtures/slurm.sh env "$state/slurm-$timeout")"
+    job=$(submit "$run" "srun --nnodes 2 $options" --no-kill --nodes=3)
+    until_true "a checkpoint" 60 test -e "$state/$run/checkpoints/step-00000050/manifest.json"
     tasks=$(grep -lzs '^SLURMD_NODENAME=n2$' /proc/[0-9]*/environ | cut -d/ -f3 || true)
-    host=$(cat "$state/spare/run/slurmd.n2.pid")
+    host=$(cat "$state/slurm-$timeout/run/slurmd.n2.pid")
     # What started a task is slurmd's, too, and no child of it any more.
     for task in $tasks; do if parent=$(ps -o ppid= -p "$task") && grep -qs slurmstepd /proc/$((parent))/cmdline; then host+=" $((parent))"; fi; done
     # shellcheck disable=SC2086
     kill -STOP $host $tasks
-    until_true "the spare node's start" 90 grep -q "host n2 cannot be used and is left out .* 2 host(s) are left" "$state/lost.out"
-    until_true "a step of it" 60 grep -q "checkpoints/step-00000100 " "$state/lost.out"
-    grep -q "2 rank(s) on 2 host(s) (n1, n3): resume" "$state/lost.out" || fail "not on n1 and n3"
+    until_true "the spare node's start" 120 grep -q "host n2 cannot be used and is left out .* 2 host(s) are left" "$state/$run.out"
+    until_true "a step of it" 60 grep -q "checkpoints/step-00000100 " "$state/$run.out"
+    grep -q "2 rank(s) on 2 host(s) (n1, n3): resume" "$state/$run.out" || fail "not on n1 and n3"
     # shellcheck disable=SC2086
     kill -KILL $host $tasks
     scancel "$job"
-    until_true "its processes' end" 30 no_process lost
-    echo "ok: a node was lost, the spare one takes its place (srun, 2 of 3 nodes)"
+    until_true "its processes' end" 30 no_process "$run"
+    scripts/fixtures/slurm.sh stop "$state/slurm-$timeout"
+    echo "ok: a node was lost, the spare one takes its place (srun, 2 of 3 nodes, SlurmdTimeout=$timeout)"
+}
+if srun --mpi=list 2>&1 | grep -q pmix; then
+    scripts/fixtures/slurm.sh stop "$state"
+    lost 10 ""
+    lost 300 "--hang-floor 10 --back-off 0"
 fi

@@ -15,12 +15,14 @@ pub struct Ranked<'a> {
     pub command: &'a [String],
     /// A rendezvous' socket, where hosts are reached over it.
     pub socket: Option<&'a Path>,
+    /// After a start that failed.
+    pub again: bool,
 }
 
 pub fn command_line(args: &Args, environment: &Environment, layout: &Layout, ranked: &Ranked) -> Vec<String> {
     let mut line = match layout.starter {
         Starter::Mpirun => mpirun(args, environment, layout, ranked),
-        Starter::Srun => srun(environment, layout),
+        Starter::Srun => srun(environment, layout, ranked.again),
     };
     line.extend(args.passed.iter().cloned());
     let words = rank_words(args, environment, layout, ranked);
@@ -142,7 +144,7 @@ fn placement(ranks: usize, environment: &Environment, many: bool) -> (String, &'
     }
 }
 
-fn srun(environment: &Environment, layout: &Layout) -> Vec<String> {
+fn srun(environment: &Environment, layout: &Layout, again: bool) -> Vec<String> {
     // Not --unbuffered: with it each piece of a line would get a label and an end of its own. Ranks print whole lines.
     let mut line = words(&["srun", "--mpi=pmix", "--label"]);
     // Without it a dead rank leaves its peers hanging.
@@ -158,6 +160,11 @@ fn srun(environment: &Environment, layout: &Layout) -> Vec<String> {
     }
     if !layout.hosts.is_empty() {
         line.push(format!("--nodelist={}", layout.hosts.join(",")));
+    }
+    if again {
+        // SLURM leaves the step before its cores, on all its nodes, until it has the dead one of them down. From ranks of it that still
+        // live, the run directory's lock protects.
+        line.push("--overlap".to_string());
     }
     line
 }
@@ -208,7 +215,7 @@ mod tests {
         let args = Args::parse_from(format!("tiefsee-launch {options} -- resume a").split_whitespace());
         let layout = Layout::new(&args, environment, &args.hosts)?;
         let command = ["resume".to_string(), "a".to_string()];
-        Ok(quoted(&command_line(&args, environment, &layout, &Ranked { own: Path::new("L"), program: Path::new("tiefsee"), command: &command, socket: None })))
+        Ok(quoted(&command_line(&args, environment, &layout, &Ranked { own: Path::new("L"), program: Path::new("tiefsee"), command: &command, socket: None, again: false })))
     }
 
     fn machine(cores: usize) -> Environment {
@@ -239,7 +246,7 @@ mod tests {
         let args = Args::parse_from("tiefsee-launch --nproc-per-node 8 -- resume a".split(' '));
         let hosts: Vec<String> = (0..256).map(|host| format!("n{host}")).collect();
         let layout = Layout::new(&args, &machine(64), &hosts).expect("a layout");
-        let ranked = Ranked { own: Path::new("L"), program: Path::new("tiefsee"), command: &[], socket: Some(Path::new("S")) };
+        let ranked = Ranked { own: Path::new("L"), program: Path::new("tiefsee"), command: &[], socket: Some(Path::new("S")), again: false };
         let line = quoted(&command_line(&args, &machine(64), &layout, &ranked));
         assert!(line.contains("--leave-session-attached --mca ras '^slurm' --mca plm rsh --mca plm_rsh_num_concurrent 256 "), "{line}");
     }

@@ -81,6 +81,13 @@ impl Slurm {
         let shown = Command::new("timeout").args(["10", "scontrol", "show", "job", &self.job]).stdin(Stdio::null()).output();
         shown.is_ok_and(|shown| is_preempted(&String::from_utf8_lossy(&shown.stdout)))
     }
+
+    /// The nodes that the job has now: from one that goes on without (sbatch --no-kill), SLURM takes those that it has down. Empty: it
+    /// does not tell.
+    pub fn hosts_now(&self) -> Vec<String> {
+        let shown = Command::new("timeout").args(["10", "squeue", "--noheader", "--format=%N", "--jobs", &self.job]).stdin(Stdio::null()).output();
+        shown.map(|shown| String::from_utf8_lossy(&shown.stdout).trim().to_string()).ok().filter(|list| !list.is_empty()).map(|list| hosts(&list)).unwrap_or_default()
+    }
 }
 
 /// `mpirun (Open MPI) 5.0.8` → 5; 4 where it says nothing of the kind.

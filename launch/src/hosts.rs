@@ -1,6 +1,6 @@
 //! Which hosts there are for the next start, which are left out of it, and which are out of reach now.
 use crate::args::Args;
-use crate::environment::{Environment, host_name, secret};
+use crate::environment::{Environment, Slurm, host_name, secret};
 use crate::heartbeat::{Heartbeats, VARIABLE};
 use crate::layout::{Layout, Starter, listed, starter};
 use crate::rendezvous::Rendezvous;
@@ -22,6 +22,8 @@ pub struct Hosts {
     failures: BTreeMap<String, Vec<Instant>>,
     left_out: Vec<String>,
     heartbeats: Option<Heartbeats>,
+    /// The job whose nodes they are, where srun starts the ranks.
+    job: Option<Slurm>,
 }
 
 enum Source {
@@ -59,14 +61,18 @@ impl Hosts {
         // SLURM's own daemons watch what srun starts.
         let beats = args.heartbeat > 0.0 && starter(args, environment) == Starter::Mpirun && matches!(&source, Source::Listed(hosts) if hosts.len() > 1);
         let heartbeats = beats.then(|| Heartbeats::listen(args.interface.as_deref(), silence(args))).transpose()?;
-        Ok(Hosts { source, failures: BTreeMap::new(), left_out: Vec::new(), heartbeats })
+        let job = environment.slurm.clone().filter(|_| starter(args, environment) == Starter::Srun);
+        Ok(Hosts { source, failures: BTreeMap::new(), left_out: Vec::new(), heartbeats, job })
     }
 
     /// The hosts for a start, in order. At a rendezvous it waits for them; None: `stop` said so meanwhile.
     pub fn gather(&self, args: &Args, mut stop: impl FnMut() -> bool) -> Result<Option<Vec<String>>> {
         let usable = |hosts: Vec<String>| -> Vec<String> { hosts.into_iter().filter(|host| !self.left_out.contains(host)).collect() };
         let (own, others) = match &self.source {
-            Source::Listed(hosts) => return Ok(Some(usable(hosts.clone()))),
+            Source::Listed(hosts) => {
+                let least = args.nnodes.map_or(hosts.len(), |nodes| nodes.least);
+                return still_there(usable(hosts.clone()), &self.job.as_ref().map(Slurm::hosts_now).unwrap_or_default(), least).map(Some);
+            }
             Source::Rendezvous { own, others } => (own, others),
         };
         let nodes = args.nnodes.context("--rdzv needs --nnodes")?;
@@ -159,10 +165,16 @@ impl Hosts {
     }
 }
 
+/// Those of the job's nodes that it has `now`, if SLURM tells: a start that names another is refused whole.
+fn still_there(hosts: Vec<String>, now: &[String], least: usize) -> Result<Vec<String>> {
+    let here: Vec<String> = hosts.iter().filter(|host| now.is_empty() || now.contains(host)).cloned().collect();
+    anyhow::ensure!(now.is_empty() || here.len() >= least, "SLURM has taken nodes from this job: {least} are asked for, and of {} it has {}", hosts.join(", "), here.join(", "));
+    Ok(here)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::environment::Slurm;
     use clap::Parser;
 
     fn hosts(options: &str) -> (Args, Hosts) {
@@ -198,6 +210,15 @@ mod tests {
         };
         assert_eq!([start("b"), start("b"), start("b")].map(|host| host.expect("a name")), ["b", "b", "c"]);
         assert!(hosts.heartbeats.is_none(), "nobody would beat");
+    }
+
+    #[test]
+    fn a_node_that_slurm_has_taken_is_not_asked_for() {
+        let names = |list: &str| -> Vec<String> { list.split_whitespace().map(str::to_string).collect() };
+        let here = |now: &str, least| still_there(names("a b c"), &names(now), least).map_err(|error| error.to_string());
+        assert_eq!(here("a c", 2), Ok(names("a c")));
+        assert_eq!(here("", 3), Ok(names("a b c")), "it does not tell");
+        assert_eq!(here("a c", 3), Err("SLURM has taken nodes from this job: 3 are asked for, and of a, b, c it has a, c".to_string()));
     }
 
     #[test]

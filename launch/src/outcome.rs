@@ -116,7 +116,7 @@ pub struct Evidence {
     pub daemon_lost: bool,
     /// Whose daemon.
     pub lost_host: Option<String>,
-    /// By SLURM's word.
+    /// By SLURM's word, or because it takes no task.
     pub down: bool,
     pub cannot_start: Option<String>,
     /// A rank has said that the run is.
@@ -160,8 +160,10 @@ impl Evidence {
         }
         if self.lost_host.is_none() {
             let down = behind("Node failure on ").and_then(word).filter(|host| !host.contains(['[', ',']));
-            self.down = down.is_some();
-            self.lost_host = down.or_else(|| behind("tiefsee-launch: cannot reach host ").or_else(|| behind("Remote daemon: ")?.split_once(" on node ").map(|(_, rest)| rest)).and_then(word));
+            // Long before SLURM has a dead node down, no task can be started there.
+            let (deaf, why) = line.strip_prefix("srun: error: Task launch for ").and_then(|rest| rest.split_once(" failed on node ")?.1.split_once(": ")).unzip();
+            self.down = down.is_some() || why.is_some_and(|why| why.starts_with("Communication ") || why.starts_with("Socket timed out"));
+            self.lost_host = down.or(deaf.map(str::to_string)).or_else(|| behind("tiefsee-launch: cannot reach host ").or_else(|| behind("Remote daemon: ")?.split_once(" on node ").map(|(_, rest)| rest)).and_then(word));
             self.daemon_lost |= self.lost_host.is_some();
         }
         if let Some(words) = line.strip_prefix("tiefsee-launch: ").filter(|words| words.contains(STUCK)) {
@@ -378,11 +380,18 @@ mod tests {
 
     #[test]
     fn a_node_that_slurm_has_down_is_named() {
-        for (line, host) in [("srun: error: Node failure on n2", Some("n2")), ("srun: error: Node failure on n[2-3]", None)] {
+        let launch = "srun: error: Task launch for StepId=1.2 failed on node n2: ";
+        for (line, host, down) in [
+            ("srun: error: Node failure on n2", Some("n2"), true),
+            ("srun: error: Node failure on n[2-3]", None, false),
+            (&format!("{launch}Socket timed out on send/recv operation"), Some("n2"), true),
+            (&format!("{launch}Communication connection failure"), Some("n2"), true),
+            (&format!("{launch}Invalid job credential"), Some("n2"), false),
+        ] {
             let mut evidence = Evidence::default();
             evidence.read(line);
             let outcome = classify(143, &evidence, (false, false), |_| None);
-            assert_eq!((outcome.class, outcome.host.as_deref(), outcome.down), (Class::LinkLost, host, host.is_some()));
+            assert_eq!((outcome.class, outcome.host.as_deref(), outcome.down), (Class::LinkLost, host, down), "{line}");
         }
     }
 

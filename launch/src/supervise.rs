@@ -187,17 +187,17 @@ fn dry_run(args: &Args, environment: &Environment) -> Result<u8> {
     };
     let layout = Layout::new(args, environment, &hosts)?;
     let socket = args.rdzv.is_some().then(|| PathBuf::from("SOCKET"));
-    let mut shown = vec![quoted(&line(args, environment, &layout, &program.command, socket.as_deref())?)];
+    let mut shown = vec![quoted(&line((args, environment), &layout, &program.command, socket.as_deref(), false)?)];
     shown.extend(places(environment, &layout));
     // Whoever reads may have read enough.
     let _ = writeln!(std::io::stdout(), "{}", shown.join("\n"));
     Ok(0)
 }
 
-fn line(args: &Args, environment: &Environment, layout: &Layout, command: &[String], socket: Option<&Path>) -> Result<Vec<String>> {
+fn line((args, environment): (&Args, &Environment), layout: &Layout, command: &[String], socket: Option<&Path>, again: bool) -> Result<Vec<String>> {
     let (own, beside) = (own_path()?, sibling("tiefsee")?);
     let program = args.program.as_deref().unwrap_or(&beside);
-    Ok(command_line(args, environment, layout, &Ranked { own: &own, program, command, socket }))
+    Ok(command_line(args, environment, layout, &Ranked { own: &own, program, command, socket, again }))
 }
 
 impl Supervisor {
@@ -281,7 +281,7 @@ impl Supervisor {
     }
 
     fn attempt(&mut self, command: &[String], layout: &Layout) -> Result<Ended> {
-        let line = line(&self.args, &self.environment, layout, command, self.hosts.socket().as_deref())?;
+        let line = line((&self.args, &self.environment), layout, command, self.hosts.socket().as_deref(), self.incidents.attempt > 1)?;
         let named = if layout.hosts.len() > 1 { format!(" ({})", layout.hosts.join(", ")) } else { String::new() };
         self.incidents.add("started", None, format!("{} rank(s) on {} host(s){named}: {}", layout.ranks(), layout.nodes, quoted(command)));
         let kills_before = oom_kills();
