@@ -116,11 +116,17 @@ impl Layout {
         }
         let starter = starter(args, environment);
         ensure!(starter == Starter::Mpirun || environment.slurm.is_some(), "--launcher srun works only inside a SLURM allocation");
-        // With --overlap a step needs no cores of its own.
-        let in_step = environment.slurm.as_ref().is_some_and(|slurm| slurm.in_step) && !args.passed.iter().any(|option| option == "--overlap");
+        let passed = |word: &str| args.passed.iter().any(|option| option == word);
+        // mpirun starts its daemons on the job's other nodes by srun, unless it is told of another way (plm). With --overlap a step needs
+        // no cores of its own.
+        let elsewhere = || hosts.iter().any(|host| !is_own(host, &environment.host)) || hosts.is_empty() && slurm.is_some_and(|slurm| slurm.nodes > 1);
+        let (by, way, waits) = match starter {
+            Starter::Srun => ("srun", "--pass=--overlap", !passed("--overlap")),
+            Starter::Mpirun => ("mpirun's own srun", "SLURM_OVERLAP=1", args.rdzv.is_none() && !passed("plm") && elsewhere()),
+        };
         ensure!(
-            starter == Starter::Mpirun || !in_step,
-            "this shell is a step of its job (srun --pty, by SLURM_STEP_ID), and srun would wait for the cores that it holds: --standalone for this host alone, --pass=--overlap if it holds none, or start from salloc or sbatch"
+            !waits || environment.slurm.as_ref().is_none_or(|slurm| !slurm.in_step),
+            "this shell is a step of its job (srun --pty, by SLURM_STEP_ID), and {by} would wait for the cores that it holds: --standalone for this host alone, {way} if it holds none, or start from salloc or sbatch"
         );
         let mut hosts: Vec<String> = hosts.iter().take(nodes).cloned().collect();
         // mpirun numbers the ranks of its own host first, wherever that is named.
@@ -231,7 +237,7 @@ mod tests {
             let slurm = Slurm { nodes: 2, pmix: true, in_step, ..Slurm::default() };
             let environment = Environment { cores: 8, numa_nodes: 1, slurm: Some(slurm), ..Environment::default() };
             let args = Args::parse_from(format!("tiefsee-launch {options} -- resume a").split_whitespace());
-            Layout::new(&args, &environment, &[]).map(|layout| (layout.starter, layout.nodes)).map_err(|error| error.to_string())
+            Layout::new(&args, &environment, &args.hosts).map(|layout| (layout.starter, layout.nodes)).map_err(|error| error.to_string())
         };
         let refused = started(true, "").expect_err("it would wait");
         assert!(refused.contains("--standalone") && refused.contains("salloc or sbatch"), "{refused}");
@@ -239,6 +245,14 @@ mod tests {
         assert_eq!(started(true, "--standalone"), Ok((Starter::Mpirun, 1)));
         assert_eq!(started(true, "--pass=--overlap"), Ok((Starter::Srun, 2)));
         assert_eq!(started(false, ""), Ok((Starter::Srun, 2)), "a batch script");
+        for options in ["--launcher mpirun", "--launcher mpirun --pass=--overlap", "--hosts n1,n2"] {
+            let refused = started(true, options).expect_err("its srun would wait");
+            assert!(refused.contains("mpirun's own srun") && refused.contains("SLURM_OVERLAP=1"), "{refused}");
+            assert!(started(false, options).is_ok());
+        }
+        assert_eq!(started(true, "--hosts 127.0.0.1"), Ok((Starter::Mpirun, 1)));
+        assert_eq!(started(true, "--launcher mpirun --pass=--mca --pass=plm --pass=rsh"), Ok((Starter::Mpirun, 2)));
+        assert_eq!(started(true, "--rdzv n1:29400 --node-rank 0 --nnodes 2"), Ok((Starter::Mpirun, 2)), "its daemons go another way");
     }
 
     #[test]
