@@ -11,6 +11,8 @@ use std::path::Path;
 /// What the ranks run: `tiefsee` by its full path, and this executable, which ties it to its parent.
 pub struct Ranked<'a> {
     pub own: &'a Path,
+    /// This executable as mpirun's agent, without blanks: mpirun would take what is behind one for the next word.
+    pub agent: &'a Path,
     pub program: &'a Path,
     pub command: &'a [String],
     /// A rendezvous' socket, where hosts are reached over it.
@@ -108,7 +110,7 @@ fn mpirun(args: &Args, environment: &Environment, layout: &Layout, ranked: &Rank
 
 /// What mpirun starts its daemons on other hosts with.
 fn agent(args: &Args, environment: &Environment, layout: &Layout, ranked: &Ranked) -> Vec<String> {
-    let own = ranked.own.display();
+    let own = ranked.agent.display();
     let rsh = if environment.mpi_major < 5 { "rsh" } else { "ssh" };
     let set = |name: &str, value: &str| ["--mca".to_string(), format!("plm_{rsh}_{name}"), value.to_string()];
     match (ranked.socket, &args.rsh_agent) {
@@ -215,7 +217,7 @@ mod tests {
         let args = Args::parse_from(format!("tiefsee-launch {options} -- resume a").split_whitespace());
         let layout = Layout::new(&args, environment, &args.hosts)?;
         let command = ["resume".to_string(), "a".to_string()];
-        Ok(quoted(&command_line(&args, environment, &layout, &Ranked { own: Path::new("L"), program: Path::new("tiefsee"), command: &command, socket: None, again: false })))
+        Ok(quoted(&command_line(&args, environment, &layout, &Ranked { own: Path::new("L"), agent: Path::new("L"), program: Path::new("tiefsee"), command: &command, socket: None, again: false })))
     }
 
     fn machine(cores: usize) -> Environment {
@@ -246,7 +248,7 @@ mod tests {
         let args = Args::parse_from("tiefsee-launch --nproc-per-node 8 -- resume a".split(' '));
         let hosts: Vec<String> = (0..256).map(|host| format!("n{host}")).collect();
         let layout = Layout::new(&args, &machine(64), &hosts).expect("a layout");
-        let ranked = Ranked { own: Path::new("L"), program: Path::new("tiefsee"), command: &[], socket: Some(Path::new("S")), again: false };
+        let ranked = Ranked { own: Path::new("L"), agent: Path::new("L"), program: Path::new("tiefsee"), command: &[], socket: Some(Path::new("S")), again: false };
         let line = quoted(&command_line(&args, &machine(64), &layout, &ranked));
         assert!(line.contains("--leave-session-attached --mca ras '^slurm' --mca plm rsh --mca plm_rsh_num_concurrent 256 "), "{line}");
     }

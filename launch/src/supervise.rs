@@ -197,7 +197,9 @@ fn dry_run(args: &Args, environment: &Environment) -> Result<u8> {
 fn line((args, environment): (&Args, &Environment), layout: &Layout, command: &[String], socket: Option<&Path>, again: bool) -> Result<Vec<String>> {
     let (own, beside) = (own_path()?, sibling("tiefsee")?);
     let program = args.program.as_deref().unwrap_or(&beside);
-    Ok(command_line(args, environment, layout, &Ranked { own: &own, program, command, socket, again }))
+    // This process outlives mpirun.
+    let agent = if own.to_string_lossy().contains(char::is_whitespace) { PathBuf::from(format!("/proc/{}/exe", std::process::id())) } else { own.clone() };
+    Ok(command_line(args, environment, layout, &Ranked { own: &own, agent: &agent, program, command, socket, again }))
 }
 
 impl Supervisor {

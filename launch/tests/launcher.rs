@@ -133,6 +133,23 @@ fn a_launcher_that_is_built_anew_meanwhile_still_restarts() {
 }
 
 #[test]
+fn hosts_are_reached_from_a_folder_with_a_blank_in_its_name() {
+    let run = Run::new(3, "");
+    let folder = run.dir().join("a folder");
+    fs::create_dir(&folder).expect("a folder");
+    let own = folder.join("tiefsee-launch");
+    assert!(Command::new("cp").arg(env!("CARGO_BIN_EXE_tiefsee-launch")).arg(&own).status().expect("cp").success());
+    // In place of ssh; its words are the host's and the daemon's.
+    let agent = run.dir().join("agent");
+    fs::write(&agent, format!("#!/usr/bin/env bash\necho \"$1\" >{}/reached\nexit 1\n", run.dir().display())).expect("written");
+    fs::set_permissions(&agent, fs::Permissions::from_mode(0o755)).expect("executable");
+    let mut command = Command::new(&own);
+    command.args("--hosts elsewhere --heartbeat 0 --max-restarts 0 --rsh-agent".split(' ')).arg(&agent).args(["--", "train", "--config", "../configs/run/tiny.toml", "--set"]);
+    let output = command.arg(format!("run.dir={}", run.dir().display())).output().expect("a launcher");
+    assert_eq!((run.read("reached").trim(), output.status.code()), ("elsewhere", Some(14)), "{}", text(&output));
+}
+
+#[test]
 fn slots_of_a_hostfile_are_the_ranks_of_a_host() {
     let file = tempfile::NamedTempFile::new().expect("a file");
     let shown = |text: &str| {
