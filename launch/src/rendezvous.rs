@@ -18,7 +18,7 @@ use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, ToSocketAddrs};
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, Sender as Answers, TryRecvError, channel};
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -30,6 +30,8 @@ pub const PERIOD: Duration = Duration::from_secs(1);
 const TICK: Duration = Duration::from_millis(100);
 /// Until a node that was let in says which it is.
 const HELLO: Duration = Duration::from_secs(5);
+/// Bytes of TMPDIR with which a socket in a folder there has a path below the system's 108.
+const LONGEST: usize = 76;
 
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub enum ToNode {
@@ -120,7 +122,7 @@ impl Rendezvous {
         let candidates = reachable(address, address.to_socket_addrs().with_context(|| format!("--rdzv {address}"))?.collect());
         let listener = TcpListener::bind(&candidates[..]).with_context(|| format!("node 0 cannot listen at --rdzv {address}"))?;
         let shared = Arc::new(Shared { nodes, limit, state: Mutex::default(), next: AtomicU64::new(0) });
-        let folder = tempfile::Builder::new().prefix("tiefsee-launch-").tempdir().context("cannot make a folder for the agents' socket")?;
+        let folder = socket_folder(&std::env::temp_dir()).context("cannot make a folder for the agents' socket")?;
         let agents = UnixListener::bind(socket(&folder)).context("cannot make the agents' socket")?;
         let (of_gate, own) = (shared.clone(), own.to_string());
         gate::open(listener, secret, move |connection| member(&of_gate, &own, connection))?;
@@ -169,6 +171,13 @@ impl Rendezvous {
         // So that it is read before the connection's end.
         thread::sleep(TICK);
     }
+}
+
+/// In `temporary`, unless the socket's path would be too long there for the system, or have a blank, where mpirun would cut it.
+fn socket_folder(temporary: &Path) -> std::io::Result<tempfile::TempDir> {
+    let path = temporary.as_os_str().as_encoded_bytes();
+    let fits = path.len() <= LONGEST && !path.iter().any(u8::is_ascii_whitespace);
+    tempfile::Builder::new().prefix("tiefsee-launch-").tempdir_in(if fits { temporary } else { Path::new("/tmp") })
 }
 
 fn socket(folder: &tempfile::TempDir) -> PathBuf {
@@ -300,7 +309,22 @@ fn wait(mut stream: &UnixStream, answer: &Receiver<i32>) -> Result<Option<i32>> 
 
 #[cfg(test)]
 mod tests {
-    use super::reachable;
+    use super::{LONGEST, reachable, socket, socket_folder};
+    use std::os::unix::net::UnixListener;
+
+    #[test]
+    fn agents_find_their_socket_whatever_the_folder_for_temporary_files() {
+        let root = tempfile::tempdir().expect("a folder");
+        let used = |name: &str| {
+            let base = root.path().join(name);
+            std::fs::create_dir_all(&base).expect("a folder");
+            let folder = socket_folder(&base).expect("a folder");
+            UnixListener::bind(socket(&folder)).expect("a socket");
+            folder.path().starts_with(&base)
+        };
+        let longest = "x".repeat(LONGEST - root.path().as_os_str().len() - 1);
+        assert_eq!([longest.clone(), longest + "x", "a blank".to_string()].map(|name| used(&name)), [true, false, false]);
+    }
 
     #[test]
     fn a_name_for_the_loopback_is_listened_for_everywhere() {
