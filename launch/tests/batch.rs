@@ -100,6 +100,10 @@ fn a_run_directory_is_read_off_the_config() {
         ("[run]\nsteps = 3\n  dir='run'\n", true),
         (" [ run ]\n\tdir   =   'run'\n[data]\ndir = \"elsewhere\"\n", true),
         ("[data]\ndir = \"run\"\n[run]\nrun_dir = \"run\"\n", false),
+        ("# ours\nrun.dir = \"run\"\n[data]\n", true),
+        (" run . dir='run'", true),
+        ("[data]\nrun.dir = \"run\"\n", false),
+        ("[model]\n[data]\nrun.dir = 'run'\n", false),
     ] {
         fs::write(job.path("a.toml"), config).expect("written");
         let (output, requeued) = job.told("USR1", "started", &["train", "--config", "a.toml"]);
@@ -107,6 +111,16 @@ fn a_run_directory_is_read_off_the_config() {
         assert!(!text(&output).contains("without a new checkpoint"), "{config}: {}", text(&output));
         fs::remove_dir_all(job.path("run")).expect("a checkpoint");
         fs::remove_file(job.path("started")).expect("a start");
+    }
+}
+
+#[test]
+fn a_run_that_stops_where_its_config_says_is_not_started_again() {
+    let job = Job::new("exit 75");
+    for (config, again) in [("[run]\ndir = 'run'\n", true), ("[run]\n\tstop_after = 4\n", false), ("run.dir = 'run'\nrun.stop_after = 4\n", false)] {
+        fs::write(job.path("a.toml"), config).expect("written");
+        let output = job.start(&["train", "--config", "a.toml"]).wait_with_output().expect("ended");
+        assert_eq!(fs::remove_file(job.path("requeued")).is_ok(), again, "{config}: {}", text(&output));
     }
 }
 
