@@ -135,6 +135,18 @@ fn a_run_whose_directory_is_not_known_is_not_requeued_for_ever() {
 }
 
 #[test]
+fn a_file_system_that_does_not_answer_is_not_waited_for() {
+    let job = Job::new("exit 13");
+    job.script("bin/ls", "/bin/sleep 20; touch answered");
+    // A minute is too long here.
+    job.script("bin/timeout", "[ \"$1 $2 $3\" = '-k 1 60' ] && exec /usr/bin/timeout -k 1 0.5 \"${@:4}\"");
+    let output = job.start(&["train", "--set", "run.dir=run"]).wait_with_output().expect("ended");
+    assert!(!job.path("answered").exists(), "{}", text(&output));
+    // It may have a checkpoint.
+    assert!(job.path("requeued").exists() && text(&output).contains("its restarts were used up, 1 time(s) in a row"), "{}", text(&output));
+}
+
+#[test]
 fn a_step_that_called_sbatch_is_forgotten() {
     let job = Job::new("echo \"step: ${SLURM_STEP_ID:-none}\"");
     let output = job.start(&["train", "--set", "run.dir=run"]).wait_with_output().expect("ended");
