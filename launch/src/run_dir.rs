@@ -1,10 +1,13 @@
 //! What a run directory holds, and how a run that never reached a checkpoint is put aside.
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::time::{Duration, Instant, SystemTime};
 
+/// So long the run directory's file system may take to answer.
+pub const ANSWER: Duration = Duration::from_secs(60);
 /// Longer than an NFS client believes by default what it knows of a folder.
 pub const STALE: Duration = Duration::from_secs(65);
 const TICK: Duration = Duration::from_millis(500);
@@ -34,6 +37,28 @@ pub fn holds(run_dir: &Path) -> Result<Holds> {
         return Ok(Holds::Checkpoint);
     }
     Ok(if told("summary.json")? { Holds::Gone } else { Holds::HalfRun })
+}
+
+/// As [`holds`], in a thread of its own: no signal waits for a file system that does not answer, and after [`ANSWER`] that is an error.
+/// None: `stop` said so meanwhile.
+pub fn holds_now(run_dir: &Path, stop: impl FnMut() -> bool) -> Result<Option<Holds>> {
+    let path = run_dir.to_path_buf();
+    answered(ANSWER, move || holds(&path), stop).with_context(|| run_dir.display().to_string())?.transpose()
+}
+
+fn answered<T: Send + 'static>(limit: Duration, look: impl FnOnce() -> T + Send + 'static, mut stop: impl FnMut() -> bool) -> Result<Option<T>> {
+    let ((tell, told), start) = (channel(), Instant::now());
+    // Where it never ends, nobody listens any more when it does.
+    std::thread::spawn(move || drop(tell.send(look())));
+    loop {
+        match told.recv_timeout(TICK) {
+            Ok(answer) => return Ok(Some(answer)),
+            Err(RecvTimeoutError::Disconnected) => bail!("the look at it has failed"),
+            Err(RecvTimeoutError::Timeout) if stop() => return Ok(None),
+            Err(RecvTimeoutError::Timeout) if start.elapsed() >= limit => bail!("its file system has not answered for {:.0} s", limit.as_secs_f64()),
+            Err(RecvTimeoutError::Timeout) => {}
+        }
+    }
 }
 
 fn has_checkpoint(folder: &Path) -> Result<bool> {
@@ -150,6 +175,23 @@ mod tests {
         fs::write(folder.path().join("checkpoints"), "").expect("a file where a folder belongs");
         let error = format!("{:#}", holds(folder.path()).expect_err("cannot be listed"));
         assert!(error.starts_with("cannot list ") && error.contains("checkpoints"), "{error}");
+    }
+
+    #[test]
+    fn a_file_system_that_does_not_answer_is_an_error() {
+        let waits = || {
+            let (until, wait) = channel::<()>();
+            // As long as the test.
+            (until, move || wait.recv().is_ok())
+        };
+        let (_kept, look) = waits();
+        let error = answered(Duration::ZERO, look, || false).expect_err("no answer").to_string();
+        assert_eq!(error, "its file system has not answered for 0 s");
+        let (_kept, look) = waits();
+        assert_eq!(answered(ANSWER, look, || true).expect("stopped"), None);
+        assert_eq!(answered(ANSWER, || 7, || false).expect("an answer"), Some(7));
+        let folder = tempfile::tempdir().expect("a folder");
+        assert_eq!(holds_now(folder.path(), || false).expect("looked"), Some(Holds::Nothing));
     }
 
     #[test]

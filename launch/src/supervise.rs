@@ -13,7 +13,7 @@ use crate::outcome::{CANNOT_START, Class, Outcome, STOPPED, STOPPED_LATE, TAKEN,
 use crate::output::Output;
 use crate::program::{Kind, Program};
 use crate::progress::{Limits, Progress, Slow};
-use crate::run_dir::{self, Holds, STALE};
+use crate::run_dir::{self, ANSWER, Holds, STALE};
 use crate::serve::{Node, serve};
 use crate::work::Worked;
 use anyhow::{Context, Result, bail};
@@ -29,8 +29,6 @@ use std::time::{Duration, Instant};
 const TICK: Duration = Duration::from_millis(100);
 /// Seconds that a look at the ranks' logs may take at least.
 const LATE: f64 = 10.0;
-/// So long the run directory's file system may take to write down what happened.
-const ANSWER: Duration = Duration::from_secs(60);
 const LONGEST_BACK_OFF: f64 = 60.0;
 const LONGEST_WITHOUT_A_STEP: f64 = 300.0;
 
@@ -145,7 +143,7 @@ enum Entered {
 fn enter(program: &Program, args: &Args, own: &str, mut stop: impl FnMut() -> bool) -> Result<Entered> {
     let mut lock = None;
     if let Some(run_dir) = program.run_dir() {
-        let holds = run_dir::holds(run_dir)?;
+        let Some(holds) = run_dir::holds_now(run_dir, &mut stop)? else { return Ok(Entered::No(STOPPED)) };
         if matches!(program.kind, Kind::Train { .. }) && !args.auto_resume && holds != Holds::Nothing {
             let shown = run_dir.display();
             say(&match holds {
@@ -233,8 +231,9 @@ impl Supervisor {
 
     /// None: asked to stop before any rank was there.
     fn start(&mut self) -> Result<Option<Ended>> {
-        self.has_worked |= self.has_checkpoint();
-        let Some(command) = self.next_command()? else { return Ok(None) };
+        let Some(holds) = self.holds()? else { return Ok(None) };
+        self.has_worked |= holds == Holds::Checkpoint;
+        let Some(command) = self.next_command(holds)? else { return Ok(None) };
         let signals = &mut self.signals;
         let hosts = match self.hosts.gather(&self.args, || signals.pending().count() > 0) {
             Ok(Some(hosts)) => hosts,
@@ -250,22 +249,32 @@ impl Supervisor {
         }
     }
 
+    /// None: asked to stop meanwhile.
+    fn holds(&mut self) -> Result<Option<Holds>> {
+        let signals = &mut self.signals;
+        self.program.run_dir().map_or(Ok(Some(Holds::Nothing)), |run_dir| run_dir::holds_now(run_dir, || signals.pending().count() > 0))
+    }
+
     fn has_checkpoint(&self) -> bool {
-        self.program.run_dir().is_some_and(|run_dir| run_dir::holds(run_dir).is_ok_and(|holds| holds == Holds::Checkpoint))
+        self.program.run_dir().is_some_and(|run_dir| run_dir::holds_now(run_dir, || false).is_ok_and(|holds| holds == Some(Holds::Checkpoint)))
     }
 
     /// The first start is as asked for; a later one, or any with --auto-resume, goes on with what is there. None: asked to stop
     /// while another world, which was not started by a launcher, was waited for.
-    fn next_command(&mut self) -> Result<Option<Vec<String>>> {
+    fn next_command(&mut self, mut holds: Holds) -> Result<Option<Vec<String>>> {
         let Kind::Train { run_dir, .. } = &self.program.kind else {
             return Ok(Some(self.program.command.clone()));
         };
-        let signals = &mut self.signals;
-        let stop = || signals.pending().count() > 0;
-        if run_dir::holds(run_dir)? == Holds::HalfRun && !locks::wait_for(&locks::world(run_dir), ("another world in this run directory", locks::LIMIT), stop)? {
-            return Ok(None);
+        if holds == Holds::HalfRun {
+            let signals = &mut self.signals;
+            let mut stop = || signals.pending().count() > 0;
+            if !locks::wait_for(&locks::world(run_dir), ("another world in this run directory", locks::LIMIT), &mut stop)? {
+                return Ok(None);
+            }
+            let Some(now) = run_dir::holds_now(run_dir, stop)? else { return Ok(None) };
+            holds = now;
         }
-        match run_dir::holds(run_dir)? {
+        match holds {
             Holds::Nothing => Ok(Some(self.program.command.clone())),
             Holds::Checkpoint => {
                 if self.incidents.attempt == 1 {
