@@ -40,7 +40,9 @@ impl Job {
         let mut command = Command::new(env!("CARGO_BIN_EXE_tiefsee-launch"));
         command.args("--nnodes 2 --nproc-per-node 1 --back-off 0 --max-restarts 2 -- train --config a.toml".split(' ')).current_dir(self.folder.path());
         command.env("PATH", format!("{}:{}", self.path("bin").display(), std::env::var("PATH").expect("a path")));
-        ["SLURM_STEP_ID", "SLURM_ARRAY_JOB_ID", "SLURM_NTASKS_PER_NODE", "SLURM_CPUS_PER_TASK"].iter().for_each(|name| drop(command.env_remove(name)));
+        for name in ["SLURM_STEP_ID", "SLURM_ARRAY_JOB_ID", "SLURM_NTASKS_PER_NODE", "SLURM_CPUS_PER_TASK"] {
+            command.env_remove(name);
+        }
         command.env("SLURM_JOB_ID", "7").env("SLURM_JOB_NUM_NODES", "3").env("SLURM_JOB_NODELIST", NODES).output().expect("a launcher")
     }
 
