@@ -5,7 +5,8 @@ use anyhow::{Result, bail};
 use kernels::Precision;
 use kernels::device::{self, Found, Options};
 use kernels::ops::gemm_fp8;
-use parallel::comm::{Comm, Communicator, gather_bytes, nccl};
+use parallel::comm::nccl::{self, Hold};
+use parallel::comm::{Comm, Communicator, gather_bytes};
 use parallel::mesh::{Mesh, Transport};
 use std::path::{Path, PathBuf};
 use tch::Device;
@@ -43,8 +44,8 @@ fn open_here(options: &Options, precision: Precision) -> Result<Device> {
 }
 
 /// The world that carries this run's tensors: over GPUs what `parallel.transport` says, else `world` itself, which goes on
-/// carrying what lies in host memory. Collective.
-pub fn connect(config: &RunConfig, mesh: &Mesh, world: Comm) -> Result<Comm> {
+/// carrying what lies in host memory. Collective. Over NCCL nothing is given back while `hold` is held.
+pub fn connect(config: &RunConfig, mesh: &Mesh, world: Comm, hold: &Hold) -> Result<Comm> {
     let Device::Cuda(device) = open(config, &*world)? else { return Ok(world) };
     let transport = config.parallel.transport;
     if world.size() == 1 || transport == Transport::Staged {
@@ -67,7 +68,8 @@ pub fn connect(config: &RunConfig, mesh: &Mesh, world: Comm) -> Result<Comm> {
     // A host may stand for several nodes, but no node's ranks reach each other's memory from host to host.
     let node = host * world.size() + mesh.nodes[world.rank()];
     let max_ctas = (config.parallel.comm_sms > 0).then_some(config.parallel.comm_sms as i32);
-    let options = nccl::Options { device, node, peers: transport == Transport::Peer, max_ctas, rank: world.rank(), ..Default::default() };
+    let (peers, rank, hold) = (transport == Transport::Peer, world.rank(), hold.clone());
+    let options = nccl::Options { device, node, peers, max_ctas, rank, hold, ..Default::default() };
     Ok(nccl::connect(world, &options)?)
 }
 

@@ -28,6 +28,7 @@ use crate::waiting::Reporter;
 use anyhow::{Context, Result};
 use corpus::Corpus;
 use kernels::ops::rope::RopeScaling;
+use parallel::comm::nccl::Hold;
 use parallel::comm::watched::{Watch, watched};
 use parallel::comm::{Comm, Communicator, barrier};
 use parallel::mesh::Mesh;
@@ -85,7 +86,8 @@ pub fn train(config: &RunConfig, world: Comm, start: Start, stop: &StopSignal) -
     device::open(config, &*world)?; // before the long part: a machine without what it needs says so at once
     // What every rank finds alike, one of them says.
     let (layout, apart) = lay_out(config, &*world, start)?;
-    let (world, watch) = watched(device::connect(config, &layout, world)?);
+    let hold = Hold::held(); // until all is done: an error, from here on, is one rank's
+    let (world, watch) = watched(device::connect(config, &layout, world, &hold)?);
     let plan = Plan::new(&config.phase, &config.data.mixture);
     let free = if world.rank() == 0 && start == Start::Fresh { check_free(&config.run.dir) } else { Ok(()) };
     all_or_none(&*world, free)?;
@@ -147,10 +149,11 @@ pub fn train(config: &RunConfig, world: Comm, start: Start, stop: &StopSignal) -
     let _reporter = Reporter::start(&run.watch, &config.run.dir, run.world.rank());
     let notes = [notes, schedules, run.corpus.notes.clone()].concat();
     let outcome = run.announce(start, &notes).and_then(|()| run.steps(stop)).and_then(|finished| run.finish(finished));
-    if outcome.is_err() && run.trainer.weights.device().is_cuda() {
+    if outcome.is_ok() {
+        hold.let_go();
+    } else if run.trainer.weights.device().is_cuda() {
         run.saver.removed();
-        // The process is about to end. NCCL gives a communicator back together with its peers, and these wait for this rank.
-        std::mem::forget(run);
+        std::mem::forget(run); // a transfer that is dropped is waited for, and peers wait for this rank
     }
     outcome
 }

@@ -20,6 +20,7 @@ use cudarc::driver::result as driver;
 use cudarc::driver::{CudaContext, CudaEvent, CudaStream, DriverError};
 use cudarc::nccl::sys;
 use library::{BYTE, Code, IN_PROGRESS, Library, SUCCESS, data_type, reduction};
+use std::cell::Cell;
 use std::ffi::{c_char, c_int, c_void};
 use std::io::Write;
 use std::path::PathBuf;
@@ -50,6 +51,44 @@ pub struct Options {
     pub max_ctas: Option<i32>,
     /// Sums in NCCL's order and rounding instead of in rank order and FP32: faster, but it depends on the layout.
     pub native_sums: bool,
+    /// Of all axes that are split from this one.
+    pub hold: Hold,
+}
+
+/// While it is held, communicators that are dropped are left to the end of the process. NCCL gives one back together with its
+/// peers, and where this rank has failed they wait for it elsewhere: its error would never be said. Clones are one.
+#[derive(Clone, Debug, Default)]
+pub struct Hold(Rc<Cell<bool>>);
+
+impl Hold {
+    pub fn held() -> Self {
+        Hold(Rc::new(Cell::new(true)))
+    }
+
+    /// Every rank has come to its end, and drops what it has.
+    pub fn let_go(&self) {
+        self.0.set(false);
+    }
+}
+
+/// What becomes of a communicator that is dropped.
+#[derive(Debug, PartialEq, Eq)]
+enum End {
+    Left,
+    Aborted,
+    GivenBack,
+}
+
+impl End {
+    /// Peers of a rank that panics, or ends with transfers under way, may never come, so it aborts. Destroying does not wait for
+    /// the stream: it is run dry first.
+    fn of(hold: &Hold, panicking: bool, runs_dry: impl FnOnce() -> bool) -> End {
+        match () {
+            () if hold.0.get() => End::Left,
+            () if panicking || !runs_dry() => End::Aborted,
+            () => End::GivenBack,
+        }
+    }
 }
 
 /// The GPU communicator of the ranks of `control`, which goes on carrying what lies in host memory (counts, small
@@ -92,6 +131,7 @@ struct Nccl {
     stream: Arc<CudaStream>,
     library: Rc<Library>,
     watch: Option<Watch>,
+    hold: Hold,
 }
 
 /// What a communicator's last transfers may take when nobody waits for them any more.
@@ -177,7 +217,8 @@ impl Axis {
     fn open_nccl(&self) -> Result<Nccl, CommError> {
         const OP: &str = "connect";
         let failed = |e| driver_error(&*self.control, OP, e);
-        let mut nccl = Nccl { raw: std::ptr::null_mut(), stream: self.context.new_stream().map_err(failed)?, library: self.library.clone(), watch: None };
+        let (stream, library, hold) = (self.context.new_stream().map_err(failed)?, self.library.clone(), self.options.hold.clone());
+        let mut nccl = Nccl { raw: std::ptr::null_mut(), stream, library, watch: None, hold };
         // Rank 0 makes the id, MPI carries it.
         let mut id = sys::ncclUniqueId { internal: [0; 128] };
         if self.control.rank() == 0 {
@@ -392,14 +433,16 @@ impl Drop for Nccl {
             return;
         }
         self.watch = None;
-        // SAFETY: the communicator is ours and not used again. Peers of a rank that panics, or ends with transfers under way,
-        // may never come, so it aborts; else the stream is run dry first, since destroying does not wait for it.
+        let end = End::of(&self.hold, std::thread::panicking(), || self.runs_dry());
+        // SAFETY: the communicator is ours and not used again.
         unsafe {
-            if std::thread::panicking() || !self.runs_dry() {
-                (self.library.abort)(self.raw);
-            } else {
-                (self.library.finalize)(self.raw);
-                (self.library.destroy)(self.raw);
+            match end {
+                End::Left => (),
+                End::Aborted => drop((self.library.abort)(self.raw)),
+                End::GivenBack => {
+                    (self.library.finalize)(self.raw);
+                    (self.library.destroy)(self.raw);
+                }
             }
         }
     }
@@ -407,4 +450,21 @@ impl Drop for Nccl {
 
 fn driver_error(control: &dyn super::Communicator, op: &'static str, error: DriverError) -> CommError {
     CommError::Lost { rank: control.rank(), size: control.size(), op, reason: format!("CUDA: {error:?}") }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_a_failing_rank_drops_is_left_and_its_stream_not_waited_for() {
+        let hold = Hold::held();
+        let split = Options { hold: hold.clone(), ..Default::default() }.clone();
+        let end = |panicking, dry| End::of(&split.hold, panicking, || dry);
+        assert_eq!(End::of(&split.hold, false, || panic!("a failing rank waits for nobody")), End::Left);
+        assert_eq!(end(true, true), End::Left);
+        hold.let_go();
+        assert_eq!([end(false, true), end(false, false), end(true, true)], [End::GivenBack, End::Aborted, End::Aborted]);
+        assert_eq!(End::of(&Options::default().hold, false, || true), End::GivenBack, "nobody asked");
+    }
 }

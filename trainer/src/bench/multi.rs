@@ -11,6 +11,7 @@ use kernels::{device, shim};
 use model::MicroBatch;
 use parallel::comm::local::solo;
 use parallel::comm::mpi::MpiWorld;
+use parallel::comm::nccl::Hold;
 use parallel::comm::{Comm, Communicator, Reduce, barrier};
 use serde_json::{Value, json};
 use std::time::Instant;
@@ -36,7 +37,7 @@ pub fn run(args: &Args, config: &RunConfig) -> Result<()> {
     tch::set_num_threads(1);
     let ranks = if args.alone { solo() } else { control.clone() };
     let mesh = config.mesh(&nodes(&*ranks)?)?;
-    let world = connect(config, &mesh, ranks)?;
+    let world = connect(config, &mesh, ranks, &Hold::default())?;
     let on = trainer::device::open(config, &*control)?;
     ensure!(on.is_cuda(), "bench --multi-gpu: run.device = \"cpu\"; --set run.device=cuda");
     let seen = tch::Cuda::device_count();
