@@ -5,7 +5,7 @@ use crate::fp8::{Blocks, ScaleRule};
 use crate::jit::Source;
 use crate::launch::{Launch, Shape, aligned};
 use crate::ops::quantise::blocks;
-use crate::ops::quantise::tiles::{self, flag, rule_define, shape, tiles_of};
+use crate::ops::quantise::tiles::{self, every_tile, flag, rule_define};
 use tch::{Kind, Tensor};
 
 mod cpu;
@@ -108,7 +108,6 @@ impl AdamW {
         };
         let (r, c) = (size[size.len() - 2], size[size.len() - 1]);
         assert!(r % 16 == 0 && c % 16 == 0, "weights of {size:?}: both sides are multiples of 16");
-        let matrices = gradient.numel() as i64 / (r * c).max(1);
-        blocks(launch, plain, transposed).int(r).int(c).run(shape(tiles_of(c), tiles_of(r) * matrices));
+        blocks(launch, plain, transposed).int(r).int(c).run(every_tile(&size));
     }
 }

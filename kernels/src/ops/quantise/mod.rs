@@ -13,7 +13,7 @@ mod cpu;
 pub(crate) mod tiles;
 pub(crate) use cpu::{gather, group_sizes};
 pub use tiles::{Quantised, Want};
-use tiles::{flag, rule_define, shape, tiles_of};
+use tiles::{every_tile, flag, rule_define, shape, tiles_of};
 
 const TEXT: &str = include_str!("quantise.cu");
 /// Of a row, in `pack`.
@@ -128,8 +128,7 @@ pub fn weights(w: &Tensor, rule: ScaleRule) -> (Blocks, Blocks) {
     let (r, c) = (size[size.len() - 2], size[size.len() - 1]);
     let kernel = kernel(w, rule, "quantise_weights");
     let launch = Launch::new(device::gpu(w.device()), &kernel).early().tensor(w, w.kind());
-    let matrices = w.numel() as i64 / (r * c).max(1);
-    blocks(launch, &plain, &transposed).int(r).int(c).run(shape(tiles_of(c), tiles_of(r) * matrices));
+    blocks(launch, &plain, &transposed).int(r).int(c).run(every_tile(&size));
     (plain, transposed)
 }
 

@@ -273,7 +273,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, INPUT_FP32 ? 2 : 3)
   __shared__ Scratch scratch;
   begin();
   const int row_tiles = (R + TILE - 1) / TILE, column_tiles = (C + TILE - 1) / TILE;
-  const int column_tile = blockIdx.x, row_tile = blockIdx.y % row_tiles, matrix = blockIdx.y / row_tiles;
+  const int column_tile = blockIdx.x % column_tiles, tile_row = blockIdx.x / column_tiles;
+  const int row_tile = tile_row % row_tiles, matrix = tile_row / row_tiles;
   const long long first = (long long)matrix * R * C, first_scale = (long long)matrix * row_tiles * column_tiles;
   const Out out = {values + first, scales + first_scale, transposed + first, scales_transposed + first_scale, C, R, 0, 0};
 #if INPUT_FP32

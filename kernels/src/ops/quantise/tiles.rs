@@ -76,3 +76,23 @@ pub(crate) fn row_tiles(r: i64, num_experts: i64) -> i64 {
 pub(crate) fn shape(x: i64, y: i64) -> Shape {
     Shape { grid: [x as usize, y as usize], block: THREADS, shared_bytes: 0 }
 }
+
+/// A block for each tile of [R, C] or [E, R, C]. All in x: of y CUDA has 65535, and many small experts have more.
+pub(crate) fn every_tile(size: &[i64]) -> Shape {
+    let [leading @ .., r, c] = size else { panic!("weights are [R, C] or [E, R, C], not {size:?}") };
+    shape(leading.iter().product::<i64>() * tiles_of(*r) * tiles_of(*c), 1)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::every_tile;
+
+    #[test]
+    fn many_small_experts_are_a_grid_that_cuda_takes() {
+        for (size, blocks) in [(&[70_000, 16, 16][..], 70_000), (&[3, 200, 300], 3 * 2 * 3), (&[1000, 16 * 1024, 144], 1000 * 128 * 2), (&[128, 129], 2)] {
+            let grid = every_tile(size).grid;
+            assert_eq!(grid[0] * grid[1], blocks, "{size:?}");
+            assert!(grid[0] < 1 << 31 && grid[1] <= 65_535, "{size:?}: {grid:?}");
+        }
+    }
+}
