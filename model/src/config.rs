@@ -187,6 +187,14 @@ impl ModelConfig {
         Ok(())
     }
 
+    /// What transformers asks of a config beside, though its own DeepSeek-V2 needs it no more than this model does.
+    pub fn validate_export(&self) -> Result<(), ConfigError> {
+        let heads = self.num_attention_heads;
+        let fits = self.scoring_func == Scoring::Sigmoid || self.hidden_size % heads == 0;
+        let limit = format!("must be a multiple of num_attention_heads = {heads} with softmax scoring: transformers takes no other config of DeepSeek-V2");
+        check(fits, "hidden_size", self.hidden_size, &limit)
+    }
+
     fn attention_parameters(&self) -> i64 {
         let (d, heads) = (self.hidden_size, self.num_attention_heads);
         let query = match self.q_lora_rank {

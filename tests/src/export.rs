@@ -4,7 +4,7 @@ use crate::oracle::{Subject, oracle, routes_clearly};
 use crate::support::{Run, assert_close, random, root, scratch, small, tiefsee};
 use kernels::Precision;
 use kernels::fp8::{ScaleRule, quantise_blocks};
-use model::config::ModelConfig;
+use model::config::{ModelConfig, Scoring};
 use model::hf::pieces;
 use model::{MicroBatch, ParamTable};
 use parallel::comm::local::{run_local, solo};
@@ -102,14 +102,51 @@ fn an_fp8_export_is_our_quantiser_and_transformers_loads_it() {
     assert!((in_fp8 / in_bf16 - 1.0).abs() < 5e-3 && in_fp8 != in_bf16, "held-out loss {in_fp8} in FP8, {in_bf16} in BF16");
 }
 
+/// Each side of a matrix over its blocks' scales, each scale for so many rows and columns.
+fn dequantised(values: &Tensor, scales: &Tensor, [rows, columns]: [i64; 2]) -> Tensor {
+    let (r, c) = values.size2().expect("a matrix");
+    let spread = scales.repeat_interleave_self_int(rows, 0, None).narrow(0, 0, r).repeat_interleave_self_int(columns, 1, None).narrow(1, 0, c);
+    values.to_kind(Kind::Float) * spread
+}
+
+/// The FP8 matrices of an exported file, by name, as the released layout has them: a scale for each 128 × 128, the last ones
+/// for what is left. And how many of them transformers' Fp8Dequantize, which takes all blocks to be equal, refuses or gets wrong.
+fn released_matrices(file: &Path) -> (HashMap<String, Tensor>, usize) {
+    let bytes = std::fs::read(file).expect("an export");
+    let file = safetensors::SafeTensors::deserialize(&bytes).expect("safetensors");
+    let tensor = |name: &str, kind| {
+        let view = file.tensor(name).expect(name);
+        let shape: Vec<i64> = view.shape().iter().map(|&side| side as i64).collect();
+        Tensor::from_data_size(view.data(), &shape, kind)
+    };
+    let (mut matrices, mut unread) = (HashMap::new(), 0);
+    for name in file.names().into_iter().filter(|name| !name.ends_with("_scale_inv")) {
+        let Ok(_) = file.tensor(&format!("{name}_scale_inv")) else { continue };
+        let (values, scales) = (tensor(name, Kind::Float8e4m3fn), tensor(&format!("{name}_scale_inv"), Kind::Float));
+        let ((r, c), (rows, columns)) = (values.size2().expect("a matrix"), scales.size2().expect("a matrix"));
+        assert_eq!((rows, columns), ((r + 127) / 128, (c + 127) / 128), "{name}");
+        let right = dequantised(&values, &scales, [128, 128]);
+        let takes = r % rows == 0 && c % columns == 0;
+        unread += usize::from(!takes || !dequantised(&values, &scales, [r / rows, c / columns]).equal(&right));
+        matrices.insert(name.to_string(), right);
+    }
+    (matrices, unread)
+}
+
 #[test]
 fn fp8_of_matrices_that_are_no_whole_blocks_comes_back_as_it_went() {
-    let subject = Subject::new(&ModelConfig { hidden_size: 136, moe_intermediate_size: 200, ..small() }, Precision::F32, 61, 8);
+    let uneven = ModelConfig { hidden_size: 136, intermediate_size: 129, moe_intermediate_size: 200, ..small() };
+    let subject = Subject::new(&uneven, Precision::F32, 61, 8);
     let dir = scratch().join("oracle");
     let plain = import(&subject.export("uneven"), &dir.join("uneven-imported")).expect("an import");
     let out = |name: &str| dir.join(name);
     let first = export(&plain, &out("uneven-fp8"), Format::Fp8, Values::Newest).expect("an export");
-    assert!(first.uneven > 0, "200 rows are no whole blocks");
+    // A SwiGLU's gate and up, packed in one matrix of ours, have blocks of their own each.
+    let (released, unread) = released_matrices(&out("uneven-fp8/model.safetensors"));
+    let masters = load(&plain, |name| name.starts_with("weight/")).expect("a checkpoint").1;
+    assert_eq!(compare_matrices(&subject.weights.table, &masters, &released), released.len());
+    assert_eq!(released.len(), 5 * 4 + 3 + 3 * (8 + 1) * 3);
+    assert_eq!(first.uneven, unread, "as many are said to be read wrongly as are");
     let back = import(&out("uneven-fp8"), &dir.join("uneven-back")).expect("an import");
     export(&back, &out("uneven-again"), Format::Fp8, Values::Newest).expect("an export");
     let bytes = |name: &str| std::fs::read(out(name).join("model.safetensors")).expect("an export");
@@ -118,6 +155,23 @@ fn fp8_of_matrices_that_are_no_whole_blocks_comes_back_as_it_went() {
     let name = "model.layers.0.self_attn.o_proj.weight";
     let weight = subject.weights.get(subject.weights.table.find(name).expect("a parameter"));
     assert!(tensors[&format!("weight/{name}")].equal(&quantise_blocks(weight, ScaleRule::Amax).dequantise(Kind::Float)));
+}
+
+#[test]
+fn a_model_whose_config_transformers_refuses_is_not_exported() {
+    let softmax = ModelConfig { scoring_func: Scoring::Softmax, norm_topk_prob: false, num_attention_heads: 5, ..small() };
+    let exported = |name: &str, config: ModelConfig| {
+        let manifest = Manifest::imported(config, Precision::F32);
+        let path = save(&*solo(), &scratch().join(name), manifest, vec![whole("weight/a", &random(1, &[4, 4]))]).expect("a checkpoint");
+        export(&path, &scratch().join(format!("{name}-hf")), Format::Fp8, Values::Newest).err().map(|error| format!("{error:#}")).expect("it has no weights")
+    };
+    let refusal = "model.hidden_size = 24: must be a multiple of num_attention_heads = 5 with softmax scoring";
+    let said = exported("five-heads", softmax.clone());
+    assert!(said.contains("step-00000000 cannot be exported: ") && said.contains(refusal), "{said}");
+    for (name, fits) in [("v3-five-heads", ModelConfig { scoring_func: Scoring::Sigmoid, ..softmax.clone() }), ("four-heads", ModelConfig { num_attention_heads: 4, ..softmax })] {
+        let said = exported(name, fits);
+        assert!(!said.contains("cannot be exported"), "{said}");
+    }
 }
 
 #[test]

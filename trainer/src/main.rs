@@ -328,7 +328,7 @@ fn checkpoint_command(command: CheckpointCommand) -> Result<()> {
             println!("{}", out.display());
             exported.no_tokenizer.iter().for_each(|why| println!("no tokenizer: {why}"));
             if exported.uneven > 0 {
-                println!("{} matrices have a side above 128 that is no multiple of it: transformers 5.24 dequantises those wrongly", exported.uneven);
+                println!("{} matrices have a side above 128 that is no multiple of it: transformers 5.24 dequantises those wrongly, or refuses them", exported.uneven);
             }
         }
         CheckpointCommand::ImportHf { folder, run_dir } => println!("{}", checkpoint::hf::import(&folder, &run_dir)?.display()),

@@ -82,6 +82,7 @@ pub fn export(checkpoint: &Path, out: &Path, format: Format, values: Values) -> 
 pub fn export_in_files(checkpoint: &Path, out: &Path, format: Format, values: Values, file_bytes: usize) -> Result<Exported> {
     refuse_existing(out)?;
     let manifest = inspect(checkpoint)?;
+    manifest.model.validate_export().with_context(|| format!("{} cannot be exported", checkpoint.display()))?;
     let averaged = values == Values::Averaged;
     ensure!(
         !averaged || manifest.tensors.keys().any(|name| name.starts_with("ema/")),
