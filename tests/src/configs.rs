@@ -245,3 +245,28 @@ fn softmax_scoring_does_not_renormalise() {
     assert!(error.contains("model.norm_topk_prob"), "{error}");
     ModelConfig { norm_topk_prob: false, ..softmax }.validate().expect("a model");
 }
+
+/// By a run that begins; one that has begun goes on.
+#[test]
+fn what_does_nothing_with_the_model_is_refused_by_name() {
+    let softmax = ["model.scoring_func=softmax", "model.norm_topk_prob=false"];
+    let loaded = |set: &[&str]| {
+        let set: Vec<String> = set.iter().map(|set| set.to_string()).collect();
+        RunConfig::load(&root().join("configs/run/tiny.toml"), &set).expect("a config")
+    };
+    let dense = ["model.first_k_dense_replace=3", "model.num_nextn_predict_layers=0", "phase.1.mtp_weight=0"];
+    for (set, expected) in [
+        ([&softmax[..], &["phase.0.bias_speed=0.02"]].concat(), "phase.0: bias_speed = 0.02: does nothing with model.scoring_func = \"softmax\", whose gates have no bias: leave it out"),
+        (vec!["model.num_nextn_predict_layers=0"], "phase.1: mtp_weight = 0.1: does nothing with model.num_nextn_predict_layers = 0: leave it out"),
+        (dense.to_vec(), "phase.1: balance_weight = 0.01: does nothing without experts (model.first_k_dense_replace): leave it out"),
+        ([&dense[..], &["phase.0.bias_speed=0.02"]].concat(), "phase.0: bias_speed = 0.02: does nothing without experts (model.first_k_dense_replace): leave it out"),
+        ([&softmax[..], &["model.num_attention_heads=5"]].concat(), "model.hidden_size = 32: must be a multiple of num_attention_heads = 5 with softmax scoring: transformers takes no other config of DeepSeek-V2"),
+    ] {
+        let error = loaded(&set).begins().expect_err(expected);
+        assert_eq!(format!("{error:#}"), expected);
+    }
+    // What is off, and defaults, which stand in what another run has written.
+    for set in [&softmax[..], &["phase.0.bias_speed=0.02"], &[&dense[..], &["phase.0.bias_speed=0", "phase.1.balance_weight=1e-4"]].concat()] {
+        loaded(set).begins().expect("all of it is used");
+    }
+}

@@ -261,6 +261,7 @@ impl RunConfig {
 
     /// What a run that begins is held to beside: one that has begun goes on.
     pub fn begins(self) -> Result<Self> {
+        self.model.validate_export()?; // as long as it can be another
         // Made where it is not there: nobody is to find a folder named ~.
         let is_shells = |part: &std::ffi::OsStr| part == "~" || part.as_encoded_bytes().starts_with(b"$");
         ensure!(!self.run.dir.iter().any(is_shells), "run.dir = {:?}: ~ and $ are for a shell to replace, and none has", self.run.dir);
@@ -269,6 +270,9 @@ impl RunConfig {
             keep_every == 0 || every > 0 && keep_every.is_multiple_of(every),
             "checkpoint.keep_every = {keep_every}: must be a multiple of checkpoint.every = {every}, of whose checkpoints it keeps some"
         );
+        for (index, phase) in self.phase.iter().enumerate() {
+            phase.check_uses(&self.model).with_context(|| format!("phase.{index}"))?;
+        }
         Ok(self)
     }
 

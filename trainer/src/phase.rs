@@ -200,6 +200,22 @@ impl Phase {
         Ok(())
     }
 
+    /// That nobody has set what does nothing with this model. Defaults stand in every config that a run has written.
+    pub fn check_uses(&self, model: &ModelConfig) -> Result<()> {
+        let mtp = model.num_nextn_predict_layers > 0;
+        let no_experts = (model.first_k_dense_replace >= model.num_hidden_layers && !mtp).then_some("without experts (model.first_k_dense_replace)");
+        let no_bias = (!model.has_bias()).then_some("with model.scoring_func = \"softmax\", whose gates have no bias");
+        for (key, value, default, idle) in [
+            ("bias_speed", self.bias_speed, gamma(), no_experts.or(no_bias)),
+            ("balance_weight", self.balance_weight, alpha(), no_experts),
+            ("mtp_weight", self.mtp_weight, lambda(), (!mtp).then_some("with model.num_nextn_predict_layers = 0")),
+        ] {
+            let Some(why) = idle.filter(|_| value != 0.0 && value != default) else { continue };
+            bail!("{key} = {value}: does nothing {why}: leave it out");
+        }
+        Ok(())
+    }
+
     /// Every batch of the phase is whole micro-batches on every one of `ranks` data-parallel ranks.
     pub fn check_ranks(&self, ranks: usize) -> Result<()> {
         let (unit, needed) = (self.batch.unit(), self.micro_batch * ranks as u64);
