@@ -270,3 +270,14 @@ fn what_does_nothing_with_the_model_is_refused_by_name() {
         loaded(set).begins().expect("all of it is used");
     }
 }
+
+#[test]
+fn a_rank_of_a_gpu_has_experts_whose_tiles_cuda_counts() {
+    let laid_out = |set: &[&str]| {
+        let set: Vec<String> = ["model.n_routed_experts=65536", "model.hidden_size=16"].iter().chain(set).map(|set| set.to_string()).collect();
+        RunConfig::load(&root().join("configs/run/tiny.toml"), &set).expect("a config").layout(&[0, 0]).map(|_| ()).map_err(|error| error.to_string())
+    };
+    let refusal = "parallel.ep = 1: a rank would have 65536 experts of a layer, on a GPU at most 32768";
+    assert_eq!(laid_out(&["run.device=cuda"]), Err(refusal.into()));
+    assert_eq!([laid_out(&["run.device=cuda", "parallel.ep=2"]), laid_out(&[])], [Ok(()), Ok(())]);
+}

@@ -298,8 +298,10 @@ impl RunConfig {
             return Ok(());
         }
         let (model, ep) = (&self.model, mesh.ep as i64);
+        let experts = model.n_routed_experts / ep;
+        ensure!(experts <= MOST_EXPERTS, "parallel.ep = {ep}: a rank would have {experts} experts of a layer, on a GPU at most {MOST_EXPERTS}");
         for (what, sides) in [
-            (format!("parallel.ep = {ep}: a rank's experts of a layer"), [model.n_routed_experts / ep, 2 * model.moe_intermediate_size, model.hidden_size]),
+            (format!("parallel.ep = {ep}: a rank's experts of a layer"), [experts, 2 * model.moe_intermediate_size, model.hidden_size]),
             (format!("model.vocab_size = {}: the embedding", model.vocab_size), [1, model.vocab_size, model.hidden_size]),
             (format!("model.intermediate_size = {}: a dense layer", model.intermediate_size), [1, 2 * model.intermediate_size, model.hidden_size]),
         ] {
@@ -328,6 +330,8 @@ impl RunConfig {
 
 /// Kernels count a parameter's elements in 32 bits, in steps of all threads.
 const MOST_ELEMENTS: i128 = (1 << 31) - (1 << 20);
+/// Rows of each begin a tile of their own, CUDA counts tiles of rows up to 65535, and half of them are for the rows.
+const MOST_EXPERTS: i64 = 1 << 15;
 /// A change of half a unit in the last place of BF16 is lost, and that is up to 0.4 % of a moment.
 const MOST_BETA_IN_BF16: f64 = 0.99;
 
