@@ -21,6 +21,9 @@ pub struct How {
     pub ep: i64,
     /// The fused attention, which GPUs have, keeps its output; the reference keeps probabilities, too.
     pub on_gpu: bool,
+    /// Attention stays within documents: there the fused one takes those of any length, and the reference keeps no more than
+    /// of sequences that are one document.
+    pub documents: bool,
     /// Rows at this rank's experts over an even share.
     pub load: f64,
 }
@@ -185,7 +188,8 @@ impl Sums<'_> {
             self.own("queries, keys and values", tokens, heads * (head + value));
         }
         self.own("attention's output", tokens, heads * value);
-        let fused = attention::fused(self.how.precision.compute(), (head, value), length);
+        let longest = if self.how.documents { attention::lengthened(length) } else { length };
+        let fused = attention::fused(self.how.precision.compute(), (head, value), longest);
         match self.how.on_gpu && fused {
             true => self.add("attention's output", 4 * tokens * heads), // the logarithms of the sums
             false => self.own(PROBABILITIES, tokens, heads * length),

@@ -205,7 +205,7 @@ impl Mla {
 fn each_of_attention(saved: &attention::Saved, see: See) {
     match saved {
         attention::Saved::Probabilities(probabilities) => see(PROBABILITIES, probabilities),
-        attention::Saved::Fused(made) => [&made.out, &made.log_sum_exp].into_iter().for_each(|tensor| see("attention's output", tensor)),
+        attention::Saved::Fused(made) | attention::Saved::FusedDocuments(_, made) => [&made.out, &made.log_sum_exp].into_iter().for_each(|tensor| see("attention's output", tensor)),
         attention::Saved::Documents(list) => list.iter().for_each(|(_, saved)| each_of_attention(saved, see)),
     }
 }

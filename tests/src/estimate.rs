@@ -8,6 +8,7 @@ use model::saved::{self, PROBABILITIES, bytes};
 use model::stage::StageIn;
 use parallel::comm::local::{run_local, solo};
 use parallel::mesh::Mesh;
+use std::rc::Rc;
 use tch::Tensor;
 use trainer::estimate::needs;
 use trainer::phase::Plan;
@@ -39,6 +40,7 @@ fn a_forward_keeps_what_was_foretold() {
                 length,
                 ep: 1,
                 on_gpu: false,
+                documents: false,
                 load: 1.0,
             };
             assert_eq!(kept(&config.model, &whole, how), bytes(&saved), "{precision}, {more:?}");
@@ -60,11 +62,33 @@ fn on_a_gpu_probabilities_are_kept_where_cudnn_does_not_take_the_attention() {
         let precision = format!("run.precision={precision}");
         let config = Run::new("fused", &[&WIDTHS[..], &[&precision], set].concat()).config();
         let (precision, recompute) = (config.run.precision, config.recompute);
-        let how = How { precision, recompute, sequences: 1, length, ep: 1, on_gpu: true, load: 1.0 };
+        let how = How { precision, recompute, sequences: 1, length, ep: 1, on_gpu: true, documents: config.attention.document_boundaries, load: 1.0 };
         kept(&config.model, &model::StagePart { layers: 0..1, first: true, last: false }, how).contains_key(PROBABILITIES)
     };
     assert!(!keeps("bf16", &[], 64) && !keeps("fp8", &[], 4096));
+    // Documents are lengthened, whatever their sequence has.
+    let within = "attention.document_boundaries=true";
+    assert!(!keeps("bf16", &[within], 63) && keeps("f32", &[within], 63) && keeps("bf16", &[within, "model.v_head_dim=256"], 63));
     assert!(keeps("bf16", &[], 63) && keeps("f32", &[], 4096) && keeps("bf16", &["model.v_head_dim=256"], 4096));
+}
+
+#[test]
+fn within_documents_no_more_is_kept_than_was_foretold() {
+    let config = Run::new("foretold-within", &[&WIDTHS[..], &["run.precision=f32", "attention.document_boundaries=true"]].concat()).config();
+    let mut trainer = Trainer::new(&config, &Mesh::single(), solo()).expect("a trainer");
+    let plan = Plan::new(&config.phase, &config.data.mixture);
+    let context = trainer.context(&plan.at(0).expect("a phase"), 2);
+    let mut keeps = |documents: [Vec<i64>; 2]| {
+        let tokens = tokens(3, &[2, 33], config.model.vocab_size);
+        let batch = MicroBatch { tokens, documents: Some(Rc::new(documents.to_vec())) };
+        bytes(&trainer.stages.direction(0).forward(&context, &mut trainer.weights, &batch, StageIn::Tokens).expect("a forward").2)
+    };
+    let how = How { precision: Precision::F32, recompute: config.recompute, sequences: 2, length: 32, ep: 1, on_gpu: false, documents: true, load: 1.0 };
+    let mut foretold = kept(&config.model, &model::StagePart::whole(&config.model), how);
+    assert_eq!(keeps([vec![33], vec![33]]), foretold, "one document each");
+    let mut short = keeps([vec![1, 31, 1], vec![11, 11, 11]]);
+    assert!(short.remove(PROBABILITIES) < foretold.remove(PROBABILITIES));
+    assert_eq!(short, foretold);
 }
 
 #[test]
@@ -82,7 +106,7 @@ fn rows_that_arrive_are_foretold_with_even_routes() {
         let (.., saved) = trainer.stages.direction(0).forward(&context, &mut trainer.weights, &batch, StageIn::Tokens).expect("a forward");
         bytes(&saved)
     });
-    let how = How { precision: Precision::Fp8, recompute: config.recompute, sequences: 2, length: 32, ep: 2, on_gpu: false, load: 1.0 };
+    let how = How { precision: Precision::Fp8, recompute: config.recompute, sequences: 2, length: 32, ep: 2, on_gpu: false, documents: false, load: 1.0 };
     assert_eq!(saved, vec![kept(&config.model, &model::StagePart::whole(&config.model), how); 2]);
 }
 

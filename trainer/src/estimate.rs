@@ -110,6 +110,7 @@ fn need((config, load): (&RunConfig, f64), mesh: &Mesh, (place, parts): (usize, 
             length,
             ep: mesh.ep as i64,
             on_gpu: config.run.device == DeviceChoice::Cuda,
+            documents: config.attention.document_boundaries,
             load,
         };
         let of_stage = |part: &&StagePart| {

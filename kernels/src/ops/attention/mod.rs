@@ -6,6 +6,7 @@
 //!
 //! Legend: B sequences, H heads, S positions, Dk / Dv head widths.
 use super::wide;
+use crate::fp8::round_up;
 use crate::launch::aligned;
 use crate::shim::{CudnnAttention, cudnn_attention};
 use tch::{Kind, Tensor};
@@ -20,17 +21,30 @@ pub enum Saved {
     Fused(CudnnAttention),
     /// Of each document, in order.
     Documents(Vec<(Place, Saved)>),
+    /// Of all documents in one, without what they were lengthened by: of one position 63 others would be kept.
+    FusedDocuments(Vec<Place>, CudnnAttention),
 }
 
 impl Saved {
     /// The output [B, H, S, Dv], where backward needs it.
     pub fn out(&self) -> Option<Tensor> {
         match self {
-            Saved::Probabilities(_) => None,
-            Saved::Fused(made) => Some(made.out.shallow_clone()),
-            Saved::Documents(list) => {
-                let outs = list.iter().map(|(place, saved)| Some((*place, saved.out()?.narrow(2, 0, place.length))));
-                Some(joined(outs.collect::<Option<Vec<_>>>()?))
+            Saved::Probabilities(_) | Saved::Documents(_) => None,
+            Saved::Fused(made) | Saved::FusedDocuments(_, made) => Some(made.out.shallow_clone()),
+        }
+    }
+
+    /// `out`: theirs, joined.
+    fn of_documents(out: &Tensor, list: Vec<(Place, Saved)>) -> Saved {
+        let sums = list.iter().map(|(place, saved)| match saved {
+            Saved::Fused(made) => Some((*place, made.log_sum_exp.narrow(2, 0, place.length))),
+            _ => None,
+        });
+        match sums.collect::<Option<Vec<_>>>() {
+            None => Saved::Documents(list),
+            Some(sums) => {
+                let places = sums.iter().map(|(place, _)| *place).collect();
+                Saved::FusedDocuments(places, CudnnAttention { out: out.shallow_clone(), log_sum_exp: joined(sums) })
             }
         }
     }
@@ -57,21 +71,27 @@ pub fn forward(q: &Tensor, k: &Tensor, v: &Tensor, scale: f64) -> (Tensor, Saved
 
 /// dout [B, H, S, Dv] → (dq, dk, dv) shaped as q, k, v.
 pub fn backward(dout: &Tensor, q: &Tensor, k: &Tensor, v: &Tensor, saved: &Saved, scale: f64) -> (Tensor, Tensor, Tensor) {
-    match saved {
-        Saved::Probabilities(probabilities) => reference_backward(dout, q, k, v, probabilities, scale),
-        Saved::Fused(made) => backward::backward(dout, [q, k, v], made, scale),
-        Saved::Documents(list) => {
-            let (mut dq, mut dk, mut dv) = (Vec::new(), Vec::new(), Vec::new());
-            for (place, saved) in list {
-                let (q, k, v, dout) = (cut(q, *place), cut(k, *place), cut(v, *place), cut(dout, *place));
-                let made = backward(&dout, &q, &k, &v, saved, scale);
-                for (all, part) in [(&mut dq, made.0), (&mut dk, made.1), (&mut dv, made.2)] {
-                    all.push((*place, part.narrow(2, 0, place.length)));
-                }
-            }
-            (joined(dq), joined(dk), joined(dv))
+    let within = |place: Place, saved: &Saved| {
+        let made = backward(&cut(dout, place), &cut(q, place), &cut(k, place), &cut(v, place), saved, scale);
+        (place, made)
+    };
+    let documents: Vec<_> = match saved {
+        Saved::Probabilities(probabilities) => return reference_backward(dout, q, k, v, probabilities, scale),
+        Saved::Fused(made) => return backward::backward(dout, [q, k, v], made, scale),
+        Saved::Documents(list) => list.iter().map(|(place, saved)| within(*place, saved)).collect(),
+        Saved::FusedDocuments(places, made) => {
+            // Zeros behind a document again: no gradient comes to them, and a probability of exp(0 - 0) that nothing multiplies.
+            let of = |place| CudnnAttention { out: cut(&made.out, place), log_sum_exp: cut(&made.log_sum_exp, place) };
+            places.iter().map(|&place| within(place, &Saved::Fused(of(place)))).collect()
+        }
+    };
+    let (mut dq, mut dk, mut dv) = (Vec::new(), Vec::new(), Vec::new());
+    for (place, made) in documents {
+        for (all, part) in [(&mut dq, made.0), (&mut dk, made.1), (&mut dv, made.2)] {
+            all.push((place, part.narrow(2, 0, place.length)));
         }
     }
+    (joined(dq), joined(dk), joined(dv))
 }
 
 /// As `forward`, and a position sees only those of its own document. `documents`: the lengths of each sequence's, in order; what
@@ -93,16 +113,20 @@ pub fn forward_within(documents: &[Vec<i64>], [q, k, v]: [&Tensor; 3], scale: f6
         }
         assert_eq!(start, positions, "the documents of sequence {sequence} are shorter than it");
     }
-    (joined(outs), Saved::Documents(saved))
+    let out = joined(outs);
+    let saved = Saved::of_documents(&out, saved);
+    (out, saved)
 }
 
-/// cuDNN makes a plan of its own for every length, so documents are lengthened to multiples of this. Attention is causal: no
-/// position of a document sees the zeros behind it, and without a gradient they give none.
-const STEP: i64 = 64;
+/// On a GPU: cuDNN makes a plan of its own for every length, so documents are lengthened to multiples of 64. Attention is causal:
+/// no position of a document sees the zeros behind it, and without a gradient they give none.
+pub fn lengthened(positions: i64) -> i64 {
+    round_up(positions, 64)
+}
 
 fn cut(x: &Tensor, Place { sequence, start, length }: Place) -> Tensor {
     let piece = x.narrow(0, sequence, 1).narrow(2, start, length);
-    if x.device().is_cuda() { piece.constant_pad_nd([0, 0, 0, (STEP - length % STEP) % STEP]) } else { piece }
+    if x.device().is_cuda() { piece.constant_pad_nd([0, 0, 0, lengthened(length) - length]) } else { piece }
 }
 
 /// Documents [1, H, length, D], in order → [B, H, S, D].
@@ -160,4 +184,33 @@ fn reference_backward(dout: &Tensor, q: &Tensor, k: &Tensor, v: &Tensor, probabi
     let dq = dscores.bmm(&flat(k));
     let dk = dscores.transpose(1, 2).bmm(&flat(q));
     (unflat(dq), unflat(dk), unflat(dv))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tch::Device;
+
+    /// As cuDNN gives them on a GPU, of two sequences whose documents begin everywhere.
+    #[test]
+    fn of_lengthened_documents_their_own_positions_are_kept() {
+        let (heads, positions, value) = (3, 70, 8);
+        let count = 2 * heads * positions * value;
+        let whole = Tensor::arange(count, (Kind::Float, Device::Cpu)).view([2, heads, positions, value]);
+        let places = [(0, 0, 1), (0, 1, 69), (1, 0, 66), (1, 66, 3), (1, 69, 1)].map(|(sequence, start, length)| Place { sequence, start, length });
+        let made = |place: &Place| {
+            let out = cut(&whole, *place).constant_pad_nd([0, 0, 0, lengthened(place.length) - place.length]);
+            assert_eq!(out.size()[2] % 64, 0);
+            (*place, Saved::Fused(CudnnAttention { log_sum_exp: out.narrow(3, 0, 1) * 2.0, out }))
+        };
+        let outs = places.map(|place| (place, cut(&whole, place))).into_iter().collect();
+        let saved = Saved::of_documents(&joined(outs), places.iter().map(made).collect());
+        let Saved::FusedDocuments(kept, CudnnAttention { out, log_sum_exp }) = &saved else { panic!("they were fused") };
+        assert_eq!(kept, &places);
+        assert!(out.equal(&whole) && saved.out().is_some_and(|out| out.equal(&whole)), "out");
+        assert!(log_sum_exp.equal(&(whole.narrow(3, 0, 1) * 2.0)), "logarithms of the sums");
+        // The reference keeps each document's probabilities.
+        let list = places.map(|place| (place, Saved::Probabilities(Tensor::zeros([1], (Kind::Float, Device::Cpu))))).into_iter().collect();
+        assert!(matches!(Saved::of_documents(&whole, list), Saved::Documents(list) if list.len() == places.len()));
+    }
 }
