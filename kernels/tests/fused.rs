@@ -302,18 +302,18 @@ fn cross_entropy_is_the_cpus() {
     let Some(gpu) = gpu("cross_entropy_is_the_cpus") else {
         return;
     };
-    for (t, v, scale) in [(1, 8, 1.0), (5, 1000, 0.3), (3, 129280, 1.0 / (15360.0 * 4096.0)), (0, 64, 1.0)] {
+    for (t, v) in [(1, 8), (5, 1000), (3, 129280), (0, 64)] {
         let logits = random(gpu, &[t, v], 0.0) * 5.0;
         let targets = Tensor::randint_low(0, v, [t], (Kind::Int64, gpu.device()));
         let mut dlogits = Tensor::full([t, v], f64::NAN, (Kind::BFloat16, gpu.device()));
-        let loss = cross_entropy::forward(logits.shallow_clone(), &targets, scale, &mut dlogits);
+        let loss = cross_entropy::forward(logits.shallow_clone(), &targets, &mut dlogits);
         let exact = cpu(&logits).to_kind(Kind::Double);
         let mut want = exact.zeros_like();
-        let exact_loss = cross_entropy::forward(exact, &cpu(&targets), scale, &mut want);
+        let exact_loss = cross_entropy::forward(exact, &cpu(&targets), &mut want);
         assert!(relative_error(&cpu(&loss), &exact_loss) < 1e-5, "{t}x{v}: loss");
         assert!(relative_error(&cpu(&dlogits), &want) < 3e-3, "{t}x{v}: gradient");
         let mut in_place = logits.shallow_clone();
-        let again = cross_entropy::forward(logits, &targets, scale, &mut in_place);
+        let again = cross_entropy::forward(logits, &targets, &mut in_place);
         assert!(same(&again, &loss) && same(&in_place, &dlogits), "{t}x{v}: in place");
     }
 }

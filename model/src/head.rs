@@ -21,7 +21,9 @@ pub struct HeadIn {
 
 pub struct HeadSaved {
     hidden: Tensor,
+    /// Without the scale.
     dlogits: Tensor, // [T, V]
+    scale: f64,
 }
 
 impl HeadSaved {
@@ -43,14 +45,14 @@ impl Layer for LmHead {
         let weight = w.get(self.weight);
         w.gemms.count(x.hidden.kind());
         let mut dlogits = linear::forward(&x.hidden, weight); // [T, V], the logits so far
-        let loss = cross_entropy::forward(dlogits.shallow_clone(), &x.targets, x.scale, &mut dlogits);
-        (loss, HeadSaved { hidden: x.hidden, dlogits })
+        let loss = cross_entropy::forward(dlogits.shallow_clone(), &x.targets, &mut dlogits);
+        (loss, HeadSaved { hidden: x.hidden, dlogits, scale: x.scale })
     }
     fn backward_input(&self, w: &Weights, _: (), saved: HeadSaved) -> (Tensor, HeadSaved) {
         w.gemms.count(saved.dlogits.kind());
-        (linear::backward_input(&saved.dlogits, w.get(self.weight)), saved)
+        (linear::backward_input(&saved.dlogits, w.get(self.weight)) * saved.scale, saved)
     }
     fn backward_weight(&self, work: HeadSaved, grads: &mut Grads) {
-        grads.add_product(self.weight, &work.dlogits, &work.hidden);
+        grads.add_product(self.weight, &work.dlogits, &(work.hidden * work.scale));
     }
 }

@@ -1,5 +1,5 @@
 // Softmax cross-entropy of BF16 logits: a row is read once into the shared memory of a cluster of four blocks, and left
-// as its gradient scale · (softmax − onehot).
+// as its gradient softmax − onehot.
 using u8 = unsigned char;
 using u16 = unsigned short;
 using u32 = unsigned int;
@@ -90,7 +90,7 @@ static __device__ __forceinline__ Sum over_cluster(Sum mine, u32 rank) {
 // logits [T, V] → dlogits [T, V], which may be the same memory, and losses [T]. A target outside the vocabulary gives a
 // loss that is no number. V is a multiple of 8; `part` elements a block, in dynamic shared memory.
 extern "C" __global__ void __cluster_dims__(PARTS, 1, 1) __launch_bounds__(THREADS)
-    cross_entropy(const u16* logits, const long long* targets, u16* dlogits, float* losses, float scale, int V, int part) {
+    cross_entropy(const u16* logits, const long long* targets, u16* dlogits, float* losses, int V, int part) {
   extern __shared__ __align__(128) u8 shared[];
   __shared__ __align__(8) u64 barrier;
   asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
@@ -116,14 +116,14 @@ extern "C" __global__ void __cluster_dims__(PARTS, 1, 1) __launch_bounds__(THREA
     mine.sum += ((v[0] + v[1]) + (v[2] + v[3])) + ((v[4] + v[5]) + (v[6] + v[7]));
   }
   const Sum all = over_cluster(mine, rank);
-  const float log_sum = all.most + __log2f(all.sum), by = log_sum - log2f(scale);
+  const float log_sum = all.most + __log2f(all.sum);
   for (int i = threadIdx.x; i < num_pieces; i += THREADS) {
     float v[8];
-    powers(v, *((const uint4*)shared + i), by);
+    powers(v, *((const uint4*)shared + i), log_sum);
     if (i == target_here >> 3) {
       losses[row] = log_sum * LN2 - low_bf16(((const u16*)shared)[target_here]);
 #pragma unroll
-      for (int c = 0; c < 8; c++) v[c] -= c == target_here % 8 ? scale : 0.0f;
+      for (int c = 0; c < 8; c++) v[c] -= c == target_here % 8 ? 1.0f : 0.0f;
     }
     const uint4 out = make_uint4(bf16_pair(v[0], v[1]), bf16_pair(v[2], v[3]), bf16_pair(v[4], v[5]), bf16_pair(v[6], v[7]));
     *((uint4*)(dlogits + row * V + start) + i) = out;
