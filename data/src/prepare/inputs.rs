@@ -78,9 +78,11 @@ pub(super) fn list(args: &PrepareArgs) -> Result<(Vec<InputFile>, LeftOuts), Dat
             Location::Remote { .. } => list_remote(input, &mut found)?,
             Location::Local(path) => {
                 let meta = fs::metadata(&path).map_err(DataError::io(&path, "open"))?;
-                match meta.is_dir() {
-                    true => walk(&path, &mut found)?,
-                    false => found.named(&path, None, meta.len(), changed(&meta))?,
+                match () {
+                    () if meta.is_dir() => walk(&path, &mut found)?,
+                    () if meta.is_file() => found.named(&path, None, meta.len(), changed(&meta))?,
+                    // Of what waits for a writer, has no end, or can be read once only, no run could go on.
+                    () => return Err(DataError::BadInput { path, reason: "no regular file; write it to one".into() }),
                 }
             }
         }

@@ -187,6 +187,21 @@ fn a_path_that_is_not_utf8_is_a_clear_error() {
     refused(&|args| (args.vocab, args.tokenizer) = (None, Some(odd.into())), "--tokenizer");
 }
 
+/// First one that would end by itself, were it read.
+#[test]
+fn what_is_no_regular_file_is_refused_and_not_opened() {
+    let folder = tempfile::tempdir().unwrap();
+    let [link, socket, pipe] = ["link.txt", "socket.jsonl", "pipe.jsonl"].map(|name| folder.path().join(name));
+    symlink("/dev/null", &link).unwrap();
+    let _bound = std::os::unix::net::UnixListener::bind(&socket).unwrap();
+    assert!(std::process::Command::new("mkfifo").arg(&pipe).status().unwrap().success());
+    for input in ["/dev/null".into(), link, socket, pipe, "/dev/zero".into()] {
+        let error = prepare(&corpus::args(&input, &folder.path().join("out"))).unwrap_err();
+        assert!(matches!(&error, DataError::BadInput { path, .. } if *path == input), "{error}");
+        assert!(error.to_string().ends_with(": no regular file; write it to one"), "{error}");
+    }
+}
+
 #[test]
 fn a_document_longer_than_a_page_holds_is_named_with_the_limit() {
     let folder = tempfile::tempdir().unwrap();
