@@ -24,6 +24,6 @@ pub use error::DataError;
 pub use format::Split;
 pub use loader::{Listings, Loader, LoaderOptions, OrderSpec, Sample, Source, SourceFacts};
 pub use order::Begun;
-pub use prepare::{PrepareArgs, PrepareSummary, decode_document, prepare};
+pub use prepare::{MOST_THREADS, PrepareArgs, PrepareSummary, decode_document, prepare};
 pub use store::{PATIENCE, Retry, Store, fetch, is_url};
 pub use tokenizer::{FimTokens, Tokenizer, open_tokenizer};

@@ -169,8 +169,6 @@ fn patience() -> u64 {
 const MOST_PATIENCE: u64 = 24 * 3600;
 /// Two keys, of which one may be a slip for the other.
 const ALIKE: f64 = 0.75;
-/// No machine has more cores.
-const MOST_THREADS: usize = 1024;
 
 impl RunConfig {
     /// Reads `path`, applies `section.key=value` overrides (TOML values; bare words are strings) and checks it.
@@ -220,7 +218,7 @@ impl RunConfig {
         ensure!((1..=MOST_PATIENCE).contains(&patience), "data.patience = {patience}: must be from 1 to {MOST_PATIENCE} s");
         ensure!(!self.run.dir.as_os_str().is_empty(), "run.dir = \"\": must name a folder");
         let threads = self.run.threads;
-        ensure!(threads <= MOST_THREADS, "run.threads = {threads}: must be from 0 to {MOST_THREADS}");
+        ensure!(threads <= data::MOST_THREADS, "run.threads = {threads}: must be from 0 to {}", data::MOST_THREADS);
         for (key, path) in [("dir", Some(&self.run.dir)), ("init_from", self.run.init_from.as_ref())] {
             if let Some(url) = path.filter(|path| data::is_url(path)) {
                 bail!("run.{key} = {url:?}: is a URL, and checkpoints are written to and read from file systems only");

@@ -44,7 +44,7 @@ pub struct PrepareArgs {
     #[arg(long, default_value_t = 0)]
     pub seed: u64,
 
-    /// Threads; 0 takes one a core. The output does not depend on it.
+    /// Threads, at most 1024; 0 takes one a core. The output does not depend on it.
     #[arg(long, default_value_t = 0)]
     #[serde(skip)]
     pub threads: usize,
@@ -99,6 +99,9 @@ pub struct PrepareArgs {
 /// A rank reads whole row groups and may need a few samples of each, so they are small: of 14.8T tokens there are
 /// 2.3 × 10⁸ then, and the index, searched in place, has 11 GB, 9 MB of which are read when it is opened.
 const ROW_GROUP_TOKENS: u64 = 1 << 16;
+
+/// No machine has more cores.
+pub const MOST_THREADS: usize = 1024;
 
 const DEFAULT_EXTENSIONS: [&str; 24] = [
     "txt", "md", "rst", "adoc", "rs", "c", "h", "cc", "cpp", "hpp", "py", "go", "java", "js", "ts", "sh", "sql", "tex",
@@ -162,6 +165,9 @@ impl PrepareArgs {
                 format!("{:?}", self.vocab),
                 "give either --vocab or --tokenizer",
             ));
+        }
+        if self.threads > MOST_THREADS {
+            return Err(DataError::bad_option("--threads", self.threads, format!("must lie in 0 to {MOST_THREADS}")));
         }
         let smallest = super::bpe::smallest_vocab();
         if let Some(vocab) = self.vocab.filter(|vocab| *vocab < smallest) {

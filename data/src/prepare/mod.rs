@@ -35,7 +35,7 @@ use rayon::prelude::*;
 use crate::format::manifest::{FORMAT, MANIFEST_FILE, Manifest, Recipe, TOKENIZER_FILE};
 use crate::tokenizer::{Tokenizer, open_tokenizer};
 use crate::{DataError, Split};
-pub use args::PrepareArgs;
+pub use args::{MOST_THREADS, PrepareArgs};
 use bad_lines::Signs;
 use encode::{Encoder, ShardDone};
 use inputs::InputFile;

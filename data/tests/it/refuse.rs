@@ -48,10 +48,12 @@ fn options_and_inputs_without_text_are_clear_errors_and_leave_nothing() {
         ("--vocab", |args| args.vocab = None),
         ("--fim-rate", |args| args.fim_rate = f64::NAN),
         ("--row-group-tokens", |args| args.row_group_tokens = 0),
+        ("--threads", |args| args.threads = 1025),
     ] {
         let error = refused(&change);
         assert!(matches!(&error, DataError::BadOption { option, .. } if *option == name), "{error}");
     }
+    assert_eq!(refused(&|args| args.threads = usize::MAX).to_string(), format!("--threads = {}: must lie in 0 to 1024", usize::MAX));
 }
 
 #[test]
