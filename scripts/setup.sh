@@ -18,20 +18,19 @@ wheels=("torch==$torch_version" nvidia-cuda-runtime==13.0.96 nvidia-cuda-cupti==
 
 say() { echo "setup: $*"; }
 fail() { echo "setup: error: $*" >&2; exit 1; }
+. scripts/apt.sh
 
 # --- Debian packages -------------------------------------------------------------------------------------------------
+elsewhere=" (a libclang elsewhere: LIBCLANG_PATH names its folder)"
 missing_packages() {
     command -v g++ >/dev/null || echo g++
     command -v pkg-config >/dev/null || echo pkg-config
     { command -v mpicc && mpicc --showme:version; } >/dev/null 2>&1 || echo libopenmpi-dev
     command -v mpirun >/dev/null || echo openmpi-bin
     [ -n "${LIBCLANG_PATH:-}" ] || libclang || echo libclang-dev
-    # For downloads: the tests' Python, where it can be had, and libtorch.
-    { [ -n "${LIBTORCH:-}" ] && ! may_install; } || "$python" -c 'import ensurepip, venv' 2>/dev/null || echo python3-venv
-    { [ -n "${LIBTORCH:-}" ] && ! may_install; } || "$python" -m pip --version >/dev/null 2>&1 || echo python3-pip
+    # pip is for the download of libtorch alone.
+    torch_is_here || "$python" -m pip --version >/dev/null 2>&1 || echo python3-pip
 }
-
-may_install() { command -v apt-get >/dev/null && { [ "$(id -u)" = 0 ] || command -v sudo >/dev/null; }; }
 
 # Where bindgen looks.
 libclang() {
@@ -40,27 +39,6 @@ libclang() {
         if compgen -G "$folder/libclang.so*" >/dev/null || compgen -G "$folder/libclang-[0-9]*.so*" >/dev/null; then return 0; fi
     done
     return 1
-}
-
-install_packages() {
-    local packages as_root=()
-    mapfile -t packages < <(missing_packages)
-    [ ${#packages[@]} -gt 0 ] || return 0
-    if [ "$(id -u)" != 0 ]; then
-        command -v sudo >/dev/null || fail "these packages are missing and this user cannot install them: ${packages[*]}
-    as root: apt-get install -y --no-install-recommends ${packages[*]}"
-        as_root=(sudo)
-    fi
-    command -v apt-get >/dev/null || fail "no apt-get here; install the equivalents of: ${packages[*]} (a libclang elsewhere: LIBCLANG_PATH names its folder)"
-    local start=$SECONDS
-    say "downloading with apt: ${packages[*]}"
-    "${as_root[@]}" apt-get update -qq || fail "apt-get update failed; needed: ${packages[*]}"
-    "${as_root[@]}" env DEBIAN_FRONTEND=noninteractive \
-        apt-get install -y -qq --no-install-recommends "${packages[@]}" >/dev/null </dev/null || fail "apt-get could not install: ${packages[*]}"
-    mapfile -t packages < <(missing_packages)
-    [ ${#packages[@]} = 0 ] || fail "installed, but still not found: ${packages[*]}"
-    say "apt: $((SECONDS - start)) s"
-    did=1
 }
 
 # --- libtorch --------------------------------------------------------------------------------------------------------
@@ -91,6 +69,18 @@ spec = importlib.util.find_spec("torch")
 if spec and spec.submodule_search_locations:
     print(list(spec.submodule_search_locations)[0])
 PY
+}
+
+# The libtorch that the user named. .cargo/config.toml sets LIBTORCH to our own view inside cargo; that is no choice of theirs.
+chosen_torch() {
+    [ -z "${LIBTORCH:-}" ] || [ "$(realpath -m "$LIBTORCH")" = "$(pwd -P)/.deps/libtorch" ] || realpath -m "$LIBTORCH"
+}
+
+# Whether set_up_torch finds one, and downloads none.
+torch_is_here() {
+    local found
+    [ -n "$(chosen_torch)" ] || view_is_whole || [ -d .deps/site/torch ] ||
+        { found=$(installed_torch) && [ -n "$found" ] && [[ $(version_of "$found") == "$torch_version"* ]]; }
 }
 
 # .deps/libtorch is what torch-sys builds against, .deps/torch-lib what the binaries' rpath names.
@@ -131,12 +121,9 @@ download_torch() {
 }
 
 set_up_torch() {
-    local torch="" found
-    # .cargo/config.toml sets LIBTORCH to our own view inside cargo; that is no choice of the user's.
-    if [ -n "${LIBTORCH:-}" ] && [ "$(realpath -m "$LIBTORCH")" != "$(pwd -P)/.deps/libtorch" ]; then
-        torch=$(realpath -m "$LIBTORCH")
-        check_torch "$torch" LIBTORCH
-    fi
+    local torch found
+    torch=$(chosen_torch)
+    [ -z "$torch" ] || check_torch "$torch" LIBTORCH
     if view_is_whole; then
         check_torch .deps/torch-lib/.. ".deps/torch-lib/.."
         [ -n "$torch" ] && [ ! "$torch" -ef .deps/torch-lib/.. ] || return 0

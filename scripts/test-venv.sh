@@ -7,15 +7,24 @@ started=$SECONDS
 venv=.deps/venv
 pins=tests/oracle/requirements.txt
 stamp=$venv/installed-requirements.txt
+python=${PYTHON:-python3}
+
+say() { echo "test venv: $*"; }
+fail() { echo "test venv: error: $*" >&2; exit 1; }
+missing_packages() { "$python" -c 'import ensurepip, venv' 2>/dev/null || echo python3-venv; }
+. scripts/apt.sh
 
 if cmp -s "$pins" "$stamp" && "$venv/bin/python" -c '' 2>/dev/null; then
-    echo "test venv: nothing to do: $venv has what $pins pins"
+    say "nothing to do: $venv has what $pins pins"
     exit 0
 fi
-echo "test venv: downloading with pip (2.5 GB): $(grep -cv -e '^#' -e '^$' "$pins") pinned packages of $pins, and torch's CUDA libraries"
 rm -f "$stamp"
-"$venv/bin/python" -c '' 2>/dev/null || "${PYTHON:-python3}" -m venv --clear "$venv"
+if ! "$venv/bin/python" -c '' 2>/dev/null; then
+    install_packages
+    "$python" -m venv --clear "$venv"
+fi
+say "downloading with pip (2.5 GB): $(grep -cv -e '^#' -e '^$' "$pins") pinned packages of $pins, and torch's CUDA libraries"
 "$venv/bin/python" -m pip install --quiet --no-input --disable-pip-version-check -r "$pins" </dev/null
 "$venv/bin/python" -c 'import torch, transformers, tensorboard, safetensors, tokenizers, numpy'
 cp "$pins" "$stamp"
-echo "test venv: $((SECONDS - started)) s, $(du -sh "$venv" | cut -f1)B on disk in $venv"
+say "$((SECONDS - started)) s, $(du -sh "$venv" | cut -f1)B on disk in $venv"

@@ -24,6 +24,7 @@ mod reading;
 mod runs;
 mod s3;
 mod sentinel;
+mod setup;
 mod support;
 mod tidy;
 mod tiers;
