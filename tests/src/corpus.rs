@@ -4,7 +4,7 @@ use crate::support::{Run, corpus, root, scratch, tiefsee};
 use data::{Loader, LoaderOptions, OrderSpec, Source, Split, Store};
 use std::collections::BTreeMap;
 use std::fs;
-use std::io::Write;
+use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 use std::time::Duration;
@@ -155,6 +155,39 @@ fn a_store_that_is_not_there_is_said_at_once_and_given_up_when_patience_ends() {
     let said = text(&finish(command, 1));
     let parts = ["repeated for up to 1 s more", "s3://bucket/corpus/manifest.json: ", " attempts in 1.", " s failed, the last with: "];
     assert!(parts.iter().all(|part| said.contains(part)), "{said}");
+}
+
+/// A run of a bucket whose environment names no credentials, and a machine that is asked at `metadata`.
+fn without_credentials(url: &str, metadata: &str, patience: u64) -> String {
+    let run = Run::new("store-nobody", &[&format!("data.mixture.0.path={url}"), &format!("data.patience={patience}")]);
+    let mut command = tiefsee(&run.train_args());
+    let names = std::env::vars().map(|(name, _)| name).filter(|name| ["AWS_", "GOOGLE_"].iter().any(|begin| name.starts_with(begin)));
+    names.for_each(|name| _ = command.env_remove(name));
+    command.env("HOME", scratch()).env("AWS_METADATA_ENDPOINT", format!("http://{metadata}"));
+    command.envs([("GCE_METADATA_HOST", metadata), ("GCE_METADATA_IP", metadata)]);
+    text(&finish(command, 1))
+}
+
+#[test]
+fn lacking_credentials_are_said_at_once_and_are_final_where_the_machine_has_none() {
+    let closed = std::net::TcpListener::bind("127.0.0.1:0").expect("a port").local_addr().expect("an address").to_string();
+    let denying = std::net::TcpListener::bind("127.0.0.1:0").expect("a port");
+    let address = denying.local_addr().expect("an address").to_string();
+    std::thread::spawn(move || {
+        for mut socket in denying.incoming().flatten() {
+            let _ = socket.read(&mut [0; 4096]);
+            let _ = socket.write_all(b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\nConnection: close\r\n\r\n");
+        }
+    });
+    for (url, variables) in [("s3://bucket/corpus", "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"), ("gs://bucket/corpus", "GOOGLE_SERVICE_ACCOUNT")] {
+        let said = without_credentials(url, &closed, 1);
+        let lines: Vec<&str> = said.lines().filter(|line| line.contains("no credentials in the environment") && line.contains(variables)).collect();
+        assert!(lines.len() > 1 && lines[0].contains("is repeated for up to 1 s more"), "{said}");
+        assert!(lines.iter().any(|line| line.contains("attempts in 1.")), "{said}");
+        let said = without_credentials(url, &address, 20);
+        let parts = [variables, "manifest.json: the store refuses it", "404"];
+        assert!(parts.iter().all(|part| said.contains(part)) && !said.contains("is repeated"), "{said}");
+    }
 }
 
 #[test]

@@ -79,6 +79,8 @@ pub struct Store {
     prefix: StorePath,
     shown: PathBuf,
     local: bool,
+    /// As a location has it.
+    lacks: Option<&'static str>,
     retry: Retry,
     buffers: local::Buffers,
 }
@@ -88,7 +90,7 @@ impl Store {
     pub fn open(location: &Path, retry: Retry) -> Result<Store, DataError> {
         let shown = location.to_owned();
         match Location::parse(location)? {
-            Location::Remote { store, prefix } => Ok(Store::new(store, prefix, shown, retry)),
+            Location::Remote { store, prefix, lacks } => Ok(Store { lacks, ..Store::new(store, prefix, shown, retry) }),
             Location::Local(path) => {
                 let folder = path.canonicalize().map_err(DataError::io(location, "open"))?;
                 if !folder.is_dir() {
@@ -102,7 +104,7 @@ impl Store {
     }
 
     fn new(inner: Arc<dyn ObjectStore>, prefix: StorePath, shown: PathBuf, retry: Retry) -> Store {
-        Store { inner, prefix, shown, local: false, retry, buffers: local::Buffers::default() }
+        Store { inner, prefix, shown, local: false, lacks: None, retry, buffers: local::Buffers::default() }
     }
 
     /// Any store, as `shown` in messages: for tests, whose stores fail on purpose.
@@ -274,12 +276,28 @@ impl Store {
                 Failure::Final(DataError::Refused { path, reason: error.to_string() })
             }
             error if self.local && forbids(&error) => Failure::Final(DataError::Refused { path, reason: error.to_string() }),
-            _ => Failure::Passing(error.to_string()),
+            error => {
+                let reason = error.to_string();
+                match self.lacks.filter(|_| location::asked_machine(&reason)) {
+                    Some(_) if location::denied(&reason) => Failure::Final(DataError::Refused { path, reason: self.lacking(reason) }),
+                    Some(_) => Failure::Passing(self.lacking(reason)),
+                    None => Failure::Passing(reason),
+                }
+            }
         }
     }
 
+    /// A container's way to the machine is often one on which no answer comes.
     fn stalled(&self) -> Failure {
-        Failure::Passing(format!("no answer within {:?}", self.retry.timeout))
+        Failure::Passing(self.lacking(format!("no answer within {:?}", self.retry.timeout)))
+    }
+
+    /// What may be the matter where the environment has no credentials; a machine with a role needs none there.
+    fn lacking(&self, reason: String) -> String {
+        match self.lacks {
+            Some(variables) => format!("no credentials in the environment ({variables}), so this machine is asked for a role's: {reason}"),
+            None => reason,
+        }
     }
 
     fn path(&self, file: &str) -> StorePath {
