@@ -41,8 +41,13 @@ impl Location {
         let text = location.to_str().expect("a URL is text");
         let bad = |reason: String| DataError::BadUrl { url: location.to_owned(), reason };
         let url = Url::parse(text).map_err(|e| bad(e.to_string()))?;
+        // They end a path, and what is before them may be there too.
+        if url.query().is_some() || url.fragment().is_some() {
+            return Err(bad("holds a ? or a #, which is no part of a URL's path; written %3F and %23 they are".into()));
+        }
         let unknown = || bad(format!("no store is known for {:?}; known are s3://, gs:// and file://", url.scheme()));
-        let (scheme, prefix) = ObjectStoreScheme::parse(&url).map_err(|_| unknown())?;
+        let known = ["s3", "gs", "file"].contains(&url.scheme()) && (url.has_host() || url.scheme() == "file");
+        let (scheme, prefix) = ObjectStoreScheme::parse(&url).map_err(|e| if known { bad(e.to_string()) } else { unknown() })?;
         // TLS needs one implementation of its ciphers a process; whoever was first, any will do.
         let _ = rustls::crypto::ring::default_provider().install_default();
         let retry = RetryConfig { max_retries: 0, ..RetryConfig::default() };
@@ -121,9 +126,11 @@ mod tests {
         assert_eq!(parse("file:///corpus/a"), Ok("/corpus/a".into()));
         assert_eq!(parse("s3://bucket/deep/prefix/"), Ok("AmazonS3(bucket) deep/prefix".into()));
         assert_eq!(parse("gs://bucket/corpus"), Ok("GoogleCloudStorage(bucket) corpus".into()));
-        for (url, part) in
-            [("ftp://host/x", "\"ftp\""), ("az://host/x", "\"az\""), ("https://host/x", "s3://"), ("s3://", "s3://")]
-        {
+        assert_eq!(parse("file:///corpus/a%23b%3Fc"), Ok("/corpus/a#b?c".into()));
+        for (url, part) in [
+            ("ftp://host/x", "\"ftp\""), ("az://host/x", "\"az\""), ("https://host/x", "s3://"), ("s3://", "s3://"),
+            ("s3://bucket/corpus#2", "%23"), ("gs://bucket/corpus?2", "%3F"), ("file:///corpus/a#b", "%23"), ("s3://bucket/a//b", "empty"),
+        ] {
             let error = parse(url).unwrap_err();
             assert!(error.starts_with(url) && error.contains(part), "{error}");
         }
