@@ -14,6 +14,9 @@ use crate::DataError;
 const END_TOKENS: [&str; 6] =
     ["<｜end▁of▁sentence｜>", "<|end_of_text|>", "<|endoftext|>", "<eos>", "</s>", "<|im_end|>"];
 
+/// Tables and an embedding have a row for each id up to the largest: a slip in one would take all memory.
+const MOST_TOKENS: u64 = 1 << 24;
+
 /// The fill-in-the-middle tokens, in DeepSeek's spelling.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct FimTokens {
@@ -56,10 +59,14 @@ impl Tokenizer {
                 value.take();
             }
         }
-        let vocab_size = vocab_size(&json).ok_or_else(|| {
+        let largest = largest_id(&json).ok_or_else(|| {
             let found = json["model"]["type"].as_str().unwrap_or("missing");
             bad(format!("model.vocab names no tokens with their ids, and model.type is {found}; BPE, WordPiece and WordLevel are read"))
         })?;
+        if largest >= MOST_TOKENS {
+            return Err(bad(format!("has a token with id {largest}, the limit is {}", MOST_TOKENS - 1)));
+        }
+        let vocab_size = largest as u32 + 1;
         let fast = match fastokens::Tokenizer::from_json(json.clone()) {
             Ok(fast) => Some(fast),
             Err(error) => {
@@ -188,8 +195,8 @@ impl Slow {
     }
 }
 
-fn vocab_size(json: &serde_json::Value) -> Option<u32> {
+fn largest_id(json: &serde_json::Value) -> Option<u64> {
     let ordinary = json["model"]["vocab"].as_object()?.values().filter_map(|id| id.as_u64());
     let added = json["added_tokens"].as_array().into_iter().flatten().filter_map(|t| t["id"].as_u64());
-    u32::try_from(ordinary.chain(added).max()? + 1).ok()
+    ordinary.chain(added).max()
 }

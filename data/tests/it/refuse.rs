@@ -235,6 +235,12 @@ fn what_a_tokenizer_lacks_is_said_before_anything_is_read() {
     assert!(matches!(error, DataError::Tokenizer { .. }), "{error}");
     fs::write(&given, r#"{"model": {"type": "Unigram", "vocab": [["<unk>", 0.0], ["</s>", 0.0]]}}"#).unwrap();
     refused(&use_it, "Unigram; BPE, WordPiece and WordLevel are read");
+    for id in [1 << 24, u64::MAX] {
+        let mut far = whole.clone();
+        far["added_tokens"][2]["id"] = id.into();
+        fs::write(&given, far.to_string()).unwrap();
+        refused(&use_it, &format!("has a token with id {id}, the limit is 16777215"));
+    }
     bare["added_tokens"] = serde_json::json!([]);
     let vocab = bare["model"]["vocab"].as_object_mut().unwrap();
     vocab.retain(|token, _| !token.starts_with("<｜"));
