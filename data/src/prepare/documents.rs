@@ -3,6 +3,7 @@
 
 use std::fs::File;
 use std::io::{BufRead, BufReader, Read};
+use std::panic::{self, AssertUnwindSafe};
 use std::path::Path;
 
 use parquet::basic::{ConvertedType, LogicalType, Type as PhysicalType};
@@ -173,8 +174,7 @@ impl Reader<'_> {
     /// bytes, and ends at the first value that is not UTF-8.
     fn read_parquet(&mut self, file: impl ChunkReader + 'static) -> Result<(), DataError> {
         let input = self.file;
-        let bad = |e: ParquetError| DataError::BadInput { path: input.path.clone(), reason: e.to_string() };
-        let file = SerializedFileReader::new(file).map_err(bad)?;
+        let file = guarded(input, || SerializedFileReader::new(file))?;
         let schema = file.metadata().file_metadata().schema_descr();
         let Some(leaf) = text_leaf(schema, self.column).map_err(|reason| self.bad(reason))? else {
             let rows = file.metadata().file_metadata().num_rows() as u64;
@@ -183,10 +183,10 @@ impl Reader<'_> {
         let (mut number, mut levels, mut values) = (0, Vec::new(), Vec::new());
         for group in 0..file.num_row_groups() {
             // Only this column's pages are read.
-            let pages = file.get_row_group(group).and_then(|group| group.get_column_page_reader(leaf)).map_err(bad)?;
+            let pages = guarded(input, || file.get_row_group(group).and_then(|group| group.get_column_page_reader(leaf)))?;
             let mut column = ColumnReaderImpl::<ByteArrayType>::new(schema.column(leaf), pages);
             loop {
-                let (rows, ..) = column.read_records(BATCH, Some(&mut levels), None, &mut values).map_err(bad)?;
+                let (rows, ..) = guarded(input, || column.read_records(BATCH, Some(&mut levels), None, &mut values))?;
                 if rows == 0 {
                     break;
                 }
@@ -206,6 +206,12 @@ impl Reader<'_> {
         }
         Ok(())
     }
+}
+
+/// What the reader makes of a damaged file is that file's error: it panics over some numbers that it should refuse.
+fn guarded<T>(file: &InputFile, read: impl FnOnce() -> Result<T, ParquetError>) -> Result<T, DataError> {
+    let read = panic::catch_unwind(AssertUnwindSafe(read)).unwrap_or_else(|_| Err(ParquetError::General("damaged".into())));
+    read.map_err(|e| DataError::BadInput { path: file.path.clone(), reason: e.to_string() })
 }
 
 fn open(path: &Path) -> Result<File, DataError> {
@@ -230,5 +236,48 @@ fn text_leaf(schema: &SchemaDescriptor, name: &str) -> Result<Option<usize>, Str
         (false, PhysicalType::BYTE_ARRAY) if text => Ok(Some(leaf)),
         (false, _) if column.logical_type_ref() == Some(&LogicalType::Unknown) => Ok(None),
         (false, found) => Err(format!("column {name:?} holds no text but {found} ({})", column.converted_type())),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+    use std::sync::Arc;
+
+    use parquet::file::writer::SerializedFileWriter;
+    use parquet::schema::parser::parse_message_type;
+
+    use super::*;
+
+    /// Each bit in turn: of a number the lowest is its sign.
+    #[test]
+    fn a_damaged_parquet_file_is_read_or_refused_and_no_panic() {
+        let folder = tempfile::tempdir().unwrap();
+        let schema = Arc::new(parse_message_type("message rows { required binary text (UTF8); }").unwrap());
+        let mut writer = SerializedFileWriter::new(Vec::new(), schema, Arc::default()).unwrap();
+        let mut group = writer.next_row_group().unwrap();
+        let mut column = group.next_column().unwrap().unwrap();
+        column.typed::<ByteArrayType>().write_batch(&[ByteArray::from("a text")], None, None).unwrap();
+        column.close().unwrap();
+        group.close().unwrap();
+        let whole = writer.into_inner().unwrap();
+        let (path, bytes) = (folder.path().join("a.parquet"), whole.len() as u64);
+        let file = InputFile { path: path.clone(), remote: None, name: "a.parquet".into(), bytes, version: String::new(), kind: Kind::Parquet, limit: None };
+        let (mut read_whole, mut refused) = (0, 0);
+        for bit in 0..whole.len() * 8 {
+            let mut damaged = whole.clone();
+            damaged[bit / 8] ^= 1 << (bit % 8);
+            fs::write(&path, damaged).unwrap();
+            let result = read(&file, "text", &mut |_, text| {
+                read_whole += u64::from(text == "a text");
+                Ok(())
+            });
+            match result {
+                Ok(_) => {}
+                Err(DataError::BadInput { path, .. }) if path.ends_with("a.parquet") => refused += 1,
+                Err(other) => panic!("bit {bit}: {other}"),
+            }
+        }
+        assert!(read_whole > 100 && refused > 500, "{read_whole} were read, {refused} refused, of {} bytes", whole.len());
     }
 }
