@@ -319,6 +319,38 @@ fn no_export_takes_a_tokenizer_that_was_replaced() {
 }
 
 #[test]
+fn an_export_has_the_tokenizer_that_the_checkpoint_knows_or_none() {
+    let own = scratch().join("corpus-made-anew");
+    let prepare = |vocab: &str, folder: &str| {
+        let args = ["prepare", &root().join(folder).display().to_string(), "--out", &own.display().to_string(), "--vocab", vocab, "--held-out", "0.2", "--extensions", "rs"];
+        assert!(tiefsee(&words(&args)).output().expect("it runs").status.success());
+    };
+    prepare("500", "launch");
+    let run = Run::new("made-anew", &["run.stop_after=1", &format!("data.mixture.0.path={}", own.display())]);
+    assert_eq!(tiefsee(&run.train_args()).output().expect("it runs").status.code(), Some(75));
+    fs::remove_dir_all(&own).expect("it goes");
+    prepare("480", "parallel");
+    let exported = |name: &str| {
+        let out = scratch().join(name);
+        let export = words(&["checkpoint", "export-hf", &run.newest_checkpoint().display().to_string(), &out.display().to_string()]);
+        let output = tiefsee(&export).output().expect("it runs");
+        let said = format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+        assert!(output.status.success(), "{said}");
+        let config: Value = serde_json::from_slice(&fs::read(out.join("config.json")).expect("a config")).expect("JSON");
+        assert!(config["eos_token_id"].is_null() && !out.join("tokenizer.json").exists() && out.join("model.safetensors").exists(), "{config}");
+        said
+    };
+    let said = exported("made-anew-export");
+    assert!(said.contains("no tokenizer: ") && said.contains("corpus-made-anew/tokenizer.json is another one: its BLAKE3 is "), "{said}");
+    // A store that cannot be reached is no reason to write no weights.
+    let resolved = run.dir().join("resolved.toml");
+    let kept = fs::read_to_string(&resolved).expect("a config");
+    fs::write(&resolved, kept.replace(&own.display().to_string(), "ftp://bucket/corpus")).expect("written");
+    let said = exported("unreached-export");
+    assert!(said.contains("no tokenizer: ftp://bucket/corpus"), "{said}");
+}
+
+#[test]
 fn a_folder_without_checkpoints_is_not_pruned() {
     let folder = scratch().join("no-run");
     fs::create_dir_all(&folder).expect("a folder");

@@ -106,7 +106,7 @@ pub fn export_in_files(checkpoint: &Path, out: &Path, format: Format, values: Va
     // Beside it, also where its name ends in a slash.
     let partial = out.with_added_extension("partial");
     let (tokenizer, bytes_read) = write_aside(&partial, out, || {
-        let tokenizer = copy_tokenizer(checkpoint, &partial)?; // before the long part: it may be the wrong one
+        let tokenizer = copy_tokenizer(checkpoint, &manifest.tokenizer_blake3, &partial)?; // before the long part: it may be the wrong one
         let bytes_read = write_files(&partial, &released, checkpoint, file_bytes)?;
         let mut config = config(&manifest.model, format);
         if let Ok(end) = tokenizer {
@@ -139,25 +139,31 @@ fn write_json(path: &Path, value: &Value) -> Result<()> {
     std::fs::write(path, serde_json::to_vec_pretty(value)?).with_context(|| format!("cannot write {}", path.display()))
 }
 
-/// The run's config says where its corpus is; the tokenizer lies there, mostly with a config. The token that ends a document; the
-/// inner error is why there is none.
-fn copy_tokenizer(checkpoint: &Path, out: &Path) -> Result<Result<u32, String>> {
+/// The run's config says where its corpus is; the tokenizer lies there, mostly with a config. `known`: the hash of the one whose
+/// tokens the checkpoint knows, where it says so. The token that ends a document; the inner error is why there is none.
+fn copy_tokenizer(checkpoint: &Path, known: &str, out: &Path) -> Result<Result<u32, String>> {
     let checkpoint = std::path::absolute(checkpoint)?; // "." has no parent
     let config = resolved(checkpoint.ancestors().nth(2).unwrap_or(Path::new("/")));
     let Ok(text) = std::fs::read_to_string(&config) else { return Ok(Err(format!("{} is not there, which would say where the corpus is", config.display()))) };
     let config: crate::RunConfig = toml::from_str(&text).with_context(|| format!("{}", config.display()))?;
     let corpus = &config.data.mixture[0].path;
-    let there = |name: &str| data::fetch(corpus, name).map(|file| file.ok_or_else(|| format!("{}/{name} is not there", corpus.display())));
-    let (tokenizer, manifest) = match (there("tokenizer.json")?, there("manifest.json")?) {
-        (Ok(tokenizer), Ok(manifest)) => (tokenizer, manifest),
-        (Err(none), _) | (_, Err(none)) => return Ok(Err(none)),
+    // The weights are worth having where the corpus cannot be reached.
+    let fetch = |name: &str| data::fetch(corpus, name).map_err(|error| error.to_string());
+    let there = |name: &str| fetch(name)?.ok_or_else(|| format!("{}/{name} is not there", corpus.display()));
+    let all = || -> Result<_, String> { Ok((there("tokenizer.json")?, there("manifest.json")?, fetch("tokenizer_config.json")?)) };
+    let (tokenizer, manifest, about) = match all() {
+        Ok(all) => all,
+        Err(none) => return Ok(Err(none)),
     };
     let manifest: data::format::manifest::Manifest = serde_json::from_slice(&manifest).with_context(|| format!("{}/manifest.json", corpus.display()))?;
     let (found, expected) = (blake3::hash(&tokenizer).to_hex(), &manifest.tokenizer_blake3);
     ensure!(found.as_str() == expected, "{}/tokenizer.json: its BLAKE3 is {found} where the manifest says {expected}: the model knows another one's tokens", corpus.display());
+    if !known.is_empty() && found.as_str() != known {
+        return Ok(Err(format!("{}/tokenizer.json is another one: its BLAKE3 is {found}, the checkpoint knows the tokens of {known}", corpus.display())));
+    }
     let write = |name: &str, bytes: &[u8]| std::fs::write(out.join(name), bytes).with_context(|| format!("cannot write {}", out.join(name).display()));
     write("tokenizer.json", &tokenizer)?;
-    match data::fetch(corpus, "tokenizer_config.json")? {
+    match about {
         Some(about) => write("tokenizer_config.json", &about)?,
         None => write_json(&out.join("tokenizer_config.json"), &json!({"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": false}))?,
     }
