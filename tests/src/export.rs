@@ -215,6 +215,17 @@ fn an_import_leaves_no_tensor_and_no_depth_out() {
 }
 
 #[test]
+fn an_import_takes_neither_of_two_tensors_of_one_name() {
+    let subject = Subject::new(&small(), Precision::F32, 66, 8);
+    let (exported, dir, name) = (subject.export("twice-there"), scratch().join("twice-there-imported"), "model.norm.weight");
+    Tensor::write_safetensors(&[(name, &Tensor::zeros([24], (Kind::Float, tch::Device::Cpu)))], exported.join("another.safetensors")).expect("written");
+    let error = format!("{:#}", import(&exported, &dir).expect_err("refused"));
+    let [another, model] = ["another", "model"].map(|file| exported.join(file).with_extension("safetensors").display().to_string());
+    assert_eq!(error, format!("{name} is in {another} and in {model}"));
+    assert!(!dir.exists());
+}
+
+#[test]
 fn an_import_in_many_files_holds_what_it_does_in_one() {
     const BYTES: i64 = 10_000;
     let subject = Subject::new(&small(), Precision::F32, 64, 8);

@@ -5,7 +5,7 @@ use crate::checkpoint::read::Opened;
 use crate::checkpoint::save::{Place, described, shard_name, write_aside};
 use crate::checkpoint::{Manifest, list, shard};
 use crate::run::resolved;
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use kernels::Precision;
 use kernels::fp8::Blocks;
 use model::config::ModelConfig;
@@ -112,15 +112,20 @@ struct Folder {
 
 impl Folder {
     fn open(path: &Path) -> Result<Folder> {
-        let entries = std::fs::read_dir(path).with_context(|| format!("cannot list {}", path.display()))?;
+        let entries = std::fs::read_dir(path).and_then(Iterator::collect::<std::io::Result<Vec<_>>>).with_context(|| format!("cannot list {}", path.display()))?;
+        let mut paths: Vec<PathBuf> = entries.into_iter().map(|entry| entry.path()).collect();
+        paths.retain(|file| file.extension().is_some_and(|extension| extension == "safetensors"));
+        paths.sort();
         let mut folder = Folder { path: path.to_path_buf(), files: Vec::new(), tensors: HashMap::new() };
-        for entry in entries {
-            let file = entry?.path();
-            if file.extension().is_some_and(|extension| extension == "safetensors") {
-                let opened = Opened::new(file)?;
-                folder.tensors.extend(opened.names().map(|name| (name, folder.files.len())));
-                folder.files.push(opened);
+        for (number, file) in paths.iter().enumerate() {
+            let opened = Opened::new(file.clone())?;
+            for name in opened.names() {
+                // Nobody can tell which of them is meant.
+                if let Some(other) = folder.tensors.insert(name.clone(), number) {
+                    bail!("{name} is in {} and in {}", paths[other].display(), file.display());
+                }
             }
+            folder.files.push(opened);
         }
         ensure!(!folder.tensors.is_empty(), "{} holds no .safetensors file", path.display());
         Ok(folder)
