@@ -190,6 +190,10 @@ fn a_layout_is_refused_before_a_rank_starts() {
     // Fewer sequences than pipes, in a phase that is over.
     let (fine, text) = plan("2048", &["--set", "phase.0.batch=64", "--from-tokens", "25165824000"]);
     assert!(fine && !text.contains("25165824000"), "{text}");
+    let (fine, text) = plan("2048", &["--from-tokens", "14800000000000"]);
+    assert!(!fine && text.contains("--from-tokens 14800000000000: nothing is to come, the run ends after 14800000000000 tokens"), "{text}");
+    let (fine, text) = plan("2048", &["--from-tokens", "14799999999999"]);
+    assert!(fine && text.contains("1 steps, "), "{text}");
 }
 
 #[test]

@@ -99,6 +99,8 @@ pub fn run(args: Args) -> Result<()> {
             ensure!((1.0..=1e3).contains(&load), "--load {load}: must be from 1 to 1000");
             let config = RunConfig::load(&config, &set)?;
             let config = if from_tokens == 0 { config.begins()? } else { config };
+            let end = Plan::new(&config.phase, &config.data.mixture).total_tokens();
+            ensure!(from_tokens < end, "--from-tokens {from_tokens}: nothing is to come, the run ends after {end} tokens");
             let per_node = if ranks_per_node == 0 { ranks } else { ranks_per_node };
             let mesh = config.layout(&(0..ranks).map(|rank| rank / per_node).collect::<Vec<_>>())?;
             a_run(&config, &mesh, from_tokens, (load, gib))
