@@ -258,6 +258,31 @@ fn a_phase_that_is_over_may_not_become_another_and_its_shards_may_be_gone() {
 }
 
 #[test]
+fn a_phase_under_way_stays_what_it_was() {
+    let changed = |set: &[&str]| Run::new("under-way", set);
+    over_threads(&changed(&[]), 1, Start::Fresh, Some(10));
+    for (set, said) in [
+        ("phase.0.lr.to=2e-2", "phase.0.lr = { from = 0.0, shape = \"linear\", to = 0.02 }: the phase has begun, with { from = 0.0, shape = \"linear\", to = 0.01 }"),
+        ("phase.0.batch.to=8", "phase.0.batch = { from = 4, multiple = 4, to = 8 }: the phase has begun, with"),
+        ("phase.0.tokens=6144", "phase.0.tokens = 6144: the phase has begun, with 3072"),
+        ("phase.0.bias_speed=0.5", "phase.0.bias_speed = 0.5: the phase has begun, with 0.001"),
+        ("phase.0.rope_scaling={factor=4.0,original_max_position_embeddings=32}", "the phase has begun, with none"),
+    ] {
+        let error = resume_error(&changed(&[set]).config());
+        assert!(error.contains("step-00000010 does not go on with these phases: phase.0.") && error.contains(said), "{error}");
+    }
+    // What it may change, and a phase that has not begun.
+    over_threads(&changed(&["phase.0.micro_batch=2", "phase.1.lr.to=1e-4", "phase.1.bias_speed=0.5"]), 1, Start::Resume, Some(12));
+    assert_eq!(changed(&[]).lines().len(), 12);
+    // The first step goes beyond the first phase's end, and no step of the second has been done.
+    let edge = |set: &[&str]| Run::new("at-the-edge", &[set, &["phase.0.tokens=100"]].concat());
+    over_threads(&edge(&[]), 1, Start::Fresh, Some(1));
+    over_threads(&edge(&["phase.1.bias_speed=0.5"]), 1, Start::Resume, Some(2));
+    let error = resume_error(&edge(&[]).config());
+    assert!(error.contains("phase.1.bias_speed = 0.001: the phase has begun, with 0.5"), "{error}");
+}
+
+#[test]
 fn validation_reads_what_the_mixture_weighs() {
     let (other, without) = (corpus_of("launch", "weighed", "0.2"), corpus_of("parallel", "without", "0.0"));
     let validated = |name: &str, sources: &[(&Path, f64)]| {

@@ -222,6 +222,18 @@ impl Phase {
         ensure!(unit % needed == 0, "batch {unit} is not a multiple of micro_batch {} × dp {ranks} = {needed}", self.micro_batch);
         Ok(())
     }
+
+    /// That it is what it was, but for what its micro-batches are and where its corpora lie, whose content has a check of its own.
+    pub fn check_begun(&self, was: &Phase) -> Result<()> {
+        let keys = |phase: &Phase| -> Result<toml::Table> { Ok(toml::Table::try_from(Phase { micro_batch: 1, mixture: None, ..phase.clone() })?) };
+        let (now, was) = (keys(self)?, keys(was)?);
+        let words = |value: Option<&toml::Value>| value.map_or("none".to_string(), |value| value.to_string());
+        for key in now.keys().chain(was.keys()) {
+            let (now, was) = (now.get(key), was.get(key));
+            ensure!(now == was, "{key} = {}: the phase has begun, with {}: one that has not can be changed, or added", words(now), words(was));
+        }
+        Ok(())
+    }
 }
 
 /// The schedule of a run.
@@ -311,6 +323,19 @@ impl Plan {
             tokens += steps * each;
             Some((moment, steps))
         })
+    }
+
+    /// The phases that a step of the first `tokens` belongs to.
+    pub fn begun(&self, tokens: u64) -> &[Phase] {
+        let mut at = 0;
+        let has_begun = |(moment, steps): &(Moment, u64)| {
+            let begun = at < tokens;
+            at += moment.batch * moment.phase.sequence_length * steps;
+            begun
+        };
+        let last = self.stretches(0).take_while(has_begun).last().map(|(moment, _)| moment.phase);
+        let count = last.map_or(0, |last| 1 + self.phases.iter().position(|phase| std::ptr::eq(phase, last)).expect("one of them"));
+        &self.phases[..count]
     }
 
     /// The first phase that is over before it begins, and its place in the config.

@@ -1,5 +1,6 @@
 //! `manifest.json`: what a checkpoint holds, where, and the hash of every byte of it, its own included.
 use crate::guard::GuardState;
+use crate::phase::Phase;
 use crate::sentinel::SentinelState;
 use anyhow::{Context, Result, ensure};
 use kernels::Precision;
@@ -36,6 +37,9 @@ pub struct Manifest {
     /// Of the tokenizer.json whose tokens it knows; empty: not known.
     #[serde(default)]
     pub tokenizer_blake3: String,
+    /// Those that have had a step, the first ones of the run; older programs kept none.
+    #[serde(default)]
+    pub phases: Vec<Phase>,
     pub progress: Progress,
     pub files: Vec<FileEntry>,
     pub tensors: BTreeMap<String, TensorEntry>,
@@ -118,6 +122,7 @@ impl Manifest {
             model,
             corpus: String::new(),
             tokenizer_blake3: String::new(),
+            phases: Vec::new(),
             progress: Progress::default(),
             files: Vec::new(),
             tensors: BTreeMap::new(),

@@ -39,7 +39,8 @@ impl Run<'_> {
         let model = ModelConfig { rope_scaling: self.rope_scaling.clone(), ..head.model.clone() };
         let (guard, sentinel) = (self.trainer.guard.state.clone(), self.trainer.sentinel.state.clone());
         let progress = Progress { guard, sentinel, ..progress };
-        Manifest { step, tokens, cursor, progress, model, corpus: self.corpus.fingerprint(), tokenizer_blake3: self.corpus.loader(0).tokenizer_blake3().to_string(), ..head }
+        let phases = self.plan.begun(tokens).to_vec();
+        Manifest { step, tokens, cursor, progress, model, phases, corpus: self.corpus.fingerprint(), tokenizer_blake3: self.corpus.loader(0).tokenizer_blake3().to_string(), ..head }
     }
 
     pub(super) fn save(&mut self) -> Result<()> {

@@ -214,7 +214,8 @@ pub(super) fn restore((config, start, tier): Begin, world: &Comm, trainer: &mut 
         ensure!(written == seed, "{} was written with seed {written}, the run's is {seed}", path.display());
         let read = corpus.check_read(&manifest.corpus, manifest.cursor.order);
         read.with_context(|| format!("{} does not go on with these corpora", path.display()))?;
-        check_order(config, &manifest).with_context(|| format!("{} does not go on with these phases", path.display()))?;
+        let phases = check_order(config, &manifest).and_then(|()| check_begun(config, &manifest));
+        phases.with_context(|| format!("{} does not go on with these phases", path.display()))?;
         Ok((path, manifest))
     });
     let (path, manifest) = all_or_none(&**world, fits)?;
@@ -249,6 +250,15 @@ fn check_order(config: &RunConfig, manifest: &Manifest) -> Result<()> {
             "it has read {next} samples of sample order {reached}, of which the phases read {planned} now before they come to order {order}: \
              one that is over was changed in its tokens, its sequence length or its mixture, and samples would be read twice or left out"
         );
+    }
+    Ok(())
+}
+
+/// A phase that has had a step stays what it was: ramp and curve go by how far it is, and what is done says what is to come.
+fn check_begun(config: &RunConfig, manifest: &Manifest) -> Result<()> {
+    for (index, was) in manifest.phases.iter().enumerate() {
+        let now = config.phase.get(index).with_context(|| format!("phase.{index} has begun, and is gone"))?;
+        now.check_begun(was).map_err(|error| anyhow!("phase.{index}.{error}"))?;
     }
     Ok(())
 }
