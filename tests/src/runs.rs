@@ -390,6 +390,27 @@ fn a_stop_signal_ends_in_a_checkpoint_and_a_code_of_its_own() {
 }
 
 #[test]
+fn a_second_ctrl_c_ends_a_run_that_does_not_come_to_its_checkpoint() {
+    let run = Run::new("impatient", &["faults.inject=[{kind=\"hang\",rank=0,step=3}]", "checkpoint.every=1"]);
+    let mut child = tiefsee(&run.train_args()).stdout(std::process::Stdio::null()).spawn().expect("tiefsee starts");
+    run.wait_for_step(2);
+    // What tells ranks to stop may do so twice; and a Ctrl-C that is passed on comes twice at once.
+    for name in ["TERM", "USR1", "TERM", "USR1", "INT", "INT"] {
+        signal(child.id(), name);
+        std::thread::sleep(std::time::Duration::from_millis(50));
+    }
+    std::thread::sleep(std::time::Duration::from_millis(1500));
+    assert!(child.try_wait().expect("it can be asked").is_none(), "it had no second Ctrl-C");
+    signal(child.id(), "INT");
+    let (began, mut ended) = (std::time::Instant::now(), None);
+    while ended.is_none() && began.elapsed().as_secs() < 20 {
+        ended = child.try_wait().expect("it can be asked");
+    }
+    child.kill().expect("it is gone, or goes");
+    assert_eq!(ended.and_then(|status| std::os::unix::process::ExitStatusExt::signal(&status)), Some(2), "{ended:?}");
+}
+
+#[test]
 fn a_kill_in_the_middle_of_a_save_leaves_the_checkpoint_before_it() {
     // A vocabulary large enough that a save takes a while.
     let run = Run::new("kill", &["model.vocab_size=150000", "checkpoint.every=2", "validation.every=0", "phase.0.tokens=300000"]);

@@ -4,8 +4,14 @@ use anyhow::Result;
 use parallel::comm::mpi::bound_to;
 use parallel::comm::{Communicator, broadcast_bytes, gather_bytes};
 use serde::{Deserialize, Serialize};
+use signal_hook::consts::{SIGINT, SIGTERM, SIGUSR1};
+use signal_hook::iterator::Signals;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+/// Until a SIGINT counts as a second one: `timeout`, for one, sends it to its child and to the child's group.
+const AGAIN: Duration = Duration::from_secs(1);
 
 /// Where one rank sits.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -87,14 +93,23 @@ pub fn all_or_none<T>(world: &dyn Communicator, mine: Result<T>) -> Result<T> {
     mine
 }
 
-/// Set by SIGTERM, SIGINT or SIGUSR1: checkpoint after this step and stop.
+/// Set by SIGTERM, SIGINT or SIGUSR1: checkpoint after this step and stop. A second SIGINT ends the process at once; of the
+/// others more come by themselves: SLURM sends TERM at the beginning and at the end of the grace before a pre-emption.
 #[derive(Clone, Default)]
 pub struct StopSignal(Arc<AtomicBool>);
 
 impl StopSignal {
     pub fn listen() -> Result<Self> {
-        let signal = StopSignal::default();
-        for number in [signal_hook::consts::SIGTERM, signal_hook::consts::SIGINT, signal_hook::consts::SIGUSR1] {
+        let (signal, insisted) = (StopSignal::default(), Arc::new(AtomicBool::new(false)));
+        signal_hook::flag::register_conditional_default(SIGINT, insisted.clone())?;
+        let mut interrupts = Signals::new([SIGINT])?;
+        std::thread::spawn(move || {
+            if interrupts.forever().next().is_some() {
+                std::thread::sleep(AGAIN);
+                insisted.store(true, Ordering::Relaxed);
+            }
+        });
+        for number in [SIGTERM, SIGINT, SIGUSR1] {
             signal_hook::flag::register(number, signal.0.clone())?;
         }
         Ok(signal)
