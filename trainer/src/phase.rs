@@ -182,17 +182,23 @@ impl Phase {
         }
         ensure!(self.mixture.as_ref().is_none_or(|mixture| !mixture.is_empty()), "mixture = []: must name a source");
         check_weights(self.mixture.as_deref().unwrap_or_default(), "mixture")?;
-        for lr in [self.lr.at(0.0), self.lr.at(1.0)] {
-            ensure!(lr >= 0.0 && lr.is_finite(), "lr = {lr}: must not be negative");
+        let rates = match &self.lr {
+            Curve::Constant(lr) => vec![("lr", *lr)],
+            Curve::Curve(curve) => vec![("lr.from", curve.from), ("lr.to", curve.to)],
+        };
+        for (key, lr) in rates {
+            ensure!(lr >= 0.0 && lr.is_finite(), "{key} = {lr}: must not be negative");
         }
         ensure!((1..=MOST_TOKENS).contains(&self.tokens), "tokens = {}: must be from 1 to {MOST_TOKENS}", self.tokens);
         ensure!((3..=longest).contains(&self.sequence_length), "sequence_length = {}: must be between 3 and model.max_position_embeddings = {longest}", self.sequence_length);
         ensure!((1..=MOST_SEQUENCES).contains(&self.micro_batch), "micro_batch = {}: must be from 1 to {MOST_SEQUENCES}", self.micro_batch);
-        for batch in [self.batch.unit(), self.batch.at(0.0), self.batch.at(1.0)] {
-            ensure!((1..=MOST_SEQUENCES).contains(&batch), "batch = {batch}: must be from 1 to {MOST_SEQUENCES}");
-        }
-        if let Ramp::Line(Line { from, to, multiple }) = &self.batch {
-            ensure!(from % multiple == 0 && to % multiple == 0, "batch: from {from} and to {to} must be multiples of {multiple}");
+        let batches = match &self.batch {
+            Ramp::Constant(batch) => vec![("batch", *batch, 1)],
+            Ramp::Line(Line { from, to, multiple }) => vec![("batch.multiple", *multiple, 1), ("batch.from", *from, *multiple), ("batch.to", *to, *multiple)],
+        };
+        for (key, batch, multiple) in batches {
+            ensure!((1..=MOST_SEQUENCES).contains(&batch), "{key} = {batch}: must be from 1 to {MOST_SEQUENCES}");
+            ensure!(batch.is_multiple_of(multiple), "{key} = {batch}: must be a multiple of batch.multiple = {multiple}");
         }
         for (key, value) in [("bias_speed", self.bias_speed), ("balance_weight", self.balance_weight), ("mtp_weight", self.mtp_weight)] {
             ensure!(value >= 0.0 && value.is_finite(), "{key} = {value}: must not be negative");
