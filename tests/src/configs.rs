@@ -145,6 +145,7 @@ fn a_number_out_of_its_range_is_refused_by_name() {
         ("phase.0.batch.multiple", "0".into(), "phase.0: batch.multiple = 0: must be from 1 to 1073741824"),
         ("phase.0.batch.from", "6".into(), "phase.0: batch.from = 6: must be a multiple of batch.multiple = 4"),
         ("run.dir", "\"\"".into(), "run.dir = \"\": must name a folder"),
+        ("checkpoint.second_tier.dir", "\"\"".into(), "checkpoint.second_tier.dir = \"\": must name a folder"),
         ("run.threads", "1025".into(), "run.threads = 1025: must be from 0 to 1024"),
         ("optimizer", "{moments=\"bf16\",beta2=0.999}".into(), "optimizer.beta2 = 0.999: at most 0.99 with optimizer.moments = \"bf16\", whose last place is too coarse to follow slower changes"),
         ("ema.decay", "0.999999".into(), "ema.decay = 0.999999: must be from 0 (no average) to 0.99999, beyond which numbers in FP32 stand still"),

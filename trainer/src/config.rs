@@ -216,7 +216,9 @@ impl RunConfig {
         check_weights(&self.data.mixture, "data.mixture")?;
         let patience = self.data.patience;
         ensure!((1..=MOST_PATIENCE).contains(&patience), "data.patience = {patience}: must be from 1 to {MOST_PATIENCE} s");
-        ensure!(!self.run.dir.as_os_str().is_empty(), "run.dir = \"\": must name a folder");
+        for (key, folder) in [("run.dir", &self.run.dir), ("checkpoint.second_tier.dir", &self.checkpoint.second_tier.dir)] {
+            ensure!(!folder.as_os_str().is_empty(), "{key} = \"\": must name a folder");
+        }
         let threads = self.run.threads;
         ensure!(threads <= data::MOST_THREADS, "run.threads = {threads}: must be from 0 to {}", data::MOST_THREADS);
         for (key, path) in [("dir", Some(&self.run.dir)), ("init_from", self.run.init_from.as_ref())] {
