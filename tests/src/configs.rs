@@ -171,6 +171,9 @@ fn what_no_longer_is_a_choice_is_read_and_not_written() {
     let config = RunConfig::load(&root().join("configs/run/tiny.toml"), &set).expect("an older config");
     assert_eq!(config, RunConfig::load(&root().join("configs/run/tiny.toml"), &[]).expect("a config"));
     assert!(!config.to_toml().expect("TOML").contains("deterministic"));
+    let error = RunConfig::load(&root().join("configs/run/tiny.toml"), &["run.determinstic=true".into()]).expect_err("no key");
+    let error = format!("{error:#}");
+    assert!(error.contains("unknown field `determinstic`") && error.contains("`threads`") && !error.contains("deterministic"), "{error}");
 }
 
 #[test]

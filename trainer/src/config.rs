@@ -59,9 +59,6 @@ pub struct RunSection {
     pub precision: Precision,
     #[serde(default)]
     pub device: DeviceChoice,
-    /// Files of older versions have it. Now every run gives the same bits, on a GPU too.
-    #[serde(default, skip_serializing)]
-    deterministic: serde::de::IgnoredAny,
     /// Threads a rank; 0 shares the machine's cores among its ranks.
     #[serde(default)]
     pub threads: usize,
@@ -189,6 +186,8 @@ impl RunConfig {
         for text in overrides {
             set(&mut value, text)?;
         }
+        // Files of older versions have it: now every run gives the same bits, on a GPU too. As a field it would be offered.
+        value.get_mut("run").and_then(Value::as_table_mut).map(|run| run.remove("deterministic"));
         let mut config: RunConfig = parse(value, path)?;
         config.name_corpora_wholly()?;
         config.validate().with_context(|| path.display().to_string())?;

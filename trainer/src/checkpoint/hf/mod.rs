@@ -7,6 +7,7 @@ pub use import::{import, import_in_files};
 
 use super::inspect;
 use super::save::{refuse_existing, write_aside};
+use crate::config::DataSection;
 use crate::run::resolved;
 use anyhow::{Context, Result, ensure};
 use files::{Part, Released, check_files, write_files};
@@ -14,6 +15,7 @@ use kernels::fp8::TILE;
 use model::hf::{Piece, config_json, copies, pieces};
 use model::params::{ParamSpec, Role};
 use model::{ModelConfig, ParamTable, Stage};
+use serde::Deserialize;
 use serde_json::{Value, json};
 use std::path::Path;
 use tch::Kind;
@@ -139,13 +141,19 @@ fn write_json(path: &Path, value: &Value) -> Result<()> {
     std::fs::write(path, serde_json::to_vec_pretty(value)?).with_context(|| format!("cannot write {}", path.display()))
 }
 
+/// What an export needs of a run's config, whatever version has written it.
+#[derive(Deserialize)]
+struct OfRun {
+    data: DataSection,
+}
+
 /// The run's config says where its corpus is; the tokenizer lies there, mostly with a config. `known`: the hash of the one whose
 /// tokens the checkpoint knows, where it says so. The token that ends a document; the inner error is why there is none.
 fn copy_tokenizer(checkpoint: &Path, known: &str, out: &Path) -> Result<Result<u32, String>> {
     let checkpoint = std::path::absolute(checkpoint)?; // "." has no parent
     let config = resolved(checkpoint.ancestors().nth(2).unwrap_or(Path::new("/")));
     let Ok(text) = std::fs::read_to_string(&config) else { return Ok(Err(format!("{} is not there, which would say where the corpus is", config.display()))) };
-    let config: crate::RunConfig = toml::from_str(&text).with_context(|| format!("{}", config.display()))?;
+    let config: OfRun = toml::from_str(&text).with_context(|| format!("{}", config.display()))?;
     let corpus = &config.data.mixture[0].path;
     // The weights are worth having where the corpus cannot be reached.
     let fetch = |name: &str| data::fetch(corpus, name).map_err(|error| error.to_string());
