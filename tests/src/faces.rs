@@ -225,6 +225,14 @@ fn a_config_is_printed_with_every_key() {
     let printed = String::from_utf8_lossy(&output.stdout).into_owned();
     assert_eq!(toml::from_str::<trainer::RunConfig>(&printed).expect("a config"), config);
     assert!(printed.contains("norm_spike = ") && printed.contains("moments = "), "{printed}");
+    // What is absent is said as a comment where it would stand, and is a config where it is none.
+    let absent = |text: &str| text.lines().filter_map(|line| line.strip_prefix("# ")?.split_once(" = ")).map(|(key, _)| key.to_string()).collect::<Vec<_>>();
+    let expected = ["stop_after", "init_from", "random", "rope_scaling", "mixture", "rope_scaling", "mixture", "rope_scaling"];
+    assert_eq!(absent(&printed), expected);
+    let path = scratch().join("every-key.toml");
+    fs::write(&path, printed.replace("\n# ", "\n")).expect("written");
+    let all = tiefsee(&words(&["plan", "config", &path.display().to_string()])).output().expect("it runs");
+    assert!(all.status.success() && absent(&String::from_utf8_lossy(&all.stdout)).is_empty(), "{all:?}");
 }
 
 #[test]

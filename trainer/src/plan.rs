@@ -40,7 +40,7 @@ enum Command {
         #[arg(long = "set", value_name = "section.key=value")]
         set: Vec<String>,
     },
-    /// Print a run's config as it will be: every key, defaults filled.
+    /// Print a run's config as it will be: every key, defaults filled; what is absent and has no default as a comment.
     Config {
         config: PathBuf,
         /// As of `train`.
@@ -106,12 +106,39 @@ pub fn run(args: Args) -> Result<()> {
             a_run(&config, &mesh, from_tokens, (load, gib))
         }
         (_, Some(Command::Config { config, set })) => {
-            print!("{}", RunConfig::load(&config, &set)?.to_toml()?);
+            print!("{}", every_key(&RunConfig::load(&config, &set)?)?);
             Ok(())
         }
         (Some(path), None) => model(&path),
         (None, None) => bail!("plan needs a file of model keys, `run`, `config` or `schedule`; see tiefsee plan --help"),
     }
+}
+
+/// A config in full. A key that is absent and has no default is a comment where it would stand.
+fn every_key(config: &RunConfig) -> Result<String> {
+    const YARN: &str = "rope_scaling = { factor = 40.0, original_max_position_embeddings = 4096 }";
+    let (mut phases, mut text) = (config.phase.iter(), String::new());
+    for line in config.to_toml()?.lines() {
+        let absent = match line {
+            "[run]" => vec![
+                (config.run.stop_after.is_none(), "stop_after = 1000 # absent: to the end of the phases".to_string()),
+                (config.run.init_from.is_none(), "init_from = \"CHECKPOINT\" # absent: the seed's weights".into()),
+            ],
+            "[faults]" => vec![(config.faults.random.is_none(), "random = { seed = 1, count = 1, first = 1, last = 100, kinds = [\"kill\"] } # absent: none".into())],
+            "[[phase]]" => {
+                let phase = phases.next().expect("a table for each");
+                vec![(phase.rope_scaling.is_none(), format!("{YARN} # absent: the model's")), (phase.mixture.is_none(), "mixture = [{ path = \"CORPUS\" }] # absent: data.mixture".into())]
+            }
+            "[model]" => vec![
+                (config.model.q_lora_rank.is_none(), "q_lora_rank = 1536 # absent: queries have no latent".into()),
+                (config.model.rope_scaling.is_none(), format!("{YARN} # absent: RoPE as it is")),
+            ],
+            _ => Vec::new(),
+        };
+        text += &format!("{line}\n");
+        absent.iter().filter(|(absent, _)| *absent).for_each(|(_, words)| text += &format!("# {words}\n"));
+    }
+    Ok(text)
 }
 
 fn measured(values: &[f64]) -> Result<Times> {
