@@ -106,8 +106,12 @@ pub struct ParameterCount {
     pub mtp: i64,
 }
 
-/// Of any size: products of a few must stay numbers.
+/// Of any size, of depth and of experts: more would be a slip, and whoever looks at each of them one by one comes to an end.
 const MOST: i64 = 1 << 24;
+const MOST_LAYERS: i64 = 1 << 12;
+const MOST_EXPERTS: i64 = 1 << 16;
+/// Their bytes, some for each, must stay numbers.
+const MOST_PARAMETERS: i128 = 1 << 53;
 
 impl ModelConfig {
     pub fn qk_head_dim(&self) -> i64 {
@@ -128,7 +132,6 @@ impl ModelConfig {
             ("hidden_size", self.hidden_size),
             ("intermediate_size", self.intermediate_size),
             ("moe_intermediate_size", self.moe_intermediate_size),
-            ("num_hidden_layers", self.num_hidden_layers),
             ("num_attention_heads", self.num_attention_heads),
             ("kv_lora_rank", self.kv_lora_rank),
             ("qk_nope_head_dim", self.qk_nope_head_dim),
@@ -139,12 +142,17 @@ impl ModelConfig {
         ] {
             check((1..=MOST).contains(&value), key, value, &format!("must be from 1 to {MOST}"))?;
         }
+        check((1..=MOST_LAYERS).contains(&self.num_hidden_layers), "num_hidden_layers", self.num_hidden_layers, &format!("must be from 1 to {MOST_LAYERS}"))?;
         for (key, value) in [("n_routed_experts", self.n_routed_experts), ("n_shared_experts", self.n_shared_experts)] {
-            check((0..=MOST).contains(&value), key, value, &format!("must be from 0 to {MOST}"))?;
+            check((0..=MOST_EXPERTS).contains(&value), key, value, &format!("must be from 0 to {MOST_EXPERTS}"))?;
         }
-        check(self.qk_rope_head_dim > 0 && self.qk_rope_head_dim % 2 == 0, "qk_rope_head_dim", self.qk_rope_head_dim, "must be positive and even")?;
+        let rope = self.qk_rope_head_dim;
+        check((2..=MOST).contains(&rope) && rope % 2 == 0, "qk_rope_head_dim", rope, &format!("must be even, from 2 to {MOST}"))?;
         check((0..=1).contains(&self.num_nextn_predict_layers), "num_nextn_predict_layers", self.num_nextn_predict_layers, "must be 0 or 1")?;
         check(self.first_k_dense_replace >= 0, "first_k_dense_replace", self.first_k_dense_replace, "must not be negative")?;
+        let [main, _, mtp] = self.counted();
+        let parameters = format!("with the other sizes makes a model of {} parameters, at most {MOST_PARAMETERS}", main + mtp);
+        check(main + mtp <= MOST_PARAMETERS, "hidden_size", self.hidden_size, &parameters)?;
         if self.first_k_dense_replace >= self.num_hidden_layers && self.num_nextn_predict_layers == 0 {
             return Ok(()); // a dense model has no experts to check
         }
@@ -195,41 +203,47 @@ impl ModelConfig {
         check(fits, "hidden_size", self.hidden_size, &limit)
     }
 
-    fn attention_parameters(&self) -> i64 {
-        let (d, heads) = (self.hidden_size, self.num_attention_heads);
-        let query = match self.q_lora_rank {
-            Some(rank) => d * rank + rank + rank * heads * self.qk_head_dim(),
-            None => d * heads * self.qk_head_dim(),
+    // In 128 bits, in which no product of sizes that are within their limits is too large.
+    fn attention_parameters(&self) -> i128 {
+        let [d, heads, qk_head, kv_rank] = [self.hidden_size, self.num_attention_heads, self.qk_head_dim(), self.kv_lora_rank].map(i128::from);
+        let [nope, rope, v_head] = [self.qk_nope_head_dim, self.qk_rope_head_dim, self.v_head_dim].map(i128::from);
+        let query = match self.q_lora_rank.map(i128::from) {
+            Some(rank) => d * rank + rank + rank * heads * qk_head,
+            None => d * heads * qk_head,
         };
-        let kv = d * (self.kv_lora_rank + self.qk_rope_head_dim) + self.kv_lora_rank;
-        query + kv + self.kv_lora_rank * heads * (self.qk_nope_head_dim + self.v_head_dim) + heads * self.v_head_dim * d
+        query + d * (kv_rank + rope) + kv_rank + kv_rank * heads * (nope + v_head) + heads * v_head * d
     }
 
     /// (all, active) parameters of one block.
-    fn block_parameters(&self, moe: bool) -> (i64, i64) {
-        let d = self.hidden_size;
+    fn block_parameters(&self, moe: bool) -> (i128, i128) {
+        let [d, width, expert_width] = [self.hidden_size, self.intermediate_size, self.moe_intermediate_size].map(i128::from);
+        let [routed, shared, chosen] = [self.n_routed_experts, self.n_shared_experts, self.num_experts_per_tok].map(i128::from);
         let rest = self.attention_parameters() + 2 * d;
         if !moe {
-            let all = rest + 3 * d * self.intermediate_size;
+            let all = rest + 3 * d * width;
             return (all, all);
         }
-        let expert = 3 * d * self.moe_intermediate_size;
-        let bias = if self.has_bias() { self.n_routed_experts } else { 0 };
-        let rest = rest + d * self.n_routed_experts + self.n_shared_experts * expert + bias;
-        (rest + self.n_routed_experts * expert, rest + self.num_experts_per_tok * expert)
+        let expert = 3 * d * expert_width;
+        let bias = if self.has_bias() { routed } else { 0 };
+        let rest = rest + d * routed + shared * expert + bias;
+        (rest + routed * expert, rest + chosen * expert)
     }
 
-    pub fn count(&self) -> ParameterCount {
-        let d = self.hidden_size;
-        let mut count = ParameterCount { main: 2 * self.vocab_size * d + d, active: self.vocab_size * d + d, mtp: 0 };
+    /// As `ParameterCount`, of any config whose sizes are within their limits.
+    fn counted(&self) -> [i128; 3] {
+        let [d, vocab] = [self.hidden_size, self.vocab_size].map(i128::from);
+        let (mut main, mut active) = (2 * vocab * d + d, vocab * d + d);
         for layer in 0..self.num_hidden_layers {
-            let (all, active) = self.block_parameters(self.is_moe(layer));
-            count.main += all;
-            count.active += active;
+            let block = self.block_parameters(self.is_moe(layer));
+            (main, active) = (main + block.0, active + block.1);
         }
-        if self.num_nextn_predict_layers == 1 {
-            count.mtp = self.block_parameters(true).0 + 2 * d * d + 3 * d;
-        }
-        count
+        let mtp = if self.num_nextn_predict_layers == 1 { self.block_parameters(true).0 + 2 * d * d + 3 * d } else { 0 };
+        [main, active, mtp]
+    }
+
+    /// Of a config that `validate` has passed.
+    pub fn count(&self) -> ParameterCount {
+        let [main, active, mtp] = self.counted().map(|count| i64::try_from(count).expect("validate has a limit"));
+        ParameterCount { main, active, mtp }
     }
 }

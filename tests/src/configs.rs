@@ -146,6 +146,11 @@ fn a_number_out_of_its_range_is_refused_by_name() {
         ("phase.0.batch.from", "6".into(), "phase.0: batch.from = 6: must be a multiple of batch.multiple = 4"),
         ("run.dir", "\"\"".into(), "run.dir = \"\": must name a folder"),
         ("checkpoint.second_tier.dir", "\"\"".into(), "checkpoint.second_tier.dir = \"\": must name a folder"),
+        ("model.qk_rope_head_dim", "16777218".into(), "model.qk_rope_head_dim = 16777218: must be even, from 2 to 16777216"),
+        ("model.qk_rope_head_dim", "3".into(), "model.qk_rope_head_dim = 3: must be even, from 2 to 16777216"),
+        ("model.num_hidden_layers", "4097".into(), "model.num_hidden_layers = 4097: must be from 1 to 4096"),
+        ("model.n_routed_experts", "65537".into(), "model.n_routed_experts = 65537: must be from 0 to 65536"),
+        ("model.n_shared_experts", "65537".into(), "model.n_shared_experts = 65537: must be from 0 to 65536"),
         ("run.threads", "1025".into(), "run.threads = 1025: must be from 0 to 1024"),
         ("optimizer", "{moments=\"bf16\",beta2=0.999}".into(), "optimizer.beta2 = 0.999: at most 0.99 with optimizer.moments = \"bf16\", whose last place is too coarse to follow slower changes"),
         ("ema.decay", "0.999999".into(), "ema.decay = 0.999999: must be from 0 (no average) to 0.99999, beyond which numbers in FP32 stand still"),
@@ -153,6 +158,18 @@ fn a_number_out_of_its_range_is_refused_by_name() {
         let error = RunConfig::load(&root().join("configs/run/tiny.toml"), &[format!("{key}={value}")]).expect_err(key);
         assert!(format!("{error:#}").ends_with(expected), "{error:#}, not {expected}");
     }
+}
+
+/// Each size within its limit, and products that are no numbers of 64 bits.
+#[test]
+fn a_model_of_more_parameters_than_can_be_counted_is_refused() {
+    let wide = ModelConfig { hidden_size: 1 << 24, moe_intermediate_size: 1 << 24, n_routed_experts: 1 << 16, ..tiny() };
+    let error = wide.validate().expect_err("too large").to_string();
+    let begins = "model.hidden_size = 16777216: with the other sizes makes a model of ";
+    assert!(error.starts_with(begins) && error.ends_with(" parameters, at most 9007199254740992"), "{error}");
+    let dense = ModelConfig { first_k_dense_replace: 3, num_nextn_predict_layers: 0, num_attention_heads: 1 << 24, v_head_dim: 1 << 24, ..tiny() };
+    let error = dense.validate().expect_err("too large").to_string();
+    assert!(error.contains("parameters, at most 9007199254740992"), "{error}");
 }
 
 #[test]
