@@ -16,7 +16,8 @@ pub struct Args {
     /// Hosts, by comma; the ssh names.
     #[arg(long, value_delimiter = ',', conflicts_with_all = ["hostfile", "standalone"])]
     pub hosts: Vec<String>,
-    /// A file with one host a line: `name`, or `name slots=8`, the most ranks it takes, which are the same for all.
+    /// A file with one host a line: `name`, or `name slots=8`, the most ranks it takes, which are the same for all. A host of several
+    /// lines, as in $PBS_NODEFILE, takes as many.
     #[arg(long, conflicts_with = "standalone")]
     pub hostfile: Option<PathBuf>,
     /// This host alone, also inside a SLURM allocation.

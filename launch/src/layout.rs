@@ -30,6 +30,7 @@ pub fn listed(args: &Args, environment: &Environment) -> Result<Vec<String>> {
             ensure!(!hosts.is_empty(), "--hostfile {}: names no host", path.display());
             Ok(hosts)
         }
+        (None, _) if let Some(twice) = named_twice(&args.hosts) => bail!("--hosts {}: {twice} is named twice", args.hosts.join(",")),
         (None, Some(slurm)) if args.hosts.is_empty() && starter(args, environment) == Starter::Srun => Ok(slurm.hosts.clone()),
         (None, _) => Ok(args.hosts.clone()),
     }
@@ -55,9 +56,25 @@ fn read(path: &Path) -> Result<String> {
     std::fs::read_to_string(path).with_context(|| format!("cannot read --hostfile {}", path.display()))
 }
 
-/// Names of a hostfile, without comments and options.
+/// The first that is another name of one before it.
+fn named_twice(hosts: &[String]) -> Option<&String> {
+    hosts.iter().enumerate().find_map(|(at, host)| hosts[..at].iter().any(|before| same_host(before, host)).then_some(host))
+}
+
+/// Names of a hostfile, each once, without comments and options.
 fn hosts_of(text: &str) -> Vec<String> {
-    hosts_with_options(text).map(|(host, _)| host.to_string()).collect()
+    let mut hosts: Vec<String> = Vec::new();
+    for (host, _) in hosts_with_options(text) {
+        if place(host, hosts.iter().map(String::as_str)).is_none() {
+            hosts.push(host.to_string());
+        }
+    }
+    hosts
+}
+
+/// Which of `hosts` this one is, by its very name first: a batch system's file names each for every core.
+fn place<'a>(host: &str, hosts: impl Iterator<Item = &'a str> + Clone) -> Option<usize> {
+    hosts.clone().position(|other| other == host).or_else(|| hosts.clone().position(|other| same_host(other, host)))
 }
 
 fn hosts_with_options(text: &str) -> impl Iterator<Item = (&str, &str)> {
@@ -67,22 +84,32 @@ fn hosts_with_options(text: &str) -> impl Iterator<Item = (&str, &str)> {
     })
 }
 
-/// The fewest of all hosts; the same for all where they are to be the ranks of each.
+/// The fewest of all hosts; the same for all where they are to be the ranks of each. A host takes as many as it is named times, where
+/// one is named more than once.
 fn slots_of(text: &str, same: bool) -> Result<Option<usize>> {
-    let mut least = None;
-    let mut first: Option<(&str, Option<usize>)> = None;
+    let mut all: Vec<(&str, Option<usize>, usize)> = Vec::new();
     for (host, options) in hosts_with_options(text) {
         // Blanks around the sign are allowed.
         let options = options.split_whitespace().collect::<Vec<_>>().join(" ").replace(" =", "=").replace("= ", "=");
         let given = options.split(' ').find_map(|option| option.strip_prefix("slots="));
         let number = |given: &str| given.parse().ok().filter(|&slots| slots > 0).with_context(|| format!("host {host}: slots={given} is no number from 1"));
         let slots = given.map(number).transpose()?;
-        let (other, expected) = *first.get_or_insert((host, slots));
-        let shown = |slots: Option<usize>| slots.map_or("no slots".to_string(), |slots| format!("slots={slots}"));
-        least = least.min(slots).or(least).or(slots);
+        match place(host, all.iter().map(|(other, ..)| *other)) {
+            Some(at) => {
+                ensure!(slots.is_none() && all[at].1.is_none(), "host {host} is named twice, and with slots=");
+                all[at].2 += 1;
+            }
+            None => all.push((host, slots, 1)),
+        }
+    }
+    let repeated = all.iter().any(|(.., times)| *times > 1);
+    let counted: Vec<(&str, Option<usize>)> = all.iter().map(|(host, slots, times)| (*host, slots.or(repeated.then_some(*times)))).collect();
+    let Some((other, expected)) = counted.first() else { return Ok(None) };
+    let shown = |slots: &Option<usize>| slots.map_or("no slots".to_string(), |slots| format!("slots={slots}"));
+    for (host, slots) in &counted {
         ensure!(slots == expected || !same, "host {host} has {}, but host {other} has {}: ranks are as many on each host", shown(slots), shown(expected));
     }
-    Ok(least)
+    Ok(counted.iter().filter_map(|(_, slots)| *slots).min())
 }
 
 impl Layout {
@@ -195,13 +222,16 @@ mod tests {
     }
 
     #[test]
-    fn a_host_without_a_name_is_refused() {
+    fn a_host_without_a_name_or_named_twice_is_refused() {
         let said = |options: &str| {
             let args = Args::parse_from(["tiefsee-launch"].into_iter().chain(options.split(' ')).chain(["--", "resume", "a"]));
             listed(&args, &Environment::default()).map_err(|error| error.to_string())
         };
         assert_eq!(said("--hosts a,,b").expect_err("a hole"), "--hosts a,,b: a name is empty");
         assert_eq!(said("--hosts a,b").expect("two"), ["a", "b"]);
+        for (hosts, twice) in [("a,b,a", "a"), ("a.site,b,a", "a"), ("10.0.0.1,10.0.0.1", "10.0.0.1")] {
+            assert_eq!(said(&format!("--hosts {hosts}")), Err(format!("--hosts {hosts}: {twice} is named twice")));
+        }
         let file = tempfile::NamedTempFile::new().expect("a file");
         std::fs::write(&file, "# none yet\n").expect("written");
         let error = said(&format!("--hostfile {}", file.path().display())).expect_err("no host");
@@ -229,6 +259,32 @@ mod tests {
         assert_eq!(["", "--nproc-per-node 4", "--nproc-per-node 2"].map(|options| ranks(options, 8)), [Ok(4), Ok(4), Ok(2)]);
         assert_eq!([0, 2].map(|gpus| ranks("", gpus)), [Ok(4), Ok(2)], "of slots that count cores each GPU has one");
         assert_eq!(ranks("--nproc-per-node gpu", 8), Err("--nproc-per-node: 8 ranks on each host, but --hostfile F has slots=4".to_string()));
+    }
+
+    /// As in $PBS_NODEFILE and machinefiles, where each core has a line.
+    #[test]
+    fn a_host_that_a_file_repeats_is_one_of_so_many_slots() {
+        let file = tempfile::NamedTempFile::new().expect("a file");
+        let placed = |text: &str, options: &str, gpus: usize| {
+            std::fs::write(&file, text).expect("written");
+            let line = format!("tiefsee-launch --hostfile {} {options} -- resume a", file.path().display());
+            let mut args = Args::parse_from(line.split_whitespace());
+            let environment = Environment { cores: 8, gpus, numa_nodes: 1, ..Environment::default() };
+            args.slots = slots(&args)?;
+            Layout::new(&args, &environment, &listed(&args, &environment)?).map(|layout| (layout.hosts.join(","), layout.ranks_per_node))
+        };
+        let hosts = |names: &str, ranks| (names.to_string(), ranks);
+        for text in ["n1\nn1\nn2\nn2\n", "n1\nn2 # again\nn1\nn2", "n1.site\nn1\nn2\nn2.site"] {
+            let named = if text.contains("site") { "n1.site,n2" } else { "n1,n2" };
+            assert_eq!([0, 1, 4].map(|gpus| placed(text, "", gpus).expect("two hosts")), [2, 1, 2].map(|ranks| hosts(named, ranks)), "{text}");
+            assert_eq!(placed(text, "--nproc-per-node 1", 0).expect("two hosts"), hosts(named, 1), "{text}");
+        }
+        assert_eq!(placed("n1\nn2", "", 0).expect("once each says nothing of slots"), hosts("n1,n2", 1));
+        assert_eq!(placed("n1\nn1\nn2", "--nproc-per-node 1", 0).expect("one is enough"), hosts("n1,n2", 1));
+        let refused = |text: &str, options: &str| format!("{:#}", placed(text, options, 0).expect_err("refused"));
+        assert!(refused("n1\nn1\nn2", "").ends_with("host n2 has slots=1, but host n1 has slots=2: ranks are as many on each host"));
+        assert!(refused("n1\nn1\nn2\nn2", "--nproc-per-node 3").ends_with("has slots=2"));
+        assert!(refused("n1 slots=8\nn1", "").ends_with("host n1 is named twice, and with slots="));
     }
 
     #[test]
