@@ -1,5 +1,6 @@
 //! The command line, and the exit codes' one list for people.
 use clap::{Parser, ValueEnum};
+use std::net::SocketAddrV6;
 use std::path::PathBuf;
 
 /// Starts a run on every rank, watches it, and restarts it from its newest checkpoint.
@@ -35,8 +36,8 @@ pub struct Args {
     /// Without ssh: the same command is run on every node, with its number here; 0 is the one that supervises.
     #[arg(long, requires = "rdzv", conflicts_with_all = ["hosts", "hostfile", "standalone", "rsh_agent"])]
     pub node_rank: Option<usize>,
-    /// Where node 0 listens and the others register.
-    #[arg(long, requires = "node_rank", value_name = "HOST:PORT")]
+    /// Where node 0 listens and the others register; an IPv6 address in brackets.
+    #[arg(long, requires_all = ["node_rank", "nnodes"], value_name = "HOST:PORT", value_parser = parse_address)]
     pub rdzv: Option<String>,
     /// A file with the secret that nodes must share; without it, the variable TIEFSEE_SECRET.
     #[arg(long, requires = "rdzv", value_name = "FILE")]
@@ -169,6 +170,39 @@ fn parse_ranks(text: &str) -> Result<Ranks, String> {
     }
 }
 
+/// Whether the host is there shows later, and may be so only for a while.
+fn parse_address(text: &str) -> Result<String, String> {
+    let port = |port: &str| port.parse::<u16>().is_ok_and(|port| port > 0);
+    let name = |host: &str| !host.is_empty() && !host.contains(|letter: char| letter.is_whitespace() || "[]:/".contains(letter));
+    let right = match text.starts_with('[') {
+        true => text.parse::<SocketAddrV6>().is_ok_and(|address| address.port() > 0),
+        false => text.split_once(':').is_some_and(|(host, number)| name(host) && port(number)),
+    };
+    if right { Ok(text.to_string()) } else { Err("HOST:PORT, such as n1:29400, 10.0.0.1:29400 or [fd00::1]:29400".to_string()) }
+}
+
 fn seconds(text: &str) -> Result<f64, String> {
     text.parse().ok().filter(|value| (0.0..=1e9).contains(value)).ok_or_else(|| "a number from 0 to 1e9".to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_rendezvous_is_a_host_and_a_port() {
+        let parsed = |options: &str| {
+            let line = format!("tiefsee-launch --node-rank 1 {options} -- resume a");
+            Args::try_parse_from(line.split_whitespace()).map(|args| args.rdzv).map_err(|error| (error.exit_code(), error.to_string()))
+        };
+        for address in ["n1:29400", "n1.site:1", "10.0.0.1:29400", "[fd00::1]:29400", "[fe80::1%2]:65535"] {
+            assert_eq!(parsed(&format!("--nnodes 2 --rdzv {address}")), Ok(Some(address.to_string())));
+        }
+        for address in ["n1", "n1:", ":29400", "n1:port", "n1:0", "n1:65536", "fd00::1", "fd00::1:29400", "[fd00::1]", "[fd00::1]:0", "[n1]:29400", "http://n1:29400"] {
+            let (code, words) = parsed(&format!("--nnodes 2 --rdzv {address}")).expect_err(address);
+            assert!(code == 2 && words.contains("HOST:PORT, such as n1:29400"), "{address}: {code} {words}");
+        }
+        let (code, words) = parsed("--rdzv n1:29400").expect_err("how many are waited for?");
+        assert!(code == 2 && words.contains("--nnodes"), "{code} {words}");
+    }
 }

@@ -52,7 +52,7 @@ impl Hosts {
     pub fn open(args: &Args, environment: &Environment) -> Result<Self> {
         let source = match &args.rdzv {
             Some(address) => {
-                let (own, nodes) = (host_name(), args.nnodes.context("--rdzv needs --nnodes")?.most);
+                let (own, nodes) = (host_name(), args.nnodes.expect("--rdzv requires --nnodes").most);
                 let others = Rendezvous::listen(address, shared_secret(args)?, &own, nodes, silence(args))?;
                 Source::Rendezvous { own, others }
             }
@@ -75,7 +75,7 @@ impl Hosts {
             }
             Source::Rendezvous { own, others } => (own, others),
         };
-        let nodes = args.nnodes.context("--rdzv needs --nnodes")?;
+        let nodes = args.nnodes.expect("--rdzv requires --nnodes");
         let (start, mut enough_since) = (Instant::now(), None);
         loop {
             let here = usable([vec![own.clone()], others.names()].concat());
@@ -178,7 +178,9 @@ mod tests {
     use clap::Parser;
 
     fn hosts(options: &str) -> (Args, Hosts) {
-        let args = Args::parse_from(format!("tiefsee-launch --heartbeat 0 {options} -- resume a").split_whitespace());
+        let mut args = Args::parse_from(format!("tiefsee-launch --heartbeat 0 {options} -- resume a").split_whitespace());
+        // A port that is free.
+        args.rdzv = args.rdzv.map(|_| "127.0.0.1:0".to_string());
         let hosts = Hosts::open(&args, &Environment::default()).expect("hosts");
         (args, hosts)
     }
@@ -242,7 +244,7 @@ mod tests {
         let secret = tempfile::NamedTempFile::new().expect("a file");
         std::fs::write(secret.path(), "0123456789abcdef").expect("written");
         for (nodes, words) in [("2", "is kept: 2 host(s) are asked for, and 1 would be left"), ("1:2", "left out from here on; 1 host(s) are left")] {
-            let (args, mut hosts) = hosts(&format!("--rdzv 127.0.0.1:0 --node-rank 0 --nnodes {nodes} --secret-file {}", secret.path().display()));
+            let (args, mut hosts) = hosts(&format!("--rdzv 127.0.0.1:1 --node-rank 0 --nnodes {nodes} --secret-file {}", secret.path().display()));
             let now = Instant::now();
             assert_eq!(hosts.blame(("b", false), &args, now), None);
             let said = hosts.blame(("b", false), &args, now).expect("words");
