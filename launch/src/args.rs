@@ -11,7 +11,8 @@ pub struct Args {
     /// the run's batches divide. Hosts beyond it are spare: one takes the place of a host that failed twice within the restarts' window.
     #[arg(long, value_parser = parse_nodes)]
     pub nnodes: Option<Nodes>,
-    /// Ranks on each host: a number, `gpu` (one each), `cpu` (one a core) or `auto` (gpu if there are any, at most a hostfile's slots; else its slots; else 1).
+    /// Ranks on each host: a number, `gpu` (one each), `cpu` (one a core) or `auto`: a hostfile's slots, but no more than GPUs where
+    /// there are any; else SLURM's --ntasks-per-node, but not with --standalone; else one a GPU; else 1. GPUs and cores are this host's.
     #[arg(long, default_value = "auto", value_parser = parse_ranks)]
     pub nproc_per_node: Ranks,
     /// Hosts, by comma; the ssh names.

@@ -163,6 +163,14 @@ impl Layout {
         Ok(Layout { hosts, nodes, ranks_per_node, starter })
     }
 
+    /// Of --nproc-per-node auto, where SLURM's word or a hostfile's leaves GPUs without a rank: what to do about it.
+    pub fn idle_gpus(&self, args: &Args, environment: &Environment) -> Option<String> {
+        let (ranks, gpus) = (self.ranks_per_node, environment.gpus);
+        let whose = if args.slots.is_some() { "the hostfile's slots" } else { "SLURM's --ntasks-per-node" };
+        let idle = args.nproc_per_node == Ranks::Auto && ranks < gpus;
+        idle.then(|| format!("{whose}: {ranks} rank(s) on each host, of whose {gpus} GPUs {} stay idle: a rank works on one; ask for {gpus}", gpus - ranks))
+    }
+
     pub fn ranks(&self) -> usize {
         self.nodes * self.ranks_per_node
     }
@@ -285,6 +293,25 @@ mod tests {
         assert!(refused("n1\nn1\nn2", "").ends_with("host n2 has slots=1, but host n1 has slots=2: ranks are as many on each host"));
         assert!(refused("n1\nn1\nn2\nn2", "--nproc-per-node 3").ends_with("has slots=2"));
         assert!(refused("n1 slots=8\nn1", "").ends_with("host n1 is named twice, and with slots="));
+    }
+
+    #[test]
+    fn gpus_that_slurm_or_a_hostfile_leaves_idle_are_told_of() {
+        let told = |options: &str, (tasks, slots): (Option<usize>, Option<usize>), gpus| {
+            let args = Args::parse_from(format!("tiefsee-launch {options} -- resume a").split_whitespace());
+            let (args, slurm) = (Args { slots, ..args }, Slurm { nodes: 2, tasks_per_node: tasks, pmix: true, ..Slurm::default() });
+            let environment = Environment { cores: 8, gpus, numa_nodes: 1, slurm: Some(slurm), ..Environment::default() };
+            let layout = Layout::new(&args, &environment, &args.hosts).expect("a layout");
+            (layout.ranks_per_node, layout.idle_gpus(&args, &environment))
+        };
+        let words = |whose: &str| Some(format!("{whose}: 1 rank(s) on each host, of whose 8 GPUs 7 stay idle: a rank works on one; ask for 8"));
+        assert_eq!(told("", (Some(1), None), 8), (1, words("SLURM's --ntasks-per-node")));
+        assert_eq!(told("", (Some(8), Some(1)), 8), (1, words("the hostfile's slots")));
+        // As train.sbatch asks, where its caller says nothing of tasks.
+        assert_eq!([8, 1, 0].map(|gpus| told("", (None, None), gpus)), [(8, None), (1, None), (1, None)]);
+        assert_eq!(told("", (Some(8), None), 8), (8, None));
+        assert_eq!(["--nproc-per-node 2", "--nproc-per-node gpu", "--standalone"].map(|options| told(options, (Some(1), None), 8)), [(2, None), (8, None), (8, None)]);
+        assert_eq!(told("", (Some(4), None), 0), (4, None));
     }
 
     #[test]

@@ -152,3 +152,11 @@ fn a_step_that_called_sbatch_is_forgotten() {
     let output = job.start(&["train", "--set", "run.dir=run"]).wait_with_output().expect("ended");
     assert!(output.status.success() && text(&output).contains("step: none"), "{}", text(&output));
 }
+
+/// A number there would count as the caller's, and one rank would take all GPUs of a node.
+#[test]
+fn how_many_ranks_a_node_has_is_left_to_its_gpus() {
+    let script = fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("../scripts/train.sbatch")).expect("a script");
+    let asked: Vec<&str> = script.lines().filter(|line| line.starts_with("#SBATCH ")).collect();
+    assert!(asked.contains(&"#SBATCH --nodes=1") && !asked.iter().any(|line| line.contains("--ntasks") || line.contains(" -n")), "{asked:?}");
+}
