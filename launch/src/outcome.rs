@@ -178,6 +178,11 @@ impl Evidence {
         if self.cannot_start.is_none()
             && holds(&[
                 "There are not enough slots",
+                // Open MPI 4 of its options: one that is unknown, or without its value. 5 has a sentence.
+                "mpirun: Error: ",
+                "An unrecognized option was included on the ",
+                "requested more processes than",
+                "policy is not recognized:",
                 "was unable to launch",
                 "was unable to find the specified executable",
                 "was unable to start the specified",
@@ -301,6 +306,11 @@ mod tests {
             (205, &[], Class::LinkLost),
             (1, &["ORTE has lost communication with a remote daemon."], Class::LinkLost),
             (1, &["There are not enough slots available in the system to satisfy the 4"], Class::CannotStart),
+            (1, &["mpirun: Error: unknown option \"--nonsense\"", "Type 'mpirun --help' for usage."], Class::CannotStart),
+            (1, &["/opt/ompi/bin/mpirun: Error: option \"--map-by\" did not have enough parameters (1)"], Class::CannotStart),
+            (1, &["An unrecognized option was included on the mpirun command line:", "", "  Option: --nonsense"], Class::CannotStart),
+            (1, &["Your job has requested more processes than the ppr for", "this topology can support:"], Class::CannotStart),
+            (1, &["The specified mapping policy is not recognized:", "  Policy: nonsense"], Class::CannotStart),
             (127, &[], Class::CannotStart),
             (2, &["slurmstepd: error: execve(): /nix/tiefsee: No such file or directory", "srun: error: n2: task 1: Exited with exit code 2"], Class::CannotStart),
             (2, &["MPI_ABORT was invoked on rank 0 in communicator MPI_COMM_WORLD"], Class::Usage),

@@ -312,6 +312,13 @@ fn a_port_that_is_taken_now_is_no_wrong_command() {
     assert!(text(&output).contains("node 0 cannot listen at --rdzv 127.0.0.1:"), "{}", text(&output));
 }
 
+#[test]
+fn what_mpirun_refuses_is_no_ranks_failure() {
+    let output = Run::new(3, "").launch("--pass=--nonsense");
+    assert_eq!(output.status.code(), Some(16), "{}", text(&output));
+    assert!(text(&output).contains("--nonsense") && !text(&output).contains("a rank ended"), "{}", text(&output));
+}
+
 /// As where whoever stops a job ends the host of node 0 first.
 #[test]
 fn a_node_that_was_asked_to_stop_does_not_look_for_a_lost_node_0() {
