@@ -67,8 +67,8 @@ fn mpirun(args: &Args, environment: &Environment, layout: &Layout, ranked: &Rank
         add(&["--allow-run-as-root"]);
     }
     add(&["-np", &layout.ranks().to_string(), "--tag-output"]);
-    let slurm = environment.slurm.is_some() && !args.standalone;
-    let alone = layout.hosts.is_empty() && !slurm;
+    let slurm = environment.slurm.as_ref().filter(|_| !args.standalone);
+    let alone = layout.hosts.is_empty() && slurm.is_none();
     let many = layout.ranks_per_node > environment.cores || layout.ranks_per_node == environment.cores && alone;
     let ranks = layout.ranks_per_node;
     if alone {
@@ -82,7 +82,9 @@ fn mpirun(args: &Args, environment: &Environment, layout: &Layout, ranked: &Rank
         let hosts: Vec<String> = layout.hosts.iter().map(|host| format!("{host}:{ranks}")).collect();
         add(&["--host", &hosts.join(",")]);
     }
-    let (map, bind) = placement(ranks, environment, many);
+    // It takes SLURM's tasks for all the room that there is.
+    let beyond = slurm.is_some_and(|slurm| slurm.is_exceeded_by(ranks));
+    let (map, bind) = placement(ranks, environment, many || beyond);
     add(&["--map-by", &map, "--bind-to", bind]);
     if many {
         // A rank that spins for a message keeps its peer from sending it: 10 to 1000 times slower without this.
@@ -155,9 +157,9 @@ fn srun(environment: &Environment, layout: &Layout, again: bool) -> Vec<String> 
     line.push(format!("--ntasks={}", layout.ranks()));
     line.push(format!("--ntasks-per-node={}", layout.ranks_per_node));
     // A step of the job does not inherit it.
-    let slurm = environment.slurm.as_ref().filter(|slurm| slurm.tasks_per_node.is_none_or(|tasks| layout.ranks_per_node <= tasks));
-    line.extend(slurm.and_then(|slurm| slurm.cpus_per_task).map(|cpus| format!("--cpus-per-task={cpus}")));
-    if layout.ranks_per_node > environment.cores {
+    let cpus = environment.slurm.as_ref().and_then(|slurm| slurm.cpus_of_a_rank(layout.ranks_per_node));
+    line.extend(cpus.map(|cpus| format!("--cpus-per-task={}", cpus.max(1))));
+    if layout.ranks_per_node > environment.cores || cpus == Some(0) {
         line.extend(words(&["--overcommit", "--cpu-bind=none"]));
     }
     if !layout.hosts.is_empty() {
@@ -285,6 +287,12 @@ mod tests {
         let wide = Environment { slurm: Some(Slurm { cpus_per_task: Some(12), ..slurm(true).slurm.expect("one") }), ..machine(64) };
         assert!(line("", &wide).expect("a line").contains("--cpus-per-task=12"));
         assert!(!line("--nproc-per-node 8", &wide).expect("a line").contains("cpus"), "more ranks than the allocation counts on");
+        // sbatch --gpus-per-node=8 alone: the cores of one task.
+        let one_task = |cpus, pmix| Slurm { nodes: 1, cpus_per_task: Some(cpus), cpus_on_node: Some(cpus), pmix, ..Slurm::default() };
+        let started = |cpus, pmix| line("", &Environment { gpus: 8, slurm: Some(one_task(cpus, pmix)), ..machine(64) }).expect("a line");
+        assert!(started(48, true).contains("--ntasks-per-node=8 --cpus-per-task=6 L"), "{}", started(48, true));
+        assert!(started(1, true).contains("--ntasks-per-node=8 --cpus-per-task=1 --overcommit --cpu-bind=none L"), "{}", started(1, true));
+        assert!(started(48, false).contains("--map-by ppr:8:node:OVERSUBSCRIBE --bind-to none"), "{}", started(48, false));
         let mpirun = line("", &slurm(false)).expect("a line");
         assert!(mpirun.starts_with("mpirun -np 8") && !mpirun.contains("localhost"), "{mpirun}");
         assert!(line("--standalone", &slurm(true)).expect("a line").starts_with("mpirun -np 1"));

@@ -30,6 +30,8 @@ pub struct Slurm {
     pub hosts: Vec<String>,
     pub tasks_per_node: Option<usize>,
     pub cpus_per_task: Option<usize>,
+    /// Of this node, those that are the job's.
+    pub cpus_on_node: Option<usize>,
     /// srun can start MPI ranks through PMIx.
     pub pmix: bool,
     /// How often SLURM requeued the job.
@@ -76,6 +78,21 @@ impl Environment {
 }
 
 impl Slurm {
+    /// More than the job's tasks on a node: SLURM has no place for so many by itself.
+    pub fn is_exceeded_by(&self, ranks: usize) -> bool {
+        ranks > self.tasks_per_node.unwrap_or(1)
+    }
+
+    /// Of so many on a node: a task's, but where there are more than the job's tasks, no more than a part of what the job has there. 0:
+    /// less than one.
+    pub fn cpus_of_a_rank(&self, ranks: usize) -> Option<usize> {
+        if !self.is_exceeded_by(ranks) {
+            return self.cpus_per_task;
+        }
+        let part = self.cpus_on_node.map(|cpus| cpus / ranks);
+        part.map(|part| self.cpus_per_task.map_or(part, |cpus| cpus.min(part)))
+    }
+
     /// SLURM has told this job's steps to end and takes its nodes when the grace is over.
     pub fn preempted(&self) -> bool {
         let shown = Command::new("timeout").args(["10", "scontrol", "show", "job", &self.job]).stdin(Stdio::null()).output();
@@ -146,6 +163,7 @@ fn slurm() -> Option<Slurm> {
         // "4" or "4(x2)"
         tasks_per_node: var("SLURM_NTASKS_PER_NODE").ok().and_then(|text| text.split('(').next()?.parse().ok()),
         cpus_per_task: number("SLURM_CPUS_PER_TASK"),
+        cpus_on_node: number("SLURM_CPUS_ON_NODE"),
         pmix: has_pmix(),
         restarts: number("SLURM_RESTART_COUNT").unwrap_or(0) as u64,
         // A batch script may have its number from the shell that called sbatch; srun by that variable wants no cores of its own.
