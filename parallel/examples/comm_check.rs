@@ -71,6 +71,9 @@ fn collectives(On(comm, device): On, results: &mut Results) {
             }
             keep(results, "reduce_scatter", comm.reduce_scatter(vec![mine(2), mine(3)]).unwrap().wait().unwrap());
             keep(results, "all_gather", comm.all_gather(vec![mine(4), mine(5)]).unwrap().wait().unwrap());
+            let none = || vec![sample(me, 10, &[0, 3], kind)];
+            keep(results, "all_reduce of nothing", comm.all_reduce(none(), Reduce::Sum).unwrap().wait().unwrap());
+            keep(results, "all_gather of nothing", comm.all_gather(none()).unwrap().wait().unwrap());
             keep(results, "transposed", comm.all_gather(vec![mine(4).transpose(0, 1)]).unwrap().wait().unwrap());
         }
     }

@@ -196,7 +196,8 @@ impl Packed {
     /// The i-th tensor's elements in blocks [ranks, bytes]: [ranks, elements].
     fn part(&self, blocks: &Tensor, i: usize, kind: Kind) -> Tensor {
         let (at, bytes) = self.0[i];
-        blocks.narrow(1, at, bytes).contiguous().view_dtype(kind)
+        let part = blocks.narrow(1, at, bytes).reshape([-1]); // a row's bytes may be no multiple of an element's, where there are none
+        part.view_dtype(kind).view([blocks.size()[0], bytes / kind.elt_size_in_bytes() as i64])
     }
 }
 
