@@ -179,6 +179,8 @@ fn rms_norm_is_the_cpus() {
         (4096, 1536, Want::COLUMNS),
         (3, 16384, Want::BOTH),
         (45, 16384, Want::ROWS),
+        (45, 1600, Want::ROWS), // half a tile at the end
+        (33, 2832, Want::ROWS), // 16 columns of one
         (1030, 1536, Want::ROWS),
         (300, 5120, Want::BOTH), // a row of three warps
     ] {

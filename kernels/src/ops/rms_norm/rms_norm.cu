@@ -63,8 +63,8 @@ extern "C" __global__ void __launch_bounds__(MOST_THREADS)
   }
   if (!values) return;
   const RowScale mine = scale_of_rows(most_of(t).of_rows);
-  const int column = at + mine.row * step;
-  if (mine.first && column < C) scales[(long long)(column / TILE) * scale_stride + row] = mine.scale;
+  const int tile = at / TILE + mine.row * step / TILE;  // the thread's own columns may lie behind the last of the tile's
+  if (mine.first && tile * TILE < C) scales[(long long)tile * scale_stride + row] = mine.scale;
 #pragma unroll
   for (int i = 0; i < HELD; i++) {
     float v[8];
