@@ -17,6 +17,8 @@ pub struct Environment {
     pub slurm: Option<Slurm>,
     /// Open MPI's, where mpirun says it: 4, or 5, whose mpirun is another program (PRRTE).
     pub mpi_major: u32,
+    /// How mpirun starts its daemons is set: not by srun, as it would by itself.
+    pub plm: bool,
     /// GPUs that the ranks of this host may use, by number: CUDA_VISIBLE_DEVICES.
     pub visible_devices: Option<String>,
 }
@@ -28,7 +30,10 @@ pub struct Slurm {
     pub nodes: usize,
     /// Their names, in the order in which srun numbers tasks; empty where scontrol does not tell.
     pub hosts: Vec<String>,
+    /// As --ntasks-per-node asks.
     pub tasks_per_node: Option<usize>,
+    /// Those of this job on its first node, however they were asked for.
+    pub tasks: Option<usize>,
     pub cpus_per_task: Option<usize>,
     /// Of this node, those that are the job's.
     pub cpus_on_node: Option<usize>,
@@ -72,6 +77,7 @@ impl Environment {
             exported: exported(std::env::vars_os().filter_map(|(name, _)| name.into_string().ok())),
             slurm: slurm(),
             mpi_major: mpi_major(),
+            plm: ["OMPI_MCA_plm", "PRTE_MCA_plm"].iter().any(|name| std::env::var_os(name).is_some()),
             visible_devices,
         }
     }
@@ -80,7 +86,7 @@ impl Environment {
 impl Slurm {
     /// More than the job's tasks on a node: SLURM has no place for so many by itself.
     pub fn is_exceeded_by(&self, ranks: usize) -> bool {
-        ranks > self.tasks_per_node.unwrap_or(1)
+        ranks > self.tasks.into_iter().chain(self.tasks_per_node).max().unwrap_or(1)
     }
 
     /// Of so many on a node: a task's, but where there are more than the job's tasks, no more than a part of what the job has there. 0:
@@ -162,6 +168,8 @@ fn slurm() -> Option<Slurm> {
         hosts: var("SLURM_JOB_NODELIST").map(|list| hosts(&list)).unwrap_or_default(),
         // "4" or "4(x2)"
         tasks_per_node: var("SLURM_NTASKS_PER_NODE").ok().and_then(|text| text.split('(').next()?.parse().ok()),
+        // "4", "4(x2)" or "4(x2),3"
+        tasks: var("SLURM_TASKS_PER_NODE").ok().and_then(|text| text.split(['(', ',']).next()?.parse().ok()),
         cpus_per_task: number("SLURM_CPUS_PER_TASK"),
         cpus_on_node: number("SLURM_CPUS_ON_NODE"),
         pmix: has_pmix(),

@@ -149,7 +149,7 @@ impl Layout {
         let elsewhere = || hosts.iter().any(|host| !is_own(host, &environment.host)) || hosts.is_empty() && slurm.is_some_and(|slurm| slurm.nodes > 1);
         let (by, way, waits) = match starter {
             Starter::Srun => ("srun", "--pass=--overlap", !passed("--overlap")),
-            Starter::Mpirun => ("mpirun's own srun", "SLURM_OVERLAP=1", args.rdzv.is_none() && !passed("plm") && elsewhere()),
+            Starter::Mpirun => ("mpirun's own srun", "SLURM_OVERLAP=1", args.rdzv.is_none() && !passed("plm") && !environment.plm && elsewhere()),
         };
         ensure!(
             !waits || environment.slurm.as_ref().is_none_or(|slurm| !slurm.in_step),
@@ -163,8 +163,16 @@ impl Layout {
         Ok(Layout { hosts, nodes, ranks_per_node, starter })
     }
 
+    /// What a start says of itself.
+    pub fn remarks(&self, args: &Args, environment: &Environment) -> Vec<String> {
+        let slurm = environment.slurm.as_ref().filter(|_| !args.standalone);
+        let crowded = slurm.filter(|slurm| slurm.cpus_of_a_rank(self.ranks_per_node) == Some(0)).and_then(|slurm| slurm.cpus_on_node);
+        let crowded = crowded.map(|cores| format!("{} ranks on each host share {cores} core(s), all that SLURM gave this job there: ask for --ntasks-per-node and --cpus-per-task", self.ranks_per_node));
+        self.idle_gpus(args, environment).into_iter().chain(crowded).collect()
+    }
+
     /// Of --nproc-per-node auto, where SLURM's word or a hostfile's leaves GPUs without a rank: what to do about it.
-    pub fn idle_gpus(&self, args: &Args, environment: &Environment) -> Option<String> {
+    fn idle_gpus(&self, args: &Args, environment: &Environment) -> Option<String> {
         let (ranks, gpus) = (self.ranks_per_node, environment.gpus);
         let whose = if args.slots.is_some() { "the hostfile's slots" } else { "SLURM's --ntasks-per-node" };
         let idle = args.nproc_per_node == Ranks::Auto && ranks < gpus;
@@ -302,7 +310,7 @@ mod tests {
             let (args, slurm) = (Args { slots, ..args }, Slurm { nodes: 2, tasks_per_node: tasks, pmix: true, ..Slurm::default() });
             let environment = Environment { cores: 8, gpus, numa_nodes: 1, slurm: Some(slurm), ..Environment::default() };
             let layout = Layout::new(&args, &environment, &args.hosts).expect("a layout");
-            (layout.ranks_per_node, layout.idle_gpus(&args, &environment))
+            (layout.ranks_per_node, layout.remarks(&args, &environment).pop())
         };
         let words = |whose: &str| Some(format!("{whose}: 1 rank(s) on each host, of whose 8 GPUs 7 stay idle: a rank works on one; ask for 8"));
         assert_eq!(told("", (Some(1), None), 8), (1, words("SLURM's --ntasks-per-node")));
@@ -312,6 +320,19 @@ mod tests {
         assert_eq!(told("", (Some(8), None), 8), (8, None));
         assert_eq!(["--nproc-per-node 2", "--nproc-per-node gpu", "--standalone"].map(|options| told(options, (Some(1), None), 8)), [(2, None), (8, None), (8, None)]);
         assert_eq!(told("", (Some(4), None), 0), (4, None));
+    }
+
+    #[test]
+    fn ranks_that_share_a_core_are_told_of() {
+        let told = |ranks: usize, tasks: Option<usize>, cores| {
+            let args = Args::parse_from(format!("tiefsee-launch --nproc-per-node {ranks} -- resume a").split_whitespace());
+            let slurm = Slurm { nodes: 2, tasks, cpus_per_task: Some(1), cpus_on_node: Some(cores), pmix: true, ..Slurm::default() };
+            let environment = Environment { cores: 8, numa_nodes: 1, slurm: Some(slurm), ..Environment::default() };
+            Layout::new(&args, &environment, &args.hosts).expect("a layout").remarks(&args, &environment)
+        };
+        let words = "8 ranks on each host share 1 core(s), all that SLURM gave this job there: ask for --ntasks-per-node and --cpus-per-task";
+        assert_eq!(told(8, Some(1), 1), [words]);
+        assert_eq!([told(8, Some(1), 8), told(8, Some(8), 8), told(1, None, 1)], [const { Vec::<String>::new() }; 3]);
     }
 
     #[test]
@@ -334,6 +355,9 @@ mod tests {
             assert!(started(false, options).is_ok());
         }
         assert_eq!(started(true, "--hosts 127.0.0.1"), Ok((Starter::Mpirun, 1)));
+        let by_rsh = Environment { plm: true, slurm: Some(Slurm { nodes: 2, in_step: true, ..Slurm::default() }), ..Environment::default() };
+        let args = Args::parse_from("tiefsee-launch --hosts n1,n2 -- resume a".split_whitespace());
+        Layout::new(&args, &by_rsh, &args.hosts).expect("the environment names another way");
         assert_eq!(started(true, "--launcher mpirun --pass=--mca --pass=plm --pass=rsh"), Ok((Starter::Mpirun, 2)));
         assert_eq!(started(true, "--rdzv n1:29400 --node-rank 0 --nnodes 2"), Ok((Starter::Mpirun, 2)), "its daemons go another way");
     }

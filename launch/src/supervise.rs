@@ -187,7 +187,7 @@ fn dry_run(args: &Args, environment: &Environment) -> Result<u8> {
     let socket = args.rdzv.is_some().then(|| PathBuf::from("SOCKET"));
     let mut shown = vec![quoted(&line((args, environment), &layout, &program.command, socket.as_deref(), false)?)];
     shown.extend(places(environment, &layout));
-    shown.extend(layout.idle_gpus(args, environment).map(|words| format!("# {words}")));
+    shown.extend(layout.remarks(args, environment).iter().map(|words| format!("# {words}")));
     // Whoever reads may have read enough.
     let _ = writeln!(std::io::stdout(), "{}", shown.join("\n"));
     Ok(0)
@@ -294,7 +294,7 @@ impl Supervisor {
 
     fn attempt(&mut self, command: &[String], layout: &Layout) -> Result<Ended> {
         let line = line((&self.args, &self.environment), layout, command, self.hosts.socket().as_deref(), self.incidents.attempt > 1)?;
-        layout.idle_gpus(&self.args, &self.environment).filter(|_| self.incidents.attempt == 1).iter().for_each(|words| say(words));
+        layout.remarks(&self.args, &self.environment).iter().filter(|_| self.incidents.attempt == 1).for_each(|words| say(words));
         let named = if layout.hosts.len() > 1 { format!(" ({})", layout.hosts.join(", ")) } else { String::new() };
         self.incidents.add("started", None, format!("{} rank(s) on {} host(s){named}: {}", layout.ranks(), layout.nodes, quoted(command)));
         let kills_before = oom_kills();

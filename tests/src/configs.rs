@@ -285,10 +285,10 @@ fn what_does_nothing_with_the_model_is_refused_by_name() {
     };
     let dense = ["model.first_k_dense_replace=3", "model.num_nextn_predict_layers=0", "phase.1.mtp_weight=0"];
     for (set, expected) in [
-        ([&softmax[..], &["phase.0.bias_speed=0.02"]].concat(), "phase.0: bias_speed = 0.02: does nothing with model.scoring_func = \"softmax\", whose gates have no bias: leave it out"),
-        (vec!["model.num_nextn_predict_layers=0"], "phase.1: mtp_weight = 0.1: does nothing with model.num_nextn_predict_layers = 0: leave it out"),
-        (dense.to_vec(), "phase.1: balance_weight = 0.01: does nothing without experts (model.first_k_dense_replace): leave it out"),
-        ([&dense[..], &["phase.0.bias_speed=0.02"]].concat(), "phase.0: bias_speed = 0.02: does nothing without experts (model.first_k_dense_replace): leave it out"),
+        ([&softmax[..], &["phase.0.bias_speed=0.02"]].concat(), "phase.0: bias_speed = 0.02: does nothing with model.scoring_func = \"softmax\", whose gates have no bias: leave it out, or 0"),
+        (vec!["model.num_nextn_predict_layers=0"], "phase.1: mtp_weight = 0.1: does nothing with model.num_nextn_predict_layers = 0: leave it out, or 0"),
+        (dense.to_vec(), "phase.1: balance_weight = 0.01: does nothing without experts (model.first_k_dense_replace): leave it out, or 0"),
+        ([&dense[..], &["phase.0.bias_speed=0.02"]].concat(), "phase.0: bias_speed = 0.02: does nothing without experts (model.first_k_dense_replace): leave it out, or 0"),
         ([&softmax[..], &["model.num_attention_heads=5"]].concat(), "model.hidden_size = 32: must be a multiple of num_attention_heads = 5 with softmax scoring: transformers takes no other config of DeepSeek-V2"),
     ] {
         let error = loaded(&set).begins().expect_err(expected);

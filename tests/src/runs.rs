@@ -274,6 +274,17 @@ fn a_phase_under_way_stays_what_it_was() {
     // What it may change, and a phase that has not begun.
     over_threads(&changed(&["phase.0.micro_batch=2", "phase.1.lr.to=1e-4", "phase.1.bias_speed=0.5"]), 1, Start::Resume, Some(12));
     assert_eq!(changed(&[]).lines().len(), 12);
+    // One of constants ends sooner, and another is begun; or later; but not before what is done.
+    let even = |set: &[&str]| Run::new("even", &[&["phase.0.lr=1e-3", "phase.0.batch=8", "phase.0.micro_batch=1"], set].concat());
+    over_threads(&even(&[]), 1, Start::Fresh, Some(4));
+    let error = resume_error(&even(&["phase.0.tokens=768"]).config());
+    assert!(error.contains("phase.0.tokens = 768: it would end after 768 tokens, and 1024 are done"), "{error}");
+    let error = resume_error(&even(&["phase.0.lr=2e-3"]).config());
+    assert!(error.contains("phase.0.lr = 0.002: the phase has begun, with 0.001"), "{error}");
+    over_threads(&even(&["phase.0.tokens=6144"]), 1, Start::Resume, Some(5));
+    over_threads(&even(&["phase.0.tokens=1280", "phase.1.bias_speed=0.5"]), 1, Start::Resume, Some(6));
+    let error = resume_error(&even(&["phase.0.tokens=6144"]).config());
+    assert!(error.contains("it has reached sample order 1") && error.contains("one that is over was made longer"), "{error}");
     // The first step goes beyond the first phase's end, and no step of the second has been done.
     let edge = |set: &[&str]| Run::new("at-the-edge", &[set, &["phase.0.tokens=100"]].concat());
     over_threads(&edge(&[]), 1, Start::Fresh, Some(1));

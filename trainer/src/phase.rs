@@ -217,7 +217,7 @@ impl Phase {
             ("mtp_weight", self.mtp_weight, lambda(), (!mtp).then_some("with model.num_nextn_predict_layers = 0")),
         ] {
             let Some(why) = idle.filter(|_| value != 0.0 && value != default) else { continue };
-            bail!("{key} = {value}: does nothing {why}: leave it out");
+            bail!("{key} = {value}: does nothing {why}: leave it out, or 0");
         }
         Ok(())
     }
@@ -229,9 +229,14 @@ impl Phase {
         Ok(())
     }
 
-    /// That it is what it was, but for what its micro-batches are and where its corpora lie, whose content has a check of its own.
-    pub fn check_begun(&self, was: &Phase) -> Result<()> {
-        let keys = |phase: &Phase| -> Result<toml::Table> { Ok(toml::Table::try_from(Phase { micro_batch: 1, mixture: None, ..phase.clone() })?) };
+    /// That it is what it was, but for what its micro-batches are and where its corpora lie, whose content has a check of its own,
+    /// and `under_way` for its length, where nothing goes by how far it is.
+    pub fn check_begun(&self, was: &Phase, under_way: bool) -> Result<()> {
+        let even = |phase: &Phase| matches!((&phase.lr, &phase.batch), (Curve::Constant(_), Ramp::Constant(_)));
+        let tokens = |phase: &Phase| if under_way && even(self) && even(was) { 0 } else { phase.tokens };
+        let keys = |phase: &Phase| -> Result<toml::Table> {
+            Ok(toml::Table::try_from(Phase { micro_batch: 1, mixture: None, tokens: tokens(phase), ..phase.clone() })?)
+        };
         let (now, was) = (keys(self)?, keys(was)?);
         let words = |value: Option<&toml::Value>| value.map_or("none".to_string(), |value| value.to_string());
         for key in now.keys().chain(was.keys()) {

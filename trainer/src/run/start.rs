@@ -254,11 +254,16 @@ fn check_order(config: &RunConfig, manifest: &Manifest) -> Result<()> {
     Ok(())
 }
 
-/// A phase that has had a step stays what it was: ramp and curve go by how far it is, and what is done says what is to come.
+/// A phase that has had a step stays what it was: ramp and curve go by how far it is, and what is done says what is to come. The
+/// last one, where it has neither, may end sooner or later, but not before what is done.
 fn check_begun(config: &RunConfig, manifest: &Manifest) -> Result<()> {
+    let mut end = 0;
     for (index, was) in manifest.phases.iter().enumerate() {
         let now = config.phase.get(index).with_context(|| format!("phase.{index} has begun, and is gone"))?;
-        now.check_begun(was).map_err(|error| anyhow!("phase.{index}.{error}"))?;
+        now.check_begun(was, index + 1 == manifest.phases.len()).map_err(|error| anyhow!("phase.{index}.{error}"))?;
+        end += now.tokens;
+        let done = manifest.tokens;
+        ensure!(now.tokens >= was.tokens || end >= done, "phase.{index}.tokens = {}: it would end after {end} tokens, and {done} are done", now.tokens);
     }
     Ok(())
 }
