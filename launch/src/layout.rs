@@ -333,6 +333,8 @@ mod tests {
         let words = "8 ranks on each host share 1 core(s), all that SLURM gave this job there: ask for --ntasks-per-node and --cpus-per-task";
         assert_eq!(told(8, Some(1), 1), [words]);
         assert_eq!([told(8, Some(1), 8), told(8, Some(8), 8), told(1, None, 1)], [const { Vec::<String>::new() }; 3]);
+        let exceeded = |tasks_per_node, tasks| Slurm { tasks_per_node, tasks, ..Slurm::default() }.is_exceeded_by(4);
+        assert_eq!([(None, None), (None, Some(3)), (None, Some(4)), (Some(4), None)].map(|(asked, had)| exceeded(asked, had)), [true, true, false, false]);
     }
 
     #[test]
